@@ -1,0 +1,35 @@
+"""CutDiffusion from scratch: pretrained latent diffusion past the size it was trained at, without training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cutdiff.checkpoint import load
+    from cutdiff.draws import Draws
+    from cutdiff.pipeline import Result, decode, denoise, generate
+    from cutdiff.settings import Settings
+    from cutdiff.solvers import Step
+
+__all__ = ["Draws", "Result", "Settings", "Step", "decode", "denoise", "generate", "load"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "cutdiff.checkpoint",
+    "Draws": "cutdiff.draws",
+    "Result": "cutdiff.pipeline",
+    "decode": "cutdiff.pipeline",
+    "denoise": "cutdiff.pipeline",
+    "generate": "cutdiff.pipeline",
+    "Settings": "cutdiff.settings",
+    "Step": "cutdiff.solvers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import late: `python -m cutdiff.sample --help` must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cutdiff' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,179 @@
+"""Networks from configurations and memory-mapped tensors: made on the meta device, then given the tensors strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cutdiff.checkpoint import text as clip
+from cutdiff.model import Model
+from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.models.unet import UNet
+from cutdiff.models.vae import VAE
+from cutdiff.schedule import NoiseConfig
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from cutdiff.models.text import TextEncoders
+
+LISTED = 10
+"""How many keys an error names before it only counts them."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Everything of a model but its weights."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    text_encoder: CLIPTextConfig
+    text_encoder_2: CLIPTextConfig
+    tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer
+    noise: NoiseConfig
+    zeros_for_empty_negative: bool
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where the parts do not fit each other, naming both numbers."""
+        first, second = self.text_encoder, self.text_encoder_2
+        widths = first.hidden_size + second.hidden_size
+        for ours, theirs, what in (
+            (self.unet.in_channels, self.vae.latent_channels, "channels of the U-Net's input and of the VAE's latents"),
+            (self.unet.out_channels, self.vae.latent_channels, "channels of the U-Net's output and the VAE's latents"),
+            (self.unet.context_dim, widths, "the U-Net's context width and those of both text encoders together"),
+            (
+                self.unet.pooled_dim,
+                second.projection_dim,
+                "the U-Net's pooled width and the second encoder's projection",
+            ),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"{what} differ, {ours} and {theirs}: only text-to-image models of SDXL's kind are read"
+                )
+        for tokenizer, encoder in ((self.tokenizer, first), (self.tokenizer_2, second)):
+            # Where its files give no length, a tokenizer cuts nothing off and the encoder would fail on long prompts.
+            tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.max_position_embeddings)
+            if len(tokenizer) > encoder.vocab_size:
+                raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, its encoder only {encoder.vocab_size}")
+        lengths = self.tokenizer.model_max_length, self.tokenizer_2.model_max_length
+        if lengths[0] != lengths[1]:
+            raise ValueError(f"the tokenizers cut prompts at different lengths, {lengths[0]} and {lengths[1]} tokens")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The four networks; their field names are the names of a diffusers folder's sub-folders."""
+
+    unet: UNet
+    vae: VAE
+    text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection
+
+
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+def empty_networks(blueprint: Blueprint) -> Networks:
+    """Networks on the meta device: keys and shapes, no memory."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        return Networks(
+            UNet(blueprint.unet),
+            VAE(blueprint.vae),
+            CLIPTextModel(blueprint.text_encoder),
+            CLIPTextModelWithProjection(blueprint.text_encoder_2),
+        )
+
+
+def build_model(
+    blueprint: Blueprint,
+    networks: Networks,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    source: str,
+    hashes: dict[str, str],
+) -> Model:
+    """Give the empty `networks` their weights, by sub-folder name and diffusers key, and put the model together.
+
+    A tensor that has the dtype and device already is used where it lies in the mapped file. Raises ValueError that
+    lists missing, unexpected and mis-shaped keys.
+    """
+    vae_dtype = torch.float32 if blueprint.vae.force_upcast and dtype == torch.float16 else dtype
+    for name in NETWORKS:
+        assign(
+            getattr(networks, name),
+            weights[name],
+            name=f"{source}: {name}",
+            device=device,
+            dtype=vae_dtype if name == "vae" else dtype,
+        )
+    return Model(
+        unet=networks.unet,
+        vae=networks.vae,
+        text=_text_encoders(blueprint, networks),
+        noise=blueprint.noise,
+        zeros_for_empty_negative=blueprint.zeros_for_empty_negative,
+        source=source,
+        hashes=hashes,
+    )
+
+
+def _text_encoders(blueprint: Blueprint, networks: Networks) -> TextEncoders:
+    from cutdiff.models.text import TextEncoders
+
+    return TextEncoders(
+        tokenizer=blueprint.tokenizer,
+        tokenizer_2=blueprint.tokenizer_2,
+        text_encoder=networks.text_encoder,
+        text_encoder_2=networks.text_encoder_2,
+    )
+
+
+def assign(
+    network: nn.Module, tensors: Mapping[str, Tensor], *, name: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Put `tensors` in the place of a meta network's parameters and make it ready to run, without gradients.
+
+    Raises ValueError, headed by `name`, that lists missing, unexpected and mis-shaped keys, or keys that hold integers.
+    """
+    expected = network.state_dict()
+    tensors = {key: tensor for key, tensor in tensors.items() if key in expected or not is_harmless(key)}
+    common = [key for key in expected if key in tensors]
+    problems = {
+        "missing": [key for key in expected if key not in tensors],
+        "unexpected": [key for key in tensors if key not in expected],
+        "of another shape": [
+            f"{key} {tuple(tensors[key].shape)} where {tuple(expected[key].shape)} belongs"
+            for key in common
+            if tensors[key].shape != expected[key].shape
+        ],
+        "quantized": [key for key in common if not tensors[key].is_floating_point()],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys)
+        raise ValueError(f"{name}: the weights do not fit the network. Keys {found}")
+    network.load_state_dict({key: tensors[key].to(device, dtype) for key in expected}, strict=True, assign=True)
+    clip.materialise_positions(network, device)
+    network.eval().requires_grad_(False)
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a key that no network has is known to make no difference."""
+    leftovers = ("position_ids", "logit_scale")
+    return key.rpartition(".")[2] in leftovers or key.startswith("model_ema.") or key == "denoiser.sigmas"
+
+
+def listed(keys: Iterable[str]) -> str:
+    """The first few keys, and how many more there are."""
+    keys = list(keys)
+    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+    return ", ".join(keys[:LISTED]) + more

@@ -1,0 +1,97 @@
+"""Names of the same tensor in the original (Stability) layout and in the diffusers layout.
+
+A map lists modules, ours to theirs; a key belongs to the longest module name that it begins with. The maps are made for
+a network of any size, and cover all of its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cutdiff.models.unet import UNet
+from cutdiff.models.vae import VAE
+
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def unet_keys(unet: UNet) -> dict[str, str]:
+    """Original key to diffusers key, for every key of the U-Net; one to one."""
+    config = unet.config
+    modules = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "mid_block.attentions.0": "middle_block.1",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    stride = (
+        config.layers_per_block + 1
+    )  # blocks in a level: its layers and the one that halves it; on the way up layers
+    for i in range(len(config.channels)):
+        for j in range(stride):
+            down, up = f"input_blocks.{i * stride + j + 1}", f"output_blocks.{i * stride + j}"
+            resnets |= {f"down_blocks.{i}.resnets.{j}": f"{down}.0", f"up_blocks.{i}.resnets.{j}": f"{up}.0"}
+            modules |= {f"down_blocks.{i}.attentions.{j}": f"{down}.1", f"up_blocks.{i}.attentions.{j}": f"{up}.1"}
+        has_attention = config.transformer_layers[::-1][i] > 0
+        modules[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * stride}.0.op"
+        modules[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{(i + 1) * stride - 1}.{2 if has_attention else 1}"
+    for ours, theirs in resnets.items():
+        modules |= {f"{ours}.{part}": f"{theirs}.{original}" for part, original in UNET_RESNET.items()}
+    return _keys(unet, modules)
+
+
+def vae_keys(vae: VAE) -> dict[str, str]:
+    """Original key to diffusers key, for every key of the VAE; one to one.
+
+    The shapes are the same but for attention weights, (C, C, 1, 1) in the original and (C, C) in diffusers.
+    """
+    config = vae.config
+    modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    resnets: dict[str, str] = {}
+    levels = len(config.channels)
+    for side in ("encoder", "decoder"):
+        modules |= {f"{side}.{name}": f"{side}.{name}" for name in ("conv_in", "conv_out")}
+        modules[f"{side}.conv_norm_out"] = f"{side}.norm_out"
+        attention = {f"{side}.mid_block.attentions.0.{a}": f"{side}.mid.attn_1.{b}" for a, b in VAE_ATTENTION.items()}
+        modules |= attention
+        resnets |= {f"{side}.mid_block.resnets.{j}": f"{side}.mid.block_{j + 1}" for j in range(2)}
+    for i in range(levels):
+        down, up = (
+            f"encoder.down.{i}",
+            f"decoder.up.{levels - 1 - i}",
+        )  # the decoder's levels are counted from the finest
+        modules[f"encoder.down_blocks.{i}.downsamplers.0"] = f"{down}.downsample"
+        modules[f"decoder.up_blocks.{i}.upsamplers.0"] = f"{up}.upsample"
+        for j in range(config.layers_per_block + 1):
+            resnets[f"encoder.down_blocks.{i}.resnets.{j}"] = f"{down}.block.{j}"
+            resnets[f"decoder.up_blocks.{i}.resnets.{j}"] = f"{up}.block.{j}"
+    for ours, theirs in resnets.items():
+        modules |= {ours: theirs, f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut"}
+    return _keys(vae, modules)
+
+
+def _keys(network: UNet | VAE, modules: Mapping[str, str]) -> dict[str, str]:
+    keys = {_original(key, modules): key for key in network.state_dict()}
+    assert len(keys) == len(network.state_dict()), "two keys have one original name"
+    return keys
+
+
+def _original(key: str, modules: Mapping[str, str]) -> str:
+    module, rest = key, ""
+    while module not in modules:
+        module, _, last = module.rpartition(".")
+        rest = f".{last}{rest}"
+        assert module, f"{key} belongs to no module of the map"
+    return modules[module] + rest

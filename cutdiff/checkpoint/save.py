@@ -1,0 +1,121 @@
+"""Writing a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cutdiff.checkpoint import text as clip
+from cutdiff.checkpoint.configs import DIFFUSERS_VERSION, noise_to_diffusers, unet_to_diffusers, vae_to_diffusers
+from cutdiff.models.unet import UNet
+from cutdiff.models.vae import VAE
+from cutdiff.schedule import NoiseConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cutdiff.models.text import TextEncoders
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def save_folder(
+    folder: str | Path,
+    *,
+    unet: UNet,
+    vae: VAE,
+    text: TextEncoders,
+    noise: NoiseConfig,
+    zeros_for_empty_negative: bool,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write a model as `load` and diffusers' StableDiffusionXLPipeline read it, weights in `dtype`.
+
+    Every file appears whole or not at all; files of the same name are replaced. Raises ValueError for a weight that is
+    not finite in `dtype`, a U-Net that the layout cannot express, or a tokenizer with tokens beside its vocabulary.
+    """
+    folder = Path(folder)
+    unet_fields = unet_to_diffusers(unet.config)
+    vae_fields = vae_to_diffusers(vae.config, sample_size=unet.config.native_size * vae.config.factor)
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "add_watermarker": False,
+        "force_zeros_for_empty_prompt": zeros_for_empty_negative,
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    }
+    _write_network(folder / "unet", "diffusion_pytorch_model", unet.state_dict(), unet_fields, dtype)
+    _write_network(folder / "vae", "diffusion_pytorch_model", vae.state_dict(), vae_fields, dtype)
+    for name, encoder in (("text_encoder", text.text_encoder), ("text_encoder_2", text.text_encoder_2)):
+        tensors = clip.with_prefix(encoder.state_dict())
+        _write_network(folder / name, "model", tensors, _clip_fields(encoder, dtype), dtype)
+    _write_tokenizer(folder / "tokenizer", text.tokenizer)
+    _write_tokenizer(folder / "tokenizer_2", text.tokenizer_2)
+    _write_json(folder / "scheduler" / "scheduler_config.json", noise_to_diffusers(noise))
+    _write_json(folder / "model_index.json", index)
+
+
+def _write_network(
+    folder: Path, stem: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], dtype: torch.dtype
+) -> None:
+    converted = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+    for key, tensor in converted.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder.name}: {key} is not finite in {dtype}: save with dtype=torch.float32")
+    _write(folder / f"{stem}.safetensors", lambda part: save_file(converted, part, metadata={"format": "pt"}))
+    _write_json(folder / "config.json", fields)
+
+
+def _clip_fields(encoder: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+    fields = encoder.config.to_dict()
+    fields.pop("_name_or_path", None)
+    return {**fields, "architectures": [type(encoder).__name__], "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{folder.name} is a {type(tokenizer).__name__}: pass a CLIPTokenizer, which can be saved")
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    beside = sorted({*tokenizer.get_vocab()} - {*model["vocab"]})
+    if beside:
+        raise ValueError(
+            f"{folder.name} has tokens beside its vocabulary, {beside}: CLIP's file format cannot hold them"
+        )
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    special = {name: str(getattr(tokenizer, name)) for name in SPECIAL_TOKENS}
+    fields = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.model_max_length, **special}
+    _write_json(folder / "vocab.json", model["vocab"])
+    _write(folder / "merges.txt", lambda part: part.write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8"))
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(folder / "tokenizer_config.json", fields)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    _write(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path` and then put it in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""CLIP text encoders and tokenizers, in the layouts and under the key names that they are found in.
+
+The layout of both encoders in files is `text_model.embeddings…`, `text_model.encoder.layers.N…`, and for the second
+`text_projection.weight`. Releases of transformers differ in whether a CLIPTextModel has the first part of these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+PREFIX = "text_model."
+CACHED_TOKENIZERS = (
+    ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer", "tokenizer_2"),
+    ("openai/clip-vit-large-patch14", "", ""),
+)
+"""Where the local Hugging Face cache may hold SDXL's tokenizers: repository, and the folder of each of the two."""
+SECOND_PAD_TOKEN = "!"
+"""SDXL's second tokenizer is the first one with another padding."""
+
+OPEN_CLIP = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final": "final_layer_norm",
+}
+OPEN_CLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def with_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the names that files have, whichever release named them."""
+    named = (PREFIX, "text_projection.", "logit_scale")
+    return {key if key.startswith(named) else PREFIX + key: tensor for key, tensor in tensors.items()}
+
+
+def named_for(encoder: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the names that the installed transformers gives to the encoder's own."""
+    tensors = with_prefix(tensors)
+    if any(key.startswith(PREFIX) for key in encoder.state_dict()):
+        return tensors
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An OpenCLIP text encoder's tensors under transformers' names; keys that it does not know stay as they are.
+
+    Queries, keys and values are views of the fused matrix; the projection, stored transposed there, is copied.
+    """
+    converted: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if key == "text_projection":
+            converted["text_projection.weight"] = tensor.T.contiguous()
+            continue
+        parts = key.split(".")
+        if parts[:2] == ["transformer", "resblocks"] and len(parts) > 3:
+            layer, name = f"{PREFIX}encoder.layers.{parts[2]}.", ".".join(parts[3:])
+            if name in ("attn.in_proj_weight", "attn.in_proj_bias"):
+                kind = name.rpartition("_")[2]
+                for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                    converted[f"{layer}self_attn.{part}_proj.{kind}"] = rows
+                continue
+            module, _, kind = name.rpartition(".")
+            if module in OPEN_CLIP_LAYER:
+                key = f"{layer}{OPEN_CLIP_LAYER[module]}.{kind}"
+        else:
+            module, _, kind = key.rpartition(".")
+            if key in OPEN_CLIP:
+                key = PREFIX + OPEN_CLIP[key]
+            elif module in OPEN_CLIP:
+                key = f"{PREFIX}{OPEN_CLIP[module]}.{kind}"
+        converted[key] = tensor
+    return converted
+
+
+def clip_config(fields: Mapping[str, Any]) -> CLIPTextConfig:
+    """The configuration of a text encoder from the fields of its config.json."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig.from_dict(dict(fields))
+
+
+def materialise_positions(encoder: nn.Module, device: torch.device) -> None:
+    """Give an encoder that was made on the meta device its position numbers, the one buffer that no file holds."""
+    for module in encoder.modules():
+        ids = getattr(module, "position_ids", None)
+        if isinstance(ids, Tensor) and ids.is_meta:
+            module.position_ids = torch.arange(ids.shape[-1], device=device).expand(1, -1)
+
+
+def read_tokenizer(folder: Path, **special_tokens: str) -> CLIPTokenizer:
+    """A tokenizer in CLIP's file format. Raises ValueError where the folder holds none."""
+    from transformers import CLIPTokenizer
+
+    if not _holds_tokenizer(folder):
+        raise ValueError(f"{folder} holds no tokenizer (vocab.json and merges.txt), so the model is incomplete")
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special_tokens)
+
+
+def cached_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """SDXL's tokenizers from the local Hugging Face cache. Raises ValueError where it has none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    for repository, first, second in CACHED_TOKENIZERS:
+        try:
+            folder = Path(snapshot_download(repository, local_files_only=True))
+        except LocalEntryNotFoundError:
+            continue
+        if _holds_tokenizer(folder / first) and _holds_tokenizer(folder / second):
+            return read_tokenizer(folder / first), read_tokenizer(folder / second, pad_token=SECOND_PAD_TOKEN)
+    names = " or ".join(repository for repository, _, _ in CACHED_TOKENIZERS)
+    raise ValueError(
+        "a single file holds no tokenizers, and the local Hugging Face cache has none either: pass config=FOLDER, a "
+        f"diffusers folder of the same model family (its weights are not read), or fetch {names} with `hf download`"
+    )
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    """Looked at here, because transformers makes an empty tokenizer where it finds no files."""
+    layouts = (("vocab.json", "merges.txt"), ("tokenizer.json",))
+    return any(all((folder / name).exists() for name in layout) for layout in layouts)

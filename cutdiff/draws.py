@@ -1,0 +1,72 @@
+"""Every random draw of a run. One object makes them all and is passed in; nothing touches a global generator.
+
+A researcher replaces any of the methods, for instance to repeat a run of other code draw by draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cutdiff.patches import Permutation, SeededPermutation, view_grid
+
+NOISE, ORIGINS = 1, 2
+"""What a stream of random numbers is for; streams of one seed with different purposes are independent."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws by seed: `seeds` has one entry for each image, so that an image does not depend on its neighbours."""
+
+    seeds: tuple[int, ...]
+    device: torch.device | str = "cpu"
+    """Where the draws go; they are made on the CPU, so that every device sees the same ones."""
+
+    def __post_init__(self) -> None:
+        for seed in self.seeds:
+            if not 0 <= seed < 2**64:
+                raise ValueError(f"seed={seed} must lie in 0 … 2⁶⁴ − 1")
+
+    def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
+        """Standard normal noise (B, C, H, W) in canvas layout: the initial noise, or that which `step` adds."""
+        stream = 0 if step is None else 1 + step
+        images = [torch.randn(shape[1:], generator=_generator(seed, NOISE, stream)) for seed in self.seeds]
+        return torch.stack(images).to(self.device)
+
+    def permutation(
+        self, step: int, grid: tuple[int, int], shape: tuple[int, ...], grain: str
+    ) -> Permutation:
+        """How `step` exchanges pixels between the patches of `shape` (B, C, h, w) on `grid` (s_h, s_w)."""
+        return SeededPermutation(self.seeds, step, grain)
+
+    def view_origins(
+        self, step: int, size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], jitter: tuple[int, int]
+    ) -> Tensor:
+        """Where the views of `step` stand: (B, V, 2) of (top, left), which may reach past the canvas by the jitter.
+
+        Every axis moves by up to its `jitter`. Views at a border move outwards only, and an axis with a single view
+        does not move, so that the views cover the canvas wherever they covered it without jitter.
+        """
+        grid = view_grid(size, window, stride)  # (V, 2)
+        limit = torch.tensor(jitter)
+        last = torch.tensor(size) - torch.tensor(window)
+        low = torch.where((grid == last) & (last > 0), 0, -limit).where(last > 0, 0)
+        high = torch.where(grid == 0, 0, limit).where(last > 0, 0)
+        draws = []
+        for seed in self.seeds:
+            uniform = torch.rand(grid.shape, generator=_generator(seed, ORIGINS, step))
+            draws.append(grid + low + (uniform * (high - low + 1)).floor().long())
+        return torch.stack(draws)
+
+
+def _generator(seed: int, purpose: int, stream: int) -> torch.Generator:
+    """A generator for one purpose and step of an image; its seed is mixed so that streams do not overlap."""
+    mixed = seed
+    for word in (purpose, stream):  # the finaliser of SplitMix64 (Steele et al. 2014) after each word
+        mixed = (mixed + 0x9E3779B97F4A7C15 * (word + 1)) % 2**64
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed - 2**63)

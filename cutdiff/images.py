@@ -1,0 +1,72 @@
+"""PNG files with their parameters and JSON sidecars, written atomically: a file appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """An image (3, H, W) in [0, 1] -> 8-bit RGB."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (H, W, 3)
+    return Image.fromarray(np.ascontiguousarray(pixels.cpu().numpy()))
+
+
+def save_image(image: Tensor, record: dict[str, Any], folder: Path, stem: str) -> Path:
+    """Write an image (3, H, W) in [0, 1] as `stem`.png with its record as `stem`.json; returns the PNG's path.
+
+    Where the name is taken, a number is added: nothing is overwritten.
+    """
+    path, number = folder / f"{stem}.png", 1
+    while path.exists() or path.with_suffix(".json").exists():
+        path, number = folder / f"{stem}-{number}.png", number + 1
+    text = PngInfo()
+    text.add_text("parameters", parameters_text(record))
+    _write(path.with_suffix(".json"), lambda file: file.write(json.dumps(record, indent=2).encode() + b"\n"))
+    _write(path, lambda file: to_pil(image).save(file, format="PNG", pnginfo=text))
+    return path
+
+
+def parameters_text(record: dict[str, Any]) -> str:
+    """The record in the A1111 convention: the prompt, the negative prompt, and one line of `Name: value` pairs."""
+    hashes = record["model"]["sha256"]
+    unet = next((value for name, value in hashes.items() if name.startswith("unet")), next(iter(hashes.values()), ""))
+    pairs = {
+        "Steps": record["num_steps"],
+        "Sampler": {"euler": "Euler", "ddim": "DDIM"}[record["solver"]],
+        "CFG scale": record["guidance_scale"],
+        "Seed": record["seed"],
+        "Size": f"{record['width']}x{record['height']}",
+        "Model hash": unet[:10],
+        "Model": Path(record["model"]["source"]).stem,
+        "Method": record["method"],
+        "Version": f"cutdiff {record['versions']['cutdiff']}",
+    }
+    lines = [record["prompt"]]
+    if record["negative_prompt"]:
+        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in pairs.items())])
+
+
+def _write(path: Path, write: Any) -> None:
+    """Let `write` fill a file beside `path` and then put it in its place; on any error leave nothing behind."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        file: BinaryIO
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(part, 0o666 & ~umask)
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise

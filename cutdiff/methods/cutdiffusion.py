@@ -1,0 +1,44 @@
+"""CutDiffusion (Lin et al. 2024, arXiv 2404.15141): structure on interleaved patches, then detail on views."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from cutdiff.methods.common import Run
+from cutdiff.methods.multidiffusion import denoise_views
+from cutdiff.patches import cut, grid_for, pad_to_grid, permute, permute_back, relocate
+from cutdiff.solvers import CanvasDenoiser, Stage
+
+
+def cutdiffusion(run: Run) -> list[Stage]:
+    """The structure stage takes the first ceil(structure_fraction · num_steps) steps, the detail stage the others."""
+    switch = math.ceil(run.structure_fraction * run.num_steps)
+    jitter = ((run.window[0] - run.strides[0]) // 4, (run.window[1] - run.strides[1]) // 4)
+    return [
+        Stage("structure", range(switch), denoise_patches(run)),
+        Stage("detail", range(switch, run.num_steps), denoise_views(run, jitter)),
+    ]
+
+
+def denoise_patches(run: Run) -> CanvasDenoiser:
+    """relocate ∘ permute⁻¹ ∘ D ∘ permute ∘ cut: all patches draw one picture, because they keep exchanging pixels.
+
+    A canvas that the grid does not divide is padded for the cut and cropped after the relocation. Size conditioning
+    "native": every patch is a whole picture of its own size. "target": original = target = the canvas.
+    """
+    grid = grid_for(run.size, run.denoiser.native_size)
+    num_patches = grid[0] * grid[1]
+    told = None if run.size_conditioning == "native" else run.size
+
+    def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
+        patches = cut(pad_to_grid(latents, grid), grid)  # (B·N, C, h, w)
+        shape = (len(latents), *patches.shape[1:])
+        permutation = run.draws.permutation(step, grid, shape, run.interaction)
+        mixed = permute(patches, permutation, num_patches)
+        denoised = run.denoiser(mixed, sigma, original_size=told, target_size=told)
+        canvas = relocate(permute_back(denoised, permutation, num_patches), grid)
+        return canvas[:, :, : run.size[0], : run.size[1]]
+
+    return denoise

@@ -1,0 +1,39 @@
+"""MultiDiffusion (Bar-Tal et al. 2023, arXiv 2302.08113): overlapping views of the native size, averaged."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cutdiff.denoiser import Size
+from cutdiff.methods.common import Run
+from cutdiff.patches import average, views
+from cutdiff.solvers import CanvasDenoiser, Stage
+
+
+def multidiffusion(run: Run) -> list[Stage]:
+    """average ∘ D ∘ views at every step, without jitter."""
+    return [Stage("views", range(run.num_steps), denoise_views(run, jitter=(0, 0)))]
+
+
+def denoise_views(run: Run, jitter: Size) -> CanvasDenoiser:
+    """average ∘ D ∘ views: every view is conditioned as the crop of the full picture that it is.
+
+    Size conditioning "native": original size = the canvas, crop = the view's origin, not below 0, target = the window.
+    "target", as the published CutDiffusion code has it: original = target = the canvas, and the crop is counted from
+    the corner of a canvas that is padded by the jitter's range.
+    """
+
+    def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
+        origins = run.draws.view_origins(step, run.size, run.window, run.strides, jitter)
+        origins = origins.expand(len(latents), *origins.shape[-2:])  # (B, V, 2)
+        corner = origins.flatten(0, 1).cpu()
+        if run.size_conditioning == "native":
+            crops, target = corner.clamp(min=0), run.window
+        else:
+            crops, target = corner + corner.new_tensor(jitter), run.size
+        denoised = run.denoiser(
+            views(latents, origins, run.window), sigma, crop_origins=crops, original_size=run.size, target_size=target
+        )
+        return average(denoised, origins, run.size)
+
+    return denoise

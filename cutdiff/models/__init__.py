@@ -1,0 +1,1 @@
+"""The networks of the SDXL family, by hand. They know nothing of schedules or files."""

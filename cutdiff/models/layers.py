@@ -1,0 +1,106 @@
+"""The blocks that the U-Net and the VAE share. Attribute names are the keys of diffusers checkpoints.
+
+Source: Rombach et al. 2022 (arXiv 2112.10752), Podell et al. 2023 (arXiv 2307.01952).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sinusoidal_embedding(values: Tensor, dim: int) -> Tensor:
+    """Embed numbers (N,) as (N, dim), cosines first; frequencies fall from 1 to 1/10000. `dim` must be even."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values.float()[:, None] * torch.exp(-math.log(10_000) * exponents)  # (N, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class EmbeddingMLP(nn.Module):
+    """Two linear layers with SiLU between them: (N, in_dim) -> (N, out_dim)."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, out_dim)
+        self.linear_2 = nn.Linear(out_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3×3 convolutions with a skip; the time embedding, where there is one, is added between them."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, norm_groups: int, eps: float, time_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if time_dim is not None:
+            self.time_emb_proj = nn.Linear(time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.has_shortcut = in_channels != out_channels
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """x (B, C, h, w), time (B, time_dim) -> (B, C', h, w)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if time is not None:
+            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.conv_shortcut(x) if self.has_shortcut else x) + h
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, L, dim) over context (B, M, context_dim), by default over x itself."""
+
+    def __init__(self, dim: int, num_heads: int, *, context_dim: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, dim / heads)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, dim / heads)
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided 3×3 convolution.
+
+    The U-Net pads all four sides; the VAE (`asymmetric`) pads only the right and the bottom.
+    """
+
+    def __init__(self, channels: int, *, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Repeat pixels (nearest) to twice the size, or to `size` where an odd level was halved, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else size
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

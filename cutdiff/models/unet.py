@@ -1,0 +1,189 @@
+"""The U-Net of SDXL: resnets and transformer blocks on a few levels, conditioned on time, text, size and crop.
+
+Source: Podell et al. 2023 (arXiv 2307.01952), section 2; attribute names are the keys of diffusers checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cutdiff.models.config import UNetConfig
+from cutdiff.models.layers import Attention, Downsample, EmbeddingMLP, ResnetBlock, Upsample, sinusoidal_embedding
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of another (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # The checkpoint's keys are net.0 and net.2; a dropout without effect stood between them in training.
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention over the text, feed-forward; each with its norm and residual."""
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, num_heads, context_dim=context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map (B, C, h, w), with a residual around all of them."""
+
+    def __init__(self, channels: int, num_heads: int, layers: int, *, context_dim: int, norm_groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        blocks = [TransformerBlock(channels, num_heads, context_dim) for _ in range(layers)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, h·w, C)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Level(nn.Module):
+    """One resolution, on the way down or up: resnets, each followed by a transformer where the level has them."""
+
+    def __init__(self, config: UNetConfig, level: int, widths: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in widths)
+        layers = config.transformer_layers[level]
+        self.attentions = nn.ModuleList(_transformer(config, level, layers) for _ in widths if layers)
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
+
+    def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """The resnet `index` and its transformer."""
+        x = self.resnets[index](x, time)
+        return self.attentions[index](x, context) if len(self.attentions) else x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.channels[-1]
+        self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(2))
+        level = len(config.channels) - 1
+        self.attentions = nn.ModuleList([_transformer(config, level, config.mid_transformer_layers)])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, time), context)
+        return self.resnets[1](x, time)
+
+
+class UNet(nn.Module):
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, layers = config.channels, config.layers_per_block
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = EmbeddingMLP(channels[0], config.time_dim)
+        self.add_embedding = EmbeddingMLP(config.pooled_dim + 6 * config.size_embedding_dim, config.time_dim)
+
+        skips = [channels[0]]
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(channels):
+            level = Level(config, i, [(channels[max(i - 1, 0)] if j == 0 else width, width) for j in range(layers)])
+            skips += [width] * layers
+            if i < last:
+                level.downsamplers.append(Downsample(width))
+                skips.append(width)
+            self.down_blocks.append(level)
+
+        self.mid_block = MidBlock(config)
+
+        self.up_blocks = nn.ModuleList()
+        below = channels[-1]
+        for i in reversed(range(len(channels))):
+            widths = []
+            for _ in range(layers + 1):
+                widths.append((below + skips.pop(), channels[i]))
+                below = channels[i]
+            level = Level(config, i, widths)
+            if i > 0:
+                level.upsamplers.append(Upsample(channels[i]))
+            self.up_blocks.append(level)
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
+        """Predict the noise (or v) in scaled latents.
+
+        x (B, in_channels, h, w) · timesteps (B,) · context (B, L, context_dim) · pooled (B, pooled_dim) ·
+        size_ids (B, 6): original height and width, crop top and left, target height and width, in pixels.
+        Returns (B, out_channels, h, w). Any h and w work; odd ones are restored on the way up.
+        """
+        time = self.embed_conditions(timesteps, pooled, size_ids).to(x.dtype)
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                x = level.layer(i, x, time, context)
+                skips.append(x)
+            for downsample in level.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+
+        x = self.mid_block(x, time, context)
+
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+            for upsample in level.upsamplers:
+                x = upsample(x, skips[-1].shape[2:])
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def embed_conditions(self, timesteps: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
+        """Time, pooled text and size/crop numbers as one vector for each item: (B, time_dim)."""
+        config, dtype = self.config, pooled.dtype
+        time = self.time_embedding(sinusoidal_embedding(timesteps, config.channels[0]).to(dtype))
+        sizes = sinusoidal_embedding(size_ids.flatten(), config.size_embedding_dim).to(dtype)  # (6B, dim)
+        return time + self.add_embedding(torch.cat([pooled, sizes.view(len(size_ids), -1)], dim=-1))
+
+
+def _resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
+    return ResnetBlock(
+        in_channels, out_channels, norm_groups=config.norm_groups, eps=1e-5, time_dim=config.time_dim
+    )
+
+
+def _transformer(config: UNetConfig, level: int, layers: int) -> Transformer:
+    return Transformer(
+        config.channels[level],
+        config.num_heads[level],
+        layers,
+        context_dim=config.context_dim,
+        norm_groups=config.norm_groups,
+    )

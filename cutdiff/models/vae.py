@@ -1,0 +1,148 @@
+"""The KL autoencoder between images and latents. It owns its scaling factor: latents that leave it have unit scale.
+
+Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1; sizes of SDXL in `config.SDXL_VAE`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cutdiff.models.config import VAEConfig
+from cutdiff.models.layers import Attention, Downsample, ResnetBlock, Upsample
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """A normal distribution with independent entries; `mean` and `logvar` have the same shape."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Draw once, on the generator's device, so that one seed gives one sample wherever the network runs."""
+        noise = torch.randn(self.mean.shape, generator=generator, device=generator.device)
+        return self.mean + self.std * noise.to(self.mean)
+
+    def kl(self) -> Tensor:
+        """Divergence from the standard normal, one number for each item of the batch: (B,)."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
+
+
+class SpatialAttention(Attention):
+    """Single-head self-attention over pixels, with its own norm and residual: (B, C, h, w) -> the same."""
+
+    def __init__(self, channels: int, *, norm_groups: int) -> None:
+        super().__init__(channels, num_heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(norm_groups, channels, eps=EPS)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h·w, C)
+        return x + super().forward(tokens, context).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int, *, norm_groups: int) -> None:
+        super().__init__()
+        resnets = [ResnetBlock(channels, channels, norm_groups=norm_groups, eps=EPS) for _ in range(2)]
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList([SpatialAttention(channels, norm_groups=norm_groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Level(nn.Module):
+    """The resnets of one resolution and the step to the next one, where there is one."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, *, norm_groups: int) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * layers
+        self.resnets = nn.ModuleList(
+            ResnetBlock(a, b, norm_groups=norm_groups, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = block(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> mean and log-variance stacked, (B, 2·latent_channels, H/factor, W/factor)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels, groups = config.channels, config.norm_groups
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(channels):
+            level = Level(channels[max(i - 1, 0)], width, config.layers_per_block, norm_groups=groups)
+            if i < len(channels) - 1:
+                level.downsamplers.append(Downsample(width, asymmetric=True))
+            self.down_blocks.append(level)
+        self.mid_block = MidBlock(channels[-1], norm_groups=groups)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (B, latent_channels, h, w) -> images (B, 3, h·factor, w·factor)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels, groups = config.channels[::-1], config.norm_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(channels[0], norm_groups=groups)
+        self.up_blocks = nn.ModuleList()
+        for i, width in enumerate(channels):
+            level = Level(channels[max(i - 1, 0)], width, config.layers_per_block + 1, norm_groups=groups)
+            if i < len(channels) - 1:
+                level.upsamplers.append(Upsample(width))
+            self.up_blocks.append(level)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, images: Tensor) -> DiagonalGaussian:
+        """Images (B, 3, H, W) in [-1, 1] -> the distribution of scaled latents (B, 4, H/factor, W/factor)."""
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        scale = self.config.scaling_factor
+        return DiagonalGaussian(mean * scale, logvar.clamp(-30, 20) + 2 * math.log(scale))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) -> images (B, 3, h·factor, w·factor), about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))

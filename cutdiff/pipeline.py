@@ -1,0 +1,171 @@
+"""From a prompt to a picture: noise → method → solver → VAE."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutdiff.denoiser import Denoiser
+from cutdiff.draws import Draws
+from cutdiff.methods import METHODS, Run
+from cutdiff.model import Model
+from cutdiff.models.text import TextStates
+from cutdiff.settings import Settings
+from cutdiff.solvers import Step, make_solver, solve
+
+
+@dataclass(frozen=True)
+class Result:
+    images: Tensor
+    """(B, 3, H, W), float32 in [0, 1], on the CPU."""
+    latents: Tensor
+    """(B, C, H / factor, W / factor), float32."""
+    record: dict[str, Any]
+    """How the images were made: everything needed to repeat them, and what it cost."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run that is ready to start: everything was checked, nothing expensive was done."""
+
+    settings: Settings
+    denoiser: Denoiser
+    noise: Tensor
+    """Standard normal, (B, C, H, W)."""
+    steps: Iterator[Step]
+
+
+def denoise(
+    model: Model,
+    prompt: str | Sequence[str],
+    settings: Settings | None = None,
+    *,
+    draws: Draws | None = None,
+    **changes: Any,
+) -> Iterator[Step]:
+    """Run step by step: yields a `Step` after each. Options are those of `Settings`, given as one or by name.
+
+    A sequence of prompts makes one image each; `draws` replaces the draws that the seeds would make.
+    """
+    return _prepare(model, prompt, replace(settings or Settings(), **changes), draws).steps
+
+
+def generate(
+    model: Model,
+    prompt: str | Sequence[str],
+    settings: Settings | None = None,
+    *,
+    draws: Draws | None = None,
+    on_step: Callable[[Step, int], None] | None = None,
+    **changes: Any,
+) -> Result:
+    """Run to the end and decode: the same run as `denoise`. `on_step(step, num_steps)` hears of each step."""
+    settings = replace(settings or Settings(), **changes)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    prepared = _prepare(model, prompt, settings, draws)
+    latents, seconds, began = prepared.noise, {}, time.perf_counter()
+    for step in prepared.steps:
+        latents = step.latents
+        if on_step is not None:
+            on_step(step, settings.num_steps)
+        now = time.perf_counter()
+        seconds[step.stage] = seconds.get(step.stage, 0.0) + now - began
+        began = now
+    images = decode(model, latents)
+    seconds["decode"] = time.perf_counter() - began
+    return Result(images, latents, _record(model, prompt, prepared, seconds))
+
+
+@torch.no_grad()
+def decode(model: Model, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1], on the CPU; one at a time to save memory."""
+    dtype = model.vae.post_quant_conv.weight.dtype
+    images = [model.vae.decode(image[None].to(dtype)).float().cpu() for image in latents]
+    return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+
+def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draws: Draws | None) -> _Prepared:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError("prompt is an empty list: give at least one prompt")
+    size = settings.canvas_size(model.native_size, model.factor)
+    solver = make_solver(settings.solver, settings.eta)
+    schedule = solver.make_schedule(model.noise, settings.num_steps)
+    if draws is None:
+        draws = Draws(tuple((settings.seed + i) % 2**64 for i in range(len(prompts))), model.device)
+    shape = (len(prompts), model.unet.config.in_channels, *size)
+    noise = draws.noise(shape).to(model.device, torch.float32)
+    if noise.shape != shape:
+        raise ValueError(f"draws.noise gave {tuple(noise.shape)} where {shape} is needed")
+
+    positive = model.text.encode(prompts)
+    if settings.negative_prompt or not model.zeros_for_empty_negative:
+        negative = model.text.encode([settings.negative_prompt] * len(prompts))
+    else:
+        negative = TextStates.zeros_like(positive)
+    denoiser = Denoiser(
+        unet=model.unet,
+        table=schedule.noise,
+        prediction_type=model.noise.prediction_type,
+        positive=positive,
+        negative=negative,
+        guidance_scale=settings.guidance_scale,
+        factor=model.factor,
+        view_batch_size=settings.view_batch_size,
+    )
+    run = Run(
+        denoiser=denoiser,
+        draws=draws,
+        size=size,
+        num_steps=settings.num_steps,
+        stride=settings.stride,
+        structure_fraction=settings.structure_fraction,
+        interaction=settings.interaction,
+        size_conditioning=settings.size_conditioning,
+    )
+    stages = METHODS[settings.method](run)
+    step_noise = lambda step: draws.noise(shape, step).to(noise)  # noqa: E731
+    steps = solve(stages, noise * schedule.init_scale, schedule, solver, step_noise)
+    return _Prepared(settings, denoiser, noise, steps)
+
+
+def _record(
+    model: Model, prompt: str | Sequence[str], prepared: _Prepared, seconds: dict[str, float]
+) -> dict[str, Any]:
+    height, width = (side * model.factor for side in prepared.noise.shape[2:])
+    return {
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        **asdict(prepared.settings),
+        "height": height,
+        "width": width,
+        "model": {"source": model.source, "sha256": model.hashes},
+        "device": _device_name(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "network_evaluations": prepared.denoiser.evaluations,
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        "peak_memory_bytes": _peak_memory(model.device),
+        "versions": {name: version(name) for name in ("cutdiff", "torch", "transformers")}
+        | {"python": platform.python_version()},
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Of the accelerator in this run, or of the process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,173 @@
+"""The command line: `python -m cutdiff.sample "a red house at night"`.
+
+The only module that prints, parses arguments or exits. Exit status: 0, 1 for a run that failed, 2 for arguments that
+cannot be used. torch is imported after the arguments are parsed, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from cutdiff.settings import INTERACTIONS, METHOD_NAMES, SIZE_CONDITIONINGS, SOLVER_NAMES, Settings
+
+if TYPE_CHECKING:
+    from cutdiff.model import Model
+    from cutdiff.pipeline import Result
+
+DEMO_PROMPT = "a red house with mountains over a meadow at sunset"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        args = _parse(argv)
+        settings = _settings(args)
+        _check_output(args.out)
+        model = _load(args)
+        settings.canvas_size(model.native_size, model.factor)
+    except _BadArgument as error:
+        return _complain(error, 2)
+    except ValueError as error:  # of Settings and the model's sizes: their messages name the value and the remedy
+        return _complain(error, 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted; nothing was written", 1)
+    _warn_about_length(model, args.prompt, settings.negative_prompt)
+    for index in range(args.num_images):
+        try:
+            path = _draw(model, args, settings, settings.seed + index)
+        except KeyboardInterrupt:
+            return _complain(f"interrupted; {index} of {args.num_images} pictures were written", 1)
+        except Exception as error:  # the last line of defence: one line instead of a traceback
+            return _complain(f"the run failed: {type(error).__name__}: {error}", 1)
+        print(path)
+    return 0
+
+
+class _BadArgument(Exception):
+    """An argument that cannot be used; its message is the line that the user sees."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _BadArgument(f"{message} (see --help)")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m cutdiff.sample",
+        description="Draw a picture past the size that a diffusion model was trained at.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    defaults = Settings()
+    parser.add_argument("prompt", nargs="?", default=DEMO_PROMPT, help="what to draw", metavar="PROMPT")
+    parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or cached hub id; none: the embedded model")
+    parser.add_argument("--method", default=defaults.method, choices=METHOD_NAMES)
+    parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
+    parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
+    parser.add_argument("--steps", type=int, default=defaults.num_steps, metavar="N", dest="num_steps")
+    parser.add_argument("--guidance-scale", type=float, default=defaults.guidance_scale, metavar="G", help="1 is off")
+    parser.add_argument("--negative-prompt", default=defaults.negative_prompt, metavar="TEXT")
+    parser.add_argument("--solver", default=defaults.solver, choices=SOLVER_NAMES)
+    parser.add_argument("--eta", type=float, default=defaults.eta, metavar="E", help="fresh noise of ddim, 0 to 1")
+    parser.add_argument("--seed", type=int, default=defaults.seed, metavar="S", help="of the first picture")
+    parser.add_argument("--num-images", type=int, default=1, metavar="K", help="pictures, with seeds S, S+1, …")
+    parser.add_argument(
+        "--structure-fraction", type=float, default=defaults.structure_fraction, metavar="F",
+        help="share of the steps in CutDiffusion's first stage",
+    )  # fmt: skip
+    parser.add_argument("--stride", type=int, metavar="L", help="between views, in latents; none: half a window")
+    parser.add_argument("--interaction", default=defaults.interaction, choices=INTERACTIONS)
+    parser.add_argument("--size-conditioning", default=defaults.size_conditioning, choices=SIZE_CONDITIONINGS)
+    parser.add_argument(
+        "--view-batch-size", type=int, default=defaults.view_batch_size, metavar="V",
+        help="patches or views that go through the network at once",
+    )  # fmt: skip
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
+    args = parser.parse_args(argv)
+    if args.num_images < 1:
+        raise _BadArgument(f"--num-images {args.num_images} must be at least 1")
+    return args
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """The arguments that are options of the run, checked; messages speak of the command line's names."""
+    names = Settings.__dataclass_fields__
+    try:
+        settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
+        Settings(seed=settings.seed + args.num_images - 1)
+    except ValueError as error:
+        name, _, rest = str(error).partition("=")
+        value, _, problem = rest.partition(" ")
+        flag = {"num_steps": "steps"}.get(name, name).replace("_", "-")
+        raise _BadArgument(f"--{flag} {value} {problem}") from None
+    return settings
+
+
+def _check_output(folder: Path) -> None:
+    """Create the output folder now, so that a long run does not end at a closed door."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _BadArgument(f"--out {folder} cannot be created ({error.strerror}): choose another folder") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _BadArgument(f"--out {folder} cannot be written to: choose another folder")
+
+
+def _load(args: argparse.Namespace) -> Model:
+    import torch
+
+    import cutdiff
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise _BadArgument(f"--device {device} is not available here: use --device cpu") from None
+    try:
+        return cutdiff.load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    except (ValueError, OSError) as error:
+        raise _BadArgument(f"--model {args.model}: {error}") from None
+
+
+def _warn_about_length(model: Model, *prompts: str) -> None:
+    for prompt in prompts:
+        dropped = model.text.num_dropped(prompt)
+        if dropped:
+            print(f"cutdiff: the last {dropped} tokens of {prompt[:40]!r}… do not fit and are dropped", file=sys.stderr)
+
+
+def _draw(model: Model, args: argparse.Namespace, settings: Settings, seed: int) -> Path:
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    import cutdiff
+    from cutdiff.images import save_image
+
+    settings = replace(settings, seed=seed)
+    with tqdm(total=settings.num_steps, unit="step", leave=False, disable=None) as bar:
+
+        def on_step(step: cutdiff.Step, num_steps: int) -> None:
+            bar.set_description(step.stage, refresh=False)
+            bar.update()
+
+        result: Result = cutdiff.generate(model, args.prompt, settings, on_step=on_step)
+    record = result.record
+    stem = f"{settings.method}-{record['width']}x{record['height']}-seed{seed}"
+    return save_image(result.images[0], record, args.out, stem)
+
+
+def _complain(message: object, status: int) -> int:
+    print(f"cutdiff: {str(message).splitlines()[0]}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

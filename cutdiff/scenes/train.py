@@ -1,0 +1,53 @@
+"""Train the embedded model from nothing: `python -m cutdiff.scenes.train`.
+
+Three phases, each resumable: the VAE, the latents of rendered scenes, the U-Net with its text encoders. Checkpoints and
+logs go to --work, the finished model, a diffusers folder in float16, to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from cutdiff.checkpoint import save_folder
+from cutdiff.scenes.train_unet import encode_scenes, train_unet
+from cutdiff.scenes.train_vae import train_vae
+from cutdiff.scenes.vocabulary import make_text_encoders
+from cutdiff.schedule import NoiseConfig
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    device = torch.device(args.device)
+    bfloat16 = args.dtype == "bfloat16"
+    vae = train_vae(args.work, steps=args.vae_steps, batch=args.vae_batch, device=device, bfloat16=bfloat16)
+    latents = encode_scenes(vae, args.num_scenes, args.work / "latents.pt", device)
+    torch.manual_seed(0)  # initial weights of the text encoders
+    text = make_text_encoders()
+    text.text_encoder.to(device)
+    text.text_encoder_2.to(device)
+    unet = train_unet(
+        args.work, text, latents, steps=args.unet_steps, batch=args.unet_batch, device=device, bfloat16=bfloat16
+    )
+    save_folder(args.out, unet=unet, vae=vae, text=text, noise=NoiseConfig(), zeros_for_empty_negative=True)
+    print(f"wrote {args.out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cutdiff.scenes.train", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/scenes"), help="checkpoints and logs (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("weights/scenes"), help="the finished model (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the arithmetic")
+    parser.add_argument("--vae-steps", type=int, default=2000, help="(%(default)s)")
+    parser.add_argument("--vae-batch", type=int, default=12, help="(%(default)s)")
+    parser.add_argument("--num-scenes", type=int, default=16384, help="pictures to encode (%(default)s)")
+    parser.add_argument("--unet-steps", type=int, default=2800, help="(%(default)s)")
+    parser.add_argument("--unet-batch", type=int, default=40, help="(%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The embedded model's tokenizer and text encoders, untrained: CLIP's formats and architecture, few words."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from cutdiff.models.text import TextEncoders
+from cutdiff.scenes import world
+
+END_OF_WORD = "</w>"
+START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_TOKENS = 77
+WIDTH = 64
+
+
+def make_text_encoders() -> TextEncoders:
+    """Two tokenizers over the words of the world and two small CLIP encoders with random weights."""
+    vocabulary, merges = _byte_pairs(world.captions(_all_choices()))
+
+    def tokenizer(pad_token: str) -> CLIPTokenizer:
+        return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=MAX_TOKENS)
+
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=vocabulary[START],
+        eos_token_id=vocabulary[END],
+        pad_token_id=vocabulary[END],
+    )
+    first, second = CLIPTextModel(config), CLIPTextModelWithProjection(config)
+    for encoder in (first, second):
+        # CLIP starts its embeddings at 0.02 and trains for long; these have minutes, and must differ from the start.
+        torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)
+    return TextEncoders(tokenizer(END), tokenizer("!"), first, second)  # SDXL's second tokenizer pads with "!"
+
+
+def _all_choices() -> torch.Tensor:
+    sizes = [len(v) for v in (world.COLORS, world.SUBJECTS, world.RIDGES, world.GROUNDS, world.TIMES)]
+    return torch.tensor(list(itertools.product(*(range(size) for size in sizes))))
+
+
+def _byte_pairs(texts: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Byte-pair merges under which every word of the texts is one token, over all bytes, as CLIP's vocabulary is."""
+    trained = Tokenizer(BPE(end_of_word_suffix=END_OF_WORD))
+    trained.pre_tokenizer = Whitespace()
+    trained.train_from_iterator(
+        texts, BpeTrainer(vocab_size=10_000, end_of_word_suffix=END_OF_WORD, show_progress=False)
+    )
+    merged = {token: index for token, index in trained.get_vocab().items() if len(token.removesuffix(END_OF_WORD)) > 1}
+    merges = [(first, second) for first, second in json.loads(trained.to_str())["model"]["merges"]]
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(byte + END_OF_WORD for byte in alphabet), *sorted(merged, key=merged.__getitem__), START, END]
+    return {token: index for index, token in enumerate(tokens)}, merges
+

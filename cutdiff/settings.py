@@ -1,0 +1,81 @@
+"""What a run can be told, checked where it enters. Imports neither torch nor the networks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+METHOD_NAMES = ("direct", "multidiffusion", "cutdiffusion")
+SOLVER_NAMES = ("euler", "ddim")
+INTERACTIONS = ("channel", "pixel", "none")
+SIZE_CONDITIONINGS = ("native", "target")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run. ValueError, naming option, value and remedy, where one cannot be used."""
+
+    negative_prompt: str = ""
+    height: int | None = None
+    """In pixels, a multiple of 8; twice the model's native size where it is None."""
+    width: int | None = None
+    method: str = "cutdiffusion"
+    num_steps: int = 50
+    guidance_scale: float = 7.5
+    """uncond + scale·(cond − uncond); 1 evaluates the prompt alone."""
+    solver: str = "euler"
+    eta: float = 0.0
+    """DDIM's fresh noise, 0 to 1."""
+    seed: int = 0
+    """Of the first image; the others count on from it."""
+    stride: int | None = None
+    """Between views, in latents; half of the window where it is None."""
+    structure_fraction: float = 0.5
+    """Share of the steps in CutDiffusion's structure stage, rounded up."""
+    interaction: str = "channel"
+    """CutDiffusion's pixel interaction: "channel", "pixel" or "none"."""
+    size_conditioning: str = "native"
+    """What the network is told of picture sizes: "native" patches and crops, or "target" as the published code."""
+    view_batch_size: int = 16
+    """Patches or views that go through the network at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be a positive multiple of 8")
+        for name in ("num_steps", "view_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.stride is not None and self.stride < 1:
+            raise ValueError(f"stride={self.stride} must be at least 1")
+        if not 0 <= self.structure_fraction <= 1:
+            raise ValueError(f"structure_fraction={self.structure_fraction} must lie in 0 … 1")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} must lie in 0 … 1")
+        if self.eta and self.solver != "ddim":
+            raise ValueError(f"eta={self.eta} needs solver='ddim', not {self.solver!r}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed} must lie in 0 … 2⁶⁴ − 1")
+        for name, known in (
+            ("method", METHOD_NAMES),
+            ("solver", SOLVER_NAMES),
+            ("interaction", INTERACTIONS),
+            ("size_conditioning", SIZE_CONDITIONINGS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+
+    def canvas_size(self, native_size: int, factor: int) -> tuple[int, int]:
+        """Height and width in latents for a model of `native_size` latents and `factor` pixels for each."""
+        height, width = (2 * native_size * factor if v is None else v for v in (self.height, self.width))
+        for name, value in (("height", height), ("width", width)):
+            if value % factor:
+                raise ValueError(
+                    f"{name}={value} must be a multiple of {factor}; try {value // factor * factor or factor}"
+                )
+        if self.stride is not None and self.stride > native_size:
+            raise ValueError(f"stride={self.stride} must not exceed the window of {native_size} latents")
+        return height // factor, width // factor

@@ -1,0 +1,105 @@
+"""Solvers: pure steps in sigma space, and the loop that yields every step.
+
+A step goes from x = x0 + sigma·noise to the same at a smaller sigma, given the network's estimate of x0. Both are
+affine in `denoised`, so averaging estimates and stepping once equals stepping each and averaging.
+Sources: Song et al. 2020 (2010.02502), Karras et al. 2022 (2206.00364).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cutdiff.schedule import NoiseConfig, Schedule, ddim_schedule, euler_schedule
+
+CanvasDenoiser = Callable[[Tensor, float, int], Tensor]
+"""(latents (B, C, H, W), sigma, step) -> denoised (B, C, H, W)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of consecutive steps that share one canvas denoiser."""
+
+    name: str
+    steps: range
+    denoise: CanvasDenoiser
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run, after it was taken."""
+
+    index: int
+    stage: str
+    sigma: float
+    """The sigma at which the network was evaluated."""
+    latents: Tensor
+    """The canvas after the step, (B, C, H, W), float32."""
+    denoised: Tensor
+    """The estimate of x0 that the step was taken with, (B, C, H, W), float32."""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How a run picks its sigmas and how much fresh noise a step adds (`eta`: 0 none, 1 as much as DDPM)."""
+
+    make_schedule: Callable[[NoiseConfig, int], Schedule]
+    eta: float = 0.0
+
+    def step(self, x: Tensor, denoised: Tensor, sigma: float, target: float, noise: Tensor | None = None) -> Tensor:
+        """Take x (B, C, H, W) from sigma to target; `noise` is standard normal and needed where eta > 0."""
+        up = noise_scale(sigma, target, self.eta)
+        if up == 0:
+            return step(x, denoised, sigma, target)
+        if noise is None:
+            raise ValueError(f"eta={self.eta} adds noise at every step: pass `noise`")
+        return step(x, denoised, sigma, math.sqrt(target**2 - up**2)) + up * noise
+
+
+def step(x: Tensor, denoised: Tensor, sigma: float, target: float) -> Tensor:
+    """Follow the straight line through x and denoised from sigma to target: Euler's step, and DDIM's at eta = 0."""
+    return denoised + target * ((x - denoised) / sigma)
+
+
+def noise_scale(sigma: float, target: float, eta: float) -> float:
+    """Standard deviation of the fresh noise in a step: DDIM's equation 16, written in sigma space."""
+    return eta * target * math.sqrt(max(0.0, 1 - (target / sigma) ** 2))
+
+
+def make_solver(name: str, eta: float = 0.0) -> Solver:
+    """Look a solver up by name: "euler" or "ddim" (the only one that takes eta)."""
+    if name not in SOLVERS:
+        raise ValueError(f"solver {name!r} is not one of {', '.join(SOLVERS)}")
+    if eta < 0 or not math.isfinite(eta):
+        raise ValueError(f"eta={eta} must be 0 or more")
+    if eta and name != "ddim":
+        raise ValueError(f"eta={eta} needs the ddim solver, not {name}")
+    return Solver(SOLVERS[name], eta)
+
+
+SOLVERS = {"euler": euler_schedule, "ddim": ddim_schedule}
+
+
+@torch.no_grad()
+def solve(
+    stages: Iterable[Stage],
+    x: Tensor,
+    schedule: Schedule,
+    solver: Solver,
+    noise: Callable[[int], Tensor],
+) -> Iterator[Step]:
+    """Run the stages one after another from x (B, C, H, W), float32, and yield every step.
+
+    `noise(step)` draws standard normal noise in the shape of x; it is asked only where eta > 0.
+    """
+    for stage in stages:
+        for i in stage.steps:
+            sigma = schedule.sigmas[i]
+            denoised = stage.denoise(x, sigma, i)
+            x = solver.step(x, denoised, sigma, schedule.targets[i], noise(i) if solver.eta else None)
+            x = x * schedule.rescale(i)
+            yield Step(i, stage.name, sigma, x, denoised)

@@ -1,0 +1,1 @@
+"""The operators around the network. Takes tensors and ints; imports nothing from cutdiff."""

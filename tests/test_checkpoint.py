@@ -1,0 +1,798 @@
+"""Reading and writing models: both layouts, what diffusers writes and reads, and every way a file can be wrong."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from cutdiff.checkpoint import load, save_folder
+from cutdiff.checkpoint import text as clip
+from cutdiff.checkpoint.build import LISTED, NETWORKS, assign
+from cutdiff.checkpoint.configs import (
+    NOISE_DEFAULTS,
+    SCHEDULERS,
+    UNET_FIXED,
+    UNET_REQUIRED,
+    VAE_FIXED,
+    noise_config,
+    noise_to_diffusers,
+    unet_config,
+    unet_to_diffusers,
+    vae_config,
+    vae_to_diffusers,
+)
+from cutdiff.checkpoint.keys import unet_keys, vae_keys
+from cutdiff.checkpoint.read import sha256
+from cutdiff.checkpoint.single import PREFIXES
+from cutdiff.model import Model
+from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
+from cutdiff.models.text import TextEncoders
+from cutdiff.models.unet import UNet
+from cutdiff.models.vae import VAE
+from cutdiff.schedule import NoiseConfig
+
+CPU = torch.device("cpu")
+LENGTH = 16
+UNET = UNetConfig(
+    channels=(32, 64, 64),
+    layers_per_block=1,
+    transformer_layers=(0, 1, 2),
+    mid_transformer_layers=2,
+    num_heads=(1, 1, 1),
+    context_dim=128,
+    pooled_dim=64,
+    size_embedding_dim=8,
+)
+VAE_TINY = VAEConfig(channels=(32, 32, 64), layers_per_block=1)
+NOISE = NoiseConfig(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A random model of SDXL's shape, small enough to write a dozen times in a test run."""
+
+    unet: UNet
+    vae: VAE
+    text: TextEncoders
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32, noise: NoiseConfig = NOISE) -> Path:
+        save_folder(
+            folder,
+            unet=self.unet,
+            vae=self.vae,
+            text=self.text,
+            noise=noise,
+            zeros_for_empty_negative=False,
+            dtype=dtype,
+        )
+        return folder
+
+    def original(self) -> dict[str, Tensor]:
+        """The weights as an SDXL single file has them."""
+        unet, vae = self.unet.state_dict(), self.vae.state_dict()
+        parts = {
+            "unet": {original: unet[key] for original, key in unet_keys(self.unet).items()},
+            "vae": {original: as_convolution(original, vae[key]) for original, key in vae_keys(self.vae).items()},
+            "text_encoder": clip.with_prefix(self.text.text_encoder.state_dict()),
+            "text_encoder_2": to_open_clip(clip.with_prefix(self.text.text_encoder_2.state_dict())),
+        }
+        return {
+            PREFIXES[name] + key: tensor.contiguous() for name, part in parts.items() for key, tensor in part.items()
+        }
+
+
+def as_convolution(key: str, tensor: Tensor) -> Tensor:
+    return tensor[:, :, None, None] if ".attn_1." in key and tensor.ndim == 2 else tensor
+
+
+def to_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' names to OpenCLIP's, written the other way round than the package's conversion."""
+    written = {
+        "text_projection": tensors["text_projection.weight"].T,
+        "token_embedding.weight": tensors["text_model.embeddings.token_embedding.weight"],
+        "positional_embedding": tensors["text_model.embeddings.position_embedding.weight"],
+    }
+    for kind in ("weight", "bias"):
+        written[f"ln_final.{kind}"] = tensors[f"text_model.final_layer_norm.{kind}"]
+        for i in range(sum(key.endswith("layer_norm1.weight") for key in tensors)):
+            ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+            qkv = [tensors[f"{ours}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            written |= {
+                f"{theirs}.attn.in_proj_{kind}": torch.cat(qkv),
+                f"{theirs}.attn.out_proj.{kind}": tensors[f"{ours}.self_attn.out_proj.{kind}"],
+                f"{theirs}.ln_1.{kind}": tensors[f"{ours}.layer_norm1.{kind}"],
+                f"{theirs}.ln_2.{kind}": tensors[f"{ours}.layer_norm2.{kind}"],
+                f"{theirs}.mlp.c_fc.{kind}": tensors[f"{ours}.mlp.fc1.{kind}"],
+                f"{theirs}.mlp.c_proj.{kind}": tensors[f"{ours}.mlp.fc2.{kind}"],
+            }
+    return written
+
+
+def tiny_tokenizer(pad_token: str) -> CLIPTokenizer:
+    letters = "abcdefghijklmnopqrstuvwxyz!"
+    tokens = ["!", *letters[:-1], *(f"{letter}</w>" for letter in letters), "re", "red</w>"]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[("r", "e"), ("re", "d</w>")],
+        model_max_length=LENGTH,
+        pad_token=pad_token,
+    )
+
+
+def tiny_text() -> TextEncoders:
+    tokenizer, tokenizer_2 = tiny_tokenizer("<|endoftext|>"), tiny_tokenizer("!")
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        projection_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        max_position_embeddings=LENGTH,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    second = CLIPTextConfig(**{**config.to_dict(), "hidden_act": "gelu", "num_hidden_layers": 3, "pad_token_id": 0})
+    return TextEncoders(tokenizer, tokenizer_2, CLIPTextModel(config), CLIPTextModelWithProjection(second))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Tiny(UNet(UNET), VAE(VAE_TINY), tiny_text())
+        for network in (model.text.text_encoder, model.text.text_encoder_2):
+            for parameter in network.parameters():  # biases and norms are constants when they are new
+                nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the folder to damage."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def single_file(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    save_file(tiny.original(), path)
+    return path
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def networks(model: Model | Tiny) -> dict[str, nn.Module]:
+    text = model.text
+    return dict(zip(NETWORKS, (model.unet, model.vae, text.text_encoder, text.text_encoder_2), strict=True))
+
+
+def assert_bit_equal(a: Model | Tiny, b: Model | Tiny) -> None:
+    for name, network in networks(a).items():
+        ours, theirs = network.state_dict(), networks(b)[name].state_dict()
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, theirs[key]), f"{name}: {key}"
+
+
+def edit_json(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def another(value: Any) -> Any:
+    """A value of the same kind that is not this one."""
+    if isinstance(value, bool):
+        return not value
+    return "another" if isinstance(value, str) or value is None else value + 1
+
+
+class TestFolder:
+    def test_round_trip_is_bit_equal(self, tiny: Tiny, folder: Path) -> None:
+        model = load(folder)
+        assert_bit_equal(model, tiny)
+        assert (model.unet.config, model.vae.config, model.noise) == (UNET, VAE_TINY, NOISE)
+        assert not model.zeros_for_empty_negative
+        assert (model.source, model.dtype, model.device) == (str(folder), torch.float32, CPU)
+
+    def test_text_states_and_tokens_survive(self, tiny: Tiny, folder: Path) -> None:
+        model, prompts = load(folder), ["a red house!", "", "x" * 99]
+        for ours, theirs in zip(model.text.tokenize(prompts), tiny.text.tokenize(prompts), strict=True):
+            assert torch.equal(ours, theirs) and ours.shape == (3, LENGTH)
+        ours, theirs = model.text.encode(prompts), tiny.text.encode(prompts)
+        assert torch.equal(ours.context, theirs.context) and torch.equal(ours.pooled, theirs.pooled)
+
+    def test_networks_are_ready_to_run(self, folder: Path) -> None:
+        for network in networks(load(folder)).values():
+            assert not network.training
+            assert not any(p.requires_grad or p.is_meta for p in network.parameters())
+            assert not any(buffer.is_meta for buffer in network.buffers())
+
+    def test_weights_stay_memory_mapped(self, folder: Path) -> None:
+        maps = Path("/proc/self/maps")
+        if not maps.exists():
+            pytest.skip("the kernel does not list mapped files")
+        model = load(folder)
+        address = model.unet.conv_in.weight.data_ptr()
+        for line in maps.read_text().splitlines():
+            start, end = (int(bound, 16) for bound in line.split()[0].split("-"))
+            if start <= address < end:
+                assert line.endswith("unet/diffusion_pytorch_model.safetensors")
+                return
+        pytest.fail("the weight lies in no mapped region")
+
+    @pytest.mark.parametrize(
+        ("dtype", "upcast", "expected"),
+        [
+            (torch.float16, True, torch.float32),
+            (torch.float16, False, torch.float16),
+            (torch.bfloat16, True, torch.bfloat16),
+        ],
+    )
+    def test_dtypes(self, copy: Path, dtype: torch.dtype, upcast: bool, expected: torch.dtype) -> None:
+        edit_json(copy / "vae" / "config.json", force_upcast=upcast)
+        found = {name: next(network.parameters()).dtype for name, network in networks(load(copy, dtype=dtype)).items()}
+        assert found == {"unet": dtype, "vae": expected, "text_encoder": dtype, "text_encoder_2": dtype}
+
+    def test_half_precision_file(self, tiny: Tiny, tmp_path: Path) -> None:
+        model = load(tiny.save(tmp_path / "half", torch.float16))
+        assert torch.equal(model.unet.conv_in.weight, tiny.unet.conv_in.weight.half().float())
+
+    def test_hashes(self, folder: Path) -> None:
+        hashes = load(folder).hashes
+        assert {*hashes} == {str(file.relative_to(folder)) for file in folder.rglob("*.safetensors")}
+        assert all(sha256(folder / name) == value for name, value in hashes.items())
+
+    def test_no_part_files_are_left_and_files_are_replaced(self, tiny: Tiny, copy: Path) -> None:
+        before = load(copy)
+        tiny.save(copy)
+        assert_bit_equal(before, tiny)
+        assert not list(copy.rglob("*.part"))
+
+    def test_weight_that_overflows_is_not_saved(self, tiny: Tiny, tmp_path: Path) -> None:
+        unet = UNet(UNET)
+        nn.init.constant_(unet.conv_in.bias, 1e6)
+        with pytest.raises(ValueError, match=r"unet: conv_in.bias is not finite in torch.float16"):
+            replace(tiny, unet=unet).save(tmp_path / "overflow", torch.float16)
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+    def test_added_token_is_not_saved(self, tmp_path: Path, tiny: Tiny) -> None:
+        tokenizer = tiny_tokenizer("!")
+        tokenizer.add_tokens("<new>")
+        with pytest.raises(ValueError, match="<new>"):
+            replace(tiny, text=replace(tiny.text, tokenizer=tokenizer)).save(tmp_path)
+
+    @pytest.mark.parametrize("variant", [None, "fp16"])
+    @pytest.mark.parametrize("shard", ["10GB", "200KB"])
+    def test_what_diffusers_writes(self, folder: Path, tmp_path: Path, variant: str | None, shard: str) -> None:
+        written = Path(shutil.copytree(folder, tmp_path / "written"))
+        for path in written.rglob("*.safetensors"):
+            path.unlink()
+        unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+        vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+        unet.save_pretrained(written / "unet", variant=variant, max_shard_size=shard)
+        vae.save_pretrained(written / "vae", variant=variant, max_shard_size=shard)
+        model = load(folder)
+        for name in ("text_encoder", "text_encoder_2"):
+            networks(model)[name].save_pretrained(written / name, variant=variant, max_shard_size=shard)
+        assert len(list(written.rglob("*.safetensors"))) >= (4 if shard == "10GB" else 12)
+        read = load(written)
+        assert_bit_equal(read, model)
+        assert (read.unet.config, read.vae.config) == (UNET, VAE_TINY)
+
+    @pytest.mark.parametrize(
+        "index",
+        ["diffusion_pytorch_model.fp16.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.fp16.json"],
+    )
+    def test_both_names_of_a_variants_index(self, tiny: Tiny, copy: Path, index: str) -> None:
+        (copy / "unet" / "diffusion_pytorch_model.safetensors").rename(copy / "unet" / "shard.safetensors")
+        (copy / "unet" / index).write_text(json.dumps({"weight_map": {"conv_in.weight": "shard.safetensors"}}))
+        assert_bit_equal(load(copy), tiny)
+
+    def test_diffusers_reads_ours(self, tiny: Tiny, folder: Path) -> None:
+        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+        assert_bit_equal(load(folder), tiny)
+        assert pipeline.config.force_zeros_for_empty_prompt is False
+        assert pipeline.watermark is None
+        assert isinstance(pipeline.scheduler, diffusers.EulerDiscreteScheduler)
+        assert noise_config(pipeline.scheduler.config) == NOISE
+        for name, network in networks(tiny).items():
+            theirs = (
+                clip.named_for(network, getattr(pipeline, name).state_dict())
+                if "text" in name
+                else getattr(pipeline, name).state_dict()
+            )
+            ours = network.state_dict()
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+        for name in ("tokenizer", "tokenizer_2"):
+            ours, theirs = getattr(tiny.text, name), getattr(pipeline, name)
+            assert ours("a red house!").input_ids == theirs("a red house!").input_ids
+            assert (ours.pad_token_id, ours.model_max_length) == (theirs.pad_token_id, theirs.model_max_length)
+
+    def test_hub_id_in_the_local_cache(self, tiny: Tiny, folder: Path, empty_cache: Path) -> None:
+        repository = empty_cache / "models--someone--tiny"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        assert_bit_equal(load("someone/tiny"), tiny)
+
+
+class TestSingleFile:
+    def test_bit_equal_with_the_folder(self, single_file: Path, folder: Path) -> None:
+        model = load(single_file, config=folder)
+        assert_bit_equal(model, load(folder))
+        assert (model.noise, model.zeros_for_empty_negative) == (NOISE, False)
+        assert model.hashes == {single_file.name: sha256(single_file)}
+
+    def test_sizes_are_inferred(self, tiny: Tiny, single_file: Path, folder: Path, empty_cache: Path) -> None:
+        repository = empty_cache / "models--openai--clip-vit-large-patch14"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(folder / "tokenizer", repository / "snapshots" / ("0" * 40))
+        model = load(single_file)
+        assert_bit_equal(model, tiny)
+        assert (model.unet.config, model.vae.config) == (UNET, VAE_TINY)
+        assert (model.noise, model.zeros_for_empty_negative) == (NoiseConfig(), True)
+        ours, theirs = model.text.encode(["a red house!"]), tiny.text.encode(["a red house!"])
+        assert torch.equal(ours.context, theirs.context) and torch.equal(ours.pooled, theirs.pooled)
+
+    def test_diffusers_reads_the_same_file(self, tiny: Tiny, single_file: Path, folder: Path) -> None:
+        theirs = diffusers.UNet2DConditionModel.from_single_file(str(single_file), config=str(folder), subfolder="unet")
+        ours = tiny.unet.state_dict()
+        assert theirs.state_dict().keys() == ours.keys()
+        assert all(torch.equal(tensor, ours[key]) for key, tensor in theirs.state_dict().items())
+
+    def test_no_tokenizer(self, single_file: Path, empty_cache: Path) -> None:
+        with pytest.raises(ValueError, match="pass config=FOLDER"):
+            load(single_file)
+
+    def test_harmless_extras(self, tiny: Tiny, folder: Path, tmp_path: Path) -> None:
+        extras = {
+            "denoiser.sigmas": torch.ones(1000),
+            "model_ema.decay": torch.ones(()),
+            "model_ema.diffusion_modelconv_in": torch.ones(3),
+            f"{PREFIXES['text_encoder']}text_model.embeddings.position_ids": torch.arange(LENGTH)[None],
+            f"{PREFIXES['text_encoder_2']}logit_scale": torch.ones(()),
+        }
+        save_file({**tiny.original(), **extras}, tmp_path / "extras.safetensors")
+        assert_bit_equal(load(tmp_path / "extras.safetensors", config=folder), tiny)
+
+    @pytest.mark.parametrize(
+        ("key", "message"),
+        [
+            ("model.diffusion_model.extra", r"unet: the weights do not fit .* 1 unexpected: extra$"),
+            (
+                "conditioner.embedders.1.model.transformer.resblocks.0.gate.weight",
+                r"unexpected: transformer.resblocks.0.gate",
+            ),
+            ("lora_unet.down", r"1 keys belong to no network of SDXL: lora_unet.down"),
+            ("v_pred", r"is marked v_pred: pass config=FOLDER"),
+        ],
+    )
+    def test_unknown_keys(self, tiny: Tiny, folder: Path, tmp_path: Path, key: str, message: str) -> None:
+        path = tmp_path / "model.safetensors"
+        save_file({**tiny.original(), key: torch.zeros(1)}, path)
+        with pytest.raises(ValueError, match=message):
+            load(path, config=None if key == "v_pred" else folder)
+
+    def test_mark_is_accepted_with_a_configuration(self, tiny: Tiny, folder: Path, tmp_path: Path) -> None:
+        save_file({**tiny.original(), "v_pred": torch.zeros(0)}, tmp_path / "model.safetensors")
+        assert load(tmp_path / "model.safetensors", config=folder).noise.prediction_type == "v_prediction"
+
+    @pytest.mark.parametrize(
+        ("key", "message"),
+        [
+            ("cond_stage_model.transformer.x", "Stable Diffusion 1 or 2"),
+            ("conditioner.embedders.0.model.ln_final.weight", "SDXL refiner"),
+            ("down_blocks.0.resnets.0.conv1.weight", "single network in the diffusers layout"),
+            ("x", "no SDXL checkpoint in the original layout"),
+        ],
+    )
+    def test_other_families(self, tmp_path: Path, key: str, message: str) -> None:
+        save_file({key: torch.zeros(1)}, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "other.safetensors")
+
+    def test_config_with_a_folder(self, folder: Path) -> None:
+        with pytest.raises(ValueError, match="is for single files"):
+            load(folder, config=folder)
+
+
+class TestKeys:
+    """The maps on SDXL-base itself and on other shapes, against diffusers' converters, on the meta device."""
+
+    @pytest.mark.parametrize(
+        "config", [SDXL_UNET, UNET, replace(UNET, transformer_layers=(1, 0, 3), layers_per_block=3)]
+    )
+    def test_unet(self, config: UNetConfig) -> None:
+        with torch.device("meta"):
+            unet = UNet(config)
+        keys, state = unet_keys(unet), unet.state_dict()
+        assert {*keys.values()} == {*state} and len(keys) == len(state)
+        original = {PREFIXES["unet"] + name: state[key] for name, key in keys.items()}
+        converted = convert_ldm_unet_checkpoint(original, unet_to_diffusers(config))
+        assert converted.keys() == state.keys()
+        assert all(converted[key] is state[key] for key in state)
+
+    @pytest.mark.parametrize("config", [SDXL_VAE, VAE_TINY])
+    def test_vae(self, config: VAEConfig) -> None:
+        with torch.device("meta"):
+            vae = VAE(config)
+        keys, state = vae_keys(vae), vae.state_dict()
+        assert {*keys.values()} == {*state} and len(keys) == len(state)
+        original = {PREFIXES["vae"] + name: as_convolution(name, state[key]) for name, key in keys.items()}
+        names = {PREFIXES["vae"] + name: key for name, key in keys.items()}
+        marked = (
+            {name: torch.full_like(tensor, i, device="cpu") for i, (name, tensor) in enumerate(original.items())}
+            if config is VAE_TINY
+            else original
+        )
+        converted = convert_ldm_vae_checkpoint(dict(marked), vae_to_diffusers(config, sample_size=64))
+        assert {key: tensor.shape for key, tensor in converted.items()} == {k: t.shape for k, t in state.items()}
+        if config is VAE_TINY:
+            for i, name in enumerate(original):
+                assert converted[names[name]].flatten()[0] == i
+
+    def test_sdxl_base_names(self) -> None:
+        with torch.device("meta"):
+            unet, vae = unet_keys(UNet(SDXL_UNET)), vae_keys(VAE(SDXL_VAE))
+        assert len(unet) == 1680 and len(vae) == 248
+        assert unet["input_blocks.8.1.transformer_blocks.9.attn2.to_k.weight"] == (
+            "down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k.weight"
+        )
+        assert unet["output_blocks.5.2.conv.bias"] == "up_blocks.1.upsamplers.0.conv.bias"
+        assert vae["decoder.up.0.block.0.nin_shortcut.weight"] == "decoder.up_blocks.3.resnets.0.conv_shortcut.weight"
+
+    def test_open_clip(self, tiny: Tiny) -> None:
+        state = clip.with_prefix(tiny.text.text_encoder_2.state_dict())
+        original = to_open_clip(state)
+        ours = clip.from_open_clip(original)
+        assert ours.keys() == state.keys()
+        assert all(torch.equal(ours[key], state[key]) for key in state)
+        prefixed = {f"{PREFIXES['text_encoder_2']}{key}": tensor for key, tensor in original.items()}
+        theirs = convert_open_clip_checkpoint(tiny.text.text_encoder_2, prefixed, prefix=PREFIXES["text_encoder_2"])
+        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+        fused = original["transformer.resblocks.0.attn.in_proj_weight"]
+        query = ours["text_model.encoder.layers.0.self_attn.q_proj.weight"]
+        assert query.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
+
+
+class TestStrictness:
+    def test_every_kind_of_wrong_key_in_one_error(self, copy: Path) -> None:
+        def edit(tensors: dict[str, Tensor]) -> None:
+            del tensors["conv_in.bias"]
+            tensors["conv_in.weight"] = torch.zeros(32, 4, 1, 1)
+            tensors["strange"] = torch.zeros(1)
+            tensors["conv_out.bias"] = torch.zeros(4, dtype=torch.int8)
+
+        edit_tensors(copy / "unet" / "diffusion_pytorch_model.safetensors", edit)
+        with pytest.raises(ValueError) as raised:
+            load(copy)
+        message = str(raised.value)
+        for expected in (
+            f"{copy}: unet",
+            "1 missing: conv_in.bias",
+            "1 unexpected: strange",
+            "1 of another shape: conv_in.weight (32, 4, 1, 1) where (32, 4, 3, 3) belongs",
+            "1 quantized: conv_out.bias",
+        ):
+            assert expected in message
+        assert "\n" not in message
+
+    def test_long_lists_are_counted(self) -> None:
+        with torch.device("meta"):
+            unet = UNet(UNET)
+        total = len(unet.state_dict())
+        with pytest.raises(ValueError, match=rf"{total} missing: .* and {total - LISTED} more") as raised:
+            assign(unet, {}, name="unet", device=CPU, dtype=torch.float32)
+        assert str(raised.value).count(",") == LISTED - 1
+
+    def test_harmless_extras(self, tiny: Tiny, copy: Path) -> None:
+        def edit(tensors: dict[str, Tensor]) -> None:
+            tensors["text_model.embeddings.position_ids"] = torch.arange(LENGTH)[None]
+            tensors["logit_scale"] = torch.ones(())
+
+        for name in ("text_encoder", "text_encoder_2"):
+            edit_tensors(copy / name / "model.safetensors", edit)
+        assert_bit_equal(load(copy), tiny)
+
+    @pytest.mark.parametrize("prefix", ["text_model.", ""])
+    def test_both_names_of_text_weights(self, tiny: Tiny, copy: Path, prefix: str) -> None:
+        path = copy / "text_encoder" / "model.safetensors"
+        save_file({prefix + k.removeprefix("text_model."): t.clone() for k, t in load_file(path).items()}, path)
+        assert_bit_equal(load(copy), tiny)
+
+
+class TestWrongFiles:
+    WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "is a Git LFS pointer"),
+            (b"<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
+            (pickle.dumps({"conv_in.weight": 1.0}), "is a pickled checkpoint"),
+            (b"PK\x03\x04" + bytes(64), "is a pickled checkpoint"),
+            (b"", "is empty"),
+            (b"nonsense" * 9, "is no safetensors file, or a truncated one"),
+        ],
+        ids=["lfs", "html", "pickle", "zip", "empty", "nonsense"],
+    )
+    def test_content(self, copy: Path, content: bytes, message: str) -> None:
+        for path in (copy / self.WEIGHTS, copy / "model.safetensors"):
+            path.write_bytes(content)
+        for path in (copy, copy / "model.safetensors"):
+            with pytest.raises(ValueError, match=f"safetensors {message}") as raised:
+                load(path)
+            assert "\n" not in str(raised.value)
+
+    def test_truncated(self, copy: Path) -> None:
+        path = copy / self.WEIGHTS
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(ValueError, match="or a truncated one: download it again"):
+            load(copy)
+
+    @pytest.mark.parametrize(
+        ("missing", "message"),
+        [
+            ("model_index.json", "is no diffusers model: it has no model_index.json"),
+            ("unet/config.json", "unet/config.json is missing"),
+            ("unet/diffusion_pytorch_model.safetensors", "unet holds no diffusion_pytorch_model.safetensors"),
+            ("text_encoder_2/model.safetensors", "text_encoder_2 holds no model.safetensors"),
+            ("tokenizer/vocab.json", "tokenizer holds no tokenizer"),
+            ("scheduler/scheduler_config.json", "scheduler_config.json is missing"),
+        ],
+    )
+    def test_missing_file(self, copy: Path, missing: str, message: str) -> None:
+        (copy / missing).unlink()
+        with pytest.raises(ValueError, match=message):
+            load(copy)
+
+    def test_only_pickled_weights(self, copy: Path) -> None:
+        (copy / self.WEIGHTS).rename(copy / "unet" / "diffusion_pytorch_model.bin")
+        with pytest.raises(ValueError, match="safe_serialization=True"):
+            load(copy)
+
+    @pytest.mark.parametrize(
+        ("index", "message"),
+        [
+            ({"weight_map": {"conv_in.weight": "gone.safetensors"}}, "gone.safetensors is missing, one of 1 shards"),
+            ({"weight_map": {"conv_in.weight": "../up.safetensors"}}, "not a plain file name"),
+            ({}, "has no weight_map"),
+        ],
+    )
+    def test_bad_index(self, copy: Path, index: dict[str, Any], message: str) -> None:
+        (copy / self.WEIGHTS).unlink()
+        (copy / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=message):
+            load(copy)
+
+    @pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "holds a list")])
+    def test_bad_json(self, copy: Path, content: str, message: str) -> None:
+        (copy / "vae" / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load(copy)
+
+    def test_other_pipeline(self, copy: Path) -> None:
+        edit_json(copy / "model_index.json", _class_name="FluxPipeline")
+        with pytest.raises(ValueError, match="is a FluxPipeline"):
+            load(copy)
+
+    @pytest.mark.parametrize(
+        ("path", "field", "value", "message"),
+        [
+            ("unet/config.json", "in_channels", 9, "U-Net's input and of the VAE's latents differ, 9 and 4"),
+            ("unet/config.json", "cross_attention_dim", 64, "context width .* 64 and 128"),
+            ("text_encoder_2/config.json", "projection_dim", 32, "pooled width .* 64 and 32"),
+            ("text_encoder/config.json", "vocab_size", 9, "the tokenizer has 58 tokens, its encoder only 9"),
+            ("tokenizer/tokenizer_config.json", "model_max_length", 9, "different lengths, 9 and 16"),
+            ("unet/config.json", "act_fn", "gelu", "unet/config.json: act_fn='gelu' is not supported"),
+        ],
+    )
+    def test_parts_that_do_not_fit(self, copy: Path, path: str, field: str, value: object, message: str) -> None:
+        edit_json(copy / path, **{field: value})
+        with pytest.raises(ValueError, match=message):
+            load(copy)
+
+    def test_tokenizer_without_a_length_takes_the_encoders(self, copy: Path) -> None:
+        for name in ("tokenizer", "tokenizer_2"):
+            edit_json(copy / name / "tokenizer_config.json", model_max_length=10**30)
+        assert load(copy).text.tokenizer.model_max_length == LENGTH
+
+
+class TestPaths:
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="nowhere does not exist: pass a diffusers folder"):
+            load(tmp_path / "nowhere")
+
+    def test_no_such_hub_id(self, empty_cache: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="no model in the local Hugging Face cache"):
+            load("someone/nothing")
+
+    def test_integer_dtype(self) -> None:
+        with pytest.raises(ValueError, match=r"dtype=torch.int8 is no floating-point type"):
+            load(dtype=torch.int8)
+
+    @pytest.mark.parametrize("root", ["package", "."])
+    def test_embedded(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str) -> None:
+        monkeypatch.setattr("cutdiff.checkpoint.load.PACKAGE", tmp_path / "package")
+        monkeypatch.chdir(tmp_path.parent)
+        with pytest.raises(FileNotFoundError, match="the embedded model is missing"):
+            load()
+        tiny.save(tmp_path / root / "weights" / "scenes")
+        assert_bit_equal(load(), tiny)
+        assert_bit_equal(load("weights/scenes"), tiny)
+
+
+class TestConfigs:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            SDXL_UNET,
+            UNET,
+            UNetConfig(channels=(8, 16), transformer_layers=(3, 0), num_heads=(2, 4), norm_groups=8, native_size=16),
+        ],
+    )
+    def test_unet_round_trip(self, config: UNetConfig) -> None:
+        assert unet_config(json.loads(json.dumps(unet_to_diffusers(config)))) == config
+
+    def test_unet_agrees_with_diffusers(self) -> None:
+        for config in (SDXL_UNET, UNET, replace(UNET, transformer_layers=(2, 1, 0), num_heads=(2, 4, 8))):
+            with torch.device("meta"):
+                ours, theirs = UNet(config), diffusers.UNet2DConditionModel.from_config(unet_to_diffusers(config))
+            assert shapes(ours) == shapes(theirs)
+            assert unet_config(theirs.config) == config
+
+    def test_vae_agrees_with_diffusers(self) -> None:
+        for config in (SDXL_VAE, VAE_TINY):
+            with torch.device("meta"):
+                theirs = diffusers.AutoencoderKL.from_config(vae_to_diffusers(config, sample_size=64))
+                ours = VAE(config)
+            assert shapes(ours) == shapes(theirs)
+            assert vae_config(theirs.config) == config
+
+    def test_missing_fields_take_diffusers_defaults(self) -> None:
+        given = {"use_linear_projection": True, "addition_embed_type": "text_time"}
+        given |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 112, "sample_size": 32}
+        with torch.device("meta"):
+            theirs = diffusers.UNet2DConditionModel(**given)
+        assert unet_config(given) == unet_config(theirs.config)
+        with torch.device("meta"):
+            assert vae_config({}) == vae_config(diffusers.AutoencoderKL().config)
+
+    def test_unet_with_two_depths_cannot_be_saved(self) -> None:
+        with pytest.raises(ValueError, match="mid_transformer_layers=5 must equal"):
+            unet_to_diffusers(replace(UNET, mid_transformer_layers=5))
+
+    def test_num_attention_heads_overrides(self) -> None:
+        fields = unet_to_diffusers(UNET) | {"num_attention_heads": [2, 4, 8]}
+        assert unet_config(fields).num_heads == (2, 4, 8)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            *((field, another(value)) for field, value in (UNET_FIXED | UNET_REQUIRED).items()),
+            ("up_block_types", ["CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"]),
+            ("down_block_types", ["DownBlock2D", "SimpleCrossAttnDownBlock2D", "CrossAttnDownBlock2D"]),
+            ("sample_size", None),
+            ("sample_size", [64, 128]),
+            ("layers_per_block", [1, 2, 1]),
+            ("cross_attention_dim", [1, 2, 1]),
+            ("only_cross_attention", [True, False, False]),
+            ("attention_head_dim", [1, 2]),
+            ("transformer_layers_per_block", [[1], [2], [3]]),
+            ("norm_num_groups", None),
+            ("a_field_of_the_future", "yes"),
+        ],
+    )
+    def test_unsupported_unet_field(self, field: str, value: object) -> None:
+        with pytest.raises(ValueError, match=rf"^{field}=.* is not supported"):
+            unet_config(unet_to_diffusers(UNET) | {field: value})
+
+    @pytest.mark.parametrize("field", [*UNET_REQUIRED])
+    def test_missing_unet_field(self, field: str) -> None:
+        fields = unet_to_diffusers(UNET)
+        del fields[field]
+        with pytest.raises(ValueError, match=rf"^{field}=None is not supported"):
+            unet_config(fields)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("act_fn", "gelu"),
+            ("shift_factor", 0.1),
+            ("latents_mean", [0.0, 0.1, 0.2, 0.3]),
+            ("latents_std", [1.0, 1.0, 1.0, 1.0]),
+            ("use_quant_conv", False),
+            ("use_post_quant_conv", False),
+            ("mid_block_add_attention", False),
+            ("down_block_types", ["DownEncoderBlock2D"]),
+            ("up_block_types", ["AttnUpDecoderBlock2D"] * 3),
+            ("layers_per_block", None),
+        ],
+    )
+    def test_unsupported_vae_field(self, field: str, value: object) -> None:
+        assert field not in VAE_FIXED or VAE_FIXED[field] != value
+        with pytest.raises(ValueError, match=rf"^{field}=.* is not supported"):
+            vae_config(vae_to_diffusers(VAE_TINY, sample_size=64) | {field: value})
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("_class_name", "FlowMatchEulerDiscreteScheduler"),
+            ("trained_betas", [0.1, 0.2]),
+            ("thresholding", True),
+            ("use_exponential_sigmas", True),
+            ("use_beta_sigmas", True),
+            ("final_sigmas_type", "sigma_min"),
+            ("interpolation_type", "log_linear"),
+            ("timestep_type", "continuous"),
+            ("sigma_min", 0.1),
+        ],
+    )
+    def test_unsupported_scheduler_field(self, field: str, value: object) -> None:
+        with pytest.raises(ValueError, match=rf"^{field}=.* is not supported"):
+            noise_config(noise_to_diffusers(NOISE) | {field: value})
+
+    def test_sample_prediction(self) -> None:
+        with pytest.raises(ValueError, match="prediction_type='sample'"):
+            noise_config(noise_to_diffusers(NOISE) | {"prediction_type": "sample"})
+
+    def test_clipping_matters_to_ddim_only(self) -> None:
+        fields = noise_to_diffusers(NOISE) | {"clip_sample": True}
+        assert noise_config(fields) == NOISE
+        with pytest.raises(ValueError, match="^clip_sample=True is not supported"):
+            noise_config(fields | {"_class_name": "DDIMScheduler"})
+        with pytest.raises(ValueError, match="^clip_sample=True is not supported"):
+            noise_config({"_class_name": "DDIMScheduler"})
+
+    def test_noise_round_trip(self) -> None:
+        for noise in (NoiseConfig(), NOISE, NoiseConfig(use_karras_sigmas=True, beta_schedule="linear")):
+            assert noise_config(json.loads(json.dumps(noise_to_diffusers(noise)))) == noise
+
+    @pytest.mark.parametrize("name", [*SCHEDULERS])
+    def test_defaults_are_those_of_the_scheduler(self, name: str) -> None:
+        parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+        for field, value in (NOISE_DEFAULTS | SCHEDULERS[name]).items():
+            if field in parameters:
+                assert parameters[field].default == value, field
+
+
+def shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in network.state_dict().items()}
