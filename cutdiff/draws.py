@@ -50,10 +50,9 @@ class Draws:
         does not move, so that the views cover the canvas wherever they covered it without jitter.
         """
         grid = view_grid(size, window, stride)  # (V, 2)
-        limit = torch.tensor(jitter)
         last = torch.tensor(size) - torch.tensor(window)
-        low = torch.where((grid == last) & (last > 0), 0, -limit).where(last > 0, 0)
-        high = torch.where(grid == 0, 0, limit).where(last > 0, 0)
+        low = torch.where(grid == last, 0, -torch.tensor(jitter))
+        high = torch.where(grid == 0, 0, torch.tensor(jitter))
         draws = []
         for seed in self.seeds:
             uniform = torch.rand(grid.shape, generator=_generator(seed, ORIGINS, step))

@@ -74,8 +74,8 @@ def make_solver(name: str, eta: float = 0.0) -> Solver:
     """Look a solver up by name: "euler" or "ddim" (the only one that takes eta)."""
     if name not in SOLVERS:
         raise ValueError(f"solver {name!r} is not one of {', '.join(SOLVERS)}")
-    if eta < 0 or not math.isfinite(eta):
-        raise ValueError(f"eta={eta} must be 0 or more")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} must be between 0 and 1")
     if eta and name != "ddim":
         raise ValueError(f"eta={eta} needs the ddim solver, not {name}")
     return Solver(SOLVERS[name], eta)

@@ -8,11 +8,9 @@ import torch
 
 from cutdiff.checkpoint import folder, single
 from cutdiff.checkpoint.build import build_model, empty_networks
+from cutdiff.checkpoint.locate import locate
 from cutdiff.checkpoint.read import read_tensors, sha256
 from cutdiff.model import Model
-
-EMBEDDED = "weights/scenes"
-PACKAGE = Path(__file__).parents[1]
 
 
 def load(
@@ -39,7 +37,7 @@ def load(
         raise ValueError(
             f"dtype={dtype} is no floating-point type: pass torch.float32, torch.bfloat16 or torch.float16"
         )
-    source, device = resolve(path), torch.device(device)
+    source, device = locate(path), torch.device(device)
     if source.is_dir():
         if config is not None:
             raise ValueError(
@@ -52,37 +50,8 @@ def load(
         hashes = {str(file.relative_to(source)): sha256(file) for shards in files.values() for file in shards}
     else:
         parts = single.split(read_tensors(source), name=str(source), has_config=config is not None)
-        blueprint = single.infer_blueprint(parts) if config is None else folder.read_blueprint(resolve(config))
+        blueprint = single.infer_blueprint(parts) if config is None else folder.read_blueprint(locate(config))
         networks = empty_networks(blueprint)
         weights = single.convert(parts, networks)
         hashes = {source.name: sha256(source)}
     return build_model(blueprint, networks, weights, device=device, dtype=dtype, source=str(source), hashes=hashes)
-
-
-def resolve(path: str | Path | None) -> Path:
-    """The folder or file that a path, a hub id or None stands for. Raises FileNotFoundError where there is none."""
-    if path is not None and Path(path).exists():
-        return Path(path)
-    if path is None or Path(path) == Path(EMBEDDED):
-        return _embedded()
-    if isinstance(path, str) and path.count("/") == 1:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(path, local_files_only=True))
-        except (HFValidationError, LocalEntryNotFoundError):
-            raise FileNotFoundError(
-                f"{path} is no file or folder, and no model in the local Hugging Face cache: check the path, or fetch "
-                f"the model with `hf download {path}`"
-            ) from None
-    raise FileNotFoundError(f"{path} does not exist: pass a diffusers folder or a .safetensors file")
-
-
-def _embedded() -> Path:
-    for root in (PACKAGE, PACKAGE.parent):  # in a wheel, in a clone
-        if (root / EMBEDDED).is_dir():
-            return root / EMBEDDED
-    raise FileNotFoundError(
-        f"the embedded model is missing from {PACKAGE.parent / EMBEDDED}: reinstall, or pass a path"
-    )

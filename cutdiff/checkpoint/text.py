@@ -99,13 +99,14 @@ def materialise_positions(encoder: nn.Module, device: torch.device) -> None:
             module.position_ids = torch.arange(ids.shape[-1], device=device).expand(1, -1)
 
 
-def read_tokenizer(folder: Path, **special_tokens: str) -> CLIPTokenizer:
-    """A tokenizer in CLIP's file format. Raises ValueError where the folder holds none."""
+def read_tokenizer(folder: Path, *, pad_token: str | None = None) -> CLIPTokenizer:
+    """A tokenizer in CLIP's file format, by default with its own padding. Raises ValueError where there is none."""
     from transformers import CLIPTokenizer
 
     if not _holds_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer (vocab.json and merges.txt), so the model is incomplete")
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special_tokens)
+    special: dict[str, Any] = {} if pad_token is None else {"pad_token": pad_token}
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special)
 
 
 def cached_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:

@@ -16,6 +16,8 @@ def cutdiffusion(run: Run) -> list[Stage]:
     """The structure stage takes the first ceil(structure_fraction · num_steps) steps, the detail stage the others."""
     switch = math.ceil(run.structure_fraction * run.num_steps)
     jitter = ((run.window[0] - run.strides[0]) // 4, (run.window[1] - run.strides[1]) // 4)
+    if run.size == run.window:  # a single view cannot move, and is then `direct` to the bit
+        jitter = (0, 0)
     return [
         Stage("structure", range(switch), denoise_patches(run)),
         Stage("detail", range(switch, run.num_steps), denoise_views(run, jitter)),

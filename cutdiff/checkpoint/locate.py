@@ -1,0 +1,37 @@
+"""Where a model lies: a path, a hub id in the local cache, or the embedded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+EMBEDDED = "weights/scenes"
+PACKAGE = Path(__file__).parents[1]
+
+
+def locate(path: str | Path | None) -> Path:
+    """The folder or file that a path, a hub id or None stands for. Raises FileNotFoundError where there is none."""
+    if path is not None and Path(path).exists():
+        return Path(path)
+    if path is None or Path(path) == Path(EMBEDDED):
+        return _embedded()
+    if isinstance(path, str) and path.count("/") == 1:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(path, local_files_only=True))
+        except (HFValidationError, LocalEntryNotFoundError):
+            raise FileNotFoundError(
+                f"{path} is no file or folder, and no model in the local Hugging Face cache: check the path, or fetch "
+                f"the model with `hf download {path}`"
+            ) from None
+    raise FileNotFoundError(f"{path} does not exist: pass a diffusers folder or a .safetensors file")
+
+
+def _embedded() -> Path:
+    for root in (PACKAGE, PACKAGE.parent):  # in a wheel, in a clone
+        if (root / EMBEDDED).is_dir():
+            return root / EMBEDDED
+    raise FileNotFoundError(
+        f"the embedded model is missing from {PACKAGE.parent / EMBEDDED}: reinstall, or pass a path"
+    )

@@ -1,0 +1,51 @@
+"""Settings and fixtures that every test shares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+from cutdiff.model import Model
+from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.models.unet import UNet
+from cutdiff.models.vae import VAE
+from cutdiff.scenes.vocabulary import WIDTH, make_text_encoders
+from cutdiff.schedule import NoiseConfig
+
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci")
+
+
+def pytest_sessionstart() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Model:
+    """A random network of the family: native size 8 latents, 8 pixels each, the scenes' words."""
+    torch.manual_seed(0)
+    unet = UNet(
+        UNetConfig(
+            channels=(16, 32),
+            layers_per_block=1,
+            transformer_layers=(0, 1),
+            mid_transformer_layers=1,
+            num_heads=(2, 4),
+            context_dim=2 * WIDTH,
+            pooled_dim=WIDTH,
+            size_embedding_dim=8,
+            norm_groups=4,
+            native_size=8,
+        )
+    )
+    vae = VAE(VAEConfig(channels=(8, 8, 8, 16), layers_per_block=1, norm_groups=4, scaling_factor=0.5))
+    return Model(
+        unet=unet.eval().requires_grad_(False),
+        vae=vae.eval().requires_grad_(False),
+        text=make_text_encoders(),
+        noise=NoiseConfig(),
+        zeros_for_empty_negative=True,
+        source="random",
+        hashes={"unet/random": "0" * 64},
+    )

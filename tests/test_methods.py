@@ -1,0 +1,163 @@
+"""The methods as canvas denoisers: what must hold whatever the network says, on a small random one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cutdiff
+from cutdiff.draws import Draws
+from cutdiff.methods import METHODS
+from cutdiff.model import Model
+from cutdiff.patches import GRAINS
+from cutdiff.settings import INTERACTIONS, METHOD_NAMES, SOLVER_NAMES
+from cutdiff.solvers import SOLVERS
+
+PROMPT = "a red house at night"
+
+
+def latents(model: Model, prompt: str | list[str] = PROMPT, **options: Any) -> Tensor:
+    return list(cutdiff.denoise(model, prompt, **options))[-1].latents
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_the_command_line_knows_every_name() -> None:
+    assert tuple(METHODS) == METHOD_NAMES
+    assert tuple(SOLVERS) == SOLVER_NAMES
+    assert GRAINS == INTERACTIONS
+
+
+@pytest.mark.parametrize("solver", SOLVER_NAMES)
+@pytest.mark.parametrize("size_conditioning", ["native", "target"])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (56, 24)])
+def test_cutdiffusion_on_one_patch_is_direct_to_the_bit(
+    tiny_model: Model, solver: str, size_conditioning: str, height: int, width: int
+) -> None:
+    options = {"height": height, "width": width, "num_steps": 5, "solver": solver}
+    direct = latents(tiny_model, method="direct", **options)
+    cut = latents(tiny_model, method="cutdiffusion", size_conditioning=size_conditioning, **options)
+    assert torch.equal(cut, direct)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (192, 64), (136, 200), (8, 72)])
+def test_every_size_that_is_a_multiple_of_8_can_be_drawn(
+    tiny_model: Model, method: str, height: int, width: int
+) -> None:
+    x = latents(tiny_model, method=method, height=height, width=width, num_steps=2)
+    assert x.shape == (1, 4, height // 8, width // 8)
+    assert x.isfinite().all()
+
+
+@hypothesis_settings(max_examples=25)
+@given(num_steps=st.integers(1, 9), fraction=st.floats(0, 1), odd=st.booleans())
+def test_the_stages_meet_for_every_number_of_steps(
+    tiny_model: Model, num_steps: int, fraction: float, odd: bool
+) -> None:
+    """Structure first, detail after, no step missed; the state is on the canvas at every step."""
+    size = 72 if odd else 128
+    steps = list(
+        cutdiff.denoise(tiny_model, PROMPT, height=size, width=size, num_steps=num_steps, structure_fraction=fraction)
+    )
+    assert [step.index for step in steps] == list(range(num_steps))
+    names = [step.stage for step in steps]
+    switch = names.count("structure")
+    assert names == ["structure"] * switch + ["detail"] * (num_steps - switch)
+    assert switch == math.ceil(fraction * num_steps)
+    assert all(step.latents.shape == (1, 4, size // 8, size // 8) for step in steps)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_the_view_batch_size_changes_nothing_but_rounding(tiny_model: Model, method: str) -> None:
+    options = {"method": method, "num_steps": 4}
+    whole = latents(tiny_model, view_batch_size=100, **options)
+    for view_batch_size in (1, 3):
+        assert relative_error(latents(tiny_model, view_batch_size=view_batch_size, **options), whole) < 1e-4
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_batch_of_two_prompts_gives_what_two_runs_give(tiny_model: Model, method: str) -> None:
+    options = {"method": method, "num_steps": 4, "height": 128, "width": 96}
+    prompts = ["a red house at night", "a pink balloon over a lake"]
+    both = latents(tiny_model, prompts, seed=5, **options)
+    for i, prompt in enumerate(prompts):
+        assert relative_error(both[i], latents(tiny_model, prompt, seed=5 + i, **options)[0]) < 1e-4
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_another_picture(tiny_model: Model) -> None:
+    first = latents(tiny_model, num_steps=3, seed=1)
+    assert torch.equal(first, latents(tiny_model, num_steps=3, seed=1))
+    assert relative_error(latents(tiny_model, num_steps=3, seed=2), first) > 0.1
+
+
+def test_without_structure_cutdiffusion_is_multidiffusion_with_jitter(tiny_model: Model) -> None:
+    class Still(Draws):
+        def view_origins(self, step, size, window, stride, jitter):  # noqa: ANN001, ANN202
+            return super().view_origins(step, size, window, stride, (0, 0))[0]
+
+    options = {"num_steps": 3, "draws": Still((0,))}
+    cut = latents(tiny_model, method="cutdiffusion", structure_fraction=0.0, **options)
+    assert torch.equal(cut, latents(tiny_model, method="multidiffusion", **options))
+
+
+def test_guidance_1_evaluates_the_prompt_alone(tiny_model: Model) -> None:
+    evaluations = [
+        cutdiff.generate(tiny_model, PROMPT, num_steps=4, guidance_scale=g).record["network_evaluations"]
+        for g in (1.0, 2.0)
+    ]
+    assert evaluations == [2 * 4 + 2 * 9, 2 * (2 * 4 + 2 * 9)], "4 patches and 9 views at twice the native size"
+
+
+def test_a_negative_prompt_and_the_interaction_matter(tiny_model: Model) -> None:
+    base = latents(tiny_model, num_steps=3)
+    assert relative_error(latents(tiny_model, num_steps=3, negative_prompt="a tent"), base) > 1e-4
+    assert relative_error(latents(tiny_model, num_steps=3, interaction="pixel"), base) > 1e-4
+    assert relative_error(latents(tiny_model, num_steps=3, size_conditioning="target"), base) > 1e-4
+
+
+def test_ddim_with_eta_draws_its_noise_from_draws(tiny_model: Model) -> None:
+    steps: list[int | None] = []
+
+    class Recorded(Draws):
+        def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
+            steps.append(step)
+            return super().noise(shape, step)
+
+    latents(tiny_model, num_steps=3, solver="ddim", eta=1.0, draws=Recorded((0,)))
+    assert steps == [None, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("height", 100),
+        ("width", 0),
+        ("num_steps", 0),
+        ("num_steps", 1001),
+        ("stride", 0),
+        ("stride", 9),
+        ("structure_fraction", 1.1),
+        ("structure_fraction", float("nan")),
+        ("guidance_scale", float("inf")),
+        ("seed", -1),
+        ("method", "magic"),
+        ("solver", "heun"),
+        ("interaction", "row"),
+        ("size_conditioning", "both"),
+        ("view_batch_size", 0),
+        ("eta", 0.5),
+    ],
+)
+def test_options_that_cannot_be_used_are_named_before_any_work(tiny_model: Model, option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{option}={value!r}".replace("(", r"\(")):
+        cutdiff.denoise(tiny_model, PROMPT, **{option: value})

@@ -1,0 +1,183 @@
+"""Sigmas, timesteps and initial scale against the published schedulers, and the table of sigmas by itself."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published import in_float64, published_ddim, published_euler
+
+from cutdiff.schedule import (
+    BETA_SCHEDULES,
+    SPACINGS,
+    NoiseConfig,
+    NoiseTable,
+    alphas_cumprod,
+    ddim_schedule,
+    euler_schedule,
+)
+
+# The published Euler turns tensors into arrays in a way that numpy 2 is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+MAKERS = pytest.mark.parametrize("make", [euler_schedule, ddim_schedule])
+
+
+@st.composite
+def noise_configs(draw: st.DrawFn) -> NoiseConfig:
+    """Any beta schedule and any spacing, over 20 to 1000 training timesteps, with an offset that stays among them."""
+    return NoiseConfig(
+        num_train_timesteps=draw(st.integers(20, 1000)),
+        beta_start=draw(st.floats(1e-4, 1e-3)),
+        beta_end=draw(st.floats(5e-3, 2e-2)),
+        beta_schedule=draw(st.sampled_from(BETA_SCHEDULES)),
+        timestep_spacing=draw(st.sampled_from(SPACINGS)),
+        steps_offset=draw(st.integers(0, 1)),
+        use_karras_sigmas=draw(st.booleans()),
+        rescale_betas_zero_snr=draw(st.booleans()),
+        set_alpha_to_one=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=50)
+@given(noise_configs(), st.data())
+def test_euler_schedule_is_the_published_one(config: NoiseConfig, data: st.DataObject) -> None:
+    num_steps = data.draw(st.integers(1, config.num_train_timesteps // 2))
+    with in_float64():
+        published = published_euler(config)
+        published.set_timesteps(num_steps)
+    ours = euler_schedule(config, num_steps)
+    assert ours.num_steps == num_steps
+    # "trailing" gives them one timestep too many at some lengths, which is -1. Their "linspace" rounds fractional
+    # timesteps to float32, between which sigma is steep where the signal-to-noise ratio goes to zero.
+    np.testing.assert_allclose(ours.sigmas[:-1], published.sigmas[:num_steps].numpy(), rtol=1e-5)
+    np.testing.assert_allclose(ours.timesteps, published.timesteps[:num_steps].numpy(), atol=1e-4)
+    assert ours.init_scale == pytest.approx(float(published.init_noise_sigma), rel=1e-5)
+
+
+@settings(max_examples=50)
+@given(noise_configs(), st.data())
+def test_ddim_schedule_is_the_published_one(config: NoiseConfig, data: st.DataObject) -> None:
+    n = config.num_train_timesteps
+    num_steps = data.draw(st.integers(1, n // 2))
+    with in_float64():
+        published = published_ddim(config)
+        published.set_timesteps(num_steps)
+    ours = ddim_schedule(config, num_steps)
+    timesteps = published.timesteps[:num_steps].numpy()
+    np.testing.assert_array_equal(ours.timesteps, timesteps)
+
+    alphas = published.alphas_cumprod.numpy()
+    reached = timesteps - n // num_steps
+    reached_alphas = np.where(reached >= 0, alphas[reached], float(published.final_alpha_cumprod))
+    # We cap sigma where the alpha of a zero terminal SNR is 0.
+    alphas = np.maximum(alphas, 2.0**-44)
+    np.testing.assert_allclose(ours.sigmas[:-1], np.sqrt(1 / alphas[timesteps] - 1), rtol=1e-9)
+    np.testing.assert_allclose(ours.targets, np.sqrt(1 / reached_alphas - 1), rtol=1e-9)
+    assert ours.init_scale == pytest.approx(math.sqrt(1 + ours.sigmas[0] ** 2))
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps_offset"), [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)]
+)
+def test_timesteps_are_the_published_ones_at_every_common_length(spacing: str, steps_offset: int) -> None:
+    """Halves are rounded alike: at 48 steps "trailing" lands on one."""
+    config = NoiseConfig(timestep_spacing=spacing, steps_offset=steps_offset)
+    euler, ddim = published_euler(config), published_ddim(config)
+    for num_steps in (*range(1, 51), 61, 96, 100, 250, 999):
+        euler.set_timesteps(num_steps)
+        ddim.set_timesteps(num_steps)
+        # At lengths such as 61 "trailing" gives them one timestep too many, which is -1.
+        ours = euler_schedule(config, num_steps).timesteps
+        np.testing.assert_allclose(ours, euler.timesteps[:num_steps].numpy(), atol=1e-4)
+        np.testing.assert_array_equal(ddim_schedule(config, num_steps).timesteps, ddim.timesteps[:num_steps].numpy())
+
+
+@MAKERS
+def test_leading_never_leaves_the_trained_timesteps(make) -> None:
+    """As many steps as timesteps plus an offset reach past the end: the published Euler then asks the network for
+    timestep 1000, the published DDIM fails. We stay at 999."""
+    schedule = make(NoiseConfig(timestep_spacing="leading", steps_offset=1), 1000)
+    assert schedule.timesteps[:3] == (999, 999, 998)
+    assert schedule.timesteps[-1] == 1
+    assert np.isfinite(schedule.sigmas).all()
+
+
+@MAKERS
+@given(config=noise_configs(), data=st.data())
+def test_a_schedule_descends_to_zero(make, config: NoiseConfig, data: st.DataObject) -> None:
+    num_steps = data.draw(st.integers(1, config.num_train_timesteps // 2))
+    schedule = make(config, num_steps)
+    assert schedule.num_steps == len(schedule.targets) == len(schedule.sigmas) - 1 == num_steps
+    assert schedule.sigmas[-1] == 0
+    assert all(a > b for a, b in itertools.pairwise(schedule.sigmas))
+    assert all(0 <= target <= sigma for sigma, target in zip(schedule.sigmas, schedule.targets, strict=False))
+    if make is euler_schedule:
+        assert schedule.targets == schedule.sigmas[1:]
+
+
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_alphas_are_the_published_ones(beta_schedule: str, zero_snr: bool) -> None:
+    config = NoiseConfig(beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_snr)
+    with in_float64():
+        published = published_ddim(config).alphas_cumprod.numpy()
+    np.testing.assert_allclose(alphas_cumprod(config), published, rtol=1e-9)
+
+
+def test_zero_terminal_snr_keeps_the_first_alpha_and_ends_without_signal() -> None:
+    plain = alphas_cumprod(NoiseConfig())
+    rescaled = alphas_cumprod(NoiseConfig(rescale_betas_zero_snr=True))
+    assert rescaled[0] == pytest.approx(plain[0])
+    assert rescaled[-1] == 0
+    assert (np.diff(rescaled) < 0).all()
+    trailing = NoiseConfig(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    assert euler_schedule(trailing, 10).sigmas[0] == pytest.approx(4096)
+    assert ddim_schedule(trailing, 10).sigmas[0] > 1e6
+
+
+@settings(max_examples=20)
+@given(noise_configs())
+def test_the_timestep_of_the_sigma_of_a_timestep_is_that_timestep(config: NoiseConfig) -> None:
+    table = euler_schedule(config, 1).noise
+    assert len(table.sigmas) == config.num_train_timesteps
+    for timestep in range(config.num_train_timesteps):
+        assert table.timestep(table.sigma(timestep)) == timestep
+
+
+@given(st.floats(0, 999))
+def test_a_sigma_between_two_timesteps_lies_between_them(timestep: float) -> None:
+    table = euler_schedule(NoiseConfig(), 1).noise
+    assert math.floor(timestep) - 1e-9 <= table.timestep(table.sigma(timestep)) <= math.ceil(timestep) + 1e-9
+
+
+def test_the_timestep_of_a_sigma_is_linear_in_its_logarithm() -> None:
+    table = NoiseTable((0.1, 1.0, 10.0))
+    assert table.timestep(math.sqrt(0.1)) == pytest.approx(0.5)
+    assert table.timestep(10**0.25) == pytest.approx(1.25)
+    assert table.sigma(1.25) == pytest.approx(3.25)
+
+
+def test_the_table_is_constant_beyond_its_ends() -> None:
+    table = euler_schedule(NoiseConfig(), 1).noise
+    assert table.sigma(-5) == table.sigmas[0]
+    assert table.sigma(5000) == table.sigmas[-1]
+    assert table.timestep(0.0) == 0
+    assert table.timestep(1e9) == 999
+
+
+@MAKERS
+@pytest.mark.parametrize("num_steps", [-1, 0, 1001])
+def test_num_steps_must_fit_the_trained_timesteps(make, num_steps: int) -> None:
+    with pytest.raises(ValueError, match=rf"num_steps={num_steps} must be between 1 and the 1000 timesteps"):
+        make(NoiseConfig(), num_steps)
+
+
+@pytest.mark.parametrize("name", ["beta_schedule", "prediction_type", "timestep_spacing"])
+def test_an_unknown_choice_is_an_error_that_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}='other' is not one of \w+, "):
+        NoiseConfig(**{name: "other"})

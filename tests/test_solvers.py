@@ -1,0 +1,357 @@
+"""Whole trajectories against the published schedulers, and what every step and the loop over them must keep."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from published import in_float64, published_ddim, published_euler
+from torch import Tensor
+
+from cutdiff.schedule import BETA_SCHEDULES, NoiseConfig, Schedule, euler_schedule
+from cutdiff.solvers import Solver, Stage, Step, make_solver, noise_scale, solve, step
+
+# The published Euler turns tensors into arrays in a way that numpy 2 is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SHAPE = (2, 4, 5, 3)
+NOISE = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) / 2
+TOLERANCE = 1e-5
+
+PREDICTIONS = pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+ZERO_SNR = pytest.mark.parametrize("zero_snr", [False, True], ids=["plain", "zero-snr"])
+# The offset matters to "leading" alone.
+SPACINGS = pytest.mark.parametrize(
+    ("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 1)]
+)
+
+
+def network(x: Tensor, timestep: float) -> Tensor:
+    """Stands for a U-Net: smooth, not linear, mixes channels, and depends on the timestep."""
+    return torch.einsum("ij,bjhw->bihw", MIX.to(x), torch.tanh(x)) + 0.3 * x + math.sin(timestep / 200)
+
+
+def estimate(x: Tensor, sigma: float, timestep: float, prediction_type: str) -> Tensor:
+    """The network's estimate of x0, as it is defined in sigma space."""
+    prediction = network(x / math.sqrt(sigma**2 + 1), timestep)
+    if prediction_type == "epsilon":
+        return x - sigma * prediction
+    return x / (sigma**2 + 1) - prediction * sigma / math.sqrt(sigma**2 + 1)
+
+
+class Trajectory(NamedTuple):
+    """The latents after each step, in the state that the next step's network reads: VP, or sigma space for Euler."""
+
+    start: Tensor
+    latents: list[Tensor]
+
+
+def solve_ours(config: NoiseConfig, solver: Solver, num_steps: int, fresh: Tensor) -> tuple[Schedule, list[Step]]:
+    schedule = solver.make_schedule(config, num_steps)
+
+    def denoise(x: Tensor, sigma: float, i: int) -> Tensor:
+        return estimate(x, sigma, schedule.timesteps[i], config.prediction_type)
+
+    stages = [Stage("all", range(num_steps), denoise)]
+    return schedule, list(solve(stages, NOISE * schedule.init_scale, schedule, solver, lambda i: fresh[i]))
+
+
+def ours_euler(config: NoiseConfig, num_steps: int) -> Trajectory:
+    schedule, steps = solve_ours(config, make_solver("euler"), num_steps, NOISE[:0])
+    return Trajectory(NOISE * schedule.init_scale, [step.latents for step in steps])
+
+
+def theirs_euler(config: NoiseConfig, num_steps: int, dtype: torch.dtype) -> Trajectory:
+    scheduler = published_euler(config)
+    scheduler.set_timesteps(num_steps)
+    x = start = NOISE.to(dtype) * scheduler.init_noise_sigma
+    latents = []
+    for t in scheduler.timesteps[:num_steps]:
+        prediction = network(scheduler.scale_model_input(x, t), t.item())
+        x = scheduler.step(prediction, t, x, return_dict=False)[0]
+        latents.append(x)
+    return Trajectory(start, latents)
+
+
+def ours_ddim(config: NoiseConfig, num_steps: int, eta: float, fresh: Tensor) -> Trajectory:
+    schedule, steps = solve_ours(config, make_solver("ddim", eta), num_steps, fresh)
+    # x = x0 + sigma·noise over sqrt(1 + sigma²) is the state of the published DDIM.
+    latents = [step.latents / math.sqrt(1 + schedule.sigmas[step.index + 1] ** 2) for step in steps]
+    return Trajectory(NOISE * schedule.init_scale / math.sqrt(1 + schedule.sigmas[0] ** 2), latents)
+
+
+def theirs_ddim(config: NoiseConfig, num_steps: int, eta: float, fresh: Tensor, dtype: torch.dtype) -> Trajectory:
+    scheduler = published_ddim(config)
+    scheduler.set_timesteps(num_steps)
+    x = start = NOISE.to(dtype) * scheduler.init_noise_sigma
+    latents = []
+    for i, t in enumerate(scheduler.timesteps[:num_steps].tolist()):
+        noise = fresh[i].to(dtype) if eta else None
+        x = scheduler.step(network(x, t), t, x, eta=eta, variance_noise=noise, return_dict=False)[0]
+        latents.append(x)
+    return Trajectory(start, latents)
+
+
+def assert_same(ours: Trajectory, theirs: Trajectory, case: object) -> None:
+    assert len(ours.latents) == len(theirs.latents)
+    for i, (a, b) in enumerate(zip((ours.start, *ours.latents), (theirs.start, *theirs.latents), strict=True)):
+        error = ((a.double() - b).norm() / b.norm()).item()
+        assert error <= TOLERANCE, f"{case}: relative error {error:.1e} after {i} steps"
+
+
+def fresh_noise(num_steps: int) -> Tensor:
+    return torch.randn((num_steps, *SHAPE), generator=torch.Generator().manual_seed(2))
+
+
+@PREDICTIONS
+@ZERO_SNR
+@SPACINGS
+def test_euler_goes_where_the_published_one_goes(
+    prediction_type: str, zero_snr: bool, spacing: str, offset: int
+) -> None:
+    """Every step of ours in float32 against theirs computed in float64 (`in_float64` says why)."""
+    base = NoiseConfig(
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_snr,
+        timestep_spacing=spacing,
+        steps_offset=offset,
+    )
+    for beta_schedule, karras, num_steps in itertools.product(BETA_SCHEDULES, (False, True), (1, 2, 7, 20, 50)):
+        config = replace(base, beta_schedule=beta_schedule, use_karras_sigmas=karras)
+        with in_float64():
+            theirs = theirs_euler(config, num_steps, torch.float64)
+        assert_same(ours_euler(config, num_steps), theirs, (config, num_steps))
+
+
+@PREDICTIONS
+@ZERO_SNR
+@SPACINGS
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+def test_ddim_goes_where_the_published_one_goes(
+    prediction_type: str, zero_snr: bool, spacing: str, offset: int, set_alpha_to_one: bool
+) -> None:
+    """Every step of ours in float32 against theirs computed in float64 (`in_float64` says why)."""
+    base = NoiseConfig(
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_snr,
+        timestep_spacing=spacing,
+        steps_offset=offset,
+        set_alpha_to_one=set_alpha_to_one,
+    )
+    for beta_schedule, num_steps, eta in itertools.product(BETA_SCHEDULES, (1, 2, 7, 30), (0.0, 0.5, 1.0)):
+        config, fresh = replace(base, beta_schedule=beta_schedule), fresh_noise(num_steps)
+        if begins_without_signal(config, num_steps):
+            if prediction_type == "epsilon":
+                continue  # they divide by alpha = 0; see the test below
+            # At eta = 1 their direction is the root of a difference that is exactly 0, NaN where rounding makes it < 0.
+            eta = min(eta, 0.99)
+        with in_float64():
+            theirs = theirs_ddim(config, num_steps, eta, fresh, torch.float64)
+        assert_same(ours_ddim(config, num_steps, eta, fresh), theirs, (config, num_steps, eta))
+
+
+def begins_without_signal(config: NoiseConfig, num_steps: int) -> bool:
+    """Whether the first step reads the last timestep, and that has a zero signal-to-noise ratio."""
+    first = make_solver("ddim").make_schedule(config, num_steps).timesteps[0]
+    return config.rescale_betas_zero_snr and first == config.num_train_timesteps - 1
+
+
+@PREDICTIONS
+@SPACINGS
+@pytest.mark.parametrize("num_steps", [20, 50])
+def test_solvers_go_where_the_published_ones_go_as_shipped(
+    prediction_type: str, spacing: str, offset: int, num_steps: int
+) -> None:
+    """SDXL's betas and usual lengths: the published schedulers' own float32 is good enough to compare with."""
+    base = NoiseConfig(prediction_type=prediction_type, timestep_spacing=spacing, steps_offset=offset)
+    for zero_snr, karras in itertools.product((False, True), (False, True)):
+        config = replace(base, rescale_betas_zero_snr=zero_snr, use_karras_sigmas=karras)
+        theirs = theirs_euler(config, num_steps, torch.float32)
+        assert_same(ours_euler(config, num_steps), theirs, (config, num_steps))
+    fresh = fresh_noise(num_steps)
+    for set_alpha_to_one, eta in itertools.product((False, True), (0.0, 0.5, 1.0)):
+        config = replace(base, set_alpha_to_one=set_alpha_to_one)
+        theirs = theirs_ddim(config, num_steps, eta, fresh, torch.float32)
+        assert_same(ours_ddim(config, num_steps, eta, fresh), theirs, (config, num_steps, eta))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_long_runs_do_not_drift(spacing: str) -> None:
+    config, num_steps = NoiseConfig(timestep_spacing=spacing), 999
+    with in_float64():
+        euler = theirs_euler(config, num_steps, torch.float64)
+        ddim = theirs_ddim(config, num_steps, 0.0, NOISE[:0], torch.float64)
+    assert_same(ours_euler(config, num_steps), euler, spacing)
+    assert_same(ours_ddim(config, num_steps, 0.0, NOISE[:0]), ddim, spacing)
+
+
+def test_ddim_stays_finite_where_the_published_one_divides_by_zero() -> None:
+    config = NoiseConfig(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    fresh = fresh_noise(10)
+    assert not theirs_ddim(config, 10, 0.0, fresh, torch.float32).latents[-1].isfinite().any()
+    assert ours_ddim(config, 10, 0.0, fresh).latents[-1].isfinite().all()
+
+
+def test_ddim_without_eta_is_euler_on_the_same_timesteps() -> None:
+    """Spacing "leading" fits DDIM's stride; alpha one makes both end at sigma 0."""
+    config = NoiseConfig(set_alpha_to_one=True, steps_offset=0)
+    euler, ddim = make_solver("euler").make_schedule(config, 20), make_solver("ddim").make_schedule(config, 20)
+    assert euler.timesteps == ddim.timesteps
+    np.testing.assert_allclose(euler.sigmas, ddim.sigmas, rtol=1e-12)
+    np.testing.assert_allclose(euler.targets, ddim.targets, rtol=1e-12)
+    assert all(ddim.rescale(i) == 1 for i in range(20))
+
+
+sigmas = st.floats(1e-2, 1e3)
+fractions = st.floats(0, 1)
+weights = st.floats(-3, 3)
+
+
+def randn(seed: int, count: int) -> list[Tensor]:
+    """Standard normal tensors in float64, so that what must hold exactly holds to 1e-12."""
+    return list(torch.randn((count, *SHAPE), generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+
+
+@given(st.integers(0, 2**32), sigmas, fractions, weights)
+def test_a_step_is_affine_in_denoised(seed: int, sigma: float, fraction: float, weight: float) -> None:
+    """So that averaging estimates and stepping once equals stepping each and averaging."""
+    x, a, b = randn(seed, 3)
+    target = sigma * fraction
+    mixed = step(x, weight * a + (1 - weight) * b, sigma, target)
+    apart = weight * step(x, a, sigma, target) + (1 - weight) * step(x, b, sigma, target)
+    torch.testing.assert_close(mixed, apart, rtol=1e-9, atol=1e-9)
+
+
+@given(st.integers(0, 2**32), sigmas, fractions)
+def test_a_step_keeps_x0_and_noise_where_denoised_is_true(seed: int, sigma: float, fraction: float) -> None:
+    x0, noise = randn(seed, 2)
+    target = sigma * fraction
+    torch.testing.assert_close(step(x0 + sigma * noise, x0, sigma, target), x0 + target * noise, rtol=1e-9, atol=1e-9)
+
+
+@given(st.integers(0, 2**32), sigmas, fractions, fractions)
+def test_two_steps_along_one_line_are_one(seed: int, sigma: float, first: float, second: float) -> None:
+    x, denoised = randn(seed, 2)
+    middle = sigma * max(first, second, 1e-3)
+    target = sigma * min(first, second)
+    twice = step(step(x, denoised, sigma, middle), denoised, middle, target)
+    torch.testing.assert_close(twice, step(x, denoised, sigma, target), rtol=1e-9, atol=1e-9)
+
+
+@given(st.integers(0, 2**32), sigmas, fractions)
+def test_a_step_to_zero_returns_denoised_to_the_bit(seed: int, sigma: float, eta: float) -> None:
+    x, denoised = (tensor.float() for tensor in randn(seed, 2))
+    assert torch.equal(step(x, denoised, sigma, 0.0), denoised)
+    assert torch.equal(make_solver("ddim", eta).step(x, denoised, sigma, 0.0), denoised)
+
+
+@given(sigmas, fractions, fractions)
+def test_fresh_noise_has_the_deviation_of_ddim_equation_16(sigma: float, fraction: float, eta: float) -> None:
+    target = sigma * fraction
+    alpha, alpha_next = 1 / (1 + sigma**2), 1 / (1 + target**2)
+    published = eta * math.sqrt((1 - alpha_next) / (1 - alpha)) * math.sqrt(max(0.0, 1 - alpha / alpha_next))
+    # Theirs is added to the VP state, which is ours over sqrt(1 + target²).
+    assert noise_scale(sigma, target, eta) == pytest.approx(published * math.sqrt(1 + target**2), rel=1e-6, abs=1e-9)
+
+
+@given(st.integers(0, 2**32), sigmas, fractions, fractions)
+def test_eta_trades_old_noise_for_fresh_and_keeps_the_variance(
+    seed: int, sigma: float, fraction: float, eta: float
+) -> None:
+    x0, old, fresh = randn(seed, 3)
+    target = sigma * fraction
+    x = make_solver("ddim", eta).step(x0 + sigma * old, x0, sigma, target, fresh)
+    up = noise_scale(sigma, target, eta)
+    assert up <= target
+    kept = math.sqrt(max(0.0, target**2 - up**2))
+    torch.testing.assert_close(x, x0 + kept * old + up * fresh, rtol=1e-9, atol=1e-9)
+
+
+def test_a_step_changes_none_of_its_arguments() -> None:
+    tensors = randn(0, 3)
+    before = [tensor.clone() for tensor in tensors]
+    x, denoised, noise = tensors
+    make_solver("ddim", 0.7).step(x, denoised, 2.0, 1.0, noise)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_a_solver_that_cannot_be_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"solver 'heun' is not one of euler, ddim"):
+        make_solver("heun")
+    with pytest.raises(ValueError, match=r"eta=0.5 needs the ddim solver, not euler"):
+        make_solver("euler", 0.5)
+    for eta in (-0.1, 1.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"eta={eta} must be between 0 and 1"):
+            make_solver("ddim", eta)
+
+
+def test_eta_without_noise_is_an_error() -> None:
+    x, denoised = randn(0, 2)
+    with pytest.raises(ValueError, match=r"eta=0\.5 adds noise at every step"):
+        make_solver("ddim", 0.5).step(x, denoised, 2.0, 1.0)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(sum), st.sampled_from([0.0, 0.5]))
+def test_solve_yields_every_step_of_every_stage_in_order(lengths: list[int], eta: float) -> None:
+    num_steps = sum(lengths)
+    ends = list(itertools.accumulate(lengths))
+    solver = make_solver("ddim", eta)
+    schedule = solver.make_schedule(NoiseConfig(), num_steps)
+    calls, asked = [], []
+
+    def stage(name: str, start: int, stop: int) -> Stage:
+        def denoise(x: Tensor, sigma: float, i: int) -> Tensor:
+            calls.append((name, sigma, i))
+            return 0.5 * x
+
+        return Stage(name, range(start, stop), denoise)
+
+    def noise(i: int) -> Tensor:
+        asked.append(i)
+        return NOISE
+
+    names = [f"stage {k}" for k in range(len(lengths))]
+    stages = [stage(name, end - length, end) for name, end, length in zip(names, ends, lengths, strict=True)]
+    steps = list(solve(stages, NOISE * schedule.init_scale, schedule, solver, noise))
+
+    expected = [name for name, length in zip(names, lengths, strict=True) for _ in range(length)]
+    assert [(step.stage, step.sigma, step.index) for step in steps] == calls
+    assert [step.stage for step in steps] == expected
+    assert [step.index for step in steps] == list(range(num_steps))
+    assert [step.sigma for step in steps] == list(schedule.sigmas[:-1])
+    assert asked == (list(range(num_steps)) if eta else [])
+
+
+def test_solve_takes_a_step_only_when_it_is_asked_for() -> None:
+    """A caller can stop, or look at each step before the next is computed."""
+    calls = []
+
+    def denoise(x: Tensor, sigma: float, i: int) -> Tensor:
+        calls.append(i)
+        return torch.zeros_like(x)
+
+    solver = make_solver("euler")
+    schedule = euler_schedule(NoiseConfig(), 5)
+    steps = solve([Stage("all", range(5), denoise)], NOISE, schedule, solver, lambda i: NOISE)
+    assert calls == []
+    assert next(steps).index == 0
+    assert calls == [0]
+    assert next(steps).latents.dtype == torch.float32
+    assert calls == [0, 1]
+
+
+def test_solve_neither_changes_the_start_nor_records_gradients() -> None:
+    start = NOISE.clone().requires_grad_()
+    solver = make_solver("euler")
+    schedule = euler_schedule(NoiseConfig(), 3)
+    steps = list(solve([Stage("all", range(3), lambda x, sigma, i: 0.9 * x)], start, schedule, solver, lambda i: NOISE))
+    assert torch.equal(start, NOISE)
+    assert not any(step.latents.requires_grad for step in steps)
