@@ -35,14 +35,17 @@ class Draws:
         images = [torch.randn(shape[1:], generator=_generator(seed, NOISE, stream)) for seed in self.seeds]
         return torch.stack(images).to(self.device)
 
-    def permutation(
-        self, step: int, grid: tuple[int, int], shape: tuple[int, ...], grain: str
-    ) -> Permutation:
+    def permutation(self, step: int, grid: tuple[int, int], shape: tuple[int, ...], grain: str) -> Permutation:
         """How `step` exchanges pixels between the patches of `shape` (B, C, h, w) on `grid` (s_h, s_w)."""
         return SeededPermutation(self.seeds, step, grain)
 
     def view_origins(
-        self, step: int, size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], jitter: tuple[int, int]
+        self,
+        step: int,
+        size: tuple[int, int],
+        window: tuple[int, int],
+        stride: tuple[int, int],
+        jitter: tuple[int, int],
     ) -> Tensor:
         """Where the views of `step` stand: (B, V, 2) of (top, left), which may reach past the canvas by the jitter.
 

@@ -81,7 +81,7 @@ def permute_back(patches: Tensor, permutation: Permutation, num_patches: int) ->
 
 
 def view_grid(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
-    """Origins (V, 2) of windows that cover the canvas at `stride`, row-major; the last ones are clamped to the border."""
+    """Origins (V, 2) of windows that cover the canvas at `stride`, row-major, the last ones clamped to the border."""
     rows, columns = (_axis_origins(*axis) for axis in zip(size, window, stride, strict=True))
     return torch.cartesian_prod(rows, columns).view(-1, 2)
 

@@ -65,7 +65,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     defaults = Settings()
     parser.add_argument("prompt", nargs="?", default=DEMO_PROMPT, help="what to draw", metavar="PROMPT")
-    parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or cached hub id; none: the embedded model")
+    parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: the embedded one")
     parser.add_argument("--method", default=defaults.method, choices=METHOD_NAMES)
     parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
     parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")

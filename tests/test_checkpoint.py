@@ -338,6 +338,10 @@ class TestFolder:
         (copy / "unet" / index).write_text(json.dumps({"weight_map": {"conv_in.weight": "shard.safetensors"}}))
         assert_bit_equal(load(copy), tiny)
 
+    def test_diffusers_opens_a_half_precision_folder_in_one_dtype(self, tiny: Tiny, tmp_path: Path) -> None:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(tiny.save(tmp_path / "half", torch.float16))
+        assert {getattr(pipeline, name).dtype for name in NETWORKS} == {torch.float32}
+
     def test_diffusers_reads_ours(self, tiny: Tiny, folder: Path) -> None:
         pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
         assert_bit_equal(load(folder), tiny)
@@ -630,6 +634,13 @@ class TestWrongFiles:
             ("unet/config.json", "in_channels", 9, "U-Net's input and of the VAE's latents differ, 9 and 4"),
             ("unet/config.json", "cross_attention_dim", 64, "context width .* 64 and 192"),
             ("text_encoder_2/config.json", "projection_dim", 32, "pooled width .* 64 and 32"),
+            (
+                "text_encoder/config.json",
+                "hidden_size",
+                "wide",
+                "text_encoder/config.json: .*'hidden_size' expected int",
+            ),
+            ("text_encoder/config.json", "hidden_act", "tanhh", "text_encoder/config.json: hidden_act='tanhh' is not"),
             ("text_encoder/config.json", "vocab_size", 9, "the tokenizer has 58 tokens, its encoder only 9"),
             ("tokenizer/tokenizer_config.json", "model_max_length", 9, "different lengths, 9 and 16"),
             ("unet/config.json", "act_fn", "gelu", "unet/config.json: act_fn='gelu' is not supported"),
@@ -728,6 +739,7 @@ class TestConfigs:
             ("attention_head_dim", [1, 2]),
             ("transformer_layers_per_block", [[1], [2], [3]]),
             ("norm_num_groups", None),
+            ("block_out_channels", 32),
             ("a_field_of_the_future", "yes"),
         ],
     )

@@ -102,7 +102,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_another_picture(tiny
 
 def test_without_structure_cutdiffusion_is_multidiffusion_with_jitter(tiny_model: Model) -> None:
     class Still(Draws):
-        def view_origins(self, step, size, window, stride, jitter):  # noqa: ANN001, ANN202
+        def view_origins(self, step, size, window, stride, jitter):
             return super().view_origins(step, size, window, stride, (0, 0))[0]
 
     options = {"num_steps": 3, "draws": Still((0,))}

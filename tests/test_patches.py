@@ -158,7 +158,7 @@ def test_views_cover_every_pixel(case: tuple, seed: int, step: int) -> None:
     size, window, stride, jitter = case
     origins = Draws((seed, (seed + 1) % 2**64)).view_origins(step, size, window, stride, jitter)
     covered = torch.zeros(2, *size)
-    for b, (y, x) in ((b, o) for b in range(2) for o in origins[b].tolist()):
+    for b, (y, x) in ((image, origin) for image in range(2) for origin in origins[image].tolist()):
         assert -jitter[0] <= y <= size[0] - window[0] + jitter[0]
         assert -jitter[1] <= x <= size[1] - window[1] + jitter[1]
         covered[b, max(y, 0) : max(y + window[0], 0), max(x, 0) : max(x + window[1], 0)] += 1

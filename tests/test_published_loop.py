@@ -1,4 +1,4 @@
-"""CutDiffusion against its published loop: state as a list of patches, steps by diffusers' scheduler, averages after it.
+"""CutDiffusion against its published loop: state as a list of patches, diffusers' scheduler, averages after its step.
 
 The loop below is written anew from what the published code computes (github.com/lmbxmu/CutDiffusion), with all views in
 one batch; there the scheduler's step index is wrong for every further view batch. It shares nothing with cutdiff but

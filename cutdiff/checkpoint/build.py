@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,8 +57,6 @@ class Blueprint:
                     f"{what} differ, {ours} and {theirs}: only text-to-image models of SDXL's kind are read"
                 )
         for tokenizer, encoder in ((self.tokenizer, first), (self.tokenizer_2, second)):
-            # Where its files give no length, a tokenizer cuts nothing off and the encoder would fail on long prompts.
-            tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.max_position_embeddings)
             if len(tokenizer) > encoder.vocab_size:
                 raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, its encoder only {encoder.vocab_size}")
         lengths = self.tokenizer.model_max_length, self.tokenizer_2.model_max_length
@@ -76,7 +74,7 @@ class Networks:
     text_encoder_2: CLIPTextModelWithProjection
 
 
-NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+NETWORKS = tuple(field.name for field in fields(Networks))
 
 
 def empty_networks(blueprint: Blueprint) -> Networks:

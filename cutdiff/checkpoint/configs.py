@@ -159,7 +159,7 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
     _require(config, UNET_FIXED)
     _refuse_unknown(config, {*UNET_REQUIRED, *UNET_FIXED, *UNET_DEFAULTS, *UNET_IGNORED})
     fields = {**UNET_DEFAULTS, **config}
-    channels = tuple(fields["block_out_channels"])
+    channels = tuple(_list(fields, "block_out_channels"))
     has_attention = _attention_levels(fields, len(channels))
     layers = _per_level(fields, "transformer_layers_per_block", len(channels))
     # diffusers reads `attention_head_dim` as the number of heads, a misnomer that its checkpoints keep.
@@ -220,9 +220,9 @@ def vae_config(config: Mapping[str, Any]) -> VAEConfig:
     _require(config, VAE_FIXED)
     _refuse_unknown(config, {*VAE_FIXED, *VAE_DEFAULTS, *VAE_IGNORED})
     fields = {**VAE_DEFAULTS, **config}
-    channels = tuple(fields["block_out_channels"])
+    channels = tuple(_list(fields, "block_out_channels"))
     for name in ("down_block_types", "up_block_types"):
-        if list(fields[name]) != [VAE_DEFAULTS[name][0]] * len(channels):
+        if _list(fields, name) != [VAE_DEFAULTS[name][0]] * len(channels):
             _unsupported(name, fields[name], f"{VAE_DEFAULTS[name][0]!r} for each of {len(channels)} levels")
     return VAEConfig(
         in_channels=_integer(fields, "in_channels"),
@@ -308,6 +308,12 @@ def _uniform(value: Any) -> Any:
     return entries[0] if entries and all(entry == entries[0] for entry in entries) else value
 
 
+def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
+    if not isinstance(fields[name], list | tuple):
+        _unsupported(name, fields[name], "a list")
+    return list(fields[name])
+
+
 def _integer(fields: Mapping[str, Any], name: str) -> int:
     value = _uniform(fields[name])
     if not isinstance(value, int):
@@ -324,7 +330,7 @@ def _per_level(fields: Mapping[str, Any], name: str, levels: int) -> tuple[int, 
 
 
 def _attention_levels(fields: Mapping[str, Any], levels: int) -> list[bool]:
-    down, up = list(fields["down_block_types"]), list(fields["up_block_types"])
+    down, up = _list(fields, "down_block_types"), _list(fields, "up_block_types")
     has_attention = [block == ATTENTION[0] for block in down]
     if len(down) != levels or not {*down} <= {ATTENTION[0], PLAIN[0]}:
         _unsupported("down_block_types", down, f"{ATTENTION[0]!r} or {PLAIN[0]!r} for each of the {levels} levels")

@@ -30,13 +30,15 @@ def read_blueprint(folder: Path) -> Blueprint:
     pipeline = str(index.get("_class_name"))
     if not pipeline.startswith("StableDiffusionXL"):
         raise ValueError(f"{folder} is a {pipeline}: only StableDiffusionXLPipeline folders are read")
+    first = _parse(folder / "text_encoder" / "config.json", clip.clip_config)
+    second = _parse(folder / "text_encoder_2" / "config.json", clip.clip_config)
     return Blueprint(
         unet=_parse(folder / "unet" / "config.json", unet_config),
         vae=_parse(folder / "vae" / "config.json", vae_config),
-        text_encoder=_parse(folder / "text_encoder" / "config.json", clip.clip_config),
-        text_encoder_2=_parse(folder / "text_encoder_2" / "config.json", clip.clip_config),
-        tokenizer=clip.read_tokenizer(folder / "tokenizer"),
-        tokenizer_2=clip.read_tokenizer(folder / "tokenizer_2"),
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=clip.read_tokenizer(folder / "tokenizer", first.max_position_embeddings),
+        tokenizer_2=clip.read_tokenizer(folder / "tokenizer_2", second.max_position_embeddings),
         noise=_parse(folder / "scheduler" / "scheduler_config.json", noise_config),
         zeros_for_empty_negative=bool(index.get("force_zeros_for_empty_prompt", True)),
     )

@@ -35,8 +35,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _what_is_wrong(path: Path, error: Exception) -> str:
     if path.is_dir():
         return "is a folder, not a weight file"
-    with path.open("rb") as file:
-        start = file.read(64).lstrip()
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip()
+    except OSError as unreadable:
+        return f"cannot be read: {unreadable.strerror}"
     if not start:
         return "is empty: download it again"
     for magic, problem in NOT_SAFETENSORS:

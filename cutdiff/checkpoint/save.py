@@ -24,6 +24,20 @@ if TYPE_CHECKING:
     from cutdiff.models.text import TextEncoders
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+CLIP_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 
 def save_folder(
@@ -61,7 +75,7 @@ def save_folder(
     _write_network(folder / "vae", "diffusion_pytorch_model", vae.state_dict(), vae_fields, dtype)
     for name, encoder in (("text_encoder", text.text_encoder), ("text_encoder_2", text.text_encoder_2)):
         tensors = clip.with_prefix(encoder.state_dict())
-        _write_network(folder / name, "model", tensors, _clip_fields(encoder, dtype), dtype)
+        _write_network(folder / name, "model", tensors, _clip_fields(encoder), dtype)
     _write_tokenizer(folder / "tokenizer", text.tokenizer)
     _write_tokenizer(folder / "tokenizer_2", text.tokenizer_2)
     _write_json(folder / "scheduler" / "scheduler_config.json", noise_to_diffusers(noise))
@@ -79,10 +93,10 @@ def _write_network(
     _write_json(folder / "config.json", fields)
 
 
-def _clip_fields(encoder: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
-    fields = encoder.config.to_dict()
-    fields.pop("_name_or_path", None)
-    return {**fields, "architectures": [type(encoder).__name__], "dtype": str(dtype).removeprefix("torch.")}
+def _clip_fields(encoder: PreTrainedModel) -> dict[str, Any]:
+    """A text encoder's config.json; its dtype is the one in which diffusers opens the other networks by default."""
+    fields = {name: getattr(encoder.config, name) for name in CLIP_FIELDS}
+    return {"architectures": [type(encoder).__name__], "model_type": "clip_text_model", "dtype": "float32", **fields}
 
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -34,6 +34,8 @@ OTHER_FAMILIES = {
 SCHEDULE_MARKS = {"v_pred", "ztsnr"}
 """Empty tensors with which some single files say that they were trained otherwise than SDXL."""
 
+FIRST_POSITIONS, SECOND_POSITIONS = "text_model.embeddings.position_embedding.weight", "positional_embedding"
+
 Parts = dict[str, dict[str, Tensor]]
 
 
@@ -97,14 +99,16 @@ def infer_blueprint(parts: Parts) -> Blueprint:
 
     Raises ValueError where a key that tells a size is missing, or no tokenizer is found.
     """
-    tokenizer, tokenizer_2 = clip.cached_tokenizers()
-    second = _Shapes("text_encoder_2", parts["text_encoder_2"])
-    pooled_dim = second.of("text_projection")[1]
+    shapes = {name: _Shapes(name, part) for name, part in parts.items()}
+    shapes["text_encoder"] = _Shapes("text_encoder", clip.with_prefix(parts["text_encoder"]))
+    lengths = shapes["text_encoder"].of(FIRST_POSITIONS)[0], shapes["text_encoder_2"].of(SECOND_POSITIONS)[0]
+    tokenizer, tokenizer_2 = clip.cached_tokenizers(lengths)
+    pooled_dim = shapes["text_encoder_2"].of("text_projection")[1]
     return Blueprint(
-        unet=_infer_unet(_Shapes("unet", parts["unet"]), pooled_dim),
-        vae=_infer_vae(_Shapes("vae", parts["vae"])),
-        text_encoder=_infer_clip(_Shapes("text_encoder", clip.with_prefix(parts["text_encoder"])), tokenizer),
-        text_encoder_2=_infer_open_clip(second, tokenizer_2, pooled_dim),
+        unet=_infer_unet(shapes["unet"], pooled_dim),
+        vae=_infer_vae(shapes["vae"]),
+        text_encoder=_infer_clip(shapes["text_encoder"], tokenizer, lengths[0]),
+        text_encoder_2=_infer_open_clip(shapes["text_encoder_2"], tokenizer_2, lengths[1]),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         noise=NoiseConfig(),
@@ -165,54 +169,35 @@ def _infer_vae(shapes: _Shapes) -> VAEConfig:
     )
 
 
-def _infer_clip(shapes: _Shapes, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    return _clip_config(
-        tokenizer,
-        tokens=shapes.of("text_model.embeddings.token_embedding.weight"),
-        positions=shapes.of("text_model.embeddings.position_embedding.weight")[0],
-        hidden=shapes.of("text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        layers=shapes.count("text_model.encoder.layers."),
-        activation="quick_gelu",
-    )
+def _infer_clip(shapes: _Shapes, tokenizer: CLIPTokenizer, positions: int) -> CLIPTextConfig:
+    vocab_size, width = shapes.of("text_model.embeddings.token_embedding.weight")
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": shapes.of("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": shapes.count("text_model.encoder.layers."),
+        "num_attention_heads": _heads(width),
+        "max_position_embeddings": positions,
+    }
+    return clip.clip_config({**sizes, **_special_tokens(tokenizer), "hidden_act": "quick_gelu"})
 
 
-def _infer_open_clip(shapes: _Shapes, tokenizer: CLIPTokenizer, pooled_dim: int) -> CLIPTextConfig:
-    return _clip_config(
-        tokenizer,
-        tokens=shapes.of("token_embedding.weight"),
-        positions=shapes.of("positional_embedding")[0],
-        hidden=shapes.of("transformer.resblocks.0.mlp.c_fc.weight")[0],
-        layers=shapes.count("transformer.resblocks."),
-        activation="gelu",
-        projection_dim=pooled_dim,
-    )
+def _infer_open_clip(shapes: _Shapes, tokenizer: CLIPTokenizer, positions: int) -> CLIPTextConfig:
+    vocab_size, width = shapes.of("token_embedding.weight")
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": shapes.of("transformer.resblocks.0.mlp.c_fc.weight")[0],
+        "num_hidden_layers": shapes.count("transformer.resblocks."),
+        "num_attention_heads": _heads(width),
+        "max_position_embeddings": positions,
+        "projection_dim": shapes.of("text_projection")[1],
+    }
+    return clip.clip_config({**sizes, **_special_tokens(tokenizer), "hidden_act": "gelu"})
 
 
-def _clip_config(
-    tokenizer: CLIPTokenizer,
-    *,
-    tokens: tuple[int, ...],
-    positions: int,
-    hidden: int,
-    layers: int,
-    activation: str,
-    projection_dim: int | None = None,
-) -> CLIPTextConfig:
-    return clip.clip_config(
-        {
-            "vocab_size": tokens[0],
-            "hidden_size": tokens[1],
-            "intermediate_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": _heads(tokens[1]),
-            "max_position_embeddings": positions,
-            "hidden_act": activation,
-            "projection_dim": tokens[1] if projection_dim is None else projection_dim,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-    )
+def _special_tokens(tokenizer: CLIPTokenizer) -> dict[str, object]:
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def _heads(width: int) -> int:

@@ -85,10 +85,18 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def clip_config(fields: Mapping[str, Any]) -> CLIPTextConfig:
-    """The configuration of a text encoder from the fields of its config.json."""
+    """The configuration of a text encoder from the fields of its config.json. Raises ValueError for one that is wrong."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CLIPTextConfig
+    from transformers.activations import ACT2FN
 
-    return CLIPTextConfig.from_dict(dict(fields))
+    try:
+        config = CLIPTextConfig.from_dict(dict(fields))
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act={config.hidden_act!r} is not supported, only {', '.join(ACT2FN)}")
+    return config
 
 
 def materialise_positions(encoder: nn.Module, device: torch.device) -> None:
@@ -99,17 +107,23 @@ def materialise_positions(encoder: nn.Module, device: torch.device) -> None:
             module.position_ids = torch.arange(ids.shape[-1], device=device).expand(1, -1)
 
 
-def read_tokenizer(folder: Path, *, pad_token: str | None = None) -> CLIPTokenizer:
-    """A tokenizer in CLIP's file format, by default with its own padding. Raises ValueError where there is none."""
+def read_tokenizer(folder: Path, max_length: int, *, pad_token: str | None = None) -> CLIPTokenizer:
+    """A tokenizer in CLIP's file format, that cuts prompts at its own length or at `max_length` where that is less.
+
+    Without a `pad_token` it pads as its files say. Raises ValueError where there is none.
+    """
     from transformers import CLIPTokenizer
 
     if not _holds_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer (vocab.json and merges.txt), so the model is incomplete")
     special: dict[str, Any] = {} if pad_token is None else {"pad_token": pad_token}
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special)
+    # Files that give no length would let the encoder fail on a long prompt.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
+    return tokenizer
 
 
-def cached_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
+def cached_tokenizers(max_lengths: tuple[int, int]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """SDXL's tokenizers from the local Hugging Face cache. Raises ValueError where it has none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -120,7 +134,10 @@ def cached_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
         except LocalEntryNotFoundError:
             continue
         if _holds_tokenizer(folder / first) and _holds_tokenizer(folder / second):
-            return read_tokenizer(folder / first), read_tokenizer(folder / second, pad_token=SECOND_PAD_TOKEN)
+            return (
+                read_tokenizer(folder / first, max_lengths[0]),
+                read_tokenizer(folder / second, max_lengths[1], pad_token=SECOND_PAD_TOKEN),
+            )
     names = " or ".join(repository for repository, _, _ in CACHED_TOKENIZERS)
     raise ValueError(
         "a single file holds no tokenizers, and the local Hugging Face cache has none either: pass config=FOLDER, a "

@@ -88,6 +88,28 @@ class Level(nn.Module):
         return self.attentions[index](x, context) if len(self.attentions) else x
 
 
+class DownLevel(Level):
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+        """Every feature map that the way up will want, the last one being what the next level goes on with."""
+        outputs = []
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, time, context)
+            outputs.append(x)
+        return outputs + [downsample(x) for downsample in self.downsamplers]
+
+
+class UpLevel(Level):
+    def forward(
+        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, size: tuple[int, int] | None
+    ) -> Tensor:
+        """Join the skips, last one first, and go up to `size`, where there is a level above."""
+        for i, skip in enumerate(reversed(skips)):
+            x = self.layer(i, torch.cat([x, skip], dim=1), time, context)
+        for upsample in self.upsamplers:
+            x = upsample(x, size)
+        return x
+
+
 class MidBlock(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -114,7 +136,7 @@ class UNet(nn.Module):
         skips = [channels[0]]
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(channels):
-            level = Level(config, i, [(channels[max(i - 1, 0)] if j == 0 else width, width) for j in range(layers)])
+            level = DownLevel(config, i, [(channels[max(i - 1, 0)] if j == 0 else width, width) for j in range(layers)])
             skips += [width] * layers
             if i < last:
                 level.downsamplers.append(Downsample(width))
@@ -130,7 +152,7 @@ class UNet(nn.Module):
             for _ in range(layers + 1):
                 widths.append((below + skips.pop(), channels[i]))
                 below = channels[i]
-            level = Level(config, i, widths)
+            level = UpLevel(config, i, widths)
             if i > 0:
                 level.upsamplers.append(Upsample(channels[i]))
             self.up_blocks.append(level)
@@ -149,20 +171,15 @@ class UNet(nn.Module):
         x = self.conv_in(x)
         skips = [x]
         for level in self.down_blocks:
-            for i in range(len(level.resnets)):
-                x = level.layer(i, x, time, context)
-                skips.append(x)
-            for downsample in level.downsamplers:
-                x = downsample(x)
-                skips.append(x)
+            skips += level(skips[-1], time, context)
 
-        x = self.mid_block(x, time, context)
+        x = self.mid_block(skips[-1], time, context)
 
+        joined = self.config.layers_per_block + 1
         for level in self.up_blocks:
-            for i in range(len(level.resnets)):
-                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
-            for upsample in level.upsamplers:
-                x = upsample(x, skips[-1].shape[2:])
+            skips, own = skips[:-joined], skips[-joined:]
+            size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else None
+            x = level(x, own, time, context, size)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def embed_conditions(self, timesteps: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
@@ -174,9 +191,7 @@ class UNet(nn.Module):
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
-    return ResnetBlock(
-        in_channels, out_channels, norm_groups=config.norm_groups, eps=1e-5, time_dim=config.time_dim
-    )
+    return ResnetBlock(in_channels, out_channels, norm_groups=config.norm_groups, eps=1e-5, time_dim=config.time_dim)
 
 
 def _transformer(config: UNetConfig, level: int, layers: int) -> Transformer:

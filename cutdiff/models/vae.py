@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -68,9 +69,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, layers: int, *, norm_groups: int) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList(
-            ResnetBlock(a, b, norm_groups=norm_groups, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, norm_groups=norm_groups, eps=EPS) for a, b in pairwise(widths))
         self.downsamplers = nn.ModuleList()
         self.upsamplers = nn.ModuleList()
 

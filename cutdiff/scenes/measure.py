@@ -82,7 +82,6 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
     return -10 * torch.log10((images - truth).square().mean())
 
 
-
 def _body_mask(images: Tensor) -> Tensor:
     """Bodies are bright and pale, and unlike snow and sky not bluish: (N, H, W) bool."""
     red, blue = images[:, 0], images[:, 2]

@@ -116,7 +116,9 @@ class _Painter:
     def ridge_line(self) -> Tensor:
         """y of the ridge above the horizon: three sines for hills, three triangle waves for mountains."""
         phases = self.scenes.ridge_phases[:, :, None, None]
-        hills = sum(a * torch.sin(w * self.x + phases[:, i]) for i, (w, a) in enumerate([(6, 0.5), (11, 0.3), (17, 0.2)]))
+        hills = sum(
+            a * torch.sin(w * self.x + phases[:, i]) for i, (w, a) in enumerate([(6, 0.5), (11, 0.3), (17, 0.2)])
+        )
         mountains = sum(
             a * (2 / math.pi) * torch.asin(torch.sin(w * self.x + phases[:, 3 + i]))
             for i, (w, a) in enumerate([(8, 0.6), (19, 0.3), (37, 0.1)])
@@ -130,7 +132,8 @@ class _Painter:
         image = _over(image, land, color)
         # A lake has soft ripples, thinner towards the horizon, as perspective would have them.
         depth = (self.y - self.horizon).clamp(min=0)
-        ripple = torch.sin(60 * torch.sqrt(depth + 0.02) + 2 * torch.sin(9 * self.x + self.scenes.ridge_phases[:, :1, None]))
+        bend = torch.sin(9 * self.x + self.scenes.ridge_phases[:, :1, None])
+        ripple = torch.sin(60 * torch.sqrt(depth + 0.02) + 2 * bend)
         wet = (self.scenes.ground == world.GROUNDS.index("lake"))[:, None, None]
         return _over(image, land * wet * 0.12 * (1 + ripple), color * 0.4 + 0.6)
 

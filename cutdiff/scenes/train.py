@@ -26,8 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     latents = encode_scenes(vae, args.num_scenes, args.work / "latents.pt", device)
     torch.manual_seed(0)  # initial weights of the text encoders
     text = make_text_encoders()
-    text.text_encoder.to(device)
-    text.text_encoder_2.to(device)
+    torch.nn.ModuleList([text.text_encoder, text.text_encoder_2]).to(device)
     unet = train_unet(
         args.work, text, latents, steps=args.unet_steps, batch=args.unet_batch, device=device, bfloat16=bfloat16
     )

@@ -15,7 +15,7 @@ from cutdiff.models.text import TextEncoders
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.scenes import world
-from cutdiff.scenes.fit import Plan, fit
+from cutdiff.scenes.fit import Plan, channels_last, fit
 from cutdiff.scenes.render import Crop, render
 from cutdiff.scenes.world import Scenes
 from cutdiff.schedule import NoiseConfig, alphas_cumprod
@@ -75,7 +75,8 @@ def train_unet(
 ) -> UNet:
     """Train the U-Net and, in place, the text encoders, to predict the noise (epsilon), weighted by min-SNR-5."""
     torch.manual_seed(0)  # initial weights; every other draw comes from the generator of its step
-    unet = UNet(CONFIG).to(device, memory_format=torch.channels_last)
+    unet = UNet(CONFIG).to(device)
+    channels_last(unet)
     alphas = torch.tensor(alphas_cumprod(NoiseConfig()), dtype=torch.float32, device=device)
     null = torch.full((5,), -1, device=device)
 

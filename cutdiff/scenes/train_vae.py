@@ -11,13 +11,11 @@ from torch import Tensor
 from cutdiff.models.config import VAEConfig
 from cutdiff.models.vae import VAE
 from cutdiff.scenes import world
-from cutdiff.scenes.fit import Plan, fit
+from cutdiff.scenes.fit import Plan, channels_last, fit
 from cutdiff.scenes.render import Crop, render
 from cutdiff.scenes.world import Scenes
 
-CONFIG = VAEConfig(
-    channels=(32, 32, 64, 96), layers_per_block=1, norm_groups=4, scaling_factor=1.0, force_upcast=False
-)
+CONFIG = VAEConfig(channels=(32, 32, 64, 96), layers_per_block=1, norm_groups=4, scaling_factor=1.0, force_upcast=False)
 CROP_PIXELS = 64
 KL_WEIGHT = 1e-5
 """Weight of the divergence for each latent number: enough to keep latents near unit scale, too little to blur."""
@@ -26,7 +24,8 @@ KL_WEIGHT = 1e-5
 def train_vae(folder: Path, *, steps: int, batch: int, device: torch.device, bfloat16: bool) -> VAE:
     """Train, then measure the latents' scale on true scenes and return the VAE with it as its scaling factor."""
     torch.manual_seed(0)  # initial weights; every other draw comes from the generator of its step
-    vae = VAE(CONFIG).to(device, memory_format=torch.channels_last)
+    vae = VAE(CONFIG).to(device)
+    channels_last(vae)
     # Start with little noise in the latents: from unit noise the decoder learns to ignore them first.
     vae.quant_conv.bias.data[CONFIG.latent_channels :] = -6.0
 
@@ -68,7 +67,8 @@ def with_measured_scale(vae: VAE, device: torch.device) -> VAE:
         latents = torch.cat([vae.encode(part).sample(generator) for part in images.split(32)])
     scaled = VAE(replace(vae.config, scaling_factor=round(1 / latents.std().item(), 5)))
     scaled.load_state_dict(vae.state_dict())
-    return scaled.to(device, memory_format=torch.channels_last).eval()
+    channels_last(scaled)
+    return scaled.to(device).eval()
 
 
 def _autoencode(vae: VAE, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,12 @@ def make_text_encoders() -> TextEncoders:
     vocabulary, merges = _byte_pairs(world.captions(_all_choices()))
 
     def tokenizer(pad_token: str) -> CLIPTokenizer:
-        return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=MAX_TOKENS)
+        return CLIPTokenizer(
+            vocab=vocabulary,
+            merges=merges,  # pyright: ignore[reportArgumentType]  (annotated as a file's lines; pairs are what it reads)
+            pad_token=pad_token,
+            model_max_length=MAX_TOKENS,
+        )
 
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),
@@ -43,7 +48,8 @@ def make_text_encoders() -> TextEncoders:
     first, second = CLIPTextModel(config), CLIPTextModelWithProjection(config)
     for encoder in (first, second):
         # CLIP starts its embeddings at 0.02 and trains for long; these have minutes, and must differ from the start.
-        torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)
+        embeddings = next(p for name, p in encoder.named_parameters() if name.endswith("token_embedding.weight"))
+        torch.nn.init.normal_(embeddings, std=0.5)
     return TextEncoders(tokenizer(END), tokenizer("!"), first, second)  # SDXL's second tokenizer pads with "!"
 
 
@@ -62,6 +68,11 @@ def _byte_pairs(texts: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]
     merged = {token: index for token, index in trained.get_vocab().items() if len(token.removesuffix(END_OF_WORD)) > 1}
     merges = [(first, second) for first, second in json.loads(trained.to_str())["model"]["merges"]]
     alphabet = sorted(ByteLevel.alphabet())
-    tokens = [*alphabet, *(byte + END_OF_WORD for byte in alphabet), *sorted(merged, key=merged.__getitem__), START, END]
+    tokens = [
+        *alphabet,
+        *(byte + END_OF_WORD for byte in alphabet),
+        *sorted(merged, key=merged.__getitem__),
+        START,
+        END,
+    ]
     return {token: index for index, token in enumerate(tokens)}, merges
-
