@@ -19,8 +19,9 @@ from cutdiff.draws import Draws
 from cutdiff.methods import METHODS, Run
 from cutdiff.model import Model
 from cutdiff.models.text import TextStates
+from cutdiff.schedule import Schedule
 from cutdiff.settings import Settings
-from cutdiff.solvers import Step, make_solver, solve
+from cutdiff.solvers import Solver, Step, make_solver, solve
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,18 @@ def decode(model: Model, latents: Tensor) -> Tensor:
     return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
+def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Solver, Schedule]:
+    """The canvas in latents, the solver and the schedule of a run; ValueError where the model cannot do it."""
+    solver = make_solver(settings.solver, settings.eta)
+    schedule = solver.make_schedule(model.noise, settings.num_steps)
+    return settings.canvas_size(model.native_size, model.factor), solver, schedule
+
+
 def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draws: Draws | None) -> _Prepared:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("prompt is an empty list: give at least one prompt")
-    size = settings.canvas_size(model.native_size, model.factor)
-    solver = make_solver(settings.solver, settings.eta)
-    schedule = solver.make_schedule(model.noise, settings.num_steps)
+    size, solver, schedule = plan(model, settings)
     if draws is None:
         draws = Draws(tuple((settings.seed + i) % 2**64 for i in range(len(prompts))), model.device)
     shape = (len(prompts), model.unet.config.in_channels, *size)

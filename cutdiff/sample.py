@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -29,10 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = _settings(args)
         _check_output(args.out)
         model = _load(args)
-        settings.canvas_size(model.native_size, model.factor)
+        _check_fit(model, settings)
     except _BadArgument as error:
-        return _complain(error, 2)
-    except ValueError as error:  # of Settings and the model's sizes: their messages name the value and the remedy
         return _complain(error, 2)
     except KeyboardInterrupt:
         return _complain("interrupted; nothing was written", 1)
@@ -97,17 +97,31 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """The arguments that are options of the run, checked; messages speak of the command line's names."""
+    """The arguments that are options of the run, checked."""
     names = Settings.__dataclass_fields__
-    try:
+    with _errors_by_flag():
         settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
         Settings(seed=settings.seed + args.num_images - 1)
+    return settings
+
+
+def _check_fit(model: Model, settings: Settings) -> None:
+    """Whether this model can draw with these settings."""
+    from cutdiff.pipeline import plan
+
+    with _errors_by_flag():
+        plan(model, settings)
+
+
+@contextmanager
+def _errors_by_flag() -> Iterator[None]:
+    """Say of an option `name=value …` what its error says, by the command line's name: `--name value …`."""
+    try:
+        yield
     except ValueError as error:
         name, _, rest = str(error).partition("=")
-        value, _, problem = rest.partition(" ")
         flag = {"num_steps": "steps"}.get(name, name).replace("_", "-")
-        raise _BadArgument(f"--{flag} {value} {problem}") from None
-    return settings
+        raise _BadArgument(f"--{flag} {rest}") from None
 
 
 def _check_output(folder: Path) -> None:

@@ -45,7 +45,7 @@ from cutdiff.checkpoint.configs import (
 )
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
 from cutdiff.checkpoint.read import sha256
-from cutdiff.checkpoint.single import PREFIXES
+from cutdiff.checkpoint.single import PREFIXES, infer_blueprint, split
 from cutdiff.model import Model
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.text import TextEncoders
@@ -197,6 +197,14 @@ def single_file(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def put_in_cache(cache: Path, repository: str, folder: Path) -> None:
+    """Lay a folder out as the Hugging Face cache keeps a repository."""
+    place = cache / f"models--{repository.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, place / "snapshots" / ("0" * 40))
 
 
 def networks(model: Model | Tiny) -> dict[str, nn.Module]:
@@ -360,10 +368,7 @@ class TestFolder:
             assert (ours.pad_token_id, ours.model_max_length) == (theirs.pad_token_id, theirs.model_max_length)
 
     def test_hub_id_in_the_local_cache(self, tiny: Tiny, folder: Path, empty_cache: Path) -> None:
-        repository = empty_cache / "models--someone--tiny"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text("0" * 40)
-        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        put_in_cache(empty_cache, "someone/tiny", folder)
         assert_bit_equal(load("someone/tiny"), tiny)
 
 
@@ -375,10 +380,7 @@ class TestSingleFile:
         assert model.hashes == {single_file.name: sha256(single_file)}
 
     def test_sizes_are_inferred(self, tiny: Tiny, single_file: Path, folder: Path, empty_cache: Path) -> None:
-        repository = empty_cache / "models--openai--clip-vit-large-patch14"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text("0" * 40)
-        shutil.copytree(folder / "tokenizer", repository / "snapshots" / ("0" * 40))
+        put_in_cache(empty_cache, "openai/clip-vit-large-patch14", folder / "tokenizer")
         model = load(single_file)
         assert_bit_equal(model, tiny)
         assert (model.unet.config, model.vae.config) == (UNET, VAE_TINY)
@@ -386,6 +388,23 @@ class TestSingleFile:
         ours, theirs = model.text.encode(["a red house!"]), tiny.text.encode(["a red house!"])
         assert torch.equal(ours.context, theirs.context)
         assert torch.equal(ours.pooled, theirs.pooled)
+
+    def test_sdxl_base_is_inferred(self, folder: Path, empty_cache: Path) -> None:
+        put_in_cache(empty_cache, "openai/clip-vit-large-patch14", folder / "tokenizer")
+        first = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        second = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+        first["hidden_act"], second["hidden_act"], second["projection_dim"] = "quick_gelu", "gelu", 1280
+        with torch.device("meta"):
+            unet, vae = UNet(SDXL_UNET), VAE(SDXL_VAE)
+            encoder = CLIPTextModel(CLIPTextConfig(**first))
+            encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**second))
+            model = Tiny(unet, vae, replace(tiny_text(), text_encoder=encoder, text_encoder_2=encoder_2))
+            original = model.original()
+        blueprint = infer_blueprint(split(original, name="sdxl", has_config=False))
+        assert (blueprint.unet, blueprint.vae) == (SDXL_UNET, SDXL_VAE)
+        for config, expected in ((blueprint.text_encoder, first), (blueprint.text_encoder_2, second)):
+            assert {name: getattr(config, name) for name in expected} == expected
+            assert (config.vocab_size, config.max_position_embeddings) == (49408, 77)
 
     def test_diffusers_reads_the_same_file(self, tiny: Tiny, single_file: Path, folder: Path) -> None:
         pipeline = StableDiffusionXLPipeline.from_single_file(str(single_file), config=str(folder))

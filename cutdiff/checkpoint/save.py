@@ -130,6 +130,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)
+        part.chmod(0o644)  # safetensors makes files that only their owner can read
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

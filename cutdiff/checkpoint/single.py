@@ -151,7 +151,11 @@ def _infer_unet(shapes: _Shapes, pooled_dim: int) -> UNetConfig:
         layers_per_block=_one("layers in a level", {len(level) for level in layers}),
         transformer_layers=tuple(_one("transformer blocks in a level", set(level)) for level in layers),
         mid_transformer_layers=shapes.count("middle_block.1.transformer_blocks."),
-        num_heads=tuple(_heads(width) if any(level) else 1 for width, level in zip(channels, layers, strict=True)),
+        num_heads=tuple(
+            # A level without attention has no heads to get wrong.
+            _heads(width) if any(level) or width % HEAD_DIM == 0 else 1
+            for width, level in zip(channels, layers, strict=True)
+        ),
         context_dim=shapes.of("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
         pooled_dim=pooled_dim,
         size_embedding_dim=(shapes.of("label_emb.0.0.weight")[1] - pooled_dim) // 6,

@@ -85,7 +85,7 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def clip_config(fields: Mapping[str, Any]) -> CLIPTextConfig:
-    """The configuration of a text encoder from the fields of its config.json. Raises ValueError for one that is wrong."""
+    """The configuration of a text encoder from its config.json. Raises ValueError for a field that cannot be."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CLIPTextConfig
     from transformers.activations import ACT2FN

@@ -27,6 +27,7 @@ def train_vae(folder: Path, *, steps: int, batch: int, device: torch.device, bfl
     vae = VAE(CONFIG).to(device)
     channels_last(vae)
     # Start with little noise in the latents: from unit noise the decoder learns to ignore them first.
+    assert vae.quant_conv.bias is not None
     vae.quant_conv.bias.data[CONFIG.latent_channels :] = -6.0
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
