@@ -42,9 +42,7 @@ def test_with_no_arguments_it_draws_and_says_where(tmp_path: Path) -> None:
         assert image.size == (256, 256)
 
 
-def test_the_picture_carries_its_parameters_and_its_record(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_picture_carries_its_parameters_and_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "a blue tree over a lake"
     arguments = [prompt, "--negative-prompt", "a tent", "--seed", "7", "--solver", "ddim", "--eta", "0.5", *QUICK]
     assert main([*arguments, "--out", str(tmp_path), "--method", "direct"]) == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from cutdiff.checkpoint import save_folder
+from cutdiff.scenes.card import write_card
 from cutdiff.scenes.train_unet import encode_scenes, train_unet
 from cutdiff.scenes.train_vae import train_vae
 from cutdiff.scenes.vocabulary import make_text_encoders
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
         args.work, text, latents, steps=args.unet_steps, batch=args.unet_batch, device=device, bfloat16=bfloat16
     )
     save_folder(args.out, unet=unet, vae=vae, text=text, noise=NoiseConfig(), zeros_for_empty_negative=True)
+    batches = {"vae_batch": args.vae_batch, "unet_batch": args.unet_batch}
+    write_card(args.out, args.work, device=device, dtype=args.dtype, **batches)
     print(f"wrote {args.out}")
 
 
@@ -43,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vae-steps", type=int, default=2000, help="(%(default)s)")
     parser.add_argument("--vae-batch", type=int, default=12, help="(%(default)s)")
     parser.add_argument("--num-scenes", type=int, default=16384, help="pictures to encode (%(default)s)")
-    parser.add_argument("--unet-steps", type=int, default=2800, help="(%(default)s)")
+    parser.add_argument("--unet-steps", type=int, default=2150, help="(%(default)s)")
     parser.add_argument("--unet-batch", type=int, default=40, help="(%(default)s)")
     return parser
 

@@ -1,0 +1,35 @@
+"""Draw the README's picture: one prompt, four seeds, native size and three methods at twice that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cutdiff
+from cutdiff.images import to_pil
+
+PROMPT = "a red house with mountains over a meadow at sunset"
+SEEDS = 4
+GAP = 6
+
+
+def main() -> None:
+    model = cutdiff.load()
+    native = cutdiff.generate(model, [PROMPT] * SEEDS, method="direct", height=128, width=128).images
+    rows = [F.interpolate(native, scale_factor=2, mode="nearest")]
+    for method in ("direct", "multidiffusion", "cutdiffusion"):
+        rows.append(cutdiff.generate(model, [PROMPT] * SEEDS, method=method, height=256, width=256).images)
+    to_pil(tile(torch.stack(rows))).save(Path(__file__).with_name("methods.png"), optimize=True)
+
+
+def tile(images: Tensor) -> Tensor:
+    """Images (rows, columns, 3, H, W) -> one picture with white gaps."""
+    padded = F.pad(images, (0, GAP, 0, GAP), value=1.0)
+    return padded.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, :-GAP, :-GAP]
+
+
+if __name__ == "__main__":
+    main()
