@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vae-steps", type=int, default=2000, help="(%(default)s)")
     parser.add_argument("--vae-batch", type=int, default=12, help="(%(default)s)")
     parser.add_argument("--num-scenes", type=int, default=16384, help="pictures to encode (%(default)s)")
-    parser.add_argument("--unet-steps", type=int, default=2150, help="(%(default)s)")
+    parser.add_argument("--unet-steps", type=int, default=1900, help="(%(default)s)")
     parser.add_argument("--unet-batch", type=int, default=40, help="(%(default)s)")
     return parser
 
