@@ -54,13 +54,13 @@ class Solver:
         """Take x (B, C, H, W) from sigma to target; `noise` is standard normal and needed where eta > 0."""
         up = noise_scale(sigma, target, self.eta)
         if up == 0:
-            return step(x, denoised, sigma, target)
+            return euler_step(x, denoised, sigma, target)
         if noise is None:
             raise ValueError(f"eta={self.eta} adds noise at every step: pass `noise`")
-        return step(x, denoised, sigma, math.sqrt(target**2 - up**2)) + up * noise
+        return euler_step(x, denoised, sigma, math.sqrt(target**2 - up**2)) + up * noise
 
 
-def step(x: Tensor, denoised: Tensor, sigma: float, target: float) -> Tensor:
+def euler_step(x: Tensor, denoised: Tensor, sigma: float, target: float) -> Tensor:
     """Follow the straight line through x and denoised from sigma to target: Euler's step, and DDIM's at eta = 0."""
     return denoised + target * ((x - denoised) / sigma)
 

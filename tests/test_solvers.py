@@ -16,7 +16,7 @@ from published import in_float64, published_ddim, published_euler
 from torch import Tensor
 
 from cutdiff.schedule import BETA_SCHEDULES, NoiseConfig, Schedule, euler_schedule
-from cutdiff.solvers import Solver, Stage, Step, make_solver, noise_scale, solve, step
+from cutdiff.solvers import Solver, Stage, Step, euler_step, make_solver, noise_scale, solve
 
 # The published Euler turns tensors into arrays in a way that numpy 2 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -225,8 +225,8 @@ def test_a_step_is_affine_in_denoised(seed: int, sigma: float, fraction: float, 
     """So that averaging estimates and stepping once equals stepping each and averaging."""
     x, a, b = randn(seed, 3)
     target = sigma * fraction
-    mixed = step(x, weight * a + (1 - weight) * b, sigma, target)
-    apart = weight * step(x, a, sigma, target) + (1 - weight) * step(x, b, sigma, target)
+    mixed = euler_step(x, weight * a + (1 - weight) * b, sigma, target)
+    apart = weight * euler_step(x, a, sigma, target) + (1 - weight) * euler_step(x, b, sigma, target)
     torch.testing.assert_close(mixed, apart, rtol=1e-9, atol=1e-9)
 
 
@@ -234,7 +234,9 @@ def test_a_step_is_affine_in_denoised(seed: int, sigma: float, fraction: float, 
 def test_a_step_keeps_x0_and_noise_where_denoised_is_true(seed: int, sigma: float, fraction: float) -> None:
     x0, noise = randn(seed, 2)
     target = sigma * fraction
-    torch.testing.assert_close(step(x0 + sigma * noise, x0, sigma, target), x0 + target * noise, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        euler_step(x0 + sigma * noise, x0, sigma, target), x0 + target * noise, rtol=1e-9, atol=1e-9
+    )
 
 
 @given(st.integers(0, 2**32), sigmas, fractions, fractions)
@@ -242,14 +244,14 @@ def test_two_steps_along_one_line_are_one(seed: int, sigma: float, first: float,
     x, denoised = randn(seed, 2)
     middle = sigma * max(first, second, 1e-3)
     target = sigma * min(first, second)
-    twice = step(step(x, denoised, sigma, middle), denoised, middle, target)
-    torch.testing.assert_close(twice, step(x, denoised, sigma, target), rtol=1e-9, atol=1e-9)
+    twice = euler_step(euler_step(x, denoised, sigma, middle), denoised, middle, target)
+    torch.testing.assert_close(twice, euler_step(x, denoised, sigma, target), rtol=1e-9, atol=1e-9)
 
 
 @given(st.integers(0, 2**32), sigmas, fractions)
 def test_a_step_to_zero_returns_denoised_to_the_bit(seed: int, sigma: float, eta: float) -> None:
     x, denoised = (tensor.float() for tensor in randn(seed, 2))
-    assert torch.equal(step(x, denoised, sigma, 0.0), denoised)
+    assert torch.equal(euler_step(x, denoised, sigma, 0.0), denoised)
     assert torch.equal(make_solver("ddim", eta).step(x, denoised, sigma, 0.0), denoised)
 
 
