@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
-from cutdiff.schedule import NoiseTable
 
 Size = tuple[int, int]
 """Height, width."""
@@ -25,7 +25,8 @@ class Denoiser:
     """
 
     unet: UNet
-    table: NoiseTable
+    timestep: Callable[[float], float]
+    """The timestep of a sigma, as `Schedule.timestep` tells it."""
     prediction_type: str
     positive: TextStates
     negative: TextStates
@@ -73,7 +74,7 @@ class Denoiser:
         dtype = self.unet.conv_in.weight.dtype
         prediction = self.unet(
             (latents / math.hypot(sigma, 1)).to(dtype).repeat(len(states), 1, 1, 1),
-            torch.full((len(states) * len(latents),), self.table.timestep(sigma), device=latents.device),
+            torch.full((len(states) * len(latents),), self.timestep(sigma), device=latents.device),
             torch.cat([s.context[image] for s in states]),
             torch.cat([s.pooled[image] for s in states]),
             size_ids.repeat(len(states), 1),

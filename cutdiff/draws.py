@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cutdiff.patches import Permutation, SeededPermutation, view_grid
 
 NOISE, ORIGINS = 1, 2
-"""What a stream of random numbers is for; streams of one seed with different purposes are independent."""
+"""What a stream of random numbers is for: noise and origins of one seed do not share numbers."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Draws:
 
     seeds: tuple[int, ...]
     device: torch.device | str = "cpu"
-    """Where the draws go; they are made on the CPU, so that every device sees the same ones."""
+    """Where noise goes. It is made on the CPU, so that every device sees the same; origins stay there."""
 
     def __post_init__(self) -> None:
         for seed in self.seeds:
@@ -32,8 +33,8 @@ class Draws:
     def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
         """Standard normal noise (B, C, H, W) in canvas layout: the initial noise, or that which `step` adds."""
         stream = 0 if step is None else 1 + step
-        images = [torch.randn(shape[1:], generator=_generator(seed, NOISE, stream)) for seed in self.seeds]
-        return torch.stack(images).to(self.device)
+        images = [_generator(seed, NOISE, stream).standard_normal(shape[1:], np.float32) for seed in self.seeds]
+        return torch.from_numpy(np.stack(images)).to(self.device)
 
     def permutation(self, step: int, grid: tuple[int, int], shape: tuple[int, ...], grain: str) -> Permutation:
         """How `step` exchanges pixels between the patches of `shape` (B, C, h, w) on `grid` (s_h, s_w)."""
@@ -58,17 +59,11 @@ class Draws:
         high = torch.where(grid == 0, 0, torch.tensor(jitter))
         draws = []
         for seed in self.seeds:
-            uniform = torch.rand(grid.shape, generator=_generator(seed, ORIGINS, step))
-            draws.append(grid + low + (uniform * (high - low + 1)).floor().long())
+            offsets = _generator(seed, ORIGINS, step).integers(low.numpy(), high.numpy(), endpoint=True)
+            draws.append(grid + torch.from_numpy(offsets))
         return torch.stack(draws)
 
 
-def _generator(seed: int, purpose: int, stream: int) -> torch.Generator:
-    """A generator for one purpose and step of an image; its seed is mixed so that streams do not overlap."""
-    mixed = seed
-    for word in (purpose, stream):  # the finaliser of SplitMix64 (Steele et al. 2014) after each word
-        mixed = (mixed + 0x9E3779B97F4A7C15 * (word + 1)) % 2**64
-        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
-        mixed ^= mixed >> 31
-    return torch.Generator().manual_seed(mixed - 2**63)
+def _generator(seed: int, purpose: int, stream: int) -> np.random.Generator:
+    """Numbers of their own for each seed, purpose and stream: Philox keyed by all 128 bits of them."""
+    return np.random.Generator(np.random.Philox(key=[seed, purpose << 32 | stream]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,20 +24,30 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_image(image: Tensor, record: dict[str, Any], folder: Path, stem: str) -> Path:
     """Write an image (3, H, W) in [0, 1] as `stem`.png with its record as `stem`.json; returns the PNG's path.
 
-    Where the name is taken, a number is added: nothing is overwritten.
+    Where the name is taken, a number is added. ValueError where the record is of several prompts.
     """
     path, number = folder / f"{stem}.png", 1
     while path.exists() or path.with_suffix(".json").exists():
         path, number = folder / f"{stem}-{number}.png", number + 1
     text = PngInfo()
     text.add_text("parameters", parameters_text(record))
-    _write(path.with_suffix(".json"), lambda file: file.write(json.dumps(record, indent=2).encode() + b"\n"))
-    _write(path, lambda file: to_pil(image).save(file, format="PNG", pnginfo=text))
+    sidecar = json.dumps(record, indent=2).encode() + b"\n"
+    parts: list[tuple[str, Path]] = []
+    try:
+        parts.append((_fill(path.with_suffix(".json"), lambda file: file.write(sidecar)), path.with_suffix(".json")))
+        parts.append((_fill(path, lambda file: to_pil(image).save(file, format="PNG", pnginfo=text)), path))
+        for part, target in parts:
+            os.replace(part, target)
+    finally:
+        for part, _ in parts:
+            Path(part).unlink(missing_ok=True)
     return path
 
 
 def parameters_text(record: dict[str, Any]) -> str:
     """The record in the A1111 convention: the prompt, the negative prompt, and one line of `Name: value` pairs."""
+    if not isinstance(record["prompt"], str):
+        raise ValueError("a picture's record names one prompt, not a list: generate pictures to be saved one by one")
     hashes = record["model"]["sha256"]
     unet = next((value for name, value in hashes.items() if name.startswith("unet")), next(iter(hashes.values()), ""))
     pairs = {
@@ -56,17 +67,16 @@ def parameters_text(record: dict[str, Any]) -> str:
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in pairs.items())])
 
 
-def _write(path: Path, write: Any) -> None:
-    """Let `write` fill a file beside `path` and then put it in its place; on any error leave nothing behind."""
+def _fill(path: Path, write: Callable[[BinaryIO], object]) -> str:
+    """Let `write` fill a hidden file beside `path`; returns its name, or leaves nothing behind on an error."""
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        file: BinaryIO
         with os.fdopen(handle, "wb") as file:
             write(file)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(part, 0o666 & ~umask)
-        os.replace(part, path)
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
+    return part

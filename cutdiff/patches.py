@@ -61,7 +61,12 @@ def pad_to_grid(canvas: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def cut(canvas: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Canvas (B, C, s_h·h, s_w·w) -> interleaved patches (B·N, C, h, w), images first, patches in row-major order."""
+    """Canvas (B, C, s_h·h, s_w·w) -> interleaved patches (B·N, C, h, w), images first, patches in row-major order.
+
+    ValueError where the grid does not divide the canvas: see `pad_to_grid`.
+    """
+    if canvas.shape[2] % grid[0] or canvas.shape[3] % grid[1]:
+        raise ValueError(f"a grid of {grid} does not divide a canvas of {tuple(canvas.shape[2:])}: pad it first")
     return reference.cut(canvas, grid)
 
 
@@ -92,7 +97,10 @@ def views(canvas: Tensor, origins: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def average(values: Tensor, origins: Tensor, size: tuple[int, int], weights: Tensor | None = None) -> Tensor:
-    """Views (B·V, C, h, w) -> canvas (B, C, *size): the mean, or the mean under `weights` (h, w), of covering views."""
+    """Views (B·V, C, h, w) -> canvas (B, C, *size): the mean, or the mean under `weights` (h, w), of covering views.
+
+    ValueError where no view covers a pixel.
+    """
     num_images = len(values) // origins.shape[-2]
     return reference.average(values, _for_images(origins, num_images), size, weights)
 
@@ -114,8 +122,14 @@ def _index(patches: Tensor, permutation: Permutation, num_patches: int) -> Tenso
         return permutation.index(num_patches, shape, patches.device)
     index = permutation.to(patches.device)
     index = index[None] if index.ndim == 4 else index
-    if index.shape[1] != num_patches or index.shape[2] not in (1, shape[0]) or index.shape[3:] != shape[1:]:
+    if (
+        index.dtype != torch.int64
+        or index.shape[1] != num_patches
+        or index.shape[2] not in (1, shape[0])
+        or index.shape[3:] != shape[1:]
+    ):
         raise ValueError(
-            f"a permutation of shape {tuple(permutation.shape)} does not fit {num_patches} patches of shape {shape}"
+            f"a permutation {tuple(index.shape)} of {index.dtype} does not fit {num_patches} patches of shape {shape}: "
+            "pass int64 (N, C or 1, h, w), or one for each image"
         )
     return index

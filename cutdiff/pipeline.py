@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import cutdiff
 from cutdiff.denoiser import Denoiser
 from cutdiff.draws import Draws
 from cutdiff.methods import METHODS, Run
@@ -31,15 +32,16 @@ class Result:
     latents: Tensor
     """(B, C, H / factor, W / factor), float32."""
     record: dict[str, Any]
-    """How the images were made: everything needed to repeat them, and what it cost."""
+    """How the images were made, and what it cost. With draws of your own, the record names their class only."""
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A run that is ready to start: everything was checked, nothing expensive was done."""
+    """A run that is ready to start: everything was checked, only the prompts were encoded."""
 
     settings: Settings
     denoiser: Denoiser
+    draws: Draws
     noise: Tensor
     """Standard normal, (B, C, H, W)."""
     steps: Iterator[Step]
@@ -74,16 +76,17 @@ def generate(
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     prepared = _prepare(model, prompt, settings, draws)
-    latents, seconds, began = prepared.noise, {}, time.perf_counter()
+    latents, seconds, began = prepared.noise, {}, _now(model.device)
     for step in prepared.steps:
         latents = step.latents
         if on_step is not None:
             on_step(step, settings.num_steps)
-        now = time.perf_counter()
+        now = _now(model.device)
         seconds[step.stage] = seconds.get(step.stage, 0.0) + now - began
         began = now
+    _check_finite("latents", latents, model)
     images = decode(model, latents)
-    seconds["decode"] = time.perf_counter() - began
+    seconds["decode"] = _now(model.device) - began
     return Result(images, latents, _record(model, prompt, prepared, seconds))
 
 
@@ -92,6 +95,7 @@ def decode(model: Model, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1], on the CPU; one at a time to save memory."""
     dtype = model.vae.post_quant_conv.weight.dtype
     images = [model.vae.decode(image[None].to(dtype)).float().cpu() for image in latents]
+    _check_finite("images", torch.cat(images), model)
     return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
@@ -108,7 +112,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         raise ValueError("prompt is an empty list: give at least one prompt")
     size, solver, schedule = plan(model, settings)
     if draws is None:
-        draws = Draws(tuple((settings.seed + i) % 2**64 for i in range(len(prompts))), model.device)
+        draws = Draws(tuple(settings.seed + i for i in range(len(prompts))), model.device)
     shape = (len(prompts), model.unet.config.in_channels, *size)
     noise = draws.noise(shape).to(model.device, torch.float32)
     if noise.shape != shape:
@@ -121,7 +125,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         negative = TextStates.zeros_like(positive)
     denoiser = Denoiser(
         unet=model.unet,
-        table=schedule.noise,
+        timestep=schedule.timestep,
         prediction_type=model.noise.prediction_type,
         positive=positive,
         negative=negative,
@@ -142,7 +146,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
     stages = METHODS[settings.method](run)
     step_noise = lambda step: draws.noise(shape, step).to(noise)  # noqa: E731
     steps = solve(stages, noise * schedule.init_scale, schedule, solver, step_noise)
-    return _Prepared(settings, denoiser, noise, steps)
+    return _Prepared(settings, denoiser, draws, noise, steps)
 
 
 def _record(
@@ -155,14 +159,30 @@ def _record(
         "height": height,
         "width": width,
         "model": {"source": model.source, "sha256": model.hashes},
+        "draws": {"class": type(prepared.draws).__qualname__, "seeds": list(prepared.draws.seeds)},
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "network_evaluations": prepared.denoiser.evaluations,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_memory_bytes": _peak_memory(model.device),
-        "versions": {name: version(name) for name in ("cutdiff", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": {
+            "cutdiff": cutdiff.__version__,
+            **{name: version(name) for name in ("torch", "transformers")},
+            "python": platform.python_version(),
+        },
     }
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock that waits for the device, so that each stage is charged with its own work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _check_finite(name: str, values: Tensor, model: Model) -> None:
+    if not values.isfinite().all():
+        raise FloatingPointError(f"{name} overflowed in {model.dtype}: use float32 or bfloat16")
 
 
 def _device_name(device: torch.device) -> str:

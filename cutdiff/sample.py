@@ -1,6 +1,6 @@
 """The command line: `python -m cutdiff.sample "a red house at night"`.
 
-The only module that prints, parses arguments or exits. Exit status: 0, 1 for a run that failed, 2 for arguments that
+No module below it prints or exits. Exit status: 0, 1 for a run that failed, 2 for arguments that
 cannot be used. torch is imported after the arguments are parsed, so that --help answers at once.
 """
 
@@ -27,25 +27,25 @@ DTYPES = ("float32", "bfloat16", "float16")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
-        args = _parse(argv)
-        settings = _settings(args)
-        _check_output(args.out)
-        model = _load(args)
-        _check_fit(model, settings)
+        _run(argv)
     except _BadArgument as error:
-        return _complain(error, 2)
+        return _complain(str(error), 2)
     except KeyboardInterrupt:
-        return _complain("interrupted; nothing was written", 1)
+        return _complain("interrupted", 1)
+    except Exception as error:  # the last line of defence: one line instead of a traceback
+        return _complain(f"the run failed: {type(error).__name__}: {error}", 1)
+    return 0
+
+
+def _run(argv: list[str] | None) -> None:
+    args = _parse(argv)
+    settings = _settings(args)
+    _check_output(args.out)
+    model = _load(args)
+    _check_fit(model, settings)
     _warn_about_length(model, args.prompt, settings.negative_prompt)
     for index in range(args.num_images):
-        try:
-            path = _draw(model, args, settings, settings.seed + index)
-        except KeyboardInterrupt:
-            return _complain(f"interrupted; {index} of {args.num_images} pictures were written", 1)
-        except Exception as error:  # the last line of defence: one line instead of a traceback
-            return _complain(f"the run failed: {type(error).__name__}: {error}", 1)
-        print(path)
-    return 0
+        print(_draw(model, args, settings, settings.seed + index), flush=True)
 
 
 class _BadArgument(Exception):
@@ -66,6 +66,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     defaults = Settings()
     parser.add_argument("prompt", nargs="?", default=DEMO_PROMPT, help="what to draw", metavar="PROMPT")
     parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: the embedded one")
+    parser.add_argument(
+        "--config", metavar="PATH", help="diffusers folder with a single file's tokenizers and schedule"
+    )
     parser.add_argument("--method", default=defaults.method, choices=METHOD_NAMES)
     parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
     parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
@@ -93,6 +96,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.num_images < 1:
         raise _BadArgument(f"--num-images {args.num_images} must be at least 1")
+    for text in (args.prompt, args.negative_prompt):
+        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise _BadArgument(f"the prompt {text!r} is not valid UTF-8: check the terminal's encoding")
     return args
 
 
@@ -141,11 +147,12 @@ def _load(args: argparse.Namespace) -> Model:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).device.type not in ("cpu", "cuda"):
+            raise _BadArgument(f"--device {device} is not cpu or cuda")
     except (RuntimeError, AssertionError):
         raise _BadArgument(f"--device {device} is not available here: use --device cpu") from None
     try:
-        return cutdiff.load(args.model, device=device, dtype=getattr(torch, args.dtype))
+        return cutdiff.load(args.model, device=device, dtype=getattr(torch, args.dtype), config=args.config)
     except (ValueError, OSError) as error:
         raise _BadArgument(f"--model {args.model}: {error}") from None
 
@@ -178,8 +185,8 @@ def _draw(model: Model, args: argparse.Namespace, settings: Settings, seed: int)
     return save_image(result.images[0], record, args.out, stem)
 
 
-def _complain(message: object, status: int) -> int:
-    print(f"cutdiff: {str(message).splitlines()[0]}", file=sys.stderr)
+def _complain(message: str, status: int) -> int:
+    print(f"cutdiff: {message.splitlines()[0]}", file=sys.stderr)
     return status
 
 

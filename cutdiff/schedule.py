@@ -69,6 +69,12 @@ class Schedule:
     def num_steps(self) -> int:
         return len(self.timesteps)
 
+    def timestep(self, sigma: float) -> float:
+        """What the network is told at a sigma: the timestep of that step, or, between steps, the noise table's."""
+        if sigma in self.sigmas[:-1]:
+            return self.timesteps[self.sigmas.index(sigma)]
+        return self.noise.timestep(sigma)
+
     def rescale(self, step: int) -> float:
         """The factor that reads the VP state of targets[step] as that of sigmas[step + 1]; 1 where they are equal."""
         reached, read = self.targets[step], self.sigmas[step + 1]

@@ -29,7 +29,7 @@ class Settings:
     seed: int = 0
     """Of the first image; the others count on from it."""
     stride: int | None = None
-    """Between views, in latents; half of the window where it is None."""
+    """Between views, in latents; half of the model's native size where it is None."""
     structure_fraction: float = 0.5
     """Share of the steps in CutDiffusion's structure stage, rounded up."""
     interaction: str = "channel"

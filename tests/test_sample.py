@@ -99,6 +99,9 @@ def test_the_record_repeats_the_picture_and_nothing_is_overwritten(
         (["--solver", "heun"], ["--solver", "heun"]),
         (["--dtype", "int8"], ["--dtype", "int8"]),
         (["--device", "abacus"], ["--device abacus"]),
+        (["--device", "meta"], ["--device meta"]),
+        (["--config", "nowhere"], ["config"]),
+        (["a house \udcff"], ["UTF-8"]),
         (["--num-images", "0"], ["--num-images 0"]),
         (["--eta", "0.5"], ["--eta 0.5", "ddim"]),
         (["--model", "nowhere"], ["nowhere", "does not exist"]),
@@ -132,6 +135,13 @@ def test_an_output_folder_that_cannot_be_written_is_an_error(
     assert "--out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_draws(dtype: str, tmp_path: Path) -> None:
+    assert main([*QUICK, "--dtype", dtype, "--out", str(tmp_path)]) == 0
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert record["dtype"] == dtype
+
+
 @pytest.mark.parametrize("prompt", ["", "🎈 a balloon, naïve — 气球", "a red house " * 60])
 def test_every_prompt_can_be_drawn(prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([prompt, *QUICK, "--out", str(tmp_path)]) == 0
@@ -145,14 +155,17 @@ def test_every_prompt_can_be_drawn(prompt: str, tmp_path: Path, capsys: pytest.C
 
 
 def test_interrupting_leaves_no_half_written_file(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cutdiff.sample", "--steps", "1000", "--out", str(tmp_path)]
+    folder = tmp_path / "pictures"
+    command = [sys.executable, "-m", "cutdiff.sample", "--steps", "1000", "--width", "512", "--out", str(folder)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        time.sleep(8)
+        while child.poll() is None and not folder.exists():  # it is made when the arguments have been checked
+            time.sleep(0.1)
+        time.sleep(5)
         assert child.poll() is None, "the run was to last longer"
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=60)
     assert child.returncode == 1
     assert errors.strip().splitlines()[-1].startswith("cutdiff: interrupted")
     assert "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []

@@ -14,9 +14,9 @@ from cutdiff.solvers import CanvasDenoiser, Stage
 
 def cutdiffusion(run: Run) -> list[Stage]:
     """The structure stage takes the first ceil(structure_fraction · num_steps) steps, the detail stage the others."""
-    switch = math.ceil(run.structure_fraction * run.num_steps)
+    switch = math.ceil(round(run.structure_fraction * run.num_steps, 9))  # 0.28 · 50 is 14, whatever floats say
     jitter = ((run.window[0] - run.strides[0]) // 4, (run.window[1] - run.strides[1]) // 4)
-    if run.size == run.window:  # a single view cannot move, and is then `direct` to the bit
+    if run.size == run.window:  # a single view is the whole picture: `direct`, to the bit, in either conditioning
         jitter = (0, 0)
     return [
         Stage("structure", range(switch), denoise_patches(run)),

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     bfloat16 = args.dtype == "bfloat16"
     vae = train_vae(args.work, steps=args.vae_steps, batch=args.vae_batch, device=device, bfloat16=bfloat16)
-    latents = encode_scenes(vae, args.num_scenes, args.work / "latents.pt", device)
+    latents = encode_scenes(vae, args.num_scenes, args.work, device)
     torch.manual_seed(0)  # initial weights of the text encoders
     text = make_text_encoders()
     torch.nn.ModuleList([text.text_encoder, text.text_encoder_2]).to(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +56,15 @@ class Latents:
     """(N, 6), in pixels."""
 
 
-def encode_scenes(vae: VAE, count: int, path: Path, device: torch.device, part: int = 64) -> Latents:
-    """Render and encode `count` pictures, or read them back from `path`."""
+def encode_scenes(vae: VAE, count: int, folder: Path, device: torch.device, part: int = 64) -> Latents:
+    """Render and encode `count` pictures, or read back what this very VAE encoded before."""
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())
+    path = folder / f"latents-{count}-{hashlib.sha256(weights).hexdigest()[:12]}.pt"
     if not path.exists():
         generator = torch.Generator(device).manual_seed(2)
         parts = [_encode(vae, part, generator) for _ in trange(0, count, part, desc="latents")]
-        torch.save([torch.cat(tensors) for tensors in zip(*parts, strict=True)], path)
+        torch.save([torch.cat(tensors) for tensors in zip(*parts, strict=True)], path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
     return Latents(*torch.load(path, map_location=device, weights_only=True))
 
 
