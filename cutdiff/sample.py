@@ -66,9 +66,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     defaults = Settings()
     parser.add_argument("prompt", nargs="?", default=DEMO_PROMPT, help="what to draw", metavar="PROMPT")
     parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: the embedded one")
-    parser.add_argument(
-        "--config", metavar="PATH", help="diffusers folder with a single file's tokenizers and schedule"
-    )
+    parser.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
     parser.add_argument("--method", default=defaults.method, choices=METHOD_NAMES)
     parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
     parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")

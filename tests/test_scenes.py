@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_captions_name_what_is_drawn() -> None:
 
 
 def test_a_crop_is_the_same_part_of_the_whole_picture_drawn_larger() -> None:
-    """Both put their pixels at the same places: a quarter drawn at 64 px is that quarter of 128 px, but for rounding."""
+    """Both put their pixels at the same places: 64 px of a quarter are those of the whole at 128 px, to rounding."""
     drawn = scenes(8)
     corner = Crop(torch.full((8,), 0.5), torch.full((8,), 0.25), torch.full((8,), 0.5))
     part = render(drawn, 64, corner)
@@ -129,6 +130,6 @@ def test_direct_at_native_size_is_what_diffusers_draws(model: Model) -> None:
     prompt = "a purple house with hills over a lake at night"
     options = {"guidance_scale": 7.5, "num_inference_steps": 20, "height": 128, "width": 128}
     noise = Draws((3,)).noise((1, 4, 16, 16))
-    expected = pipe(prompt, latents=noise, output_type="pt", **options).images
+    expected: Any = pipe(prompt, latents=noise, output_type="pt", **options).images
     ours = cutdiff.generate(model, prompt, method="direct", height=128, width=128, num_steps=20, seed=3).images
     assert (ours - expected).abs().mean() <= 1 / 255
