@@ -66,4 +66,4 @@ class Draws:
 
 def _generator(seed: int, purpose: int, stream: int) -> np.random.Generator:
     """Numbers of their own for each seed, purpose and stream: Philox keyed by all 128 bits of them."""
-    return np.random.Generator(np.random.Philox(key=[seed, purpose << 32 | stream]))
+    return np.random.Generator(np.random.Philox(key=np.array([seed, purpose << 32 | stream], dtype=np.uint64)))

@@ -159,7 +159,7 @@ def _record(
         "height": height,
         "width": width,
         "model": {"source": model.source, "sha256": model.hashes},
-        "draws": {"class": type(prepared.draws).__qualname__, "seeds": list(prepared.draws.seeds)},
+        "draws": {"class": type(prepared.draws).__qualname__, "seeds": list(getattr(prepared.draws, "seeds", ()))},
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "network_evaluations": prepared.denoiser.evaluations,

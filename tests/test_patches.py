@@ -232,7 +232,8 @@ def test_draws_are_reproducible_and_independent() -> None:
     Draws((1,)).view_origins(3, (32, 32), (16, 16), (8, 8), (2, 2))
     Draws((1,)).noise((1, 4, 8, 8))
     assert torch.equal(state, torch.random.get_rng_state()), "no global generator is touched"
-    assert not torch.equal(Draws((5,)).noise(shape[:1] + shape[1:]), Draws((5 + 2**40,)).noise(shape)), "64 bits count"
+    for one, other in ((5, 5 + 2**40), (2**64 - 1, 2**64 - 2)):
+        assert not torch.equal(Draws((one,)).noise(shape), Draws((other,)).noise(shape)), "all 64 bits count"
     many = Draws(tuple(range(64))).noise((64, 4, 16, 16))
     assert abs(many.mean()) < 0.01
     assert abs(many.std() - 1) < 0.01
