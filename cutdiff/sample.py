@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cutdiff.model import Model
     from cutdiff.pipeline import Result
 
-DEMO_PROMPT = "a yellow house with mountains over a lake at night"
+DEMO_PROMPT = "a red house with mountains over a meadow at day"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
