@@ -153,13 +153,15 @@ def _record(
     model: Model, prompt: str | Sequence[str], prepared: _Prepared, seconds: dict[str, float]
 ) -> dict[str, Any]:
     height, width = (side * model.factor for side in prepared.noise.shape[2:])
+    seeds = list(getattr(prepared.draws, "seeds", ()))  # draws of one's own may have none
     return {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
         **asdict(prepared.settings),
         "height": height,
         "width": width,
         "model": {"source": model.source, "sha256": model.hashes},
-        "draws": {"class": type(prepared.draws).__qualname__, "seeds": list(getattr(prepared.draws, "seeds", ()))},
+        "seed": seeds[0] if seeds else None,
+        "draws": {"class": type(prepared.draws).__qualname__, "seeds": seeds},
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "network_evaluations": prepared.denoiser.evaluations,
