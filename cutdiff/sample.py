@@ -95,7 +95,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if args.num_images < 1:
         raise _BadArgument(f"--num-images {args.num_images} must be at least 1")
     for text in (args.prompt, args.negative_prompt):
-        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        if any("\ud800" <= character <= "\udfff" for character in text):
             raise _BadArgument(f"the prompt {text!r} is not valid UTF-8: check the terminal's encoding")
     return args
 
