@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
+from cutdiff.patches import Operator, Patches, upload
 
 Size = tuple[int, int]
 """Height, width."""
@@ -34,6 +35,8 @@ class Denoiser:
     factor: int
     """Pixels of an image for one latent, on each axis."""
     view_batch_size: int
+    backend: str = "auto"
+    """Of the operators around the network: "auto", "triton" or "reference"."""
     evaluations: int = field(default=0, init=False)
     """Items evaluated so far, a guidance pair counted as two."""
 
@@ -42,7 +45,6 @@ class Denoiser:
         """Side, in latents, that the network was trained at."""
         return self.unet.config.native_size
 
-    @torch.no_grad()
     def __call__(
         self,
         latents: Tensor,
@@ -57,32 +59,77 @@ class Denoiser:
         `original_size` and `target_size`, in latents, and `crop_origins` (B·V, 2) of (top, left), in latents, are what
         the network is told of each item; left out, each item is a whole picture of its own size.
         """
-        num_items = len(latents)
-        own: Size = (latents.shape[2], latents.shape[3])
-        crops = torch.zeros(num_items, 2) if crop_origins is None else crop_origins.cpu().float()
-        sizes = torch.tensor([*(original_size or own), *(target_size or own)], dtype=torch.float32).expand(num_items, 4)
-        size_ids = torch.cat([sizes[:, :2], crops, sizes[:, 2:]], dim=1).to(latents.device) * self.factor
-        image = torch.arange(num_items, device=latents.device) // (num_items // len(self.positive.context))
+        return self.through(
+            Patches((1, 1)),
+            latents,
+            sigma,
+            crop_origins=crop_origins,
+            original_size=original_size,
+            target_size=target_size,
+        )
+
+    @torch.no_grad()
+    def through(
+        self,
+        operator: Operator,
+        canvas: Tensor,
+        sigma: float,
+        *,
+        crop_origins: Tensor | None = None,
+        original_size: Size | None = None,
+        target_size: Size | None = None,
+    ) -> Tensor:
+        """operator.scatter ∘ D ∘ operator.gather: canvas (B, C, H, W), float32 -> denoised, the same shape, float32.
+
+        D's estimate is linear in its input and in what the network says, and scatter undoes gather: so the input's part
+        is taken from the canvas itself, and each way is one pass.
+        """
+        copies = 1 if self.guidance_scale == 1 else 2
+        scale = math.hypot(sigma, 1)
+        inputs = operator.gather(
+            canvas, self.backend, c_in=1 / scale, dtype=self.unet.conv_in.weight.dtype, copies=copies
+        )
+        told = _size_ids(inputs, copies, self.factor, crop_origins, original_size, target_size)
+        prediction = self._predict(inputs, sigma, told, copies)
+        is_epsilon = self.prediction_type == "epsilon"
+        return operator.scatter(
+            prediction,
+            self.backend,
+            copies=copies,
+            guidance_scale=self.guidance_scale,
+            canvas=canvas,
+            c_skip=1.0 if is_epsilon else 1 / scale**2,
+            c_out=-sigma if is_epsilon else -sigma / scale,
+        )
+
+    def _predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, copies: int) -> Tensor:
+        """The network's output for (items·copies, C, h, w), evaluated in parts of `view_batch_size` items."""
+        rows = torch.arange(len(inputs), device=inputs.device)
+        image = rows // (len(inputs) // len(self.positive.context))
+        states = [self.negative, self.positive][-copies:]
+        context = torch.stack([s.context for s in states], dim=1)  # (B, copies, tokens, D)
+        pooled = torch.stack([s.pooled for s in states], dim=1)
+        timestep = torch.full((len(inputs),), self.timestep(sigma), device=inputs.device)
         parts = [
-            self._denoise(latents[part], sigma, size_ids[part], image[part])
-            for part in torch.arange(num_items, device=latents.device).split(self.view_batch_size)
+            self.unet(
+                inputs[part],
+                timestep[part],
+                context[image[part], part % copies],
+                pooled[image[part], part % copies],
+                size_ids[part],
+            )
+            for part in rows.split(self.view_batch_size * copies)
         ]
+        self.evaluations += len(inputs)
         return torch.cat(parts)
 
-    def _denoise(self, latents: Tensor, sigma: float, size_ids: Tensor, image: Tensor) -> Tensor:
-        states = [self.positive] if self.guidance_scale == 1 else [self.negative, self.positive]
-        dtype = self.unet.conv_in.weight.dtype
-        prediction = self.unet(
-            (latents / math.hypot(sigma, 1)).to(dtype).repeat(len(states), 1, 1, 1),
-            torch.full((len(states) * len(latents),), self.timestep(sigma), device=latents.device),
-            torch.cat([s.context[image] for s in states]),
-            torch.cat([s.pooled[image] for s in states]),
-            size_ids.repeat(len(states), 1),
-        ).float()
-        self.evaluations += len(prediction)
-        if len(states) == 2:
-            negative, positive = prediction.chunk(2)
-            prediction = negative + self.guidance_scale * (positive - negative)
-        if self.prediction_type == "epsilon":
-            return latents - sigma * prediction
-        return latents / (sigma**2 + 1) - prediction * (sigma / math.hypot(sigma, 1))
+
+def _size_ids(
+    inputs: Tensor, copies: int, factor: int, crop_origins: Tensor | None, original: Size | None, target: Size | None
+) -> Tensor:
+    """What the network is told of each row: (items·copies, 6), original size, crop corner, target size in pixels."""
+    num_items, own = len(inputs) // copies, (inputs.shape[2], inputs.shape[3])
+    crops = torch.zeros(num_items, 2) if crop_origins is None else crop_origins.cpu().float()
+    sizes = torch.tensor([*(original or own), *(target or own)], dtype=torch.float32).expand(num_items, 4)
+    ids = torch.cat([sizes[:, :2], crops, sizes[:, 2:]], dim=1) * factor
+    return upload(ids.repeat_interleave(copies, dim=0), inputs.device)

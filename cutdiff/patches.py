@@ -1,17 +1,24 @@
 """The geometry between the canvas and the network: grids, patches, permutations, views, averages.
 
-Every operator dispatches to `cutdiff_kernels`, whose plain-torch references run on every device.
+`Patches` and `Views` are what a run uses: each carries a canvas to the network and what the network says back, in one
+kernel each way, and scatter ∘ gather is the identity. The operators that they are made of stand below them by name.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+from typing import Protocol, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from cutdiff_kernels import reference
 from torch import Tensor
+
+from cutdiff.settings import BACKENDS
 
 GRAINS = ("channel", "pixel", "none")
 
@@ -32,21 +39,121 @@ class SeededPermutation:
         if self.grain not in GRAINS:
             raise ValueError(f"interaction {self.grain!r} is not one of {', '.join(GRAINS)}")
 
-    def index(self, num_patches: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-        """The index (B, N, C or 1, h, w) for patches of `shape` (C, h, w)."""
-        if self.grain == "none":
-            identity = torch.arange(num_patches, device=device).view(1, -1, 1, 1, 1)
-            return identity.expand(1, num_patches, 1, *shape[1:])
-        drawn = (shape[0] if self.grain == "channel" else 1, *shape[1:])
-        indices = [reference.permutation_index(s, self.step, num_patches, drawn, device) for s in self.seeds]
-        return torch.stack(indices)
 
-
-Permutation = Tensor | SeededPermutation
-"""Either explicit, int64 (N, C or 1, h, w), which serves all images, or (B, N, C or 1, h, w); or drawn by counter.
+Permutation = Tensor | SeededPermutation | None
+"""Explicit, int64 (N, C or 1, h, w), which serves all images, or (B, N, C or 1, h, w); drawn by counter; or none.
 
 permuted[n] = patches[index[n]] at each position.
 """
+
+
+class ToNetwork(TypedDict, total=False):
+    """How a gather writes for the network: c_in · x in `dtype`, each item `copies` times (2 for a guidance pair)."""
+
+    c_in: float
+    dtype: torch.dtype
+    copies: int
+
+
+class FromNetwork(TypedDict, total=False):
+    """How a scatter reads what the network says: F = negative + guidance_scale · (positive − negative) of two copies.
+
+    With a `canvas` x the result is c_skip · x + c_out · F, coefficients as in Karras et al. 2022, equation 7.
+    """
+
+    copies: int
+    guidance_scale: float
+    canvas: Tensor
+    c_skip: float
+    c_out: float
+
+
+class Operator(Protocol):
+    """A way from the canvas to the network and back, both linear; `scatter` of what `gather` gave is the canvas."""
+
+    def gather(self, canvas: Tensor, backend: str = "auto", **how: Unpack[ToNetwork]) -> Tensor:
+        """Canvas (B, C, H, W) -> the network's input (items·copies, C, h, w), images first, copies side by side."""
+        ...
+
+    def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[FromNetwork]) -> Tensor:
+        """What the network says (items·copies, C, h, w) -> canvas (B, C, H, W), float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Patches:
+    """permute ∘ cut, and relocate ∘ permute⁻¹: N interleaved patches that exchange pixels, (B·N·copies, C, h, w).
+
+    ValueError where the grid does not divide the canvas (see `pad_to_grid`) or the permutation does not fit.
+    """
+
+    grid: tuple[int, int]
+    permutation: Permutation = None
+
+    def gather(self, canvas: Tensor, backend: str = "auto", **how: Unpack[ToNetwork]) -> Tensor:
+        kernels = _kernels("patches", backend, canvas)
+        return kernels.gather_patches(canvas, self.grid, _for_kernels(self.permutation, canvas.device), **how)
+
+    def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[FromNetwork]) -> Tensor:
+        kernels = _kernels("patches", backend, values)
+        return kernels.scatter_patches(values, self.grid, _for_kernels(self.permutation, values.device), **how)
+
+
+@dataclass(frozen=True)
+class Views:
+    """Overlapping windows, (B·V·copies, C, *window), and their mean where they overlap; zeros outside the canvas.
+
+    ValueError where no view covers a pixel.
+    """
+
+    origins: Tensor
+    """(B, V, 2) of (top, left); given on the CPU, where nothing waits to hear whether they cover the canvas."""
+    window: tuple[int, int]
+    size: tuple[int, int]
+    """Of the canvas."""
+    weights: Tensor | None = None
+    """(h, w), positive: how much each pixel of a view counts; all the same if None."""
+    device: torch.device | str = "cpu"
+    """Where the canvas is, and the origins go."""
+
+    def __post_init__(self) -> None:
+        reference.check_cover(self.origins, self.window, self.size)
+        object.__setattr__(self, "origins", upload(self.origins, self.device))
+
+    def gather(self, canvas: Tensor, backend: str = "auto", **how: Unpack[ToNetwork]) -> Tensor:
+        return _kernels("views", backend, canvas).gather_views(canvas, self.origins, self.window, **how)
+
+    def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[FromNetwork]) -> Tensor:
+        kernels = _kernels("views", backend, values)
+        return kernels.average_views(values, self.origins, self.size, weights=self.weights, covered=True, **how)
+
+
+def upload(values: Tensor, device: torch.device | str) -> Tensor:
+    """A CPU tensor on `device`; the host does not wait for the copy."""
+    return values if torch.device(device).type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+def _kernels(name: str, backend: str, values: Tensor) -> ModuleType:
+    """The module whose operators run: the references, or the Triton kernels, which raise where they cannot."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend == "reference" or (backend == "auto" and values.device.type != "cuda"):
+        return reference
+    return import_module(f"cutdiff_kernels.{name}")
+
+
+def _for_kernels(permutation: Permutation, device: torch.device) -> reference.Permutation:
+    if not isinstance(permutation, SeededPermutation):
+        return permutation if permutation is None else permutation.to(device)
+    if permutation.grain == "none":
+        return None
+    return reference.Seeded(_seed_bits(permutation.seeds, device), permutation.step, permutation.grain == "channel")
+
+
+@lru_cache(maxsize=16)
+def _seed_bits(seeds: tuple[int, ...], device: torch.device) -> Tensor:
+    """(B,) int64 on the device, made once for a run."""
+    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds], device=device)
 
 
 def grid_for(size: tuple[int, int], native: int) -> tuple[int, int]:
@@ -65,8 +172,7 @@ def cut(canvas: Tensor, grid: tuple[int, int]) -> Tensor:
 
     ValueError where the grid does not divide the canvas: see `pad_to_grid`.
     """
-    if canvas.shape[2] % grid[0] or canvas.shape[3] % grid[1]:
-        raise ValueError(f"a grid of {grid} does not divide a canvas of {tuple(canvas.shape[2:])}: pad it first")
+    reference.check_patches((canvas.shape[2], canvas.shape[3]), grid)
     return reference.cut(canvas, grid)
 
 
@@ -82,7 +188,7 @@ def permute(patches: Tensor, permutation: Permutation, num_patches: int) -> Tens
 
 def permute_back(patches: Tensor, permutation: Permutation, num_patches: int) -> Tensor:
     """The inverse of `permute` under the same permutation."""
-    return reference.permute(patches, reference.invert(_index(patches, permutation, num_patches)))
+    return reference.permute_back(patches, _index(patches, permutation, num_patches))
 
 
 def view_grid(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
@@ -116,20 +222,8 @@ def _for_images(origins: Tensor, num_images: int) -> Tensor:
     return origins.expand(num_images, *origins.shape[-2:])
 
 
-def _index(patches: Tensor, permutation: Permutation, num_patches: int) -> Tensor:
-    shape = (patches.shape[1], patches.shape[2], patches.shape[3])
-    if isinstance(permutation, SeededPermutation):
-        return permutation.index(num_patches, shape, patches.device)
-    index = permutation.to(patches.device)
-    index = index[None] if index.ndim == 4 else index
-    if (
-        index.dtype != torch.int64
-        or index.shape[1] != num_patches
-        or index.shape[2] not in (1, shape[0])
-        or index.shape[3:] != shape[1:]
-    ):
-        raise ValueError(
-            f"a permutation {tuple(index.shape)} of {index.dtype} does not fit {num_patches} patches of shape {shape}: "
-            "pass int64 (N, C or 1, h, w), or one for each image"
-        )
-    return index
+def _index(patches: Tensor, permutation: Permutation, num_patches: int) -> Tensor | None:
+    items, channels, h, w = patches.shape
+    given = _for_kernels(permutation, patches.device)
+    reference.check_permutation(given, num_patches, items // num_patches, (channels, h, w))
+    return reference.as_index(given, num_patches, (channels, h, w))

@@ -132,6 +132,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         guidance_scale=settings.guidance_scale,
         factor=model.factor,
         view_batch_size=settings.view_batch_size,
+        backend=settings.backend,
     )
     run = Run(
         denoiser=denoiser,

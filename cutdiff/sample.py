@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cutdiff.settings import INTERACTIONS, METHOD_NAMES, SIZE_CONDITIONINGS, SOLVER_NAMES, Settings
+from cutdiff.settings import BACKENDS, INTERACTIONS, METHOD_NAMES, SIZE_CONDITIONINGS, SOLVER_NAMES, Settings
 
 if TYPE_CHECKING:
     from cutdiff.model import Model
@@ -88,6 +88,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--view-batch-size", type=int, default=defaults.view_batch_size, metavar="V",
         help="patches or views that go through the network at once",
     )  # fmt: skip
+    parser.add_argument(
+        "--backend", default=defaults.backend, choices=BACKENDS, help="of the operators around the network"
+    )
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")

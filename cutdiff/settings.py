@@ -9,6 +9,7 @@ METHOD_NAMES = ("direct", "multidiffusion", "cutdiffusion")
 SOLVER_NAMES = ("euler", "ddim")
 INTERACTIONS = ("channel", "pixel", "none")
 SIZE_CONDITIONINGS = ("native", "target")
+BACKENDS = ("auto", "triton", "reference")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Settings:
     """What the network is told of picture sizes: "native" patches and crops, or "target" as the published code."""
     view_batch_size: int = 16
     """Patches or views that go through the network at once."""
+    backend: str = "auto"
+    """Of the operators around the network: "triton", "reference" (plain torch), or "auto", which is Triton on a GPU."""
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
@@ -64,6 +67,7 @@ class Settings:
             ("solver", SOLVER_NAMES),
             ("interaction", INTERACTIONS),
             ("size_conditioning", SIZE_CONDITIONINGS),
+            ("backend", BACKENDS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")

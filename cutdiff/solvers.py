@@ -62,7 +62,7 @@ class Solver:
 
 def euler_step(x: Tensor, denoised: Tensor, sigma: float, target: float) -> Tensor:
     """Follow the straight line through x and denoised from sigma to target: Euler's step, and DDIM's at eta = 0."""
-    return denoised + target * ((x - denoised) / sigma)
+    return torch.lerp(denoised, x, target / sigma)
 
 
 def noise_scale(sigma: float, target: float, eta: float) -> float:
@@ -101,5 +101,6 @@ def solve(
             sigma = schedule.sigmas[i]
             denoised = stage.denoise(x, sigma, i)
             x = solver.step(x, denoised, sigma, schedule.targets[i], noise(i) if solver.eta else None)
-            x = x * schedule.rescale(i)
+            rescale = schedule.rescale(i)
+            x = x if rescale == 1 else x * rescale
             yield Step(i, stage.name, sigma, x, denoised)

@@ -44,6 +44,11 @@ def canvases(draw: st.DrawFn) -> tuple[Tensor, tuple[int, int]]:
     return (canvas.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else canvas), grid
 
 
+def drawn(seed: int, step: int, shape: tuple[int, int, int]) -> Tensor:
+    """The index (N, C, h, w) of four patches of `shape`."""
+    return reference.permutation_index(reference.Seeded(torch.tensor([seed]), step, True), 4, shape)[0]
+
+
 @given(canvases())
 def test_relocate_inverts_cut(case: tuple[Tensor, tuple[int, int]]) -> None:
     canvas, grid = case
@@ -102,9 +107,9 @@ def test_permutations_are_uniform() -> None:
     """Chi-square over the 24 orders of 4 patches, for positions, steps and seeds alike; 23 degrees of freedom."""
     orders = {order: i for i, order in enumerate(itertools.permutations(range(4)))}
     for sample in (
-        reference.permutation_index(7, 0, 4, (1, 100, 240)).flatten(1).T,
-        torch.cat([reference.permutation_index(7, step, 4, (1, 10, 24)).flatten(1).T for step in range(100)]),
-        torch.cat([reference.permutation_index(seed, 0, 4, (1, 10, 24)).flatten(1).T for seed in range(100)]),
+        drawn(7, 0, (1, 100, 240)).flatten(1).T,
+        torch.cat([drawn(7, step, (1, 10, 24)).flatten(1).T for step in range(100)]),
+        torch.cat([drawn(seed, 0, (1, 10, 24)).flatten(1).T for seed in range(100)]),
     ):
         counts = torch.zeros(24)
         for order in sample.tolist():
@@ -114,12 +119,12 @@ def test_permutations_are_uniform() -> None:
 
 
 def test_permutations_differ_between_steps_seeds_and_channels() -> None:
-    base = reference.permutation_index(1, 0, 4, (2, 16, 16))
-    assert not torch.equal(base, reference.permutation_index(1, 1, 4, (2, 16, 16)))
-    assert not torch.equal(base, reference.permutation_index(2, 0, 4, (2, 16, 16)))
-    assert not torch.equal(base, reference.permutation_index(1 + 2**32, 0, 4, (2, 16, 16))), "all 64 bits count"
+    base = drawn(1, 0, (2, 16, 16))
+    assert not torch.equal(base, drawn(1, 1, (2, 16, 16)))
+    assert not torch.equal(base, drawn(2, 0, (2, 16, 16)))
+    assert not torch.equal(base, drawn(1 + 2**32, 0, (2, 16, 16))), "all 64 bits count"
     assert not torch.equal(base[:, 0], base[:, 1])
-    assert torch.equal(base, reference.permutation_index(1, 0, 4, (2, 16, 16)))
+    assert torch.equal(base, drawn(1, 0, (2, 16, 16)))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +143,8 @@ def test_philox_gives_the_known_answers_of_random123(
     counter: tuple[int, int, int, int], key: tuple[int, int], expected: tuple[int, ...]
 ) -> None:
     c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
-    assert tuple(int(word) for word in reference.philox((c0, c1, c2, c3), key)) == expected
+    k0, k1 = (torch.tensor([word]) for word in key)
+    assert tuple(int(word) for word in reference.philox((c0, c1, c2, c3), (k0, k1))) == expected
 
 
 @st.composite

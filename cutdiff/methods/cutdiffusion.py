@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cutdiff.methods.common import Run
 from cutdiff.methods.multidiffusion import denoise_views
-from cutdiff.patches import cut, grid_for, pad_to_grid, permute, permute_back, relocate
+from cutdiff.patches import Patches, grid_for, pad_to_grid
 from cutdiff.solvers import CanvasDenoiser, Stage
 
 
@@ -31,16 +31,14 @@ def denoise_patches(run: Run) -> CanvasDenoiser:
     "native": every patch is a whole picture of its own size. "target": original = target = the canvas.
     """
     grid = grid_for(run.size, run.denoiser.native_size)
-    num_patches = grid[0] * grid[1]
     told = None if run.size_conditioning == "native" else run.size
 
     def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
-        patches = cut(pad_to_grid(latents, grid), grid)  # (B·N, C, h, w)
-        shape = (len(latents), *patches.shape[1:])
-        permutation = run.draws.permutation(step, grid, shape, run.interaction)
-        mixed = permute(patches, permutation, num_patches)
-        denoised = run.denoiser(mixed, sigma, original_size=told, target_size=told)
-        canvas = relocate(permute_back(denoised, permutation, num_patches), grid)
-        return canvas[:, :, : run.size[0], : run.size[1]]
+        canvas = pad_to_grid(latents, grid)
+        batch, channels, height, width = canvas.shape
+        shape = (batch, channels, height // grid[0], width // grid[1])
+        patches = Patches(grid, run.draws.permutation(step, grid, shape, run.interaction))
+        denoised = run.denoiser.through(patches, canvas, sigma, original_size=told, target_size=told)
+        return denoised[:, :, : run.size[0], : run.size[1]]
 
     return denoise

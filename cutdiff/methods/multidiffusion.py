@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cutdiff.denoiser import Size
 from cutdiff.methods.common import Run
-from cutdiff.patches import average, views
+from cutdiff.patches import Views
 from cutdiff.solvers import CanvasDenoiser, Stage
 
 
@@ -31,9 +31,13 @@ def denoise_views(run: Run, jitter: Size) -> CanvasDenoiser:
             crops, target = corner.clamp(min=0), run.window
         else:
             crops, target = corner + corner.new_tensor(jitter), run.size
-        denoised = run.denoiser(
-            views(latents, origins, run.window), sigma, crop_origins=crops, original_size=run.size, target_size=target
+        return run.denoiser.through(
+            Views(origins, run.window, run.size, device=latents.device),
+            latents,
+            sigma,
+            crop_origins=crops,
+            original_size=run.size,
+            target_size=target,
         )
-        return average(denoised, origins, run.size)
 
     return denoise

@@ -1,4 +1,4 @@
-"""Train the embedded model from nothing: `python -m cutdiff.scenes.train`.
+"""Train the embedded model: `python -m cutdiff.scenes.train`, from nothing or further from --init.
 
 Three phases, each resumable: the VAE, the latents of rendered scenes, the U-Net with its text encoders. Checkpoints and
 logs go to --work, the finished model, a diffusers folder in float16, to --out.
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from cutdiff.checkpoint import save_folder
+from cutdiff.checkpoint import load, save_folder
+from cutdiff.models.unet import UNet
 from cutdiff.scenes.card import write_card
-from cutdiff.scenes.train_unet import encode_scenes, train_unet
+from cutdiff.scenes.train_unet import CONFIG, encode_scenes, train_unet
 from cutdiff.scenes.train_vae import train_vae
 from cutdiff.scenes.vocabulary import make_text_encoders
 from cutdiff.schedule import NoiseConfig
@@ -23,13 +24,17 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     device = torch.device(args.device)
     bfloat16 = args.dtype == "bfloat16"
-    vae = train_vae(args.work, steps=args.vae_steps, batch=args.vae_batch, device=device, bfloat16=bfloat16)
+    if args.init is None:
+        vae = train_vae(args.work, steps=args.vae_steps, batch=args.vae_batch, device=device, bfloat16=bfloat16)
+        torch.manual_seed(0)
+        text, unet = make_text_encoders(), UNet(CONFIG)
+    else:
+        start = load(args.init, device=device)
+        vae, text, unet = start.vae, start.text, start.unet
+    torch.nn.ModuleList([text.text_encoder, text.text_encoder_2, unet]).to(device).requires_grad_(True)
     latents = encode_scenes(vae, args.num_scenes, args.work, device)
-    torch.manual_seed(0)  # initial weights of the text encoders
-    text = make_text_encoders()
-    torch.nn.ModuleList([text.text_encoder, text.text_encoder_2]).to(device)
-    unet = train_unet(
-        args.work, text, latents, steps=args.unet_steps, batch=args.unet_batch, device=device, bfloat16=bfloat16
+    train_unet(
+        unet, text, latents, args.work, steps=args.unet_steps, batch=args.unet_batch, device=device, bfloat16=bfloat16
     )
     save_folder(args.out, unet=unet, vae=vae, text=text, noise=NoiseConfig(), zeros_for_empty_negative=True)
     batches = {"vae_batch": args.vae_batch, "unet_batch": args.unet_batch}
@@ -41,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cutdiff.scenes.train", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/scenes"), help="checkpoints and logs (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("weights/scenes"), help="the finished model (%(default)s)")
+    parser.add_argument("--init", type=Path, help="go on from this model: its VAE is kept, its U-Net trained further")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the arithmetic")
     parser.add_argument("--vae-steps", type=int, default=2000, help="(%(default)s)")

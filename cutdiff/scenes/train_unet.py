@@ -61,6 +61,7 @@ def encode_scenes(vae: VAE, count: int, folder: Path, device: torch.device, part
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())
     path = folder / f"latents-{count}-{hashlib.sha256(weights).hexdigest()[:12]}.pt"
     if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator(device).manual_seed(2)
         parts = [_encode(vae, part, generator) for _ in trange(0, count, part, desc="latents")]
         torch.save([torch.cat(tensors) for tensors in zip(*parts, strict=True)], path.with_suffix(".part"))
@@ -69,18 +70,17 @@ def encode_scenes(vae: VAE, count: int, folder: Path, device: torch.device, part
 
 
 def train_unet(
-    folder: Path,
+    unet: UNet,
     text: TextEncoders,
     latents: Latents,
+    folder: Path,
     *,
     steps: int,
     batch: int,
     device: torch.device,
     bfloat16: bool,
-) -> UNet:
-    """Train the U-Net and, in place, the text encoders, to predict the noise (epsilon), weighted by min-SNR-5."""
-    torch.manual_seed(0)  # initial weights; every other draw comes from the generator of its step
-    unet = UNet(CONFIG).to(device)
+) -> None:
+    """Train the U-Net and the text encoders, in place, to predict the noise (epsilon), weighted by min-SNR-5."""
     channels_last(unet)
     alphas = torch.tensor(alphas_cumprod(NoiseConfig()), dtype=torch.float32, device=device)
     null = torch.full((5,), -1, device=device)
@@ -112,7 +112,6 @@ def train_unet(
 
     both = nn.ModuleDict({"unet": unet, "text": text.text_encoder, "text_2": text.text_encoder_2})
     fit("unet", both, loss, Plan(steps, learning_rate=1e-3, muon_learning_rate=0.01, warmup=100), folder, device)
-    return unet
 
 
 def _captions(choices: Tensor, keep: Tensor) -> list[str]:

@@ -1,0 +1,160 @@
+"""Compile every kernel ahead of time, with no GPU at hand, and tell what it needs: `python -m cutdiff_kernels.compile`.
+
+For each target a table of registers, spills and memory, read from the compiled code. Exit status 1 where a kernel
+spills registers or uses local memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from cutdiff_kernels import patches, views
+from cutdiff_kernels.launch import ROUNDING
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+INTEGER, FLOAT, INT64 = "i32", "fp32", "*i64"
+STRIDES_4, STRIDES_5, PAIR = (INTEGER,) * 4, (INTEGER,) * 5, (INTEGER,) * 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with the types of its arguments and its compile-time constants, as the wrappers launch it."""
+
+    name: str
+    kernel: triton.JITFunction
+    types: dict[str, object]
+    constants: dict[str, int | bool]
+    options: dict[str, int | bool]
+
+    def compile(self, target: GPUTarget) -> CompiledKernel:
+        # Pointers come from torch's allocator, which aligns to more than 16 bytes.
+        pointers = [i for i, t in enumerate(self.types.values()) if isinstance(t, str) and t.startswith("*")]
+        source = ASTSource(
+            fn=self.kernel,
+            signature=self.types | dict.fromkeys(self.constants, "constexpr"),
+            constexprs=dict(self.constants),
+            attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+        )
+        return triton.compile(source, target=target, options=self.options)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one thread, or for `shared` one block, of a compiled kernel takes."""
+
+    registers: int
+    spills: int
+    """Bytes of stack on NVIDIA, registers on AMD."""
+    local: int
+    """Bytes of memory that only the thread sees."""
+    shared: int
+    """Bytes."""
+
+
+def variants() -> list[Variant]:
+    """Every kernel at every grain, for grids up to 8×8, in the dtypes that networks run in."""
+    found = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for grid in ((1, 1), (2, 2), (3, 3), (4, 4), (8, 8)):
+            for source, grain in ((0, "none"), (1, "channel"), (1, "pixel"), (2, "index")):
+                if dtype != "bf16" and (grid, grain) != ((2, 2), "channel"):
+                    continue  # the dtype changes a load and a store, not the permutation
+                found += _patch_variants(dtype, grid, source, grain)
+        found += _view_variants(dtype)
+    return found
+
+
+def _patch_variants(dtype: str, grid: tuple[int, int], source: int, grain: str) -> list[Variant]:
+    constants = patches.constants(128 * 128, grid, source, per_channel=grain != "pixel") | {"COPIES": 2}
+    options = patches.options(patches.padded(grid))
+    name = f"{grid[0]}×{grid[1]} {grain} {dtype}"
+    sizes = {"index_strides": STRIDES_5, "channels": INTEGER, "width": INTEGER, "positions": INTEGER}
+    gather = {
+        "canvas": "*fp32", "out": f"*{dtype}", "permutation": INT64, "step": INTEGER, "c_in": FLOAT,
+        "strides": STRIDES_4,
+    }  # fmt: skip
+    scatter = {
+        "values": f"*{dtype}", "out": "*fp32", "permutation": INT64, "canvas": "*fp32", "step": INTEGER,
+        "guidance_scale": FLOAT, "c_skip": FLOAT, "c_out": FLOAT, "strides": STRIDES_4, "canvas_strides": STRIDES_4,
+    }  # fmt: skip
+    return [
+        Variant(f"gather_patches {name}", patches.gather_kernel, gather | sizes, constants, options),
+        Variant(
+            f"scatter_patches {name}",
+            patches.scatter_kernel,
+            scatter | sizes,
+            constants | {"HAS_CANVAS": True},
+            options,
+        ),
+    ]
+
+
+def _view_variants(dtype: str) -> list[Variant]:
+    sizes = {"channels": INTEGER, "num_views": INTEGER, "size": PAIR, "window": PAIR}
+    tile = {"COPIES": 2, "ROWS": views.TILE // views.WIDEST, "COLUMNS": views.WIDEST}
+    gather = {"canvas": "*fp32", "out": f"*{dtype}", "origins": INT64, "c_in": FLOAT, "strides": STRIDES_4}
+    average = {
+        "values": f"*{dtype}", "out": "*fp32", "origins": INT64, "weights": "*fp32", "canvas": "*fp32",
+        "guidance_scale": FLOAT, "c_skip": FLOAT, "c_out": FLOAT, "strides": STRIDES_4, "canvas_strides": STRIDES_4,
+    }  # fmt: skip
+    return [
+        Variant(f"gather_views {dtype}", views.gather_kernel, gather | sizes, tile, ROUNDING),
+        *(
+            Variant(
+                f"average_views {dtype}{' weighted' * weighted}",
+                views.average_kernel,
+                average | sizes,
+                tile | {"HAS_WEIGHTS": weighted, "HAS_CANVAS": True},
+                ROUNDING,
+            )
+            for weighted in (False, True)
+        ),
+    ]
+
+
+def resources(compiled: CompiledKernel) -> Resources:
+    """Read from the binary: cuobjdump's report of a cubin, the metadata of an AMD code object's assembly."""
+    if "cubin" in compiled.asm:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(compiled.asm["cubin"])
+            command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+            report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report)}
+        return Resources(found["REG"], found["STACK"], found["LOCAL"], compiled.metadata.shared)
+    fields = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size", "group_segment_fixed_size")
+    found = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
+    return Resources(*(int(found[name]) for name in fields))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cutdiff_kernels.compile", description=__doc__)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="(all)")
+    failed = False
+    for target in parser.parse_args(argv).targets:
+        print(f"{target}: registers, spills, local bytes, shared bytes")
+        for variant in variants():
+            needs = resources(variant.compile(TARGETS[target]))
+            failed |= bool(needs.spills or needs.local)
+            print(
+                f"  {variant.name:38} {needs.registers:4} {needs.spills:4} {needs.local:4} {needs.shared:6}", flush=True
+            )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,26 @@
+"""What every launch needs: a device that Triton runs on, and somewhere to write."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+ROUNDING = {"enable_fp_fusion": False}
+"""Launch options: products and sums are rounded one by one, as torch rounds them, for the same bits everywhere."""
+
+
+def output(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`out` if it fits, else a new contiguous tensor. RuntimeError where no kernel can run on `device`."""
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        raise RuntimeError(
+            f"Triton does not run on {device.type} tensors: use backend 'reference' or set TRITON_INTERPRET=1"
+        )
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if out.shape != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
+        raise ValueError(
+            f"out is {tuple(out.shape)} of {out.dtype} on {out.device}, "
+            f"needed is a contiguous {shape} of {dtype} on {device}"
+        )
+    return out
