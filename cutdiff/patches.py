@@ -128,6 +128,12 @@ class Views:
         return kernels.average_views(values, self.origins, self.size, weights=self.weights, covered=True, **how)
 
 
+def check_backend(backend: str, device: torch.device) -> None:
+    """ValueError where `backend` cannot run on `device`."""
+    if backend == "triton":
+        import_module("cutdiff_kernels.launch").check_device(device)
+
+
 def upload(values: Tensor, device: torch.device | str) -> Tensor:
     """A CPU tensor on `device`; the host does not wait for the copy."""
     return values if torch.device(device).type == "cpu" else values.pin_memory().to(device, non_blocking=True)

@@ -20,6 +20,7 @@ from cutdiff.draws import Draws
 from cutdiff.methods import METHODS, Run
 from cutdiff.model import Model
 from cutdiff.models.text import TextStates
+from cutdiff.patches import check_backend
 from cutdiff.schedule import Schedule
 from cutdiff.settings import Settings
 from cutdiff.solvers import Solver, Step, make_solver, solve
@@ -101,6 +102,7 @@ def decode(model: Model, latents: Tensor) -> Tensor:
 
 def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Solver, Schedule]:
     """The canvas in latents, the solver and the schedule of a run; ValueError where the model cannot do it."""
+    check_backend(settings.backend, model.device)
     solver = make_solver(settings.solver, settings.eta)
     schedule = solver.make_schedule(model.noise, settings.num_steps)
     return settings.canvas_size(model.native_size, model.factor), solver, schedule

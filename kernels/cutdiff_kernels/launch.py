@@ -10,12 +10,17 @@ ROUNDING = {"enable_fp_fusion": False}
 """Launch options: products and sums are rounded one by one, as torch rounds them, for the same bits everywhere."""
 
 
-def output(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`out` if it fits, else a new contiguous tensor. RuntimeError where no kernel can run on `device`."""
+def check_device(device: torch.device) -> None:
+    """ValueError where no kernel can run."""
     if device.type != "cuda" and not knobs.runtime.interpret:
-        raise RuntimeError(
-            f"Triton does not run on {device.type} tensors: use backend 'reference' or set TRITON_INTERPRET=1"
+        raise ValueError(
+            f"backend='triton' does not run on {device.type}: take 'auto' or 'reference', or set TRITON_INTERPRET=1"
         )
+
+
+def output(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`out` if it fits, else a new contiguous tensor. ValueError where it does not, or no kernel runs on `device`."""
+    check_device(device)
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
     if out.shape != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
