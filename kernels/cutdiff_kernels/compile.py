@@ -104,12 +104,16 @@ def _patch_variants(dtype: str, grid: tuple[int, int], source: int, grain: str) 
 
 
 def _view_variants(dtype: str) -> list[Variant]:
-    sizes = {"channels": INTEGER, "num_views": INTEGER, "size": PAIR, "window": PAIR}
+    sizes = {"size": PAIR, "window": PAIR}
     tile = {"COPIES": 2, "ROWS": views.TILE // views.WIDEST, "COLUMNS": views.WIDEST}
-    gather = {"canvas": "*fp32", "out": f"*{dtype}", "origins": INT64, "c_in": FLOAT, "strides": STRIDES_4}
+    gather = {
+        "canvas": "*fp32", "out": f"*{dtype}", "origins": INT64, "c_in": FLOAT, "strides": STRIDES_4,
+        "channels": INTEGER, "num_views": INTEGER,
+    }  # fmt: skip
     average = {
         "values": f"*{dtype}", "out": "*fp32", "origins": INT64, "weights": "*fp32", "canvas": "*fp32",
         "guidance_scale": FLOAT, "c_skip": FLOAT, "c_out": FLOAT, "strides": STRIDES_4, "canvas_strides": STRIDES_4,
+        "channels": INTEGER,
     }  # fmt: skip
     return [
         Variant(f"gather_views {dtype}", views.gather_kernel, gather | sizes, tile, ROUNDING),
@@ -118,7 +122,7 @@ def _view_variants(dtype: str) -> list[Variant]:
                 f"average_views {dtype}{' weighted' * weighted}",
                 views.average_kernel,
                 average | sizes,
-                tile | {"HAS_WEIGHTS": weighted, "HAS_CANVAS": True},
+                tile | {"NUM_VIEWS": 49, "HAS_WEIGHTS": weighted, "HAS_CANVAS": True},
                 ROUNDING,
             )
             for weighted in (False, True)

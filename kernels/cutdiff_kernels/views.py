@@ -69,9 +69,9 @@ def average_kernel(
     strides,
     canvas_strides,
     channels,
-    num_views,
     size,
     window,
+    NUM_VIEWS: tl.constexpr,
     COPIES: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_CANVAS: tl.constexpr,
@@ -90,8 +90,8 @@ def average_kernel(
     stride_n, stride_c, stride_y, stride_x = strides
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     share = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for view in range(num_views):
-        item = image * num_views + view
+    for view in range(NUM_VIEWS):
+        item = image * NUM_VIEWS + view
         top = tl.load(origins + 2 * item).to(tl.int32)
         left = tl.load(origins + 2 * item + 1).to(tl.int32)
         below, right = top + window[0], left + window[1]
@@ -163,12 +163,13 @@ def average_views(
     check_views(origins, (window[0], window[1]), size, items, copies, weights, covered)
     out = output(out, (batch, channels, *size), torch.float32, values.device)
     base = out if canvas is None else canvas
+    shares = out if weights is None else weights.to(values.device, torch.float32).contiguous()
     tile, num_tiles = _tiles(size)
     with torch.cuda.device_of(values):
         average_kernel[(batch * channels, num_tiles)](
-            values, out, origins.to(values.device).contiguous(), out if weights is None else weights, base,
-            guidance_scale, c_skip, c_out, values.stride(), base.stride(), channels, num_views, size, tuple(window),
-            COPIES=copies, HAS_WEIGHTS=weights is not None, HAS_CANVAS=canvas is not None,
+            values, out, origins.to(values.device).contiguous(), shares, base,
+            guidance_scale, c_skip, c_out, values.stride(), base.stride(), channels, size, tuple(window),
+            NUM_VIEWS=num_views, COPIES=copies, HAS_WEIGHTS=weights is not None, HAS_CANVAS=canvas is not None,
             **tile, **ROUNDING,
         )  # fmt: skip
     return out
