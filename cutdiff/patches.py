@@ -69,7 +69,10 @@ class FromNetwork(TypedDict, total=False):
 
 
 class Operator(Protocol):
-    """A way from the canvas to the network and back, both linear; `scatter` of what `gather` gave is the canvas."""
+    """A way from the canvas to the network and back, both linear; `scatter` of what `gather` gave is the canvas.
+
+    Where that does not hold, compose `gather`, a denoiser and `scatter` by hand: `Denoiser.through` relies on it.
+    """
 
     def gather(self, canvas: Tensor, backend: str = "auto", **how: Unpack[ToNetwork]) -> Tensor:
         """Canvas (B, C, H, W) -> the network's input (items·copies, C, h, w), images first, copies side by side."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from cutdiff_kernels import patches, reference, views
+from cutdiff_kernels import bench, patches, reference, views
 from cutdiff_kernels.reference import Seeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -386,6 +388,33 @@ def test_every_kernel_compiles_ahead_of_time_and_spills_nothing() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     for target in ("sm_80", "sm_90", "gfx942"):
         assert target in result.stdout
+
+
+def test_the_bench_times_what_is_here_and_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    code = (
+        f"from cutdiff_kernels.bench import main; raise SystemExit(main(['--sizes', '2048', '--json', {str(file)!r}]))"
+    )
+    result = run(code, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    assert "no GPU here: the references were timed, no kernel" in result.stdout
+    found = json.loads(file.read_text())
+    assert found["hardware"]["torch"] == torch.__version__
+    assert found["copy_bytes_per_s"] is None
+    assert {row["name"] for row in found["rows"]} >= {"gather patches", "scatter patches", "structure step"}
+    assert all(row["reference_us"] > 0 and row["kernel_us"] is None for row in found["rows"])
+    assert found["draw"]["published_s"] > 10 * found["draw"]["reference_s"], "20 and more where nothing else runs"
+
+
+def test_the_bench_shows_no_time_of_a_kernel_that_differs() -> None:
+    inputs = bench.Inputs(2048, torch.device("cpu"))
+    wrong = bench.Operation(
+        "wrong", 1, reference=lambda i: torch.zeros(3), kernel=lambda i: torch.tensor([0, float("nan"), 0])
+    )
+    row = bench.measure(wrong, inputs, None, compiled=False)
+    assert row.failed == "differs from its reference in 1 of 3 places"
+    assert row.kernel_us is None
+    assert row.reference_us is None
 
 
 def test_without_triton_the_cpu_still_draws() -> None:
