@@ -39,6 +39,7 @@ class Denoiser:
     """Of the operators around the network: "auto", "triton" or "reference"."""
     evaluations: int = field(default=0, init=False)
     """Items evaluated so far, a guidance pair counted as two."""
+    _rows: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
     def native_size(self) -> int:
@@ -104,24 +105,26 @@ class Denoiser:
 
     def _predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, copies: int) -> Tensor:
         """The network's output for (items·copies, C, h, w), evaluated in parts of `view_batch_size` items."""
-        rows = torch.arange(len(inputs), device=inputs.device)
-        image = rows // (len(inputs) // len(self.positive.context))
-        states = [self.negative, self.positive][-copies:]
-        context = torch.stack([s.context for s in states], dim=1)  # (B, copies, tokens, D)
-        pooled = torch.stack([s.pooled for s in states], dim=1)
-        timestep = torch.full((len(inputs),), self.timestep(sigma), device=inputs.device)
+        context, pooled = self._text(len(inputs), copies)
+        timestep = torch.full((1,), self.timestep(sigma), device=inputs.device).expand(len(inputs))
+        rows = self.view_batch_size * copies
         parts = [
-            self.unet(
-                inputs[part],
-                timestep[part],
-                context[image[part], part % copies],
-                pooled[image[part], part % copies],
-                size_ids[part],
-            )
-            for part in rows.split(self.view_batch_size * copies)
+            self.unet(*(values[start : start + rows] for values in (inputs, timestep, context, pooled, size_ids)))
+            for start in range(0, len(inputs), rows)
         ]
         self.evaluations += len(inputs)
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _text(self, num_rows: int, copies: int) -> tuple[Tensor, Tensor]:
+        """Context and pooled states of every row; made anew when their number changes, as between stages."""
+        if self._rows is None or len(self._rows[0]) != num_rows:
+            states = [self.negative, self.positive][-copies:]
+            items = num_rows // copies // len(self.positive.context)
+            self._rows = (
+                torch.stack([s.context for s in states], dim=1).repeat_interleave(items, dim=0).flatten(0, 1),
+                torch.stack([s.pooled for s in states], dim=1).repeat_interleave(items, dim=0).flatten(0, 1),
+            )
+        return self._rows
 
 
 def _size_ids(

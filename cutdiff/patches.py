@@ -115,13 +115,19 @@ class Views:
     size: tuple[int, int]
     """Of the canvas."""
     weights: Tensor | None = None
-    """(h, w), positive: how much each pixel of a view counts; all the same if None."""
+    """(h, w), positive: how much each pixel of a view counts; all the same if None. Given on the CPU too."""
     device: torch.device | str = "cpu"
     """Where the canvas is, and the origins go."""
 
     def __post_init__(self) -> None:
         reference.check_cover(self.origins, self.window, self.size)
         object.__setattr__(self, "origins", upload(self.origins, self.device))
+        if self.weights is not None:
+            if not bool((self.weights > 0).all()):
+                raise ValueError(
+                    "weights of a view must all be positive: one that is zero can leave a pixel without any"
+                )
+            object.__setattr__(self, "weights", upload(self.weights, self.device))
 
     def gather(self, canvas: Tensor, backend: str = "auto", **how: Unpack[ToNetwork]) -> Tensor:
         return _kernels("views", backend, canvas).gather_views(canvas, self.origins, self.window, **how)
@@ -133,22 +139,34 @@ class Views:
 
 def check_backend(backend: str, device: torch.device) -> None:
     """ValueError where `backend` cannot run on `device`."""
-    if backend == "triton":
-        import_module("cutdiff_kernels.launch").check_device(device)
+    if _is_reference(backend, device):
+        return
+    try:
+        launch = import_module("cutdiff_kernels.launch")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"backend={backend!r} needs {error.name} on {device.type}: install it, or take 'reference'"
+        ) from None
+    launch.check_device(device)
 
 
 def upload(values: Tensor, device: torch.device | str) -> Tensor:
-    """A CPU tensor on `device`; the host does not wait for the copy."""
-    return values if torch.device(device).type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+    """The same values on `device`, contiguous; the host does not wait for a copy to a GPU."""
+    values = values.contiguous()
+    if values.device.type == "cpu" and torch.device(device).type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def _kernels(name: str, backend: str, values: Tensor) -> ModuleType:
     """The module whose operators run: the references, or the Triton kernels, which raise where they cannot."""
+    return reference if _is_reference(backend, values.device) else import_module(f"cutdiff_kernels.{name}")
+
+
+def _is_reference(backend: str, device: torch.device) -> bool:
     if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend == "reference" or (backend == "auto" and values.device.type != "cuda"):
-        return reference
-    return import_module(f"cutdiff_kernels.{name}")
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    return backend == "reference" or (backend == "auto" and device.type != "cuda")
 
 
 def _for_kernels(permutation: Permutation, device: torch.device) -> reference.Permutation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from cutdiff.models.vae import VAE
 from cutdiff.scenes.vocabulary import WIDTH, make_text_encoders
 from cutdiff.schedule import NoiseConfig
 
+collect_ignore = [] if find_spec("triton") else ["test_kernels.py"]  # there is none for macOS
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci")
 

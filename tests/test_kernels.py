@@ -10,6 +10,8 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,15 +22,23 @@ from cutdiff_kernels.reference import Seeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 import cutdiff
+from cutdiff import patches as dispatch
+from cutdiff.denoiser import Denoiser
 from cutdiff.model import Model
+from cutdiff.models.text import TextStates
 from cutdiff.patches import Patches, Permutation, SeededPermutation, Views
+from cutdiff.solvers import euler_step
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
-few = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=12 if torch.cuda.is_available() else 40,  # on a GPU every new combination of constants is compiled
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -300,6 +310,40 @@ def test_averaged_views_are_those_of_the_reference(
     assert torch.equal(out, again), "no run differs from another"
 
 
+@pytest.mark.parametrize(("size", "window"), [((5, 300), (4, 200)), ((40, 150), (30, 140)), ((3, 2), (3, 2))])
+def test_views_wider_than_a_tile(device: str, size: tuple[int, int], window: tuple[int, int]) -> None:
+    origins = cutdiff.Draws((1, 2)).view_origins(0, size, window, (2, 33) if size != window else window, (0, 9))
+    canvas = torch.randn(2, 1, *size, device=device)
+    cuts = views.gather_views(canvas, origins.to(device), window)
+    assert torch.equal(cuts, reference.gather_views(canvas, origins, window))
+    torch.testing.assert_close(views.average_views(cuts, origins.to(device), size), canvas)
+
+
+@pytest.mark.parametrize(("grid", "side"), [((1, 1), 25), ((2, 2), 13), ((3, 3), 7), ((8, 8), 5)])
+def test_patches_of_more_positions_than_a_tile(device: str, grid: tuple[int, int], side: int) -> None:
+    canvas = torch.randn(1, 2, grid[0] * side, grid[1] * side, device=device)
+    drawn = Seeded(torch.tensor([3], device=device), 5, True)
+    mixed = patches.gather_patches(canvas, grid, drawn)
+    assert torch.equal(mixed, reference.gather_patches(canvas, grid, drawn))
+    assert torch.equal(patches.scatter_patches(mixed, grid, drawn), canvas)
+
+
+@pytest.mark.gpu
+def test_a_new_step_compiles_nothing() -> None:
+    canvas = torch.randn(1, 4, 16, 16, device="cuda")
+    seeds = torch.tensor([3], device="cuda")
+    compiled = set()
+    for step in (0, 1, 2, 16, 49):
+        mixed = patches.gather_patches(canvas, (2, 2), Seeded(seeds, step, True), c_in=1 / (step + 1))
+        patches.scatter_patches(mixed, (2, 2), Seeded(seeds, step, True), canvas=canvas, c_skip=1.0, c_out=-step)
+        caches = (
+            kernel.device_caches[torch.cuda.current_device()][0]
+            for kernel in (patches.gather_kernel, patches.scatter_kernel)
+        )
+        compiled.add(tuple(len(cache) for cache in caches))
+    assert len(compiled) == 1
+
+
 def test_what_lies_outside_the_canvas_is_never_read(device: str) -> None:
     """Views of ones whose parts outside are NaN: the average is one."""
     values = torch.full((2, 1, 5, 5), float("nan"), device=device)
@@ -324,6 +368,20 @@ def test_an_uncovered_pixel_is_an_error_before_the_launch(device: str) -> None:
         (lambda x: patches.gather_patches(x.expand(1, 1, 144, 144), (12, 12)), "up to 64"),
         (lambda x: patches.scatter_patches(x.expand(3, 1, 8, 8), (2, 2)), "no whole number"),
         (lambda x: patches.gather_patches(x, (2, 2), Seeded(torch.tensor([1, 2]), 0, True)), "do not fit 1 images"),
+        (
+            lambda x: patches.gather_patches(x.expand(2, 1, 8, 8), (2, 2), Seeded(torch.zeros(2), 0, True)),
+            "float32 do not",
+        ),
+        (
+            lambda x: patches.scatter_patches(x.expand(8, 1, 8, 8), (2, 2), canvas=torch.zeros(1, 1, 16, 16)),
+            "does not fit a",
+        ),
+        (lambda x: patches.gather_patches(x.double(), (2, 2)), "for float64 take"),
+        (lambda x: patches.gather_patches(x.clone().requires_grad_(), (2, 2)), "for gradients take"),
+        (
+            lambda x: views.gather_views(x.expand(2, 1, 8, 8), torch.zeros(1, 1, 2, dtype=torch.int64), (4, 4)),
+            "fit 2 images",
+        ),
         (lambda x: patches.gather_patches(x, (2, 2), torch.zeros(4, 1, 3, 4, dtype=torch.int64)), "does not fit 4"),
         (lambda x: patches.gather_patches(x, (2, 2), out=x), "needed is a contiguous"),
         (lambda x: views.average_views(x, torch.zeros(1, 2, 2, dtype=torch.int64), (8, 8)), "do not fit origins"),
@@ -408,10 +466,8 @@ def test_the_bench_times_what_is_here_and_says_so(tmp_path: Path) -> None:
 
 def test_the_bench_shows_no_time_of_a_kernel_that_differs() -> None:
     inputs = bench.Inputs(2048, torch.device("cpu"))
-    wrong = bench.Operation(
-        "wrong", 1, reference=lambda i: torch.zeros(3), kernel=lambda i: torch.tensor([0, float("nan"), 0])
-    )
-    row = bench.measure(wrong, inputs, None, compiled=False)
+    wrong = bench.Operation("wrong", 1, lambda i: (torch.zeros(3),), lambda i: (torch.tensor([0, float("nan"), 0]),))
+    row = bench.measure(wrong, inputs, None)
     assert row.failed == "differs from its reference in 1 of 3 places"
     assert row.kernel_us is None
     assert row.reference_us is None
@@ -440,22 +496,97 @@ def test_the_triton_backend_says_so_where_it_cannot_run() -> None:
 
 @few
 @given(case=cases())
-def test_operators_dispatch_alike(case: Case) -> None:
-    """`Patches` on the interpreter and on torch, and an unknown backend."""
-    if not knobs.runtime.interpret:
-        pytest.skip("needs the interpreter")
-    canvas = case.canvas("cpu")
+def test_patches_are_the_same_on_either_backend(device: str, case: Case) -> None:
+    canvas = case.canvas(device)
     permutation: Permutation = case.permutation if isinstance(case.permutation, Tensor) else None
     if isinstance(case.permutation, Seeded):
         seeds = tuple(seed % 2**64 for seed in case.permutation.seeds.tolist())
         grain = "channel" if case.permutation.per_channel else "pixel"
         permutation = SeededPermutation(seeds, case.permutation.step, grain)
     operator = Patches(case.grid, permutation)
-    assert torch.equal(operator.gather(canvas, "triton"), operator.gather(canvas, "reference"))
-    with pytest.raises(ValueError, match="backend 'cuda' is not one of auto, triton, reference"):
-        operator.gather(canvas, "cuda")
+    mixed = operator.gather(canvas, "reference")
+    assert torch.equal(operator.gather(canvas, "triton"), mixed)
+    assert torch.equal(operator.scatter(mixed, "triton"), operator.scatter(mixed, "reference"))
 
 
-def test_views_check_their_cover_once() -> None:
+@few
+@given(case=view_cases())
+def test_views_are_the_same_on_either_backend(device: str, case: ViewCase) -> None:
+    canvas = case.canvas(device)
+    weights = case.random(*case.window).abs().add(0.1) if case.weighted else None
+    operator = Views(case.origins, case.window, case.size, weights, device)
+    cuts = operator.gather(canvas, "reference")
+    assert torch.equal(operator.gather(canvas, "triton"), cuts)
+    torch.testing.assert_close(operator.scatter(cuts, "triton"), operator.scatter(cuts, "reference"))
+    torch.testing.assert_close(operator.scatter(cuts, "triton"), canvas.float())
+
+
+def test_one_set_of_origins_serves_all_images(device: str) -> None:
+    origins = torch.tensor([[0, 0], [0, 2]]).expand(2, 2, 2)
+    canvas = torch.randn(2, 3, 4, 6, device=device)
+    operator = Views(origins, (4, 4), (4, 6), device=device)
+    assert torch.equal(operator.scatter(operator.gather(canvas, "triton"), "triton"), canvas)
+
+
+def test_auto_is_triton_on_a_gpu_alone() -> None:
+    def chosen(backend: str, device: str) -> str:
+        return dispatch._kernels("views", backend, SimpleNamespace(device=torch.device(device))).__name__
+
+    assert chosen("auto", "cuda") == "cutdiff_kernels.views"
+    assert chosen("triton", "cpu") == "cutdiff_kernels.views"
+    assert chosen("auto", "cpu") == chosen("reference", "cuda") == "cutdiff_kernels.reference"
+    with pytest.raises(ValueError, match="backend='cuda' is not one of auto, triton, reference"):
+        chosen("cuda", "cuda")
+
+
+def test_views_check_cover_and_weights_when_they_are_made() -> None:
     with pytest.raises(ValueError, match="uncovered"):
         Views(torch.tensor([[[0, 0]]]), (2, 2), (4, 4))
+    with pytest.raises(ValueError, match="positive"):
+        Views(torch.tensor([[[0, 0]]]), (2, 2), (2, 2), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+
+
+class _Count(TorchDispatchMode):
+    """Counts the operations that write a tensor on the "meta" device, where nothing is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        writes = not func.is_view and isinstance(result, Tensor) and result.device.type == "meta"
+        if writes and not str(func).startswith("aten.empty"):
+            self.names.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("method", ["structure", "detail"])
+def test_a_step_is_a_handful_of_operations_around_the_network(method: str) -> None:
+    """On the device: gather, the timestep, the size ids' copy, (network,) scatter, the solver's step; no host loop."""
+    latents = torch.empty(1, 4, 32, 32, device="meta")
+
+    class Stub:
+        """An operator of two kernels, each one operation."""
+
+        def gather(self, canvas: Tensor, backend: str = "auto", **how: Any) -> Tensor:
+            return torch.neg(canvas.expand(8, 4, 32, 32))
+
+        def scatter(self, values: Tensor, backend: str = "auto", **how: Any) -> Tensor:
+            return torch.neg(values[:1])
+
+    class Network:
+        conv_in = torch.nn.Conv2d(4, 4, 1, device="meta")
+
+        def __call__(self, latents: Tensor, *others: Tensor) -> Tensor:
+            return latents
+
+    states = TextStates(torch.empty(1, 7, 16, device="meta"), torch.empty(1, 8, device="meta"))
+    denoiser = Denoiser(Network(), lambda sigma: 1.0, "epsilon", states, states, 7.5, 8, 16)
+    crops = torch.zeros(4, 2) if method == "detail" else None
+    denoiser.through(Stub(), latents, 1.0, crop_origins=crops)  # makes the text of every row
+    with _Count() as count:
+        euler_step(latents, denoiser.through(Stub(), latents, 1.0, crop_origins=crops), 1.0, 0.5)
+    assert sorted(count.names) == sorted(
+        ["aten.neg.default", "aten.full.default", "aten._to_copy.default", "aten.neg.default", "aten.lerp.Scalar"]
+    )

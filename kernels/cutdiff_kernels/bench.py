@@ -19,10 +19,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,17 +41,21 @@ C_IN, GUIDANCE, C_SKIP, C_OUT, RATIO = 0.2, 7.5, 1.0, -4.9, 0.9
 NETWORK_DTYPE = torch.bfloat16
 
 
+Call = Callable[[int], tuple[Tensor, ...]]
+"""Run on one of the input sets; gives all that was written, so that it can be checked and stays alive."""
+
+
 @dataclass(frozen=True)
 class Operation:
-    """One operator at one size, in every way that it can be had; calls are made by input set."""
+    """One operator at one size, in every way that it can be had."""
 
     name: str
     bytes: int
     """The least that it must move: every input read once, every output written once."""
-    reference: Callable[[int], Tensor]
-    kernel: Callable[[int], Tensor] | None = None
-    published: Callable[[int], Tensor] | None = None
-    compiles: bool = True
+    reference: Call
+    kernel: Call | None = None
+    compiled: Call | None = None
+    published: Call | None = None
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,8 @@ class Inputs:
         self.size = (self.latents, self.latents)
         self.canvas_numel = CHANNELS * self.latents**2
         self.view_numel = len(starts) ** 2 * CHANNELS * WINDOW**2
-        item = 2 * NETWORK_DTYPE.itemsize
-        largest = 8 * self.canvas_numel + item * self.view_numel
-        self.count = max(2, min(64, math.ceil(2 * _cache_bytes(device) / largest)))
+        # Every operation goes through all sets, and none may find its own in the cache when it comes round again.
+        self.count = max(2, min(128, math.ceil(3 * _cache_bytes(device) / min(self.bytes().values()))))
         seeds = torch.tensor([0], device=device)
         self.permutations = [Seeded(seeds, step, True) for step in range(self.count)]
         self.canvases = [self._random(1, self.latents, torch.float32) for _ in range(self.count)]
@@ -107,114 +111,129 @@ class Inputs:
         draws = [torch.randperm(self.num_patches) for _ in range(CHANNELS * self.patch**2)]
         return torch.stack(draws, dim=1).view(self.num_patches, CHANNELS, self.patch, self.patch).to(self.device)
 
-    def operations(self) -> list[Operation]:
+    def bytes(self) -> dict[str, int]:
+        """What each operation must move."""
+        item = 2 * NETWORK_DTYPE.itemsize  # of one number of a guidance pair
+        canvas, patches, views = 4 * self.canvas_numel, item * self.canvas_numel, item * self.view_numel
+        found = {
+            "gather patches": canvas + patches,
+            "scatter patches": 2 * canvas + patches,
+            "gather views": canvas + views,
+            "average views": 2 * canvas + views,
+        }
+        update = 3 * canvas
+        found["structure step"] = found["gather patches"] + found["scatter patches"] + update
+        found["detail step"] = found["gather views"] + found["average views"] + update
+        return found
+
+    def operations(self, compiled: bool) -> list[Operation]:
         """The four operators and the two kinds of step, as Triton and plain torch do them."""
-        item = 2 * NETWORK_DTYPE.itemsize  # bytes of one number of a guidance pair
-        canvas = 4 * self.canvas_numel
+        on_gpu = self.device.type == "cuda"
         plain = self._calls(reference, reference, self.host_origins)
-        fused: dict[str, Callable[[int], Tensor]] = {}
-        if self.device.type == "cuda":
+        fused: dict[str, Call] = {}
+        if on_gpu:
             from cutdiff_kernels import patches, views
 
             fused = self._calls(patches, views, self.origins)
-
-        def published_gather(i: int) -> Tensor:
-            drawn = self.published_index()
-            return reference.gather_patches(
-                self.canvases[i], self.grid, drawn, c_in=C_IN, dtype=NETWORK_DTYPE, copies=2
-            )
-
-        moved = {
-            "gather patches": canvas + item * self.canvas_numel,
-            "scatter patches": 2 * canvas + item * self.canvas_numel,
-            "gather views": canvas + item * self.view_numel,
-            "average views": 2 * canvas + item * self.view_numel,
-        }
-        update = 3 * canvas
-        moved["structure step"] = moved["gather patches"] + moved["scatter patches"] + update
-        moved["detail step"] = moved["gather views"] + moved["average views"] + update
+        by_compiler: dict[str, Call] = {}
+        if compiled:
+            names = ("gather_patches", "scatter_patches", "gather_views", "average_views")
+            module = SimpleNamespace(**{name: torch.compile(getattr(reference, name)) for name in names})
+            calls = self._calls(module, module, self.host_origins)
+            by_compiler = {name: calls[name] for name in ("gather patches", "scatter patches", "gather views")}
+        published = self._calls(reference, reference, self.host_origins, self.published_index)
         return [
             Operation(
                 name,
                 size,
                 reference=plain[name],
                 kernel=fused.get(name),
-                published=published_gather if name == "gather patches" else None,
-                compiles=name in ("gather patches", "scatter patches", "gather views"),
+                compiled=by_compiler.get(name),
+                published=published[name] if name in ("gather patches", "structure step") else None,
             )
-            for name, size in moved.items()
+            for name, size in self.bytes().items()
         ]
 
-    def _calls(self, patches: Any, views: Any, origins: Tensor) -> dict[str, Callable[[int], Tensor]]:
-        """The operators of a pair of modules, by name."""
+    def _calls(
+        self, patches: Any, views: Any, origins: Tensor, draw: Callable[[], Tensor] | None = None
+    ) -> dict[str, Call]:
+        """The operators of a pair of modules, by name; with `draw`, permutations are drawn by it once a step."""
         to_network: Any = {"c_in": C_IN, "dtype": NETWORK_DTYPE, "copies": 2}
         window = (WINDOW, WINDOW)
 
+        def permutation(i: int) -> Seeded | Tensor:
+            return self.permutations[i] if draw is None else draw()
+
         def from_network(i: int) -> Any:
-            return {
-                "copies": 2,
-                "guidance_scale": GUIDANCE,
-                "canvas": self.canvases[i],
-                "c_skip": C_SKIP,
-                "c_out": C_OUT,
-            }
+            pair = {"copies": 2, "guidance_scale": GUIDANCE}
+            return pair | {"canvas": self.canvases[i], "c_skip": C_SKIP, "c_out": C_OUT}
 
-        def gather_patches(i: int) -> Tensor:
-            return patches.gather_patches(self.canvases[i], self.grid, self.permutations[i], **to_network)
+        def gathered_patches(i: int, drawn: Seeded | Tensor) -> Tensor:
+            return patches.gather_patches(self.canvases[i], self.grid, drawn, **to_network)
 
-        def scatter_patches(i: int) -> Tensor:
-            return patches.scatter_patches(self.patches[i], self.grid, self.permutations[i], **from_network(i))
+        def scattered_patches(i: int, drawn: Seeded | Tensor) -> Tensor:
+            return patches.scatter_patches(self.patches[i], self.grid, drawn, **from_network(i))
 
-        def gather_views(i: int) -> Tensor:
+        def gathered_views(i: int) -> Tensor:
             return views.gather_views(self.canvases[i], origins, window, **to_network)
 
-        def average_views(i: int) -> Tensor:
+        def averaged_views(i: int) -> Tensor:
             return views.average_views(self.views[i], origins, self.size, covered=True, **from_network(i))
 
-        def structure_step(i: int) -> Tensor:
-            gather_patches(i)
-            return torch.lerp(scatter_patches(i), self.canvases[i], RATIO)
+        def structure_step(i: int) -> tuple[Tensor, ...]:
+            drawn = permutation(i)
+            return gathered_patches(i, drawn), torch.lerp(scattered_patches(i, drawn), self.canvases[i], RATIO)
 
-        def detail_step(i: int) -> Tensor:
-            gather_views(i)
-            return torch.lerp(average_views(i), self.canvases[i], RATIO)
+        def detail_step(i: int) -> tuple[Tensor, ...]:
+            return gathered_views(i), torch.lerp(averaged_views(i), self.canvases[i], RATIO)
 
-        calls = (gather_patches, scatter_patches, gather_views, average_views, structure_step, detail_step)
-        return {call.__name__.replace("_", " "): call for call in calls}
+        return {
+            "gather patches": lambda i: (gathered_patches(i, permutation(i)),),
+            "scatter patches": lambda i: (scattered_patches(i, permutation(i)),),
+            "gather views": lambda i: (gathered_views(i),),
+            "average views": lambda i: (averaged_views(i),),
+            "structure step": structure_step,
+            "detail step": detail_step,
+        }
 
 
-def measure(operation: Operation, inputs: Inputs, copy_rate: float | None, compiled: bool) -> Row:
+def measure(operation: Operation, inputs: Inputs, copy_rate: float | None) -> Row:
     """Check one operation, then time it in every way."""
     row: dict[str, Any] = {"size": inputs.latents * FACTOR, "name": operation.name, "bytes": operation.bytes}
     clock = partial(_seconds, count=inputs.count, device=inputs.device)
     if operation.kernel is not None:
-        difference = compare(operation.kernel(0), operation.reference(0))
-        if difference:
-            return Row(**row, failed=difference)
+        for i in (0, inputs.count - 1):
+            difference = compare(operation.kernel(i), operation.reference(i))
+            if difference:
+                return Row(**row, failed=difference)
         seconds = _graph_seconds(operation.kernel, inputs.count)
         row["kernel_us"] = 1e6 * seconds
         row["share_of_copy"] = None if copy_rate is None else operation.bytes / seconds / copy_rate
         row["launched_us"] = 1e6 * clock(operation.kernel)
         row["launches"] = _launches(operation.kernel)
     row["reference_us"] = 1e6 * clock(operation.reference)
-    if compiled and operation.compiles:
-        row["compiled_us"] = 1e6 * clock(torch.compile(operation.reference))
+    if operation.compiled is not None:
+        row["compiled_us"] = 1e6 * clock(operation.compiled)
     if operation.published is not None:
         row["published_us"] = 1e6 * _seconds(operation.published, 1, inputs.device, repeats=3)
     return Row(**row)
 
 
-def compare(got: Tensor, expected: Tensor) -> str:
+def compare(got: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
     """What is wrong: copies for the network must be equal to the bit, float32 arithmetic to rounding."""
-    same = torch.equal if got.dtype == NETWORK_DTYPE else partial(torch.allclose, rtol=1e-5, atol=1e-5)
-    if got.shape == expected.shape and same(got, expected):
-        return ""
-    return f"differs from its reference in {int((got != expected).sum())} of {got.numel()} places"
+    for one, other in zip(got, expected, strict=True):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return f"gives {tuple(one.shape)} of {one.dtype}, its reference {tuple(other.shape)} of {other.dtype}"
+        same = torch.equal if one.dtype == NETWORK_DTYPE else partial(torch.allclose, rtol=1e-5, atol=1e-5)
+        if not same(one, other):
+            return f"differs from its reference in {int((one != other).sum())} of {one.numel()} places"
+    return ""
 
 
-def _seconds(call: Callable[[int], Tensor], count: int, device: torch.device, repeats: int = 9) -> float:
+def _seconds(call: Call, count: int, device: torch.device, repeats: int = 9) -> float:
     """Median seconds of a call, over `count` input sets in a row."""
-    call(0)
+    for i in range(count):
+        call(i)
     times = []
     for _ in range(repeats):
         _synchronize(device)
@@ -226,8 +245,8 @@ def _seconds(call: Callable[[int], Tensor], count: int, device: torch.device, re
     return statistics.median(times)
 
 
-def _graph_seconds(call: Callable[[int], Tensor], count: int, repeats: int = 50) -> float:
-    """Median seconds of a call among `count` of them in one CUDA graph."""
+def _graph_seconds(call: Call, count: int, repeats: int = 15, replays: int = 5) -> float:
+    """Median seconds of a call among `count` of them in one CUDA graph, which is replayed without a pause."""
     call(0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -235,16 +254,18 @@ def _graph_seconds(call: Callable[[int], Tensor], count: int, repeats: int = 50)
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
         graph.replay()
+        start.record()
+        for _ in range(replays):
+            graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / count)
+        times.append(start.elapsed_time(end) / 1e3 / replays / count)
     del kept
     return statistics.median(times)
 
 
-def _launches(call: Callable[[int], Tensor]) -> int:
+def _launches(call: Call) -> int:
     """How many operations one call puts on the device."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call(0)
@@ -255,7 +276,7 @@ def _launches(call: Callable[[int], Tensor]) -> int:
 def copy_rate(device: torch.device, size: int = 2**30) -> float:
     """Bytes read and written by a second of a large copy."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
-    return 2 * size / _graph_seconds(lambda i: source.clone(), 2)
+    return 2 * size / _graph_seconds(lambda i: (source.clone(),), 2)
 
 
 def draw_seconds(positions: int = CHANNELS * WINDOW**2, num_patches: int = 4) -> dict[str, float]:
@@ -265,8 +286,9 @@ def draw_seconds(positions: int = CHANNELS * WINDOW**2, num_patches: int = 4) ->
     try:
         permutation, shape = Seeded(torch.tensor([0]), 0, True), (CHANNELS, WINDOW, positions // CHANNELS // WINDOW)
         cpu = torch.device("cpu")
-        published = _seconds(lambda i: torch.stack([torch.randperm(num_patches) for _ in range(positions)]), 1, cpu, 5)
-        vectorised = _seconds(lambda i: reference.permutation_index(permutation, num_patches, shape), 4, cpu)
+        loop = lambda i: tuple(torch.randperm(num_patches) for _ in range(positions))  # noqa: E731
+        published = _seconds(loop, 1, cpu, 5)
+        vectorised = _seconds(lambda i: (reference.permutation_index(permutation, num_patches, shape),), 4, cpu)
     finally:
         torch.set_num_threads(threads)
     return {"published_s": published, "reference_s": vectorised}
@@ -285,7 +307,7 @@ def _cache_bytes(device: torch.device) -> int:
 
 def hardware(device: torch.device) -> dict[str, str]:
     """What the numbers belong to."""
-    found = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
+    found = {"cpu": f"{_cpu_name()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
     found["python"] = platform.python_version()
     if device.type == "cuda":
         import triton
@@ -293,6 +315,13 @@ def hardware(device: torch.device) -> dict[str, str]:
         found |= {"gpu": torch.cuda.get_device_name(device), "triton": triton.__version__}
         found |= {"cuda": str(torch.version.cuda), "hip": str(torch.version.hip), "driver": _driver()}
     return found
+
+
+def _cpu_name() -> str:
+    """As Linux tells it, else what Python knows."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 def _driver() -> str:
@@ -308,8 +337,8 @@ def _table(rows: list[Row]) -> str:
 
     lines = [
         "| picture | operation | MB | kernel µs | of copy | launched µs | bound by | launches | reference µs "
-        "| compiled µs | published µs |",
-        "|---" * 11 + "|",
+        "| compiled µs | published µs | published / kernel |",
+        "|---" * 12 + "|",
     ]
     for row in rows:
         times = [number(value) for value in (row.reference_us, row.compiled_us, row.published_us)]
@@ -326,6 +355,7 @@ def _table(rows: list[Row]) -> str:
             bound,
             "-" if row.launches is None else str(row.launches),
             *times,
+            number(row.published_us / row.kernel_us if row.published_us and row.kernel_us else None),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -339,19 +369,20 @@ def main(argv: list[str] | None = None) -> int:
     found = hardware(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     print("no GPU here: the references were timed, no kernel" if rate is None else f"copy: {rate / 1e9:.0f} GB/s")
-    rows = []
-    for size in args.sizes:
-        inputs = Inputs(size, device)
-        rows += [measure(operation, inputs, rate, args.compile and on_gpu) for operation in inputs.operations()]
-    print("\n" + _table(rows) + "\n")
     draw = draw_seconds()
     print(
         f"one step's permutations at 2048² on one CPU thread: published {1e3 * draw['published_s']:.0f} ms, "
-        f"vectorised {1e3 * draw['reference_s']:.1f} ms, {draw['published_s'] / draw['reference_s']:.0f} times less"
+        f"vectorised {1e3 * draw['reference_s']:.1f} ms, {draw['published_s'] / draw['reference_s']:.0f} times less\n"
     )
-    if args.json is not None:
-        result = {"hardware": found, "copy_bytes_per_s": rate, "draw": draw, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    rows: list[Row] = []
+    for size in args.sizes:
+        inputs = Inputs(size, device)
+        new = [measure(operation, inputs, rate) for operation in inputs.operations(args.compile and on_gpu)]
+        rows += new
+        print(_table(new), flush=True)
+        if args.json is not None:  # after every size, so that a run that is cut short leaves what it has
+            result = {"hardware": found, "copy_bytes_per_s": rate, "draw": draw, "rows": [asdict(row) for row in rows]}
+            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(any(row.failed for row in rows))
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cutdiff_kernels.launch import ROUNDING, output
-from cutdiff_kernels.reference import Permutation, Seeded, check_items, check_patches, check_permutation
+from cutdiff_kernels.reference import Permutation, Seeded, check_canvas, check_items, check_patches, check_permutation
 
 NONE, SEEDED, INDEX = 0, 1, 2
 """Where the permutation comes from."""
@@ -181,13 +181,16 @@ def gather_patches(
     copies: int = 1,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`reference.gather_patches` in one launch. `out`, contiguous, is written and returned if given."""
+    """`reference.gather_patches` in one launch. `out`, contiguous, is written and returned if given.
+
+    An explicit index is trusted: whether it is a permutation is not asked, which would wait for the device.
+    """
     batch, channels, height, width = canvas.shape
     h, w = check_patches((height, width), grid)
     num_patches = grid[0] * grid[1]
     check_permutation(permutation, num_patches, batch, (channels, h, w))
     shape = (batch * num_patches * copies, channels, h, w)
-    out = output(out, shape, dtype or canvas.dtype, canvas.device)
+    out = output(out, shape, dtype or canvas.dtype, canvas)
     launch, chosen = _plan(batch, channels, h * w, grid, permutation)
     source, step, index_strides = _arguments(permutation, out)
     with torch.cuda.device_of(canvas):
@@ -215,7 +218,8 @@ def scatter_patches(
     num_patches = grid[0] * grid[1]
     batch = check_items(items, num_patches * copies)
     check_permutation(permutation, num_patches, batch, (channels, h, w))
-    out = output(out, (batch, channels, grid[0] * h, grid[1] * w), torch.float32, values.device)
+    out = output(out, (batch, channels, grid[0] * h, grid[1] * w), torch.float32, values)
+    check_canvas(canvas, out.shape)
     base = out if canvas is None else canvas
     launch, chosen = _plan(batch, channels, h * w, grid, permutation)
     source, step, index_strides = _arguments(permutation, out)
@@ -271,7 +275,7 @@ def _arguments(permutation: Permutation, unused: Tensor) -> tuple[Tensor, int, t
     if permutation is None:
         return unused, 0, (0,) * 5
     if isinstance(permutation, Seeded):
-        return permutation.seeds, permutation.step, (0,) * 5
+        return permutation.seeds.contiguous(), permutation.step, (0,) * 5
     index = permutation if permutation.ndim == 5 else permutation[None]
     strides = index.stride() if len(index) > 1 else (0, *index.stride()[1:])
     return index, 0, strides

@@ -1,5 +1,6 @@
 """Plain-torch references of the operators between the canvas and the network. Every faster path is compared with these.
 
+What they compute is float32, or float64 where float64 is given.
 Patches of a canvas are ordered image first: item b·N + n of a patch batch is patch n of image b. Views likewise. Where
 the network wants a guidance pair, the two copies of an item stand side by side, the negative one first.
 """
@@ -92,6 +93,7 @@ def gather_views(
 
     Values are multiplied with `c_in` in float32 and cast to `dtype` (the canvas's if None).
     """
+    check_origins(origins, len(canvas))
     return _to_network(views(canvas, origins, window), c_in, dtype or canvas.dtype, copies)
 
 
@@ -259,8 +261,11 @@ def check_items(items: int, each: int) -> int:
 def check_permutation(permutation: Permutation, num_patches: int, batch: int, shape: tuple[int, int, int]) -> None:
     """ValueError where a permutation does not fit patches of `shape` (C, h, w)."""
     if isinstance(permutation, Seeded):
-        if permutation.seeds.shape != (batch,):
-            raise ValueError(f"{len(permutation.seeds)} seeds do not fit {batch} images: one for each is needed")
+        if permutation.seeds.shape != (batch,) or permutation.seeds.dtype != torch.int64:
+            raise ValueError(
+                f"seeds {tuple(permutation.seeds.shape)} of {permutation.seeds.dtype} do not fit {batch} images: "
+                f"pass int64 ({batch},)"
+            )
     elif permutation is not None and not (
         permutation.dtype == torch.int64
         and permutation.ndim in (4, 5)
@@ -285,12 +290,27 @@ def check_views(
     covered: bool,
 ) -> None:
     """ValueError where origins, items or weights do not fit, or, unless that is known, a pixel is not covered."""
-    if origins.ndim != 3 or origins.shape[2] != 2 or items != origins.shape[0] * origins.shape[1] * copies:
+    check_origins(origins, len(origins))
+    if items != origins.shape[0] * origins.shape[1] * copies:
         raise ValueError(f"{items} items in {copies} copies do not fit origins (B, V, 2) of {tuple(origins.shape)}")
     if weights is not None and weights.shape != window:
         raise ValueError(f"weights of {tuple(weights.shape)} do not fit views of {window}")
     if not covered:
         check_cover(origins, window, size)
+
+
+def check_origins(origins: Tensor, batch: int) -> None:
+    """ValueError where origins are not (B, V, 2) int64 for `batch` images."""
+    if origins.ndim != 3 or origins.shape[0] != batch or origins.shape[2] != 2 or origins.dtype != torch.int64:
+        raise ValueError(
+            f"origins {tuple(origins.shape)} of {origins.dtype} do not fit {batch} images: pass int64 ({batch}, V, 2)"
+        )
+
+
+def check_canvas(canvas: Tensor | None, shape: Sequence[int]) -> None:
+    """ValueError where a canvas does not have the shape of what is laid on it."""
+    if canvas is not None and canvas.shape != shape:
+        raise ValueError(f"a canvas of {tuple(canvas.shape)} does not fit a result of {tuple(shape)}")
 
 
 def check_cover(origins: Tensor, window: tuple[int, int], size: tuple[int, int]) -> None:
@@ -317,6 +337,7 @@ def _combine(values: Tensor, copies: int, guidance_scale: float) -> Tensor:
 
 
 def _on_canvas(values: Tensor, canvas: Tensor | None, c_skip: float, c_out: float) -> Tensor:
+    check_canvas(canvas, values.shape)
     return values if canvas is None else c_skip * _wide(canvas) + c_out * values
 
 

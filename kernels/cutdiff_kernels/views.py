@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cutdiff_kernels.launch import ROUNDING, output
-from cutdiff_kernels.reference import check_views
+from cutdiff_kernels.reference import check_canvas, check_origins, check_views
 
 TILE = 1024
 """Pixels of a tile: two to eight for each of its 128 threads."""
@@ -131,9 +131,10 @@ def gather_views(
 ) -> Tensor:
     """`reference.gather_views` in one launch. `out`, contiguous, is written and returned if given."""
     batch, channels, height, width = canvas.shape
+    check_origins(origins, batch)
     num_views = origins.shape[1]
     shape = (batch * num_views * copies, channels, *window)
-    out = output(out, shape, dtype or canvas.dtype, canvas.device)
+    out = output(out, shape, dtype or canvas.dtype, canvas)
     tile, num_tiles = _tiles(window)
     with torch.cuda.device_of(canvas):
         gather_kernel[(batch * num_views * channels, num_tiles)](
@@ -161,7 +162,8 @@ def average_views(
     items, channels, *window = values.shape
     batch, num_views = origins.shape[:2]
     check_views(origins, (window[0], window[1]), size, items, copies, weights, covered)
-    out = output(out, (batch, channels, *size), torch.float32, values.device)
+    out = output(out, (batch, channels, *size), torch.float32, values)
+    check_canvas(canvas, out.shape)
     base = out if canvas is None else canvas
     shares = out if weights is None else weights.to(values.device, torch.float32).contiguous()
     tile, num_tiles = _tiles(size)
