@@ -16,6 +16,12 @@ from cutdiff.patches import Operator, Patches, upload
 Size = tuple[int, int]
 """Height, width."""
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""What the U-Net takes, row by row: latents, timesteps, context, pooled, size ids."""
+
+Network = Callable[[Tensor, Inputs], Tensor]
+"""(the image of each row (n,), the rows) -> prediction (n, C, h, w); of a guidance pair, the negative row is first."""
+
 
 @dataclass
 class Denoiser:
@@ -39,6 +45,8 @@ class Denoiser:
     """Of the operators around the network: "auto", "triton" or "reference"."""
     evaluations: int = field(default=0, init=False)
     """Items evaluated so far, a guidance pair counted as two."""
+    network: Network | None = field(default=None, init=False)
+    """What a method puts in the place of one pass of the U-Net, made of calls of `evaluate`."""
 
     @property
     def native_size(self) -> int:
@@ -102,6 +110,11 @@ class Denoiser:
             c_out=-sigma if is_epsilon else -sigma / scale,
         )
 
+    def evaluate(self, inputs: Inputs) -> Tensor:
+        """One pass of the U-Net over the rows, which are counted."""
+        self.evaluations += len(inputs[0])
+        return self.unet(*inputs)
+
     def _predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, copies: int) -> Tensor:
         """The network's output for (items·copies, C, h, w), evaluated in parts of `view_batch_size` items."""
         rows = torch.arange(len(inputs), device=inputs.device)
@@ -110,17 +123,20 @@ class Denoiser:
         context = torch.stack([s.context for s in states], dim=1)  # (B, copies, tokens, D)
         pooled = torch.stack([s.pooled for s in states], dim=1)
         timestep = torch.full((len(inputs),), self.timestep(sigma), device=inputs.device)
+        network = self.network or (lambda _images, rows: self.evaluate(rows))
         parts = [
-            self.unet(
-                inputs[part],
-                timestep[part],
-                context[image[part], part % copies],
-                pooled[image[part], part % copies],
-                size_ids[part],
+            network(
+                image[part],
+                (
+                    inputs[part],
+                    timestep[part],
+                    context[image[part], part % copies],
+                    pooled[image[part], part % copies],
+                    size_ids[part],
+                ),
             )
             for part in rows.split(self.view_batch_size * copies)
         ]
-        self.evaluations += len(inputs)
         return torch.cat(parts)
 
 
