@@ -4,9 +4,8 @@ More tokens flatten the softmax; a larger scale sharpens it again. The paper der
 sqrt(1 / d), for N tokens now, T in training and heads of width d, in every self-attention and at every step; attention
 over the text, whose number of tokens does not change, keeps its scale.
 
-There is no code of the authors. ScaleCrafter's, which has the method as a baseline, differs from the paper where its
-ratio of sizes is one of sides: T is a ratio of areas. It also leaves the scale without effect in fused attention, which
-does not read it.
+There is no code of the authors. ScaleCrafter's (github.com/YingqingHe/ScaleCrafter) has the method as a baseline; there
+the scale has no effect in fused attention, its default, which does not read it.
 """
 
 from __future__ import annotations
