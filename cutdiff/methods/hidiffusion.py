@@ -1,18 +1,18 @@
 """HiDiffusion (Zhang et al. 2023, arXiv 2311.17528): deep feature maps of native size, attention in windows.
 
-RAU-Net (section 4.1) shrinks the feature maps of a large canvas on the way down, so that the deep levels see a picture
-of the size that they know, and grows them on the way up; a threshold ends that. MSW-MSA (section 4.2) attends within
+RAU-Net (section 3.2) shrinks the feature maps of a large canvas on the way down, so that the deep levels see a picture
+of the size that they know, and grows them on the way up; a threshold ends that. MSW-MSA (same section) attends within
 large windows in the highest level with attention, where it costs most; each step shifts the windows anew.
 
-The published code (github.com/megvii-research/HiDiffusion) fills in what the paper leaves open. It changes level 1 of
+Thresholds and places are those of the published code (github.com/megvii-research/HiDiffusion). It changes level 1 of
 SDXL in two ways: its downsampler strides by 4 and not 2, dilated by 2 ("resampled" below), or its maps are averaged
 2×2 after its first layer and grown back, bicubically, before the way up joins the skip of the level above ("pooled").
-Below four times the native size the first 16% of the steps are resampled and those up to 40% pooled: an "aggressive"
-default that the paper does not have. From there on the first 30% are resampled and, with them, the first 70% pooled.
-Where it departs from the paper, and what is done here:
-- Every block draws a shift of its own from the global generator; here a step draws one for each image.
-- Maps of odd sides are resized to fit the windows; here windows differ by a pixel instead.
-- It treats any size and both axes alike; here an axis that is not past native is left as it is.
+Below four times the native size the first 16% of the steps are resampled and those up to 40% pooled, which it calls
+aggressive and does by default. From there on the first 30% are resampled and, with them, the first 70% pooled.
+Where it is not followed:
+- Its blocks each draw a shift from the global generator; here a step draws one for each image.
+- It resizes maps of odd sides to fit the windows; here windows differ by a pixel instead.
+- It treats any size and both axes alike, also the native one; here an axis that is not past native is left as it is.
 """
 
 from __future__ import annotations

@@ -2,17 +2,17 @@
 
 Re-dilation (section 3.2) spreads the 3×3 convolutions of the middle block and of the deepest levels, in the first steps
 only; later ones draw detail with the network as it is. Far past the native size more levels are spread, and the network
-denoises less well; noise-damped guidance (section 3.3) then takes the direction to the prompt from it, and the estimate
+denoises less well; noise-damped guidance (section 3.4) then takes the direction to the prompt from it, and the estimate
 without a prompt from a network that is spread less: base + s·(positive − negative).
 
-Where the published code (github.com/YingqingHe/ScaleCrafter) departs from the paper, and what is done here:
-- Its SDXL settings name `down_blocks.3` and a third downsampler, which SDXL has not: at twice the native size only the
+Settings are those that the published code (github.com/YingqingHe/ScaleCrafter) runs with:
+- Its lists for SDXL name `down_blocks.3` and a third downsampler, which SDXL has not: at twice the native size only the
   middle block and the deepest level on the way up are spread. So it is here.
-- Dilations at four times the size shrink from step to step, but not below 2; the paper does not say so. So it is here.
-- Convolution dispersion is wired to `inflate_tau`, which is 0 in every published configuration: what is run there does
-  without, and here too.
-- It adds FreeU and samples DDIM with eta = 1 by default; here neither is part of the method.
-- Its 4096×2048 setting spreads the deepest level on the way down by 3, not 4; here the longer side alone decides.
+- At four times the size its dilations shrink from step to step, but not below 2. So it is here.
+- Convolution dispersion (section 3.3) hangs on `inflate_tau`, which is 0 in all its configurations, also in those named
+  after it: what it runs does without, and so does this. Only the longer side counts, on both axes.
+It also adds FreeU and DDIM with eta = 1, which are no part of the method; and at 4096×2048 it spreads the deepest level
+on the way down by 3, where the rule here says 4, as at 4096×4096.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Self-attention within large windows of a feature map, shifted for each image of a batch.
 
-Source: MSW-MSA of HiDiffusion (Zhang et al. 2023, arXiv 2311.17528), section 4.2.
+Source: MSW-MSA of HiDiffusion (Zhang et al. 2023, arXiv 2311.17528), section 3.2.
 """
 
 from __future__ import annotations
