@@ -50,12 +50,14 @@ def make_run(
     seeds: tuple[int, ...] = (0,),
     guidance_scale: float = GUIDANCE,
     view_batch_size: int = 16,
+    dtype: torch.dtype = torch.float32,
 ) -> Run:
     positive, negative = (
-        TextStates(s.context.repeat(len(seeds), 1, 1), s.pooled.repeat(len(seeds), 1)) for s in states()
+        TextStates(s.context.repeat(len(seeds), 1, 1).to(dtype), s.pooled.repeat(len(seeds), 1).to(dtype))
+        for s in states()
     )
     denoiser = Denoiser(
-        unet=make_unet(config),
+        unet=make_unet(config).to(dtype),
         timestep=make_solver(solver).make_schedule(NoiseConfig(), num_steps).timestep,
         prediction_type="epsilon",
         positive=positive,
@@ -123,6 +125,28 @@ def test_an_image_does_not_depend_on_its_neighbours(method: str, size: tuple[int
     for view_batch_size in (2, 16):
         together = make_run(size, num_steps=3, seeds=seeds, view_batch_size=view_batch_size)
         assert relative_error(latents(method, together, start=start), torch.cat(alone)) < 1e-4
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_low_precision_draws_nearly_the_same(method: str) -> None:
+    expected = latents(method, make_run((32, 32), num_steps=3))
+    assert relative_error(latents(method, make_run((32, 32), num_steps=3, dtype=torch.bfloat16)), expected) < 0.1
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_runs_that_take_turns_do_not_touch_each_other(method: str) -> None:
+    """A step changes the network only while it is taken, so that others may use it between steps."""
+    changed, plain = make_run((16, 16), num_steps=3), make_run((16, 16), num_steps=3)
+    plain.denoiser.unet = changed.denoiser.unet
+    schedule = make_solver("ddim").make_schedule(NoiseConfig(), 3)
+    x = noise((16, 16)) * schedule.init_scale
+    both = (
+        solve(METHODS[name](run), x, schedule, make_solver("ddim"), lambda step: x)
+        for name, run in ((method, changed), ("direct", plain))
+    )
+    last = list(zip(*both, strict=True))[-1]
+    assert torch.equal(last[0].latents, latents(method, make_run((16, 16), num_steps=3)))
+    assert torch.equal(last[1].latents, latents("direct", make_run((16, 16), num_steps=3)))
 
 
 @pytest.mark.parametrize(("size", "evaluations"), [((16, 16), 2 * 10), ((32, 32), 2 * 10 + 7)])
