@@ -16,6 +16,12 @@ from cutdiff.patches import Operator, Patches, upload
 Size = tuple[int, int]
 """Height, width."""
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""What the U-Net takes, row by row: latents, timesteps, context, pooled, size ids."""
+
+Network = Callable[[Tensor, Inputs], Tensor]
+"""(the image of each row (n,), the rows) -> prediction (n, C, h, w); of a guidance pair, the negative row is first."""
+
 
 @dataclass
 class Denoiser:
@@ -39,6 +45,8 @@ class Denoiser:
     """Of the operators around the network: "auto", "triton" or "reference"."""
     evaluations: int = field(default=0, init=False)
     """Items evaluated so far, a guidance pair counted as two."""
+    network: Network | None = field(default=None, init=False)
+    """What a method puts in the place of one pass of the U-Net, made of calls of `evaluate`."""
     _rows: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -103,16 +111,31 @@ class Denoiser:
             c_out=-sigma if is_epsilon else -sigma / scale,
         )
 
+    def evaluate(self, inputs: Inputs) -> Tensor:
+        """One pass of the U-Net over the rows, which are counted."""
+        self.evaluations += len(inputs[0])
+        return self.unet(*inputs)
+
     def _predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, copies: int) -> Tensor:
         """The network's output for (items·copies, C, h, w), evaluated in parts of `view_batch_size` items."""
         context, pooled = self._text(len(inputs), copies)
         timestep = torch.full((1,), self.timestep(sigma), device=inputs.device).expand(len(inputs))
         rows = self.view_batch_size * copies
-        parts = [
-            self.unet(*(values[start : start + rows] for values in (inputs, timestep, context, pooled, size_ids)))
-            for start in range(0, len(inputs), rows)
-        ]
-        self.evaluations += len(inputs)
+        parts = []
+        for start in range(0, len(inputs), rows):
+            stop = start + rows
+            part = (
+                inputs[start:stop],
+                timestep[start:stop],
+                context[start:stop],
+                pooled[start:stop],
+                size_ids[start:stop],
+            )
+            if self.network is None:
+                parts.append(self.evaluate(part))
+            else:
+                row = torch.arange(start, start + len(part[0]), device=inputs.device)
+                parts.append(self.network(row // (len(inputs) // len(self.positive.context)), part))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _text(self, num_rows: int, copies: int) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cutdiff.patches import Permutation, SeededPermutation, view_grid
 
-NOISE, ORIGINS = 1, 2
-"""What a stream of random numbers is for: noise and origins of one seed do not share numbers."""
+NOISE, ORIGINS, SHIFTS = 1, 2, 3
+"""What a stream of random numbers is for: noise, origins and shifts of one seed do not share numbers."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ class Draws:
             offsets = _generator(seed, ORIGINS, step).integers(low.numpy(), high.numpy(), endpoint=True)
             draws.append(grid + torch.from_numpy(offsets))
         return torch.stack(draws)
+
+    def window_shifts(self, step: int) -> Tensor:
+        """By how many quarters of a window `step` shifts windowed attention: (B,), 0 to 3, on the CPU."""
+        return torch.tensor([int(_generator(seed, SHIFTS, step).integers(4)) for seed in self.seeds])
 
 
 def _generator(seed: int, purpose: int, stream: int) -> np.random.Generator:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """What `cutdiff.load` returns and every run reads; the networks are in evaluation mode and never changed."""
+    """What `cutdiff.load` returns and every run reads: networks in evaluation mode, in which a run leaves no trace."""
 
     unet: UNet
     vae: VAE

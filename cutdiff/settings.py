@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-METHOD_NAMES = ("direct", "multidiffusion", "cutdiffusion")
+METHOD_NAMES = ("direct", "attention_scaling", "scalecrafter", "hidiffusion", "multidiffusion", "cutdiffusion")
 SOLVER_NAMES = ("euler", "ddim")
 INTERACTIONS = ("channel", "pixel", "none")
 SIZE_CONDITIONINGS = ("native", "target")

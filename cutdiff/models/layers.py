@@ -64,6 +64,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, context_dim: int | None = None, bias: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.scale = 1 / math.sqrt(dim // num_heads)  # of the scores before the softmax
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
@@ -72,7 +73,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, dim / heads)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, heads, L, dim / heads)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

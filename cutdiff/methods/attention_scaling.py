@@ -1,0 +1,46 @@
+"""Attention scaling (Jin et al. 2023, arXiv 2306.08645): the entropy of self-attention stays what it was in training.
+
+More tokens flatten the softmax; a larger scale sharpens it again. The paper derives sqrt(log_T N / d) in place of
+sqrt(1 / d), for N tokens now, T in training and heads of width d, in every self-attention and at every step; attention
+over the text, whose number of tokens does not change, keeps its scale.
+
+There is no code of the authors. ScaleCrafter's (github.com/YingqingHe/ScaleCrafter) has the method as a baseline; there
+the scale has no effect in fused attention, its default, which does not read it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from cutdiff.denoiser import Size
+from cutdiff.methods.common import Run
+from cutdiff.methods.direct import denoise_whole
+from cutdiff.methods.network import blocks, replaced, size_at
+from cutdiff.models.unet import TransformerBlock, UNet
+from cutdiff.solvers import Stage
+
+
+def attention_scaling(run: Run) -> list[Stage]:
+    """D'(x) at every step, its scales those of the canvas; a canvas smaller than native gets smaller scales."""
+    changed = denoise_whole(run, lambda step: scaled_attention(run.denoiser.unet, run.size))
+    return [Stage("attention_scaling", range(run.num_steps), changed)]
+
+
+@contextmanager
+def scaled_attention(unet: UNet, size: Size) -> Iterator[None]:
+    """Scale the self-attentions of every level for a canvas of `size` latents."""
+    native = unet.config.native_size
+    with ExitStack() as changes:
+        for level, block in blocks(unet):
+            factor = entropy_factor(math.prod(size_at(size, level)), math.prod(size_at((native, native), level)))
+            for module in block.modules():
+                if isinstance(module, TransformerBlock):
+                    changes.enter_context(replaced(module.attn1, scale=factor * module.attn1.scale))
+        yield
+
+
+def entropy_factor(tokens: int, native_tokens: int) -> float:
+    """sqrt(log_T N), 1 where N = T; a single native token has no entropy to keep and counts as two."""
+    return math.sqrt(math.log(tokens, max(2, native_tokens))) if tokens != native_tokens else 1.0

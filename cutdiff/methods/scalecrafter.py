@@ -1,0 +1,147 @@
+"""ScaleCrafter (He et al. 2023, arXiv 2310.07702): convolutions as wide as the canvas, while the structure is drawn.
+
+Re-dilation (section 3.2) spreads the 3×3 convolutions of the middle block and of the deepest levels, in the first steps
+only; later ones draw detail with the network as it is. Far past the native size more levels are spread, and the network
+denoises less well; noise-damped guidance (section 3.4) then takes the direction to the prompt from it, and the estimate
+without a prompt from a network that is spread less: base + s·(positive − negative).
+
+Settings are those that the published code (github.com/YingqingHe/ScaleCrafter) runs with:
+- Its lists for SDXL name `down_blocks.3` and a third downsampler, which SDXL has not: at twice the native size only the
+  middle block and the deepest level on the way up are spread. So it is here.
+- At four times the size its dilations shrink from step to step, but not below 2. So it is here.
+- Convolution dispersion (section 3.3) hangs on `inflate_tau`, which is 0 in all its configurations, also in those named
+  after it: what it runs does without, and so does this. Only the longer side counts, on both axes.
+It also adds FreeU and DDIM with eta = 1, which are no part of the method; and at 4096×2048 it spreads the deepest level
+on the way down by 3, where the rule here says 4, as at 4096×4096.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cutdiff.denoiser import Denoiser, Inputs
+from cutdiff.methods.common import Run
+from cutdiff.methods.direct import denoise_whole, direct
+from cutdiff.methods.network import blocks, replaced
+from cutdiff.models.unet import DownLevel, MidBlock, UNet
+from cutdiff.solvers import Stage
+
+
+@dataclass(frozen=True)
+class Dilations:
+    """Factors of the convolutions' reach, from the deepest level upwards; levels that are not listed keep theirs."""
+
+    mid: float
+    up: tuple[float, ...]
+    down: tuple[float, ...] = ()
+
+    def at(self, block: nn.Module, depth: int) -> float:
+        """Of a block `depth` levels above the deepest."""
+        if isinstance(block, MidBlock):
+            return self.mid
+        factors = self.down if isinstance(block, DownLevel) else self.up
+        return factors[depth] if depth < len(factors) else 1.0
+
+    def shrunk(self, remaining: float) -> Dilations:
+        """At the step where the share `remaining` of the re-dilated steps is left: whole factors, not below 2."""
+        mid, up, down = ([max(math.ceil(f * remaining), 2) for f in fs] for fs in ((self.mid,), self.up, self.down))
+        return Dilations(mid[0], tuple(up), tuple(down))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is spread, and for how long."""
+
+    share: float
+    """Of the steps, from the first one on."""
+    dilations: Dilations
+    base: Dilations | None = None
+    """What noise-damped guidance takes the estimate without a prompt from; None: plain guidance, constant dilations."""
+
+
+def plan_for(scale: float) -> Plan:
+    """For a canvas whose longer side is `scale` times the native one: the published settings at 2, 2.5 and 4.
+
+    Elsewhere the factors follow the scale; noise-damped guidance and the further levels come in above 3.
+    """
+    if scale <= 3:
+        return Plan(0.6, Dilations(mid=scale, up=(scale,)))
+    wide = Dilations(mid=scale, up=(scale, 0.75 * scale, 0.5 * scale), down=(scale,))
+    return Plan(0.7, wide, base=Dilations(mid=0.5 * scale, up=(0.5 * scale,)))
+
+
+def scalecrafter(run: Run) -> list[Stage]:
+    """Re-dilated for the first steps, then as it is; direct inference where the canvas is nowhere past native."""
+    scale = max(run.size) / run.denoiser.native_size
+    if scale <= 1:
+        return direct(run)
+    plan = plan_for(scale)
+    until = math.ceil(round(plan.share * run.num_steps, 9))
+    changed = partial(_redilated_step, run.denoiser, plan, until)
+    return [
+        Stage("redilated", range(until), denoise_whole(run, changed)),
+        Stage("direct", range(until, run.num_steps), denoise_whole(run)),
+    ]
+
+
+@contextmanager
+def _redilated_step(denoiser: Denoiser, plan: Plan, until: int, step: int) -> Iterator[None]:
+    if plan.base is None:
+        with redilated(denoiser.unet, plan.dilations):
+            yield
+        return
+    remaining = (until - step) / until
+    wide, base = plan.dilations.shrunk(remaining), plan.base.shrunk(remaining)
+    if denoiser.guidance_scale == 1:
+        with redilated(denoiser.unet, wide):
+            yield
+        return
+
+    def damped(_images: Tensor, rows: Inputs) -> Tensor:
+        """A pair (base, base + positive − negative), which plain guidance turns into the noise-damped estimate."""
+        with redilated(denoiser.unet, wide):
+            negative, positive = denoiser.evaluate(rows).float().unflatten(0, (-1, 2)).unbind(1)
+        with redilated(denoiser.unet, base):
+            calm = denoiser.evaluate(cast(Inputs, tuple(values[::2] for values in rows))).float()
+        return torch.stack([calm, calm + positive - negative], dim=1).flatten(0, 1)
+
+    with replaced(denoiser, network=damped):
+        yield
+
+
+@contextmanager
+def redilated(unet: UNet, dilations: Dilations) -> Iterator[None]:
+    """Spread the 3×3 convolutions of resnets, downsamplers and upsamplers."""
+    last = len(unet.down_blocks) - 1
+    with ExitStack() as changes:
+        for level, block in blocks(unet):
+            factor = dilations.at(block, last - level)
+            for module in block.modules():
+                if factor > 1 and isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                    changes.enter_context(replaced(module, forward=partial(redilated_conv, module, factor)))
+        yield
+
+
+def redilated_conv(conv: nn.Conv2d, factor: float, x: Tensor) -> Tensor:
+    """`conv` with its 3×3 taps `factor` times as far apart; x (B, C, h, w) -> the shape that `conv` gives.
+
+    A fractional factor (section 3.2) is rounded up, on an input stretched by as much; the output is shrunk back.
+    """
+    dilation = math.ceil(factor)
+    sides = x.shape[2:]
+    stretched = [round(side * dilation / factor) for side in sides]
+    own = [math.ceil(side / stride) for side, stride in zip(sides, conv.stride, strict=True)]
+    return _resized(F.conv2d(_resized(x, stretched), conv.weight, conv.bias, conv.stride, dilation, dilation), own)
+
+
+def _resized(x: Tensor, size: list[int]) -> Tensor:
+    return x if list(x.shape[2:]) == size else F.interpolate(x, size=size, mode="bilinear")

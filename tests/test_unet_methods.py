@@ -1,0 +1,440 @@
+"""The methods that change the inside of the U-Net: their operators, what they leave behind, and the published codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from published_unet_methods import CONFIG, GUIDANCE, RUNS, STEPS, noise, published_latents, states, weights
+from torch import Tensor, nn
+
+from cutdiff.denoiser import Denoiser
+from cutdiff.draws import Draws
+from cutdiff.methods import METHODS, Run
+from cutdiff.methods.attention_scaling import entropy_factor, scaled_attention
+from cutdiff.methods.hidiffusion import pooling, resampling, top_level, windowed
+from cutdiff.methods.network import blocks, replaced, size_at
+from cutdiff.methods.scalecrafter import Dilations, plan_for, redilated, redilated_conv
+from cutdiff.methods.windows import attend_in_windows
+from cutdiff.models.config import SDXL_UNET, UNetConfig
+from cutdiff.models.layers import Attention
+from cutdiff.models.text import TextStates
+from cutdiff.models.unet import TransformerBlock, UNet
+from cutdiff.schedule import NoiseConfig
+from cutdiff.settings import SOLVER_NAMES
+from cutdiff.solvers import make_solver, solve
+
+METHOD_NAMES = ("attention_scaling", "scalecrafter", "hidiffusion")
+EMBEDDED = replace(CONFIG, layers_per_block=1, transformer_layers=(0, 1, 1), mid_transformer_layers=1)
+"""Of the embedded model's layout."""
+
+
+def make_unet(config: UNetConfig = CONFIG) -> UNet:
+    unet = UNet(config).eval().requires_grad_(False)
+    unet.load_state_dict(weights(unet.state_dict()), strict=True)
+    return unet
+
+
+def make_run(
+    size: tuple[int, int],
+    *,
+    config: UNetConfig = CONFIG,
+    solver: str = "ddim",
+    num_steps: int = STEPS,
+    seeds: tuple[int, ...] = (0,),
+    guidance_scale: float = GUIDANCE,
+    view_batch_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> Run:
+    positive, negative = (
+        TextStates(s.context.repeat(len(seeds), 1, 1).to(dtype), s.pooled.repeat(len(seeds), 1).to(dtype))
+        for s in states()
+    )
+    denoiser = Denoiser(
+        unet=make_unet(config).to(dtype),
+        timestep=make_solver(solver).make_schedule(NoiseConfig(), num_steps).timestep,
+        prediction_type="epsilon",
+        positive=positive,
+        negative=negative,
+        guidance_scale=guidance_scale,
+        factor=8,
+        view_batch_size=view_batch_size,
+    )
+    return Run(denoiser, Draws(seeds), size, num_steps)
+
+
+def latents(method: str, run: Run, *, solver: str = "ddim", start: Tensor | None = None) -> Tensor:
+    schedule = make_solver(solver).make_schedule(NoiseConfig(), run.num_steps)
+    x = (noise(run.size) if start is None else start) * schedule.init_scale
+    steps = solve(METHODS[method](run), x, schedule, make_solver(solver), lambda step: x)
+    return list(steps)[-1].latents
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return ((a - b).norm() / b.norm()).item()
+
+
+def sample(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- Whole runs
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_published_code_ends_in_the_same_latents(name: str) -> None:
+    method, size, native = RUNS[name]
+    run = make_run(size, config=replace(CONFIG, native_size=native))
+    assert relative_error(latents(method, run), published_latents(name)) < 1e-4
+    assert relative_error(latents("direct", run), published_latents(name)) > 0.1
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("solver", SOLVER_NAMES)
+def test_at_native_size_every_method_is_direct_to_the_bit(method: str, solver: str) -> None:
+    run = make_run((8, 8), solver=solver, num_steps=4)
+    assert torch.equal(latents(method, run, solver=solver), latents("direct", run, solver=solver))
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("config", [CONFIG, EMBEDDED], ids=["sdxl", "embedded"])
+@pytest.mark.parametrize("size", [(16, 16), (9, 15), (33, 7), (1, 20)])
+def test_any_size_can_be_drawn_and_differs_from_direct(method: str, config: UNetConfig, size: tuple[int, int]) -> None:
+    run = make_run(size, config=config, num_steps=3, solver="euler")
+    drawn = latents(method, run, solver="euler")
+    assert drawn.isfinite().all()
+    assert relative_error(drawn, latents("direct", run, solver="euler")) > 1e-3
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("size", [(16, 24), (9, 33)])
+def test_an_image_does_not_depend_on_its_neighbours(method: str, size: tuple[int, int]) -> None:
+    seeds = (0, 7, 2)
+    start = torch.cat([noise(size), sample(2, CONFIG.in_channels, *size)])
+    alone = [
+        latents(method, make_run(size, num_steps=3, seeds=(seed,)), start=start[i : i + 1])
+        for i, seed in enumerate(seeds)
+    ]
+    for view_batch_size in (2, 16):
+        together = make_run(size, num_steps=3, seeds=seeds, view_batch_size=view_batch_size)
+        assert relative_error(latents(method, together, start=start), torch.cat(alone)) < 1e-4
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_low_precision_draws_nearly_the_same(method: str) -> None:
+    expected = latents(method, make_run((32, 32), num_steps=3))
+    assert relative_error(latents(method, make_run((32, 32), num_steps=3, dtype=torch.bfloat16)), expected) < 0.1
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_runs_that_take_turns_do_not_touch_each_other(method: str) -> None:
+    """A step changes the network only while it is taken, so that others may use it between steps."""
+    changed, plain = make_run((16, 16), num_steps=3), make_run((16, 16), num_steps=3)
+    plain.denoiser.unet = changed.denoiser.unet
+    schedule = make_solver("ddim").make_schedule(NoiseConfig(), 3)
+    x = noise((16, 16)) * schedule.init_scale
+    both = (
+        solve(METHODS[name](run), x, schedule, make_solver("ddim"), lambda step: x)
+        for name, run in ((method, changed), ("direct", plain))
+    )
+    last = list(zip(*both, strict=True))[-1]
+    assert torch.equal(last[0].latents, latents(method, make_run((16, 16), num_steps=3)))
+    assert torch.equal(last[1].latents, latents("direct", make_run((16, 16), num_steps=3)))
+
+
+@pytest.mark.parametrize(("size", "evaluations"), [((16, 16), 2 * 10), ((32, 32), 2 * 10 + 7)])
+def test_noise_damped_guidance_is_counted(size: tuple[int, int], evaluations: int) -> None:
+    """One evaluation more, of the negative row alone, in each of the first 70% of the steps."""
+    run = make_run(size)
+    latents("scalecrafter", run)
+    assert run.denoiser.evaluations == evaluations
+
+
+def test_without_guidance_nothing_is_damped() -> None:
+    run = make_run((32, 32), guidance_scale=1.0)
+    assert latents("scalecrafter", run).isfinite().all()
+    assert run.denoiser.evaluations == 10
+
+
+# ---- What a change leaves behind
+
+
+def snapshot(unet: UNet) -> dict[str, dict[str, Any]]:
+    """Every plain attribute of every module."""
+    return {name: {k: v for k, v in vars(m).items() if not k.startswith("_")} for name, m in unet.named_modules()}
+
+
+CHANGES: dict[str, Callable[[Run], AbstractContextManager[None]]] = {
+    "scaled attention": lambda run: scaled_attention(run.denoiser.unet, run.size),
+    "re-dilation": lambda run: redilated(run.denoiser.unet, plan_for(4).dilations),
+    "resampling": lambda run: resampling(run.denoiser.unet, (2, 2)),
+    "pooling": lambda run: pooling(run.denoiser.unet, (2, 2), run.size),
+    "windows": lambda run: windowed(run, (2, 2), 0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_change_leaves_no_trace_even_after_an_error(change: Callable[[Run], AbstractContextManager[None]]) -> None:
+    run = make_run((16, 16), num_steps=4)
+    before, x = snapshot(run.denoiser.unet), 10 * noise(run.size)
+    plain = run.denoiser(x, 10.0)
+    with change(run):
+        assert relative_error(run.denoiser(x, 10.0), plain) > 1e-4
+    assert snapshot(run.denoiser.unet) == before
+    with pytest.raises(KeyboardInterrupt), change(run):
+        raise KeyboardInterrupt
+    assert snapshot(run.denoiser.unet) == before
+    assert run.denoiser.network is None
+    assert torch.equal(run.denoiser(x, 10.0), plain)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_network_that_fails_in_the_middle_of_a_step_is_restored(method: str) -> None:
+    run = make_run((32, 32), num_steps=4)
+    before = snapshot(run.denoiser.unet)
+
+    def fail(*_: Tensor) -> Tensor:
+        raise FloatingPointError
+
+    with replaced(run.denoiser.unet.up_blocks[1].resnets[2], forward=fail), pytest.raises(FloatingPointError):
+        latents(method, run)
+    assert snapshot(run.denoiser.unet) == before
+    assert run.denoiser.network is None
+
+
+def test_replaced_restores_own_attributes_and_drops_others() -> None:
+    conv = nn.Conv2d(1, 1, 3)
+    with replaced(conv, stride=(2, 2), forward=lambda x: x):
+        assert conv.stride == (2, 2)
+        assert conv("anything") == "anything"
+    assert conv.stride == (1, 1)
+    assert "forward" not in vars(conv)
+
+
+# ---- Attention scaling
+
+
+def explicit_attention(attention: Attention, x: Tensor, scale: float) -> Tensor:
+    split = lambda values: values.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)  # noqa: E731
+    q, k, v = split(attention.to_q(x)), split(attention.to_k(x)), split(attention.to_v(x))
+    out = (scale * q @ k.mT).softmax(dim=-1) @ v
+    return attention.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def test_scaled_attention_is_the_softmax_with_the_papers_scale() -> None:
+    unet = make_unet()
+    size = (15, 24)  # level 1 has 8 x 12 tokens where it had 4 x 4
+    block = next(module for module in unet.down_blocks[1].modules() if isinstance(module, TransformerBlock))
+    x, context = sample(2, 96, 16), sample(2, 5, CONFIG.context_dim)
+    text = block.attn2(x, context)
+    with scaled_attention(unet, size):
+        expected = explicit_attention(block.attn1, x, math.sqrt(math.log(96) / math.log(16) / 8))
+        assert relative_error(block.attn1(x), expected) < 1e-6
+        assert torch.equal(block.attn2(x, context), text)
+
+
+def test_the_scale_follows_the_number_of_tokens_at_each_level() -> None:
+    unet = make_unet()
+    with scaled_attention(unet, (16, 16)):
+        for level, block in blocks(unet):
+            native = (8 >> level) ** 2
+            for module in block.modules():
+                if isinstance(module, TransformerBlock):
+                    assert module.attn1.scale == pytest.approx(math.sqrt(math.log(4 * native, native) / 8))
+    assert entropy_factor(4096, 4096) == 1
+    assert entropy_factor(16384, 4096) == pytest.approx(math.sqrt(7 / 6))
+    assert entropy_factor(1024, 4096) == pytest.approx(math.sqrt(5 / 6))
+    assert entropy_factor(1, 1) == 1
+    assert entropy_factor(16, 1) == pytest.approx(2)
+
+
+# ---- Re-dilation
+
+
+def spread(weight: Tensor, dilation: int) -> Tensor:
+    """The 3×3 kernel with zeros between its taps."""
+    kernel = torch.zeros(*weight.shape[:2], 2 * dilation + 1, 2 * dilation + 1)
+    kernel[:, :, ::dilation, ::dilation] = weight
+    return kernel
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_redilated_convolution_has_zeros_between_its_taps(factor: int, stride: int) -> None:
+    conv = nn.Conv2d(3, 5, 3, stride=stride, padding=1)
+    x = sample(2, 3, 9, 12)
+    expected = F.conv2d(x, spread(conv.weight, factor), conv.bias, stride=stride, padding=factor)
+    assert expected.shape == conv(x).shape
+    torch.testing.assert_close(redilated_conv(conv, factor, x), expected)
+
+
+def test_a_fractional_dilation_is_a_whole_one_on_a_stretched_input() -> None:
+    conv = nn.Conv2d(3, 5, 3, padding=1)
+    x = sample(1, 3, 10, 15)
+    wide = F.interpolate(x, size=(12, 18), mode="bilinear")
+    expected = F.interpolate(
+        F.conv2d(wide, spread(conv.weight, 3), conv.bias, padding=3), size=(10, 15), mode="bilinear"
+    )
+    torch.testing.assert_close(redilated_conv(conv, 2.5, x), expected)
+
+
+@pytest.mark.parametrize("size", [(9, 11), (1, 7)])
+@pytest.mark.parametrize("factor", [1.3, 2.5, 3.2])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_redilation_keeps_the_shape(size: tuple[int, int], factor: float, stride: int) -> None:
+    conv = nn.Conv2d(2, 2, 3, stride=stride, padding=1)
+    x = sample(1, 2, *size)
+    assert redilated_conv(conv, factor, x).shape == conv(x).shape
+
+
+def factors(unet: UNet, dilations: Dilations) -> dict[str, float]:
+    """The convolutions that are spread, by name."""
+    with redilated(unet, dilations):
+        return {
+            name: vars(module)["forward"].args[1]
+            for name, module in unet.named_modules()
+            if isinstance(module, nn.Conv2d) and "forward" in vars(module)
+        }
+
+
+def resnets(block: str, count: int, factor: float) -> dict[str, float]:
+    return {f"{block}.resnets.{i}.conv{j}": factor for i in range(count) for j in (1, 2)}
+
+
+def test_the_published_settings_of_sdxl_are_met() -> None:
+    """Of the published lists, the names that SDXL has."""
+    with torch.device("meta"):
+        unet = UNet(SDXL_UNET)
+    for scale in (2, 2.5):
+        plan = plan_for(scale)
+        assert factors(unet, plan.dilations) == {
+            **resnets("mid_block", 2, scale),
+            **resnets("up_blocks.0", 3, scale),
+            "up_blocks.0.upsamplers.0.conv": scale,
+        }
+        assert (plan.share, plan.base) == (30 / 50, None)
+    plan = plan_for(4)
+    assert factors(unet, plan.dilations) == {
+        **resnets("down_blocks.2", 2, 4),
+        **resnets("mid_block", 2, 4),
+        **resnets("up_blocks.0", 3, 4),
+        "up_blocks.0.upsamplers.0.conv": 4,
+        **resnets("up_blocks.1", 3, 3),
+        "up_blocks.1.upsamplers.0.conv": 3,
+        **resnets("up_blocks.2", 3, 2),
+    }
+    assert plan.base is not None
+    assert factors(unet, plan.base) == factors(unet, plan_for(2).dilations)
+    assert plan.share == 35 / 50
+
+
+def test_dilations_shrink_to_2() -> None:
+    dilations = plan_for(4).dilations
+    steps = [dilations.shrunk((35 - i) / 35) for i in range(35)]
+    assert [d.mid for d in steps] == sorted((d.mid for d in steps), reverse=True)
+    assert (steps[0].mid, steps[-1].mid) == (4, 2)
+    assert steps[0] == dilations
+    assert {d.up[1] for d in steps} == {3, 2}
+    assert {d.up[2] for d in steps} == {2}
+
+
+def test_damped_guidance_takes_the_direction_from_one_network_and_the_base_from_another() -> None:
+    run = make_run((32, 32))
+    x, sigma, plan = 10 * noise(run.size), 10.0, plan_for(4)
+    denoise = METHODS["scalecrafter"](run)[0].denoise
+    found = denoise(x, sigma, 0)
+
+    def predicted(dilations: Dilations, guidance_scale: float) -> Tensor:
+        denoiser = replace(run.denoiser, guidance_scale=guidance_scale)
+        with redilated(run.denoiser.unet, dilations):
+            return (x - denoiser(x, sigma)) / sigma
+
+    assert plan.base is not None
+    wide, base = plan.dilations.shrunk(1), plan.base.shrunk(1)
+    positive, negative = predicted(wide, 1.0), predicted(wide, 0.0)
+    expected = predicted(base, 0.0) + GUIDANCE * (positive - negative)
+    torch.testing.assert_close((x - found) / sigma, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- HiDiffusion
+
+
+@pytest.mark.parametrize("windows", [(2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize("size", [(8, 12), (7, 9), (1, 6)])
+def test_windowed_attention_is_attention_of_each_window(size: tuple[int, int], windows: tuple[int, int]) -> None:
+    attention = Attention(16, 2)
+    x, quarters = sample(4, size[0] * size[1], 16), torch.arange(4)
+    found = attend_in_windows(attention, size, windows, quarters, x)
+    for i in range(len(x)):
+        picture = x[i].unflatten(0, size)  # (h, w, C)
+        sides = [math.ceil(side / count) for side, count in zip(size, windows, strict=True)]
+        shift = (i * (sides[0] // 4), i * (sides[1] // 4))
+        rolled = picture.roll((-shift[0], -shift[1]), dims=(0, 1))
+        expected = torch.full_like(rolled, torch.nan)
+        for top in range(0, size[0], sides[0]):
+            for left in range(0, size[1], sides[1]):
+                window = (slice(top, top + sides[0]), slice(left, left + sides[1]))
+                tokens = rolled[window].flatten(0, 1)[None]
+                out = explicit_attention(attention, tokens, 8**-0.5)[0]
+                expected[window] = out.unflatten(0, rolled[window].shape[:2])
+        expected = expected.roll(shift, dims=(0, 1)).flatten(0, 1)
+        torch.testing.assert_close(found[i], expected)
+
+
+def test_shifts_of_windows_depend_on_seed_and_step_alone() -> None:
+    draws = Draws((3, 4))
+    shifts = torch.stack([draws.window_shifts(step) for step in range(200)])
+    assert shifts.shape == (200, 2)
+    assert torch.equal(shifts[:, 1], torch.stack([Draws((4,)).window_shifts(step)[0] for step in range(200)]))
+    assert shifts.flatten().bincount().min() > 60
+    assert len(shifts.flatten().bincount()) == 4
+
+
+def test_the_levels_of_known_networks() -> None:
+    assert top_level(SDXL_UNET) == 1
+    assert top_level(EMBEDDED) == 1
+    four = {"channels": (8,) * 4, "num_heads": (1,) * 4, "norm_groups": 4}
+    assert top_level(UNetConfig(**four, transformer_layers=(1, 1, 1, 0))) == 0  # type: ignore[arg-type]
+    assert top_level(UNetConfig(**four, transformer_layers=(0, 0, 0, 1))) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", [CONFIG, EMBEDDED], ids=["sdxl", "embedded"])
+@pytest.mark.parametrize("size", [(16, 16), (32, 24), (13, 19)])
+def test_rau_net_shrinks_the_deep_levels_and_gives_back_the_size(config: UNetConfig, size: tuple[int, int]) -> None:
+    run = make_run(size, config=config)
+    unet, seen = run.denoiser.unet, []
+    hook = unet.mid_block.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[2:]))
+    x = 10 * noise(size)
+    for change in (resampling(unet, (2, 2)), pooling(unet, (2, 2), size), resampling(unet, (1, 2))):
+        with change:
+            assert run.denoiser(x, 10.0).shape == x.shape
+    with resampling(unet, (2, 2)), pooling(unet, (2, 2), size):
+        assert run.denoiser(x, 10.0).shape == x.shape
+    hook.remove()
+    assert seen == [size_at(size, 3), size_at(size, 3), (size_at(size, 2)[0], size_at(size, 3)[1]), size_at(size, 4)]
+
+
+def test_the_resampler_is_a_dilated_convolution_with_stride_4() -> None:
+    unet = make_unet()
+    conv = unet.get_submodule("down_blocks.1.downsamplers.0.conv")
+    assert isinstance(conv, nn.Conv2d)
+    x = sample(1, 16, 9, 12)
+    expected = F.conv2d(x, spread(conv.weight, 2), conv.bias, stride=4, padding=2)
+    with resampling(unet, (2, 2)):
+        torch.testing.assert_close(conv(x), expected)
+
+
+def test_an_axis_of_native_size_keeps_its_network() -> None:
+    """On 8 x 16 the deep levels see 2 x 2, the native size, not 1 x 2."""
+    run, seen = make_run((8, 16)), []
+    hook = run.denoiser.unet.mid_block.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[2:]))
+    latents("hidiffusion", run)
+    hook.remove()
+    assert seen == [(2, 2)] * 4 + [(2, 4)] * 6
