@@ -45,6 +45,11 @@ class Denoiser:
         """Side, in latents, that the network was trained at."""
         return self.unet.config.native_size
 
+    @property
+    def copies(self) -> int:
+        """How often the network sees each item: twice for a guidance pair, the positive one last."""
+        return 1 if self.guidance_scale == 1 else 2
+
     def __call__(
         self,
         latents: Tensor,
@@ -75,6 +80,8 @@ class Denoiser:
         canvas: Tensor,
         sigma: float,
         *,
+        seen: Tensor | None = None,
+        positive: TextStates | None = None,
         crop_origins: Tensor | None = None,
         original_size: Size | None = None,
         target_size: Size | None = None,
@@ -82,15 +89,16 @@ class Denoiser:
         """operator.scatter ∘ D ∘ operator.gather: canvas (B, C, H, W), float32 -> denoised, the same shape, float32.
 
         D's estimate is linear in its input and in what the network says, and scatter undoes gather: so the input's part
-        is taken from the canvas itself, and each way is one pass.
+        is taken from the canvas itself, and each way is one pass. Where `seen` (B, C, H, W) is given, the network reads
+        that, and what it predicts holds for the canvas. `positive` are text states for the prompt's, B rows or one for
+        each item of the operator.
         """
-        copies = 1 if self.guidance_scale == 1 else 2
-        scale = math.hypot(sigma, 1)
-        inputs = operator.gather(
-            canvas, self.backend, c_in=1 / scale, dtype=self.unet.conv_in.weight.dtype, copies=copies
-        )
+        copies, scale = self.copies, math.hypot(sigma, 1)
+        dtype = self.unet.conv_in.weight.dtype
+        read = canvas if seen is None else seen
+        inputs = operator.gather(read, self.backend, c_in=1 / scale, dtype=dtype, copies=copies)
         told = _size_ids(inputs, copies, self.factor, crop_origins, original_size, target_size)
-        prediction = self._predict(inputs, sigma, told, copies)
+        prediction = self._predict(inputs, sigma, told, self.positive if positive is None else positive)
         is_epsilon = self.prediction_type == "epsilon"
         return operator.scatter(
             prediction,
@@ -102,11 +110,13 @@ class Denoiser:
             c_out=-sigma if is_epsilon else -sigma / scale,
         )
 
-    def _predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, copies: int) -> Tensor:
+    def _predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, positive: TextStates) -> Tensor:
         """The network's output for (items·copies, C, h, w), evaluated in parts of `view_batch_size` items."""
+        copies = self.copies
         rows = torch.arange(len(inputs), device=inputs.device)
-        image = rows // (len(inputs) // len(self.positive.context))
-        states = [self.negative, self.positive][-copies:]
+        image = rows // (len(inputs) // len(positive.context))  # or view, where each has text states of its own
+        negative = self.negative.repeat(len(positive.context) // len(self.negative.context))
+        states = [negative, positive][-copies:]
         context = torch.stack([s.context for s in states], dim=1)  # (B, copies, tokens, D)
         pooled = torch.stack([s.pooled for s in states], dim=1)
         timestep = torch.full((len(inputs),), self.timestep(sigma), device=inputs.device)

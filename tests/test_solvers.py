@@ -61,7 +61,7 @@ def solve_ours(config: NoiseConfig, solver: Solver, num_steps: int, fresh: Tenso
         return estimate(x, sigma, schedule.timesteps[i], config.prediction_type)
 
     stages = [Stage("all", range(num_steps), denoise)]
-    return schedule, list(solve(stages, NOISE * schedule.init_scale, schedule, solver, lambda i: fresh[i]))
+    return schedule, list(solve(stages, NOISE * schedule.init_scale, schedule, solver, lambda shape, i: fresh[i]))
 
 
 def ours_euler(config: NoiseConfig, num_steps: int) -> Trajectory:
@@ -316,7 +316,7 @@ def test_solve_yields_every_step_of_every_stage_in_order(lengths: list[int], eta
 
         return Stage(name, range(start, stop), denoise)
 
-    def noise(i: int) -> Tensor:
+    def noise(shape: tuple[int, ...], i: int) -> Tensor:
         asked.append(i)
         return NOISE
 
@@ -342,7 +342,7 @@ def test_solve_takes_a_step_only_when_it_is_asked_for() -> None:
 
     solver = make_solver("euler")
     schedule = euler_schedule(NoiseConfig(), 5)
-    steps = solve([Stage("all", range(5), denoise)], NOISE, schedule, solver, lambda i: NOISE)
+    steps = solve([Stage("all", range(5), denoise)], NOISE, schedule, solver, lambda shape, i: NOISE)
     assert calls == []
     assert next(steps).index == 0
     assert calls == [0]
@@ -354,6 +354,7 @@ def test_solve_neither_changes_the_start_nor_records_gradients() -> None:
     start = NOISE.clone().requires_grad_()
     solver = make_solver("euler")
     schedule = euler_schedule(NoiseConfig(), 3)
-    steps = list(solve([Stage("all", range(3), lambda x, sigma, i: 0.9 * x)], start, schedule, solver, lambda i: NOISE))
+    stages = [Stage("all", range(3), lambda x, sigma, i: 0.9 * x)]
+    steps = list(solve(stages, start, schedule, solver, lambda shape, i: NOISE))
     assert torch.equal(start, NOISE)
     assert not any(step.latents.requires_grad for step in steps)

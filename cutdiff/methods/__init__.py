@@ -1,14 +1,14 @@
 """The methods by name. Each turns a denoiser for the native size into stages of canvas denoisers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cutdiff.methods.common import Run
 from cutdiff.methods.cutdiffusion import cutdiffusion
 from cutdiff.methods.direct import direct
 from cutdiff.methods.multidiffusion import multidiffusion
-from cutdiff.solvers import Stage
+from cutdiff.solvers import Phase, Stage
 
-METHODS: dict[str, Callable[[Run], list[Stage]]] = {
+METHODS: dict[str, Callable[[Run], Sequence[Stage | Phase]]] = {
     "direct": direct,
     "multidiffusion": multidiffusion,
     "cutdiffusion": cutdiffusion,

@@ -25,6 +25,10 @@ class TextStates:
         """The states of an empty negative prompt in families that were trained with zeros there, as SDXL was."""
         return TextStates(torch.zeros_like(other.context), torch.zeros_like(other.pooled))
 
+    def repeat(self, times: int) -> TextStates:
+        """Every row `times` in a row: what all views of a picture share."""
+        return TextStates(self.context.repeat_interleave(times, dim=0), self.pooled.repeat_interleave(times, dim=0))
+
 
 @dataclass(frozen=True)
 class TextEncoders:
