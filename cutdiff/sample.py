@@ -70,7 +70,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", default=defaults.method, choices=METHOD_NAMES)
     parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
     parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
-    parser.add_argument("--steps", type=int, default=defaults.num_steps, metavar="N", dest="num_steps")
+    parser.add_argument(
+        "--steps", type=int, default=defaults.num_steps, metavar="N", dest="num_steps",
+        help="of each phase, where a method draws a cascade of sizes",
+    )  # fmt: skip
     parser.add_argument("--guidance-scale", type=float, default=defaults.guidance_scale, metavar="G", help="1 is off")
     parser.add_argument("--negative-prompt", default=defaults.negative_prompt, metavar="TEXT")
     parser.add_argument("--solver", default=defaults.solver, choices=SOLVER_NAMES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-METHOD_NAMES = ("direct", "multidiffusion", "cutdiffusion")
+METHOD_NAMES = ("direct", "multidiffusion", "cutdiffusion", "demofusion")
 SOLVER_NAMES = ("euler", "ddim")
 INTERACTIONS = ("channel", "pixel", "none")
 SIZE_CONDITIONINGS = ("native", "target")
@@ -22,6 +22,7 @@ class Settings:
     width: int | None = None
     method: str = "cutdiffusion"
     num_steps: int = 50
+    """Of each phase, where a method draws a cascade of sizes."""
     guidance_scale: float = 7.5
     """uncond + scale·(cond − uncond); 1 evaluates the prompt alone."""
     solver: str = "euler"

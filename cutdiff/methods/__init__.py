@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from cutdiff.methods.common import Run
 from cutdiff.methods.cutdiffusion import cutdiffusion
+from cutdiff.methods.demofusion import demofusion
 from cutdiff.methods.direct import direct
 from cutdiff.methods.multidiffusion import multidiffusion
 from cutdiff.solvers import Phase, Stage
@@ -12,6 +13,7 @@ METHODS: dict[str, Callable[[Run], Sequence[Stage | Phase]]] = {
     "direct": direct,
     "multidiffusion": multidiffusion,
     "cutdiffusion": cutdiffusion,
+    "demofusion": demofusion,
 }
 
-__all__ = ["METHODS", "Run", "cutdiffusion", "direct", "multidiffusion"]
+__all__ = ["METHODS", "Run", "cutdiffusion", "demofusion", "direct", "multidiffusion"]
