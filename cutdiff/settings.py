@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-METHOD_NAMES = ("direct", "multidiffusion", "cutdiffusion", "demofusion")
+METHOD_NAMES = ("direct", "multidiffusion", "cutdiffusion", "demofusion", "accdiffusion")
 SOLVER_NAMES = ("euler", "ddim")
 INTERACTIONS = ("channel", "pixel", "none")
 SIZE_CONDITIONINGS = ("native", "target")

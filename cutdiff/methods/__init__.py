@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from cutdiff.methods.accdiffusion import accdiffusion
 from cutdiff.methods.common import Run
 from cutdiff.methods.cutdiffusion import cutdiffusion
 from cutdiff.methods.demofusion import demofusion
@@ -14,6 +15,7 @@ METHODS: dict[str, Callable[[Run], Sequence[Stage | Phase]]] = {
     "multidiffusion": multidiffusion,
     "cutdiffusion": cutdiffusion,
     "demofusion": demofusion,
+    "accdiffusion": accdiffusion,
 }
 
-__all__ = ["METHODS", "Run", "cutdiffusion", "demofusion", "direct", "multidiffusion"]
+__all__ = ["METHODS", "Run", "accdiffusion", "cutdiffusion", "demofusion", "direct", "multidiffusion"]
