@@ -35,7 +35,7 @@ class Settings:
     structure_fraction: float = 0.5
     """Share of the steps in CutDiffusion's structure stage, rounded up."""
     interaction: str = "channel"
-    """CutDiffusion's pixel interaction: "channel", "pixel" or "none"."""
+    """How the patches of CutDiffusion and AccDiffusion exchange pixels: "channel", "pixel" or "none"."""
     size_conditioning: str = "native"
     """What the network is told of picture sizes: "native" patches and crops, or "target" as the published code."""
     cosine_scales: tuple[float, float, float] = (3.0, 1.0, 1.0)

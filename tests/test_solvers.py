@@ -16,7 +16,7 @@ from published import in_float64, published_ddim, published_euler
 from torch import Tensor
 
 from cutdiff.schedule import BETA_SCHEDULES, NoiseConfig, Schedule, euler_schedule
-from cutdiff.solvers import Solver, Stage, Step, euler_step, make_solver, noise_scale, solve
+from cutdiff.solvers import Phase, Solver, Stage, Step, euler_step, make_solver, noise_scale, solve
 
 # The published Euler turns tensors into arrays in a way that numpy 2 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -358,3 +358,34 @@ def test_solve_neither_changes_the_start_nor_records_gradients() -> None:
     steps = list(solve(stages, start, schedule, solver, lambda shape, i: NOISE))
     assert torch.equal(start, NOISE)
     assert not any(step.latents.requires_grad for step in steps)
+
+
+@pytest.mark.parametrize("name", ["euler", "ddim"])
+def test_a_phase_begins_from_what_came_before_and_goes_through_the_schedule_again(name: str) -> None:
+    solver = make_solver(name)
+    schedule = solver.make_schedule(NoiseConfig(), 3)
+    seen: list[tuple[tuple[int, ...], float, int]] = []
+
+    def denoise(x: Tensor, sigma: float, i: int) -> Tensor:
+        seen.append((tuple(x.shape), sigma, i))
+        return 0.5 * x
+
+    def begin(previous: Tensor) -> tuple[Tensor, Stage]:
+        doubled = previous.repeat(1, 1, 2, 2)
+        return doubled + 1, Stage(
+            "large", range(3, 6), denoise, before=lambda x, sigma, i: x + sigma, end=lambda x: x - doubled
+        )
+
+    stages = [Stage("small", range(3), denoise), Phase(range(3, 6), (10, 6), begin)]
+    steps = list(solve(stages, NOISE, schedule, solver, lambda shape, i: torch.zeros(shape)))
+
+    small, large = (2, 4, 5, 3), (2, 4, 10, 6)
+    assert seen == [(large if i >= 3 else small, schedule.sigmas[i % 3], i) for i in range(6)]
+    assert [step.index for step in steps] == list(range(6))
+    assert [step.stage for step in steps] == ["small"] * 3 + ["large"] * 3
+    x = steps[2].latents.repeat(1, 1, 2, 2) + 1
+    for i in range(3):
+        x = x + schedule.sigmas[i]
+        x = solver.step(x, 0.5 * x, schedule.sigmas[i], schedule.targets[i]) * schedule.rescale(i)
+        expected = x if i < 2 else x - steps[2].latents.repeat(1, 1, 2, 2)
+        torch.testing.assert_close(steps[3 + i].latents, expected)
