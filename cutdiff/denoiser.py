@@ -47,12 +47,19 @@ class Denoiser:
     """Items evaluated so far, a guidance pair counted as two."""
     network: Network | None = field(default=None, init=False)
     """What a method puts in the place of one pass of the U-Net, made of calls of `evaluate`."""
-    _rows: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    _rows: tuple[TextStates | None, Tensor, Tensor] = field(
+        default_factory=lambda: (None, torch.empty(0), torch.empty(0)), init=False, repr=False
+    )
 
     @property
     def native_size(self) -> int:
         """Side, in latents, that the network was trained at."""
         return self.unet.config.native_size
+
+    @property
+    def copies(self) -> int:
+        """How often the network sees each item: twice for a guidance pair, the positive one last."""
+        return 1 if self.guidance_scale == 1 else 2
 
     def __call__(
         self,
@@ -84,6 +91,8 @@ class Denoiser:
         canvas: Tensor,
         sigma: float,
         *,
+        seen: Tensor | None = None,
+        positive: TextStates | None = None,
         crop_origins: Tensor | None = None,
         original_size: Size | None = None,
         target_size: Size | None = None,
@@ -91,15 +100,16 @@ class Denoiser:
         """operator.scatter ∘ D ∘ operator.gather: canvas (B, C, H, W), float32 -> denoised, the same shape, float32.
 
         D's estimate is linear in its input and in what the network says, and scatter undoes gather: so the input's part
-        is taken from the canvas itself, and each way is one pass.
+        is taken from the canvas itself, and each way is one pass. Where `seen` (B, C, H, W) is given, the network reads
+        that, and what it predicts holds for the canvas. `positive` are text states for the prompt's, B rows or one for
+        each item of the operator.
         """
-        copies = 1 if self.guidance_scale == 1 else 2
-        scale = math.hypot(sigma, 1)
-        inputs = operator.gather(
-            canvas, self.backend, c_in=1 / scale, dtype=self.unet.conv_in.weight.dtype, copies=copies
-        )
+        copies, scale = self.copies, math.hypot(sigma, 1)
+        dtype = self.unet.conv_in.weight.dtype
+        read = canvas if seen is None else seen
+        inputs = operator.gather(read, self.backend, c_in=1 / scale, dtype=dtype, copies=copies)
         told = _size_ids(inputs, copies, self.factor, crop_origins, original_size, target_size)
-        prediction = self._predict(inputs, sigma, told, copies)
+        prediction = self._predict(inputs, sigma, told, self.positive if positive is None else positive)
         is_epsilon = self.prediction_type == "epsilon"
         return operator.scatter(
             prediction,
@@ -116,11 +126,11 @@ class Denoiser:
         self.evaluations += len(inputs[0])
         return self.unet(*inputs)
 
-    def _predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, copies: int) -> Tensor:
+    def _predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, positive: TextStates) -> Tensor:
         """The network's output for (items·copies, C, h, w), evaluated in parts of `view_batch_size` items."""
-        context, pooled = self._text(len(inputs), copies)
+        context, pooled = self._text(len(inputs), positive)
         timestep = torch.full((1,), self.timestep(sigma), device=inputs.device).expand(len(inputs))
-        rows = self.view_batch_size * copies
+        rows = self.view_batch_size * self.copies
         parts = []
         for start in range(0, len(inputs), rows):
             stop = start + rows
@@ -138,16 +148,19 @@ class Denoiser:
                 parts.append(self.network(row // (len(inputs) // len(self.positive.context)), part))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _text(self, num_rows: int, copies: int) -> tuple[Tensor, Tensor]:
-        """Context and pooled states of every row; made anew when their number changes, as between stages."""
-        if self._rows is None or len(self._rows[0]) != num_rows:
-            states = [self.negative, self.positive][-copies:]
-            items = num_rows // copies // len(self.positive.context)
-            self._rows = (
-                torch.stack([s.context for s in states], dim=1).repeat_interleave(items, dim=0).flatten(0, 1),
-                torch.stack([s.pooled for s in states], dim=1).repeat_interleave(items, dim=0).flatten(0, 1),
+    def _text(self, num_rows: int, positive: TextStates) -> tuple[Tensor, Tensor]:
+        """Context and pooled states of every row; made anew where they are not those of the last call."""
+        known, context, pooled = self._rows
+        if known is not positive or len(context) != num_rows:
+            negative = self.negative.repeat(len(positive.context) // len(self.negative.context))
+            states = [negative, positive][-self.copies :]
+            each = num_rows // self.copies // len(positive.context)
+            context, pooled = (
+                torch.stack(values, dim=1).repeat_interleave(each, dim=0).flatten(0, 1)
+                for values in ([s.context for s in states], [s.pooled for s in states])
             )
-        return self._rows
+            self._rows = (positive, context, pooled)
+        return context, pooled
 
 
 def _size_ids(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cutdiff.patches import Permutation, SeededPermutation, view_grid
 
-NOISE, ORIGINS, SHIFTS = 1, 2, 3
-"""What a stream of random numbers is for: noise, origins and shifts of one seed do not share numbers."""
+NOISE, ORIGINS, SHIFTS, PHASE_NOISE = 1, 2, 3, 4
+"""What a stream of random numbers is for: no two of them share numbers of a seed."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,11 @@ class Draws:
 
     def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
         """Standard normal noise (B, C, H, W) in canvas layout: the initial noise, or that which `step` adds."""
-        stream = 0 if step is None else 1 + step
-        images = [_generator(seed, NOISE, stream).standard_normal(shape[1:], np.float32) for seed in self.seeds]
-        return torch.from_numpy(np.stack(images)).to(self.device)
+        return self._normal(shape, NOISE, 0 if step is None else 1 + step)
+
+    def phase_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
+        """Standard normal noise (B, C, H, W) that a phase of a cascade, counted from 1, diffuses its start with."""
+        return self._normal(shape, PHASE_NOISE, phase)
 
     def permutation(self, step: int, grid: tuple[int, int], shape: tuple[int, ...], grain: str) -> Permutation:
         """How `step` exchanges pixels between the patches of `shape` (B, C, h, w) on `grid` (s_h, s_w)."""
@@ -66,6 +68,10 @@ class Draws:
     def window_shifts(self, step: int) -> Tensor:
         """By how many quarters of a window `step` shifts windowed attention: (B,), 0 to 3, on the CPU."""
         return torch.tensor([int(_generator(seed, SHIFTS, step).integers(4)) for seed in self.seeds])
+
+    def _normal(self, shape: tuple[int, ...], purpose: int, stream: int) -> Tensor:
+        images = [_generator(seed, purpose, stream).standard_normal(shape[1:], np.float32) for seed in self.seeds]
+        return torch.from_numpy(np.stack(images)).to(self.device)
 
 
 def _generator(seed: int, purpose: int, stream: int) -> np.random.Generator:

@@ -43,8 +43,10 @@ class _Prepared:
     settings: Settings
     denoiser: Denoiser
     draws: Draws
-    noise: Tensor
-    """Standard normal, (B, C, H, W)."""
+    size: tuple[int, int]
+    """Of the finished picture, in latents."""
+    num_steps: int
+    """Of all phases."""
     steps: Iterator[Step]
 
 
@@ -72,16 +74,17 @@ def generate(
     on_step: Callable[[Step, int], None] | None = None,
     **changes: Any,
 ) -> Result:
-    """Run to the end and decode: the same run as `denoise`. `on_step(step, num_steps)` hears of each step."""
+    """Run to the end and decode: the same run as `denoise`. `on_step(step, num_steps)` hears of each step and of all of
+    their number."""
     settings = replace(settings or Settings(), **changes)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     prepared = _prepare(model, prompt, settings, draws)
-    latents, seconds, began = prepared.noise, {}, _now(model.device)
+    latents, seconds, began = torch.empty(0), {}, _now(model.device)
     for step in prepared.steps:
         latents = step.latents
         if on_step is not None:
-            on_step(step, settings.num_steps)
+            on_step(step, prepared.num_steps)
         now = _now(model.device)
         seconds[step.stage] = seconds.get(step.stage, 0.0) + now - began
         began = now
@@ -115,11 +118,6 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
     size, solver, schedule = plan(model, settings)
     if draws is None:
         draws = Draws(tuple(settings.seed + i for i in range(len(prompts))), model.device)
-    shape = (len(prompts), model.unet.config.in_channels, *size)
-    noise = draws.noise(shape).to(model.device, torch.float32)
-    if noise.shape != shape:
-        raise ValueError(f"draws.noise gave {tuple(noise.shape)} where {shape} is needed")
-
     positive = model.text.encode(prompts)
     if settings.negative_prompt or not model.zeros_for_empty_negative:
         negative = model.text.encode([settings.negative_prompt] * len(prompts))
@@ -140,22 +138,30 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         denoiser=denoiser,
         draws=draws,
         size=size,
-        num_steps=settings.num_steps,
+        target_size=size,
+        schedule=schedule,
+        prompts=prompts,
+        text=model.text,
         stride=settings.stride,
         structure_fraction=settings.structure_fraction,
         interaction=settings.interaction,
         size_conditioning=settings.size_conditioning,
+        cosine_scales=settings.cosine_scales,
+        word_threshold=settings.word_threshold,
     )
     stages = METHODS[settings.method](run)
-    step_noise = lambda step: draws.noise(shape, step).to(noise)  # noqa: E731
-    steps = solve(stages, noise * schedule.init_scale, schedule, solver, step_noise)
-    return _Prepared(settings, denoiser, draws, noise, steps)
+    shape = (len(prompts), model.unet.config.in_channels, *(stages[0].size or size))
+    noise = draws.noise(shape).to(model.device, torch.float32)
+    if noise.shape != shape:
+        raise ValueError(f"draws.noise gave {tuple(noise.shape)} where {shape} is needed")
+    steps = solve(stages, noise * schedule.init_scale, schedule, solver, draws.noise)
+    return _Prepared(settings, denoiser, draws, size, sum(len(stage.steps) for stage in stages), steps)
 
 
 def _record(
     model: Model, prompt: str | Sequence[str], prepared: _Prepared, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    height, width = (side * model.factor for side in prepared.noise.shape[2:])
+    height, width = (side * model.factor for side in prepared.size)
     seeds = list(getattr(prepared.draws, "seeds", ()))  # draws of one's own may have none
     return {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),

@@ -70,7 +70,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", default=defaults.method, choices=METHOD_NAMES)
     parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
     parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
-    parser.add_argument("--steps", type=int, default=defaults.num_steps, metavar="N", dest="num_steps")
+    parser.add_argument(
+        "--steps", type=int, default=defaults.num_steps, metavar="N", dest="num_steps",
+        help="of each phase, where a method draws a cascade of sizes",
+    )  # fmt: skip
     parser.add_argument("--guidance-scale", type=float, default=defaults.guidance_scale, metavar="G", help="1 is off")
     parser.add_argument("--negative-prompt", default=defaults.negative_prompt, metavar="TEXT")
     parser.add_argument("--solver", default=defaults.solver, choices=SOLVER_NAMES)
@@ -85,6 +88,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--interaction", default=defaults.interaction, choices=INTERACTIONS)
     parser.add_argument("--size-conditioning", default=defaults.size_conditioning, choices=SIZE_CONDITIONINGS)
     parser.add_argument(
+        "--cosine-scales", type=float, nargs=3, default=defaults.cosine_scales, metavar=("SKIP", "DILATED", "BLUR"),
+        help="how fast DemoFusion's guides fade",
+    )  # fmt: skip
+    parser.add_argument(
+        "--word-threshold", type=float, default=defaults.word_threshold, metavar="C",
+        help="share of a view that a word must fill for AccDiffusion",
+    )  # fmt: skip
+    parser.add_argument(
         "--view-batch-size", type=int, default=defaults.view_batch_size, metavar="V",
         help="patches or views that go through the network at once",
     )  # fmt: skip
@@ -95,6 +106,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
     args = parser.parse_args(argv)
+    args.cosine_scales = tuple(args.cosine_scales)
     if args.num_images < 1:
         raise _BadArgument(f"--num-images {args.num_images} must be at least 1")
     for text in (args.prompt, args.negative_prompt):
@@ -177,6 +189,7 @@ def _draw(model: Model, args: argparse.Namespace, settings: Settings, seed: int)
     with tqdm(total=settings.num_steps, unit="step", leave=False, disable=None) as bar:
 
         def on_step(step: cutdiff.Step, num_steps: int) -> None:
+            bar.total = num_steps
             bar.set_description(step.stage, refresh=False)
             bar.update()
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-METHOD_NAMES = ("direct", "attention_scaling", "scalecrafter", "hidiffusion", "multidiffusion", "cutdiffusion")
+METHOD_NAMES = (
+    "direct",
+    "attention_scaling",
+    "scalecrafter",
+    "hidiffusion",
+    "multidiffusion",
+    "cutdiffusion",
+    "demofusion",
+    "accdiffusion",
+)
 SOLVER_NAMES = ("euler", "ddim")
 INTERACTIONS = ("channel", "pixel", "none")
 SIZE_CONDITIONINGS = ("native", "target")
@@ -22,6 +31,7 @@ class Settings:
     width: int | None = None
     method: str = "cutdiffusion"
     num_steps: int = 50
+    """Of each phase, where a method draws a cascade of sizes."""
     guidance_scale: float = 7.5
     """uncond + scale·(cond − uncond); 1 evaluates the prompt alone."""
     solver: str = "euler"
@@ -34,9 +44,13 @@ class Settings:
     structure_fraction: float = 0.5
     """Share of the steps in CutDiffusion's structure stage, rounded up."""
     interaction: str = "channel"
-    """CutDiffusion's pixel interaction: "channel", "pixel" or "none"."""
+    """How the patches of CutDiffusion and AccDiffusion exchange pixels: "channel", "pixel" or "none"."""
     size_conditioning: str = "native"
     """What the network is told of picture sizes: "native" patches and crops, or "target" as the published code."""
+    cosine_scales: tuple[float, float, float] = (3.0, 1.0, 1.0)
+    """How fast DemoFusion's skip residual, dilated sampling and blur fade, each a power of a cosine."""
+    word_threshold: float = 0.3
+    """Share of a view that a word must fill to stand in its prompt (AccDiffusion's c)."""
     view_batch_size: int = 16
     """Patches or views that go through the network at once."""
     backend: str = "auto"
@@ -54,6 +68,10 @@ class Settings:
             raise ValueError(f"stride={self.stride} must be at least 1")
         if not 0 <= self.structure_fraction <= 1:
             raise ValueError(f"structure_fraction={self.structure_fraction} must lie in 0 … 1")
+        if len(self.cosine_scales) != 3 or not all(0 <= scale < math.inf for scale in self.cosine_scales):
+            raise ValueError(f"cosine_scales={self.cosine_scales} must be three finite numbers, none below 0")
+        if not 0 <= self.word_threshold <= 1:
+            raise ValueError(f"word_threshold={self.word_threshold} must lie in 0 … 1")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number")
         if not 0 <= self.eta <= 1:

@@ -18,6 +18,8 @@ from cutdiff.schedule import NoiseConfig, Schedule, ddim_schedule, euler_schedul
 
 CanvasDenoiser = Callable[[Tensor, float, int], Tensor]
 """(latents (B, C, H, W), sigma, step) -> denoised (B, C, H, W)."""
+Noise = Callable[[tuple[int, ...], int], Tensor]
+"""(shape, step) -> standard normal noise."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,24 @@ class Stage:
 
     name: str
     steps: range
+    """A run that goes through the schedule of n steps more than once counts on: step i stands at sigma i % n."""
     denoise: CanvasDenoiser
+    size: tuple[int, int] | None = None
+    """Of its canvas, in latents; None: that of the finished picture."""
+    before: CanvasDenoiser | None = None
+    """What a step is taken from, given what the step before ended with; that itself where it is None."""
+    end: Callable[[Tensor], Tensor] | None = None
+    """What becomes of the state after the last step."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stage that what came before it makes, for instance on a larger canvas."""
+
+    steps: range
+    size: tuple[int, int]
+    begin: Callable[[Tensor], tuple[Tensor, Stage]]
+    """What the stage before ended with (B, C, H, W) -> the state to go on from, of `size`, and the stage."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +105,27 @@ SOLVERS = {"euler": euler_schedule, "ddim": ddim_schedule}
 
 @torch.no_grad()
 def solve(
-    stages: Iterable[Stage],
+    stages: Iterable[Stage | Phase],
     x: Tensor,
     schedule: Schedule,
     solver: Solver,
-    noise: Callable[[int], Tensor],
+    noise: Noise,
 ) -> Iterator[Step]:
     """Run the stages one after another from x (B, C, H, W), float32, and yield every step.
 
-    `noise(step)` draws standard normal noise in the shape of x; it is asked only where eta > 0.
+    `noise` is asked only where eta > 0.
     """
-    for stage in stages:
+    for part in stages:
+        x, stage = part.begin(x) if isinstance(part, Phase) else (x, part)
         for i in stage.steps:
-            sigma = schedule.sigmas[i]
+            at = i % schedule.num_steps
+            sigma = schedule.sigmas[at]
+            x = x if stage.before is None else stage.before(x, sigma, i)
             denoised = stage.denoise(x, sigma, i)
-            x = solver.step(x, denoised, sigma, schedule.targets[i], noise(i) if solver.eta else None)
-            rescale = schedule.rescale(i)
+            fresh = noise(tuple(x.shape), i).to(x) if solver.eta else None
+            x = solver.step(x, denoised, sigma, schedule.targets[at], fresh)
+            rescale = schedule.rescale(at)
             x = x if rescale == 1 else x * rescale
+            if stage.end is not None and i == stage.steps[-1]:
+                x = stage.end(x)
             yield Step(i, stage.name, sigma, x, denoised)

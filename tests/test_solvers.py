@@ -16,7 +16,7 @@ from published import in_float64, published_ddim, published_euler
 from torch import Tensor
 
 from cutdiff.schedule import BETA_SCHEDULES, NoiseConfig, Schedule, euler_schedule
-from cutdiff.solvers import Solver, Stage, Step, euler_step, make_solver, noise_scale, solve
+from cutdiff.solvers import Phase, Solver, Stage, Step, euler_step, make_solver, noise_scale, solve
 
 # The published Euler turns tensors into arrays in a way that numpy 2 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -61,7 +61,7 @@ def solve_ours(config: NoiseConfig, solver: Solver, num_steps: int, fresh: Tenso
         return estimate(x, sigma, schedule.timesteps[i], config.prediction_type)
 
     stages = [Stage("all", range(num_steps), denoise)]
-    return schedule, list(solve(stages, NOISE * schedule.init_scale, schedule, solver, lambda i: fresh[i]))
+    return schedule, list(solve(stages, NOISE * schedule.init_scale, schedule, solver, lambda shape, i: fresh[i]))
 
 
 def ours_euler(config: NoiseConfig, num_steps: int) -> Trajectory:
@@ -316,7 +316,7 @@ def test_solve_yields_every_step_of_every_stage_in_order(lengths: list[int], eta
 
         return Stage(name, range(start, stop), denoise)
 
-    def noise(i: int) -> Tensor:
+    def noise(shape: tuple[int, ...], i: int) -> Tensor:
         asked.append(i)
         return NOISE
 
@@ -342,7 +342,7 @@ def test_solve_takes_a_step_only_when_it_is_asked_for() -> None:
 
     solver = make_solver("euler")
     schedule = euler_schedule(NoiseConfig(), 5)
-    steps = solve([Stage("all", range(5), denoise)], NOISE, schedule, solver, lambda i: NOISE)
+    steps = solve([Stage("all", range(5), denoise)], NOISE, schedule, solver, lambda shape, i: NOISE)
     assert calls == []
     assert next(steps).index == 0
     assert calls == [0]
@@ -354,6 +354,38 @@ def test_solve_neither_changes_the_start_nor_records_gradients() -> None:
     start = NOISE.clone().requires_grad_()
     solver = make_solver("euler")
     schedule = euler_schedule(NoiseConfig(), 3)
-    steps = list(solve([Stage("all", range(3), lambda x, sigma, i: 0.9 * x)], start, schedule, solver, lambda i: NOISE))
+    stages = [Stage("all", range(3), lambda x, sigma, i: 0.9 * x)]
+    steps = list(solve(stages, start, schedule, solver, lambda shape, i: NOISE))
     assert torch.equal(start, NOISE)
     assert not any(step.latents.requires_grad for step in steps)
+
+
+@pytest.mark.parametrize("name", ["euler", "ddim"])
+def test_a_phase_begins_from_what_came_before_and_goes_through_the_schedule_again(name: str) -> None:
+    solver = make_solver(name)
+    schedule = solver.make_schedule(NoiseConfig(), 3)
+    seen: list[tuple[tuple[int, ...], float, int]] = []
+
+    def denoise(x: Tensor, sigma: float, i: int) -> Tensor:
+        seen.append((tuple(x.shape), sigma, i))
+        return 0.5 * x
+
+    def begin(previous: Tensor) -> tuple[Tensor, Stage]:
+        doubled = previous.repeat(1, 1, 2, 2)
+        return doubled + 1, Stage(
+            "large", range(3, 6), denoise, before=lambda x, sigma, i: x + sigma, end=lambda x: x - doubled
+        )
+
+    stages = [Stage("small", range(3), denoise), Phase(range(3, 6), (10, 6), begin)]
+    steps = list(solve(stages, NOISE, schedule, solver, lambda shape, i: torch.zeros(shape)))
+
+    small, large = (2, 4, 5, 3), (2, 4, 10, 6)
+    assert seen == [(large if i >= 3 else small, schedule.sigmas[i % 3], i) for i in range(6)]
+    assert [step.index for step in steps] == list(range(6))
+    assert [step.stage for step in steps] == ["small"] * 3 + ["large"] * 3
+    x = steps[2].latents.repeat(1, 1, 2, 2) + 1
+    for i in range(3):
+        x = x + schedule.sigmas[i]
+        x = solver.step(x, 0.5 * x, schedule.sigmas[i], schedule.targets[i]) * schedule.rescale(i)
+        expected = x if i < 2 else x - steps[2].latents.repeat(1, 1, 2, 2)
+        torch.testing.assert_close(steps[3 + i].latents, expected)

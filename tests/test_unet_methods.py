@@ -26,6 +26,7 @@ from cutdiff.models.config import SDXL_UNET, UNetConfig
 from cutdiff.models.layers import Attention
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import TransformerBlock, UNet
+from cutdiff.scenes.vocabulary import make_text_encoders
 from cutdiff.schedule import NoiseConfig
 from cutdiff.settings import SOLVER_NAMES
 from cutdiff.solvers import make_solver, solve
@@ -56,9 +57,10 @@ def make_run(
         TextStates(s.context.repeat(len(seeds), 1, 1).to(dtype), s.pooled.repeat(len(seeds), 1).to(dtype))
         for s in states()
     )
+    schedule = make_solver(solver).make_schedule(NoiseConfig(), num_steps)
     denoiser = Denoiser(
         unet=make_unet(config).to(dtype),
-        timestep=make_solver(solver).make_schedule(NoiseConfig(), num_steps).timestep,
+        timestep=schedule.timestep,
         prediction_type="epsilon",
         positive=positive,
         negative=negative,
@@ -66,13 +68,13 @@ def make_run(
         factor=8,
         view_batch_size=view_batch_size,
     )
-    return Run(denoiser, Draws(seeds), size, num_steps)
+    return Run(denoiser, Draws(seeds), size, size, schedule, [""] * len(seeds), make_text_encoders())
 
 
 def latents(method: str, run: Run, *, solver: str = "ddim", start: Tensor | None = None) -> Tensor:
     schedule = make_solver(solver).make_schedule(NoiseConfig(), run.num_steps)
     x = (noise(run.size) if start is None else start) * schedule.init_scale
-    steps = solve(METHODS[method](run), x, schedule, make_solver(solver), lambda step: x)
+    steps = solve(METHODS[method](run), x, schedule, make_solver(solver), lambda shape, step: x)
     return list(steps)[-1].latents
 
 

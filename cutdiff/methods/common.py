@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from cutdiff.denoiser import Denoiser, Size
 from cutdiff.draws import Draws
+from cutdiff.models.text import TextEncoders
+from cutdiff.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -16,12 +18,23 @@ class Run:
     draws: Draws
     size: Size
     """Of the canvas, in latents."""
-    num_steps: int
+    target_size: Size
+    """Of the finished picture: that of the canvas, but on the way to it in a cascade of sizes."""
+    schedule: Schedule
+    prompts: list[str]
+    text: TextEncoders
     stride: int | None = None
     """Between views, in latents; half of the window where it is None."""
     structure_fraction: float = 0.5
     interaction: str = "channel"
     size_conditioning: str = "native"
+    cosine_scales: tuple[float, float, float] = (3.0, 1.0, 1.0)
+    word_threshold: float = 0.3
+
+    @property
+    def num_steps(self) -> int:
+        """Of the schedule."""
+        return self.schedule.num_steps
 
     @property
     def window(self) -> Size:
@@ -34,3 +47,15 @@ class Run:
         """Between views, on each axis."""
         wanted = max(1, self.denoiser.native_size // 2) if self.stride is None else self.stride
         return min(wanted, self.window[0]), min(wanted, self.window[1])
+
+    @property
+    def jitter(self) -> Size:
+        """How far a view may move on each axis; a single view, which is the whole picture, does not."""
+        if self.size == self.window:
+            return 0, 0
+        return (self.window[0] - self.strides[0]) // 4, (self.window[1] - self.strides[1]) // 4
+
+    @property
+    def told_size(self) -> Size | None:
+        """What the network is told a patch to be: a whole picture of its own size (None), or the finished picture."""
+        return None if self.size_conditioning == "native" else self.target_size

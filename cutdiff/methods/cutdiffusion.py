@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 
+from cutdiff.denoiser import Size
 from cutdiff.methods.common import Run
 from cutdiff.methods.multidiffusion import denoise_views
 from cutdiff.patches import Patches, grid_for, pad_to_grid
@@ -15,30 +17,31 @@ from cutdiff.solvers import CanvasDenoiser, Stage
 def cutdiffusion(run: Run) -> list[Stage]:
     """The structure stage takes the first ceil(structure_fraction · num_steps) steps, the detail stage the others."""
     switch = math.ceil(round(run.structure_fraction * run.num_steps, 9))  # 0.28 · 50 is 14, whatever floats say
-    jitter = ((run.window[0] - run.strides[0]) // 4, (run.window[1] - run.strides[1]) // 4)
-    if run.size == run.window:  # a single view is the whole picture: `direct`, to the bit, in either conditioning
-        jitter = (0, 0)
+    grid = grid_for(run.size, run.denoiser.native_size)
     return [
-        Stage("structure", range(switch), denoise_patches(run)),
-        Stage("detail", range(switch, run.num_steps), denoise_views(run, jitter)),
+        Stage("structure", range(switch), denoise_patches(run, grid, run.interaction)),
+        Stage("detail", range(switch, run.num_steps), denoise_views(run, run.jitter)),
     ]
 
 
-def denoise_patches(run: Run) -> CanvasDenoiser:
+def denoise_patches(
+    run: Run, grid: Size, interaction: str, show: Callable[[Tensor, float], Tensor] | None = None
+) -> CanvasDenoiser:
     """relocate ∘ permute⁻¹ ∘ D ∘ permute ∘ cut: all patches draw one picture, because they keep exchanging pixels.
 
     A canvas that the grid does not divide is padded for the cut and cropped after the relocation. Size conditioning
-    "native": every patch is a whole picture of its own size. "target": original = target = the canvas.
+    "native": every patch is a whole picture of its own size. "target": original = target = the finished picture.
+    `show(canvas, sigma)` is what the network is shown in place of the canvas.
     """
-    grid = grid_for(run.size, run.denoiser.native_size)
-    told = None if run.size_conditioning == "native" else run.size
 
     def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
         canvas = pad_to_grid(latents, grid)
         batch, channels, height, width = canvas.shape
         shape = (batch, channels, height // grid[0], width // grid[1])
-        patches = Patches(grid, run.draws.permutation(step, grid, shape, run.interaction))
-        denoised = run.denoiser.through(patches, canvas, sigma, original_size=told, target_size=told)
+        patches = Patches(grid, run.draws.permutation(step, grid, shape, interaction))
+        seen = None if show is None else show(canvas, sigma)
+        told = run.told_size
+        denoised = run.denoiser.through(patches, canvas, sigma, seen=seen, original_size=told, target_size=told)
         return denoised[:, :, : run.size[0], : run.size[1]]
 
     return denoise

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from cutdiff.denoiser import Size
 from cutdiff.methods.common import Run
+from cutdiff.models.text import TextStates
 from cutdiff.patches import Views
 from cutdiff.solvers import CanvasDenoiser, Stage
 
@@ -16,28 +17,36 @@ def multidiffusion(run: Run) -> list[Stage]:
 
 
 def denoise_views(run: Run, jitter: Size) -> CanvasDenoiser:
-    """average ∘ D ∘ views: every view is conditioned as the crop of the full picture that it is.
-
-    Size conditioning "native": original size = the canvas, crop = the view's origin, not below 0, target = the window.
-    "target", as the published CutDiffusion code has it: original = target = the canvas, and the crop is counted from
-    the corner of a canvas that is padded by the jitter's range.
-    """
+    """average ∘ D ∘ views, which stand elsewhere at every step where there is jitter."""
 
     def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
         origins = run.draws.view_origins(step, run.size, run.window, run.strides, jitter)
-        origins = origins.expand(len(latents), *origins.shape[-2:])  # (B, V, 2)
-        corner = origins.flatten(0, 1).cpu()
-        if run.size_conditioning == "native":
-            crops, target = corner.clamp(min=0), run.window
-        else:
-            crops, target = corner + corner.new_tensor(jitter), run.size
-        return run.denoiser.through(
-            Views(origins, run.window, run.size, device=latents.device),
-            latents,
-            sigma,
-            crop_origins=crops,
-            original_size=run.size,
-            target_size=target,
-        )
+        return denoise_at(run, origins, jitter, latents, sigma)
 
     return denoise
+
+
+def denoise_at(
+    run: Run, origins: Tensor, jitter: Size, latents: Tensor, sigma: float, positive: TextStates | None = None
+) -> Tensor:
+    """average ∘ D ∘ views at `origins` (B, V, 2) or (V, 2): every view is conditioned as the crop that it is.
+
+    Size conditioning "native": original size = the canvas, crop = the view's origin, not below 0, target = the window.
+    "target", as the published CutDiffusion code has it: original = target = the finished picture, and the crop is
+    counted from the corner of a canvas that is padded by the jitter's range. `positive`: text states of each view.
+    """
+    origins = origins.expand(len(latents), *origins.shape[-2:])  # (B, V, 2)
+    corner = origins.flatten(0, 1).cpu()
+    if run.size_conditioning == "native":
+        crops, original, target = corner.clamp(min=0), run.size, run.window
+    else:
+        crops, original, target = corner + corner.new_tensor(jitter), run.target_size, run.target_size
+    return run.denoiser.through(
+        Views(origins, run.window, run.size, device=latents.device),
+        latents,
+        sigma,
+        positive=positive,
+        crop_origins=crops,
+        original_size=original,
+        target_size=target,
+    )

@@ -76,6 +76,11 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, heads, L, dim / heads)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
+    def weights(self, x: Tensor, context: Tensor) -> Tensor:
+        """How much each position of x (B, L, dim) looks at each of context (B, M, context_dim): (B, heads, L, M)."""
+        q, k = self._split(self.to_q(x)).float(), self._split(self.to_k(context)).float()
+        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
+
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, dim / heads)
 

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
+END_OF_WORD = "</w>"
+"""How CLIP's vocabulary marks a token that a word ends with."""
+
 
 @dataclass(frozen=True)
 class TextStates:
@@ -24,6 +27,10 @@ class TextStates:
     def zeros_like(other: TextStates) -> TextStates:
         """The states of an empty negative prompt in families that were trained with zeros there, as SDXL was."""
         return TextStates(torch.zeros_like(other.context), torch.zeros_like(other.pooled))
+
+    def repeat(self, times: int) -> TextStates:
+        """Every row `times` in a row: what all views of a picture share."""
+        return TextStates(self.context.repeat_interleave(times, dim=0), self.pooled.repeat_interleave(times, dim=0))
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,17 @@ class TextEncoders:
         """How many tokens of a prompt do not fit the encoders' length and are cut off."""
         length = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
         return max(0, length - self.tokenizer.model_max_length)
+
+    def words(self, prompt: str) -> list[tuple[str, list[int]]]:
+        """The words of a prompt that fit, punctuation too, and where the tokens of each stand in the context."""
+        tokenizer = self.tokenizer
+        ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
+        words, begin = [], 1  # the first token begins the text, the last one ends it
+        for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids[1:-1]), start=1):
+            if token.endswith(END_OF_WORD) or i == len(ids) - 2:
+                words.append((str(tokenizer.decode(ids[begin : i + 1])).strip(), list(range(begin, i + 1))))
+                begin = i + 1
+        return words
 
     def encode_tokens(self, first: Tensor, second: Tensor) -> TextStates:
         """Token ids of each encoder (B, L) -> text states; differentiable."""

@@ -12,10 +12,9 @@ from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from cutdiff.models.text import TextEncoders
+from cutdiff.models.text import END_OF_WORD, TextEncoders
 from cutdiff.scenes import world
 
-END_OF_WORD = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 77
 WIDTH = 64
