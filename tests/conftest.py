@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import cutdiff
 from cutdiff.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
@@ -49,3 +50,9 @@ def tiny_model() -> Model:
         source="random",
         hashes={"unet/random": "0" * 64},
     )
+
+
+@pytest.fixture(scope="session")
+def model() -> Model:
+    """The embedded model."""
+    return cutdiff.load()
