@@ -12,6 +12,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
 
+import cutdiff
 from cutdiff.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
@@ -56,3 +57,9 @@ def tiny_model() -> Model:
         source="random",
         hashes={"unet/random": "0" * 64},
     )
+
+
+@pytest.fixture(scope="session")
+def model() -> Model:
+    """The embedded model."""
+    return cutdiff.load()

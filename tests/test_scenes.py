@@ -1,12 +1,10 @@
-"""The embedded world, the measures that read it, and the embedded model measured by them."""
+"""The embedded world, and the embedded model measured in it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,8 +12,9 @@ from torch import Tensor
 import cutdiff
 from cutdiff.model import Model
 from cutdiff.scenes import world
-from cutdiff.scenes.measure import count_blobs, psnr, read
-from cutdiff.scenes.render import BODY, SUBJECT, Crop, render
+from cutdiff.scenes.measure import read
+from cutdiff.scenes.metrics import psnr
+from cutdiff.scenes.render import Crop, render
 from cutdiff.scenes.world import Scenes
 
 
@@ -26,11 +25,6 @@ def scenes(n: int, seed: int = 0) -> Scenes:
 def pictures(drawn: Scenes, size: int) -> Tensor:
     """True renders in [0, 1]."""
     return render(drawn, size) / 2 + 0.5
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return cutdiff.load()
 
 
 def test_captions_name_what_is_drawn() -> None:
@@ -55,55 +49,14 @@ def test_resolutions_agree() -> None:
     assert (error > 0.1).float().mean() < 5e-3
 
 
-@pytest.mark.parametrize("size", [128, 256])
-def test_measures_are_right_on_true_renders(size: int) -> None:
-    drawn = scenes(200, seed=11)
-    assert read(pictures(drawn, size)).matches(drawn.choices).float().mean() >= 0.99
-
-
-def test_measures_catch_a_second_body() -> None:
-    """Paste a second sun where the sky is free: opposite of the first one, above the ridge."""
-    drawn = scenes(100, seed=12)
-    side = torch.where(drawn.body_x < 0.5, 0.93, 0.07)
-    y, x = torch.meshgrid(*(torch.arange(128) / 128,) * 2, indexing="ij")
-    disc = torch.hypot(x - side[:, None, None], y - 0.08) < 0.06
-    color = torch.tensor([BODY[name] for name in world.TIMES])[drawn.time]
-    pasted = torch.where(disc[:, None], color[:, :, None, None], pictures(drawn, 128))
-    assert (read(pasted).bodies == 2).float().mean() >= 0.99
-
-
-def test_measures_catch_a_missing_body_and_a_second_subject() -> None:
-    drawn = scenes(100, seed=13)
-    none = replace(drawn, body_radius=torch.zeros(100))
-    assert (read(pictures(none, 128)).bodies == 0).float().mean() >= 0.99
-    twice = pictures(drawn, 128)
-    color = torch.tensor([SUBJECT[name] for name in world.COLORS])[drawn.color]
-    twice[:, :, 108:124, 4:20] = color[:, :, None, None]
-    assert (read(twice).subjects == 2).float().mean() >= 0.99
-
-
-def test_measures_catch_a_wrong_colour() -> None:
-    drawn = scenes(100, seed=14)
-    other = replace(drawn, color=(drawn.color + 1) % len(world.COLORS))
-    assert not read(pictures(other, 128)).matches(drawn.choices).any()
-
-
-def test_blobs_are_counted_by_connection_and_size() -> None:
-    mask = torch.zeros(2, 20, 20, dtype=torch.bool)
-    mask[0, :5, :5] = mask[0, 5:9, 5:9] = True  # joined at a corner
-    mask[0, 15:, 15:] = True
-    mask[0, 0, 19] = True  # too small
-    assert count_blobs(mask).tolist() == [2, 0]
-
-
 def test_the_embedded_vae_reconstructs_true_scenes(model: Model) -> None:
     truth = pictures(scenes(48, seed=21), 128)
     decoded = model.vae.decode(model.vae.encode(truth * 2 - 1).mean) / 2 + 0.5
-    assert psnr(decoded.clamp(0, 1), truth) >= 30
+    assert psnr(decoded.clamp(0, 1), truth).mean() >= 30
 
 
 def test_the_embedded_model_draws_what_captions_name(model: Model) -> None:
-    """64 pictures at native size: one body and one subject in the caption's colour, in at least 90% of them."""
+    """64 pictures at native size: one body and one subject of the caption's kind and colour, in at least 90%."""
     choices = scenes(64, seed=22).choices
     images = cutdiff.generate(
         model,

@@ -1,4 +1,4 @@
-"""Where a model lies: a path, a hub id in the local cache, or the embedded model."""
+"""Where weights lie: a path, a hub id in the local cache, or what comes with cutdiff."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def locate(path: str | Path | None) -> Path:
     if path is not None and Path(path).exists():
         return Path(path)
     if path is None or Path(path) == Path(EMBEDDED):
-        return _embedded()
+        return embedded(EMBEDDED)
     if isinstance(path, str) and path.count("/") == 1:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -28,10 +28,9 @@ def locate(path: str | Path | None) -> Path:
     raise FileNotFoundError(f"{path} does not exist: pass a diffusers folder or a .safetensors file")
 
 
-def _embedded() -> Path:
+def embedded(folder: str) -> Path:
+    """A folder of weights that comes with cutdiff, such as "weights/scenes". Raises FileNotFoundError without it."""
     for root in (PACKAGE, PACKAGE.parent):  # in a wheel, in a clone
-        if (root / EMBEDDED).is_dir():
-            return root / EMBEDDED
-    raise FileNotFoundError(
-        f"the embedded model is missing from {PACKAGE.parent / EMBEDDED}: reinstall, or pass a path"
-    )
+        if (root / folder).is_dir():
+            return root / folder
+    raise FileNotFoundError(f"the embedded model is missing from {PACKAGE.parent / folder}: reinstall, or pass a path")

@@ -103,7 +103,7 @@ def channels_last(network: nn.Module) -> None:
 
 def _optimizers(module: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices; AdamW for embeddings, biases, norms and the layers at either end."""
-    ends = ("conv_in", "conv_out", "quant_conv", "embed", "text_projection")
+    ends = ("conv_in", "conv_out", "quant_conv", "embed", "text_projection", "heads")
     named = list(module.named_parameters())
     hidden = [p for name, p in named if p.ndim >= 2 and not any(end in name for end in ends)]
     chosen = {id(p) for p in hidden}

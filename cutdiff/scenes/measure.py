@@ -1,88 +1,203 @@
-"""Read simple facts off a picture of a scene: how many sky bodies, how many subjects, and in which colour.
+"""Read a picture of a scene: how many sky bodies and subjects it shows, and every attribute that a caption names.
 
-By colour and connected blobs only, so that the same measure holds for true renders and for generated pictures of any
-size. Thresholds are fractions of the picture; they are proven on true renders by the tests.
+By colour and connected blobs only, so that every answer can be retraced, and the same rules hold for true renders and
+for generated pictures of any size. Everything is found by its distance to the colours that `render` paints with.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cutdiff.scenes import world
-from cutdiff.scenes.render import SUBJECT
+from cutdiff.scenes.blobs import count_blobs, largest_blob, opened, silhouettes
+from cutdiff.scenes.render import BODY, GROUND, LIGHT, RIDGE, SKY, SUBJECT, render
 
-SMALLEST_BLOB = 0.003
-"""Share of a picture below which a blob is not counted; the smallest body covers 0.0095, the smallest subject 0.03."""
-RESOLUTION = 128
-"""Blobs are counted at about this size; finer than that they would only take longer."""
-SHADES = torch.linspace(0.6, 1.0, 9)
-"""A subject is painted in its colour and in a darker shade of it (roof, band)."""
-COLOR_TOLERANCE = 0.14
-"""Distance in RGB within which a pixel counts as a shade of a colour."""
+SMALLEST_BODY, SMALLEST_SUBJECT = 0.003, 0.01
+"""Shares of a native picture, about a third of the smallest that is ever drawn there (0.0095 and 0.03). A blob of fewer
+pixels is not counted, at any size: what repeats in a large picture is as small as in a native one."""
+FINE, COARSE = 256, 64
+"""Shorter side in pixels at which blobs are counted at most, and at which sky, ridge and ground are read."""
+SHADE, LIT = 0.6, 0.81
+"""A subject is painted in its colour, and partly (roof, band) in that colour times 0.62; its lit parts are those above
+`LIT`, half way between."""
+SUBJECT_TOLERANCE, BODY_TOLERANCE, SCENERY_TOLERANCE = 0.14, 0.20, 0.15
+"""Distances in RGB within which a pixel has a colour."""
+SKY_ROWS, RIDGE_ROWS, GROUND_ROWS = (0.0, 0.3), (0.4, 0.75), (0.75, 1.0)
+"""Where sky and ground always show, and where the ridge does: from and to, in fractions of the height."""
+ENOUGH = 0.2
+"""Share of its rows that a sky or a ground must cover."""
+ENOUGH_RIDGE = 0.02
+SAME_SHAPE = 0.45
+"""Overlap (intersection over union) of silhouettes from which on a blob is a subject of that kind. Of true renders it
+is above 0.9, of a generated house with crooked windows about 0.5, of two houses grown together about 0.3."""
+PART = 16
+"""Pictures that are read at once, to bound memory."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read of N pictures, three (N,) int64 tensors."""
+    """What was read of N pictures, (N,) int64 tensors: two counts, then indices in the lists of `world`.
+
+    An index is -1 where the picture shows none of the list. Subject and colour are those of the largest subject.
+    """
 
     bodies: Tensor
     """Number of suns and moons."""
     subjects: Tensor
-    """Number of blobs in the colour that covers most."""
+    """Number of blobs in the colours of subjects, each colour by itself."""
+    subject: Tensor
     color: Tensor
-    """Index of that colour in `world.COLORS`, -1 where no colour covers enough."""
+    ridge: Tensor
+    ground: Tensor
+    time: Tensor
 
     def matches(self, choices: Tensor) -> Tensor:
-        """Whether each picture has one body and one subject in the colour of its caption: (N,) bool.
+        """Whether each picture has one body and one subject, of the kind and colour of its caption: (N,) bool.
 
         `choices` (N, 5) as `Scenes.choices` has them.
         """
-        return (self.bodies == 1) & (self.subjects == 1) & (self.color == choices[:, 0])
+        named = (self.color == choices[:, 0]) & (self.subject == choices[:, 1])
+        return (self.bodies == 1) & (self.subjects == 1) & named
+
+    def caption_right(self, choices: Tensor) -> Tensor:
+        """Whether each picture matches and also has the ridge, ground and time of its caption: (N,) bool."""
+        scenery = torch.stack([self.ridge, self.ground, self.time], dim=1)
+        return self.matches(choices) & (scenery == choices[:, 2:]).all(1)
 
 
-def read(images: Tensor) -> Reading:
-    """Read pictures (N, 3, H, W) in [0, 1]; large ones are averaged down to `RESOLUTION` on their shorter side."""
-    shrink = min(images.shape[2:]) // RESOLUTION
-    images = F.avg_pool2d(images, shrink) if shrink > 1 else images
-    colors = torch.tensor([SUBJECT[name] for name in world.COLORS], device=images.device)
-    shades = colors[:, None] * SHADES.to(images.device)[:, None]  # (5, 9, 3)
-    pixels = images.permute(0, 2, 3, 1)  # (N, H, W, 3)
-    distances = torch.stack([torch.cdist(pixels.flatten(1, 2), shade[None]).amin(-1) for shade in shades], dim=1)
-    masks = (distances < COLOR_TOLERANCE).unflatten(2, images.shape[2:])  # (N, 5, H, W)
-    area = masks.float().mean((2, 3))
-    largest = area.max(dim=1)
-    color = torch.where(largest.values >= SMALLEST_BLOB, largest.indices, -1)
-    chosen = masks[torch.arange(len(images)), largest.indices]
-    return Reading(count_blobs(_body_mask(images)), count_blobs(chosen), color)
+def read(images: Tensor, native: int = 128) -> Reading:
+    """Read pictures (N, 3, H, W) in [0, 1].
+
+    `native` is the side in pixels of the pictures that the model was trained on: it scales what is too small to count.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"pictures are (N, 3, H, W), not {tuple(images.shape)}")
+    parts = [_read_part(part.float(), native) for part in images.split(PART)]
+    return Reading(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def count_blobs(mask: Tensor, smallest: float = SMALLEST_BLOB) -> Tensor:
-    """How many connected regions (eight neighbours) of at least `smallest` of the area: (N, H, W) bool -> (N,)."""
-    n, height, width = mask.shape
-    inside = mask.float()[:, None]
-    # Every pixel starts with a number of its own; the largest number spreads through its region.
-    labels = torch.arange(1, height * width + 1, device=mask.device, dtype=torch.float32).view(1, 1, height, width)
-    labels = labels * inside
-    while True:
-        spread = F.max_pool2d(labels, 3, stride=1, padding=1) * inside
-        if torch.equal(spread, labels):
-            break
-        labels = spread
-    counts = torch.zeros(n, height * width + 1, device=mask.device)
-    counts.scatter_add_(1, labels.flatten(1).long(), torch.ones_like(labels).flatten(1))
-    return (counts[:, 1:] >= smallest * height * width).sum(1)
+def _read_part(images: Tensor, native: int) -> tuple[Tensor, ...]:
+    coarse, fine = _shrink(images, COARSE), _shrink(images, FINE)
+    native_pixels = native**2 * (fine.shape[2] * fine.shape[3]) / (images.shape[2] * images.shape[3])
+    time = _time(_rows(coarse, SKY_ROWS))
+    bodies = count_blobs(_body_mask(fine, time), SMALLEST_BODY * native_pixels)
+    subjects, color, largest = _subjects(fine, SMALLEST_SUBJECT * native_pixels)
+    subject = torch.where(color < 0, -1, _kind(largest))
+    ridge = _ridge(_rows(coarse, RIDGE_ROWS), time)
+    return bodies, subjects, subject, color, ridge, _ground(_rows(coarse, GROUND_ROWS)), time
 
 
-def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB over a batch (N, 3, H, W) in [0, 1], from the mean of the squared errors."""
-    return -10 * torch.log10((images - truth).square().mean())
+def _body_mask(images: Tensor, time: Tensor) -> Tensor:
+    """Where the colour of the sun or moon of that time is: (N, H, W) bool. An unknown time is taken for day."""
+    color = _table(BODY, world.TIMES, images.device)[time.clamp(min=0), None]
+    return _distances(images, color, color)[:, 0] < BODY_TOLERANCE
 
 
-def _body_mask(images: Tensor) -> Tensor:
-    """Bodies are bright and pale, and unlike snow and sky not bluish: (N, H, W) bool."""
-    red, blue = images[:, 0], images[:, 2]
-    return (images.amax(1) > 0.85) & (images.amin(1) > 0.6) & (red - blue > -0.04)
+def _subjects(images: Tensor, smallest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The number of subjects (N,), the colour of the largest (N,) or -1, and its lit and shaded parts (N, 2, H, W)."""
+    colors = _table(SUBJECT, world.COLORS, images.device)
+    distance, nearest = _distances(images, SHADE * colors[None], colors[None]).min(1)
+    masks = (nearest[:, None] == torch.arange(len(colors), device=images.device)[:, None, None]) & (
+        distance < SUBJECT_TOLERANCE
+    )[:, None]
+    masks = opened(masks.flatten(0, 1)).view_as(masks)  # (N, 5, H, W)
+    areas = masks.sum((2, 3))
+    present = areas >= smallest
+    counts = torch.zeros_like(areas)
+    counts[present] = count_blobs(masks[present], smallest)
+    count, main = counts.sum(1), areas.argmax(1)
+    blob = largest_blob(masks[torch.arange(len(main), device=images.device), main])
+    shade = torch.einsum("nchw, nc -> nhw", images, colors[main]) / colors.square().sum(1)[main, None, None]
+    lit = shade > LIT
+    return count, torch.where(count > 0, main, -1), torch.stack([blob & lit, blob & ~lit], dim=1)
+
+
+def _kind(parts: Tensor) -> Tensor:
+    """The subject whose lit and shaded parts (N, 2, H, W) look like these, or -1: (N,)."""
+    seen, known = silhouettes(parts)[:, None].flatten(2), _known_silhouettes().to(parts.device).flatten(1)
+    overlap = torch.minimum(seen, known).sum(2) / torch.maximum(seen, known).sum(2)
+    best = overlap.max(1)
+    return torch.where(best.values >= SAME_SHAPE, best.indices, -1)
+
+
+@cache
+def _known_silhouettes() -> Tensor:
+    """Those of a true render of each subject: (4, 2, size, size)."""
+    scene = world.sample(1, torch.Generator().manual_seed(0))[torch.zeros(len(world.SUBJECTS), dtype=torch.int64)]
+    images = render(replace(scene, subject=torch.arange(len(world.SUBJECTS))), FINE) / 2 + 0.5
+    return silhouettes(_subjects(images, 1)[2])
+
+
+def _time(rows: Tensor) -> Tensor:
+    """The time whose sky covers most of the upper rows (N, 3, h, W), or -1: (N,)."""
+    top, bottom = _sky(rows.device)
+    return _vote(_distances(rows, top[None], bottom[None]), among=len(world.TIMES))
+
+
+def _ground(rows: Tensor) -> Tensor:
+    """The ground that covers most of the lower rows (N, 3, h, W), whatever the light, or -1: (N,)."""
+    lit = _table(LIGHT, world.TIMES, rows.device)[:, None] * _table(GROUND, world.GROUNDS, rows.device)  # (3, 4, 3)
+    lake = torch.arange(len(world.GROUNDS), device=rows.device) == world.GROUNDS.index("lake")
+    rippled = torch.where(lake[:, None], torch.lerp(lit, 0.4 * lit + 0.6, 0.24), lit)
+    of_grounds = _distances(rows, lit.flatten(0, 1)[None], rippled.flatten(0, 1)[None])
+    of_grounds = of_grounds.unflatten(1, lit.shape[:2]).amin(1)  # (N, 4, h, W)
+    top, bottom = _sky(rows.device)
+    return _vote(torch.cat([of_grounds, _distances(rows, top[None], bottom[None])], dim=1), among=len(world.GROUNDS))
+
+
+def _ridge(rows: Tensor, time: Tensor) -> Tensor:
+    """Hills or mountains: whose colour at that time (N,) more of the middle rows (N, 3, h, W) have, or -1: (N,)."""
+    time = time.clamp(min=0)
+    light = _table(LIGHT, world.TIMES, rows.device)[time, None]
+    top, bottom = (ends[time, None] for ends in _sky(rows.device))
+    ridges = 0.75 * _table(RIDGE, world.RIDGES, rows.device) * light + 0.25 * bottom  # (N, 2, 3)
+    grounds = _table(GROUND, world.GROUNDS, rows.device) * light
+    starts, ends = torch.cat([ridges, top, grounds], dim=1), torch.cat([ridges, bottom, grounds], dim=1)
+    return _vote(_distances(rows, starts, ends), among=len(world.RIDGES), enough=ENOUGH_RIDGE)
+
+
+def _sky(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Colours of the sky at its top and at the horizon, for each time: two (3, 3)."""
+    colors = torch.tensor([SKY[name] for name in world.TIMES], device=device)
+    return colors[:, 0], colors[:, 1]
+
+
+def _vote(distances: Tensor, among: int, enough: float = ENOUGH) -> Tensor:
+    """Which of the colours is nearest to most pixels, or -1 where that is too few: (N, K, h, W) -> (N,).
+
+    Only the first `among` colours can be chosen; the others take pixels from them.
+    """
+    distance, nearest = distances.min(1)
+    votes = F.one_hot(nearest, distances.shape[1])[..., :among] * (distance < SCENERY_TOLERANCE)[..., None]
+    most = votes.float().mean((1, 2)).max(1)
+    return torch.where(most.values >= enough, most.indices, -1)
+
+
+def _distances(images: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """From each pixel to the line from one colour to another: (N, 3, H, W), 2 × (N or 1, K, 3) -> (N, K, H, W)."""
+    pixels = images[:, None]  # (N, 1, 3, H, W)
+    start, along = starts[..., None, None], (ends - starts)[..., None, None]
+    offset = pixels - start
+    share = (offset * along).sum(2, keepdim=True) / along.square().sum(2, keepdim=True).clamp(min=1e-9)
+    return (offset - share.clamp(0, 1) * along).square().sum(2).sqrt()
+
+
+def _table(colors: dict[str, tuple[float, ...]], names: tuple[str, ...], device: torch.device) -> Tensor:
+    return torch.tensor([colors[name] for name in names], device=device)
+
+
+def _rows(images: Tensor, rows: tuple[float, float]) -> Tensor:
+    height = images.shape[2]
+    return images[:, :, round(rows[0] * height) : round(rows[1] * height)]
+
+
+def _shrink(images: Tensor, side: int) -> Tensor:
+    """Average large pictures down so that their shorter side has `side` pixels."""
+    height, width = images.shape[2:]
+    scale = side / min(height, width)
+    return images if scale >= 1 else F.adaptive_avg_pool2d(images, (round(height * scale), round(width * scale)))

@@ -1,0 +1,115 @@
+"""Draw the pictures of an evaluation: a folder for each cell, a batch at a time, resumable."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cutdiff.images import to_pil
+from cutdiff.model import Model
+from cutdiff.pipeline import generate
+from cutdiff.settings import Settings
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of drawing at one size."""
+
+    name: str
+    settings: Settings
+    """With height and width; its seed is that of the first picture."""
+
+    @property
+    def side(self) -> int:
+        """Of its square pictures, in pixels."""
+        assert self.settings.width is not None
+        return self.settings.width
+
+
+def draw(
+    model: Model,
+    cell: Cell,
+    captions: Sequence[str],
+    folder: Path,
+    *,
+    batch: int,
+    on_batch: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Draw a picture for each caption, seeds counting on from the first, as `folder`/0000.png and so on.
+
+    `folder`/cell.json holds what determines the pictures, `folder`/batches.jsonl a line of costs for each batch that
+    is finished: those are not drawn again. ValueError where the folder holds other pictures.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = {"name": cell.name, "settings": asdict(cell.settings), "batch": batch, "model": model.hashes}
+    plan = json.loads(json.dumps(plan))  # as it will be read back
+    described, log = folder / "cell.json", folder / "batches.jsonl"
+    if not described.exists():
+        described.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    elif json.loads(described.read_text()) != plan:
+        raise ValueError(f"{folder} holds pictures that were drawn otherwise: take another --out, or delete it")
+    finished = {line["first"]: line["count"] for line in _lines(log)}
+    for first in range(0, len(captions), batch):
+        part = captions[first : first + batch]
+        if finished.get(first, 0) < len(part):
+            line = _draw_batch(model, replace(cell.settings, seed=cell.settings.seed + first), part, first, folder)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        on_batch(len(part))
+
+
+def _draw_batch(
+    model: Model, settings: Settings, captions: Sequence[str], first: int, folder: Path
+) -> dict[str, float | None]:
+    """Draw, save, and tell the cost; FLOPs are counted in the first batch alone, whose seconds do not count."""
+    flops = None
+    began = time.perf_counter()
+    if first == 0:
+        with FlopCounterMode(display=False) as counter:
+            result = generate(model, captions, settings)
+        flops = counter.get_total_flops() / len(captions)
+    else:
+        result = generate(model, captions, settings)
+    seconds = time.perf_counter() - began
+    for i, image in enumerate(result.images):
+        to_pil(image).save(folder / f"{first + i:04}.png")
+    return {
+        "first": first,
+        "count": len(captions),
+        "seconds": None if first == 0 else seconds,
+        "evaluations": result.record["network_evaluations"],
+        "flops": flops,
+        "peak_memory_bytes": result.record["peak_memory_bytes"],
+    }
+
+
+def cost(folder: Path) -> dict[str, float | None]:
+    """Of one picture: network evaluations, TFLOP, seconds; and the peak memory of the batches, in MB."""
+    lines = _lines(folder / "batches.jsonl")
+    timed = [line for line in lines if line["seconds"] is not None]
+    pictures = sum(line["count"] for line in lines)
+    return {
+        "evaluations": sum(line["evaluations"] for line in lines) / pictures,
+        "TFLOP": next((line["flops"] / 1e12 for line in lines if line["flops"] is not None), None),
+        "seconds": sum(line["seconds"] for line in timed) / sum(line["count"] for line in timed) if timed else None,
+        "peak MB": max(line["peak_memory_bytes"] for line in lines) / 1e6,
+    }
+
+
+def pictures(folder: Path, num: int) -> Tensor:
+    """The first `num` pictures of a folder: (N, 3, H, W), uint8."""
+    images = [np.asarray(Image.open(folder / f"{i:04}.png").convert("RGB")) for i in range(num)]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _lines(log: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

@@ -1,0 +1,50 @@
+"""What an evaluation looks like: a Markdown table of scores, and a contact sheet of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SHARES = ("bodies not one", "subjects not one", "one of each", "right subject", "right caption")
+"""Shown as percentages."""
+
+
+def table(cells: Sequence[Mapping]) -> str:
+    """A row for each cell of an evaluation's JSON; intervals in brackets, "–" for what has no number."""
+    names = list(dict.fromkeys(name for cell in cells for name in cell["scores"]))
+    costs = ("evaluations", "TFLOP", "seconds", "peak MB")
+    lines = ["| size | method | " + " | ".join([*names, *costs]) + " |", "|---" * (2 + len(names) + 4) + "|"]
+    for cell in cells:
+        scores = [_score(name, cell["scores"].get(name)) for name in names]
+        spent = [_cost(cell["cost"].get(name)) for name in costs]
+        lines.append("| " + " | ".join([f"{cell['size']} px", cell["name"], *scores, *spent]) + " |")
+    return "\n".join(lines)
+
+
+def contact_sheet(rows: Sequence[Tensor], columns: int = 8, side: int = 160, gap: int = 4) -> Tensor:
+    """The first pictures of each row, the same seeds down the columns: [(N, 3, H, W) uint8] -> (3, H', W') uint8."""
+    columns = min(columns, *(len(row) for row in rows))
+    pitch = side + gap
+    sheet = torch.full((3, len(rows) * pitch + gap, columns * pitch + gap), 255, dtype=torch.uint8)
+    for i, row in enumerate(rows):
+        scale = side / max(row.shape[2:])
+        small = F.interpolate(row[:columns].float(), scale_factor=scale, mode="bilinear", antialias=True)
+        for j, picture in enumerate(small.round().clamp(0, 255).to(torch.uint8)):
+            top, left = gap + i * pitch, gap + j * pitch
+            sheet[:, top : top + picture.shape[1], left : left + picture.shape[2]] = picture
+    return sheet
+
+
+def _score(name: str, score: Mapping[str, float] | None) -> str:
+    if score is None:
+        return "–"
+    form = "{:.1%}" if name in SHARES else "{:.3g}"
+    value, low, high = (form.format(score[key]) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _cost(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
