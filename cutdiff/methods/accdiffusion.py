@@ -9,9 +9,9 @@ level, without the middle; a mask is where a map exceeds its mean, opened with 3
 sixteenths; views are drawn once a phase, so that their prompts hold. Unlike it: views may stand at any latent, there at
 every fourth, the grain of the maps; a word of several tokens stays whole, where that code prompts with the pieces; maps
 that are not square are read as they lie, where that code swaps their sides; prompts are found after the first phase
-whatever its last timestep, there only where it is 1; all patches exchange pixels, there those of one view batch. The
-network's input, padding, moments and sizes are DemoFusion's here (see there). The paper's formula moves the channels of
-a pixel together; the code moves each by itself: `interaction` has both.
+whatever its last timestep, there only where it is 1; all patches exchange pixels, there those of one view batch. What
+is said of the network's input, padding, moments and sizes in `demofusion` holds here too. That code moves each channel
+of a pixel by itself, which is `interaction="channel"`.
 """
 
 from __future__ import annotations

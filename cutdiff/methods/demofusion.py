@@ -31,7 +31,10 @@ from cutdiff.methods.multidiffusion import denoise_views
 from cutdiff.solvers import CanvasDenoiser, Phase, Stage
 
 BLUR = 0.8
-"""Standard deviation, in latents, of the Gaussian that the patches are blurred with at first."""
+"""Standard deviation, in latents, of the Gaussian that the patches are blurred with at first.
+
+What the published examples are called with; the published function's own default is 1.
+"""
 
 MakeLocal = Callable[[Run, range], CanvasDenoiser]
 """(a run on a phase's canvas, the phase's steps) -> its denoiser of views; made when the phase begins."""
