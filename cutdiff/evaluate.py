@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         ]
         for cell in cells:
             plan(model, cell.settings)
+        score.scenes(args.num)
         network = load_features(device="cpu")
         result = evaluate(model, cells, args.num, args.out, batch=args.batch, network=network)
     except (ValueError, TypeError, OSError) as error:

@@ -1,0 +1,114 @@
+"""The evaluation: what it draws, what it scores, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from cutdiff.evaluate import main
+from cutdiff.scenes import score
+from cutdiff.scenes.features import load_features
+from cutdiff.scenes.report import contact_sheet
+
+ARGUMENTS = ["--methods", "direct", "cutdiffusion", "--sizes", "256", "--steps", "2", "--batch", "2"]
+
+
+def run(out: Path, *arguments: str, num: int = 3) -> int:
+    return main([*ARGUMENTS, "--num", str(num), "--out", str(out), *arguments])
+
+
+def test_an_evaluation_draws_scores_and_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, num=2) == 0
+    first = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png") if file.stem.isdigit()}
+    assert len(first) == 3 * 2, "native, direct and cutdiffusion"
+    assert run(tmp_path) == 0
+    assert all(file.stat().st_mtime_ns == time for file, time in first.items()), "no finished picture is drawn again"
+    assert len([file for file in tmp_path.rglob("*.png") if file.stem.isdigit()]) == 3 * 3
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    cells = {(cell["name"], cell["size"]): cell for cell in results["cells"]}
+    assert list(cells) == [
+        ("other truth", 128), ("native", 128), ("other truth", 256), ("direct", 256), ("cutdiffusion", 256)
+    ]  # fmt: skip
+    assert results["num"] == 3
+    assert results["model"]["sha256"]
+    assert results["versions"]["torch"] == torch.__version__
+    cut = cells["cutdiffusion", 256]
+    assert cut["settings"]["num_steps"] == 2
+    assert cut["cost"]["evaluations"] == 2 * (4 + 9), "a structure step on 4 patches, a detail step on 9 views, guided"
+    assert cut["cost"]["TFLOP"] > 0
+    assert {"one of each", "Fréchet whole", "kernel crops", "seams", "detail", "agreement"} <= set(cut["scores"])
+    for cell in cells.values():
+        for name, found in cell["scores"].items():
+            assert found["low"] <= found["high"], (cell["name"], name)
+    assert cells["native", 128]["cost"]["evaluations"] == 4
+
+    shown = capsys.readouterr().out
+    assert "| 256 px | cutdiffusion |" in shown
+    assert (tmp_path / "table.md").read_text() in shown
+    with Image.open(tmp_path / "contact-256.png") as sheet:
+        assert sheet.size == (3 * 164 + 4, 2 * 164 + 4)
+
+
+def test_pictures_that_were_drawn_otherwise_are_not_mixed_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, num=2) == 0
+    assert run(tmp_path, "--set", "interaction=none", num=2) == 2
+    assert "drawn otherwise" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "250"], "height=250"),
+        (["--set", "interaction=some"], "interaction='some'"),
+        (["--set", "steps=3"], "is not NAME=VALUE"),
+        (["--set", "stride=x"], "'x' is no number"),
+        (["--num", "5000"], "there are 4096 captions"),
+        (["--num", "1"], "at least 2"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    try:
+        status = run(tmp_path / "out", *arguments)
+    except SystemExit as exit:  # argparse's own
+        status = exit.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_truth_scores_as_the_truth() -> None:
+    drawn, others = score.scenes(24), score.scenes(24, score.FLOOR_SEED)
+    network = load_features()
+    truth, found = (score.gather_facts(score.true_renders(s, 256), network, 128) for s in (drawn, others))
+    images = score.true_renders(others, 256)
+    scores = score.score(images, others.choices, found, truth, images, native=128, border=64)
+    assert scores["one of each"].value == scores["right caption"].value == 1
+    assert scores["bodies not one"].value == scores["subjects not one"].value == 0
+    assert 0.6 < scores["detail"].value < 1.6
+    assert scores["kernel whole"].low < 0 < scores["kernel whole"].high
+    assert score.score(images, others.choices, truth, truth, None, native=128, border=64)["Fréchet whole"].value < 1e-6
+
+
+def test_longer_lists_of_captions_begin_with_shorter_ones() -> None:
+    assert torch.equal(score.scenes(40).choices[:7], score.scenes(7).choices)
+
+
+def test_a_contact_sheet_shows_pictures_of_any_size_alike() -> None:
+    rows = [torch.full((3, 3, side, side), value, dtype=torch.uint8) for side, value in ((128, 10), (384, 200))]
+    sheet = contact_sheet(rows, columns=2, side=16, gap=2)
+    assert sheet.shape == (3, 2 * 18 + 2, 2 * 18 + 2)
+    assert (sheet[:, 2:18, 2:18] == 10).all()
+    assert (sheet[:, 20:36, 20:36] == 200).all()
+    assert (sheet[:, :2] == 255).all()
