@@ -71,8 +71,8 @@ def test_pictures_that_were_drawn_otherwise_are_not_mixed_in(
         (["--set", "interaction=some"], "interaction='some'"),
         (["--set", "steps=3"], "is not NAME=VALUE"),
         (["--set", "stride=x"], "'x' is no number"),
-        (["--num", "5000"], "there are 4096 captions"),
-        (["--num", "1"], "at least 2"),
+        (["--num", "5000"], "to 4096, the captions"),
+        (["--num", "1"], "must be 2"),
         (["--model", "nowhere"], "nowhere"),
     ],
 )
