@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cutdiff.scenes import world
-from cutdiff.scenes.blobs import count_blobs, largest_blob, opened, silhouettes
+from cutdiff.scenes.blobs import blob_sizes, count_blobs, label_blobs, largest_blob, opened, silhouettes
 from cutdiff.scenes.render import BODY, GROUND, LIGHT, RIDGE, SKY, SUBJECT, render
 
 SMALLEST_BODY, SMALLEST_SUBJECT = 0.003, 0.01
@@ -29,12 +29,11 @@ SUBJECT_TOLERANCE, BODY_TOLERANCE, SCENERY_TOLERANCE = 0.14, 0.20, 0.15
 """Distances in RGB within which a pixel has a colour."""
 SKY_ROWS, RIDGE_ROWS, GROUND_ROWS = (0.0, 0.3), (0.4, 0.75), (0.75, 1.0)
 """Where sky and ground always show, and where the ridge does: from and to, in fractions of the height."""
-ENOUGH = 0.2
-"""Share of its rows that a sky or a ground must cover."""
-ENOUGH_RIDGE = 0.02
+ENOUGH, ENOUGH_RIDGE = 0.2, 0.02
+"""Shares of their rows that a sky or a ground must cover, and a ridge."""
 SAME_SHAPE = 0.45
 """Overlap (intersection over union) of silhouettes from which on a blob is a subject of that kind. Of true renders it
-is above 0.9, of a generated house with crooked windows about 0.5, of two houses grown together about 0.3."""
+is above 0.69 at 128 px, of a generated house with crooked windows about 0.5, of two tents grown together about 0.25."""
 PART = 16
 """Pictures that are read at once, to bound memory."""
 
@@ -94,23 +93,27 @@ def _read_part(images: Tensor, native: int) -> tuple[Tensor, ...]:
 
 def _body_mask(images: Tensor, time: Tensor) -> Tensor:
     """Where the colour of the sun or moon of that time is: (N, H, W) bool. An unknown time is taken for day."""
-    color = _table(BODY, world.TIMES, images.device)[time.clamp(min=0), None]
-    return _distances(images, color, color)[:, 0] < BODY_TOLERANCE
+    time = time.clamp(min=0)
+    body = _table(BODY, world.TIMES, images.device)[time]
+    # Sunlit snow is almost as bright: a pixel must be nearer to the sun than to it.
+    snow = _table(LIGHT, world.TIMES, images.device)[time] * torch.tensor(GROUND["snowfield"], device=images.device)
+    colors = torch.stack([body, snow], dim=1)
+    to_body, to_snow = _distances(images, colors, colors).unbind(1)
+    return (to_body < BODY_TOLERANCE) & (to_body < to_snow)
 
 
 def _subjects(images: Tensor, smallest: float) -> tuple[Tensor, Tensor, Tensor]:
     """The number of subjects (N,), the colour of the largest (N,) or -1, and its lit and shaded parts (N, 2, H, W)."""
     colors = _table(SUBJECT, world.COLORS, images.device)
     distance, nearest = _distances(images, SHADE * colors[None], colors[None]).min(1)
-    masks = (nearest[:, None] == torch.arange(len(colors), device=images.device)[:, None, None]) & (
-        distance < SUBJECT_TOLERANCE
-    )[:, None]
+    nearest = torch.where(distance < SUBJECT_TOLERANCE, nearest, -1)
+    masks = nearest[:, None] == torch.arange(len(colors), device=images.device)[:, None, None]
     masks = opened(masks.flatten(0, 1)).view_as(masks)  # (N, 5, H, W)
-    areas = masks.sum((2, 3))
-    present = areas >= smallest
-    counts = torch.zeros_like(areas)
-    counts[present] = count_blobs(masks[present], smallest)
-    count, main = counts.sum(1), areas.argmax(1)
+    present = masks.sum((2, 3)) >= smallest
+    sizes = blob_sizes(label_blobs(masks[present]))
+    counts, largest = torch.zeros_like(present, dtype=torch.int64), torch.zeros_like(present, dtype=torch.int64)
+    counts[present], largest[present] = (sizes >= smallest).sum(1), sizes.amax(1)
+    count, main = counts.sum(1), largest.argmax(1)
     blob = largest_blob(masks[torch.arange(len(main), device=images.device), main])
     shade = torch.einsum("nchw, nc -> nhw", images, colors[main]) / colors.square().sum(1)[main, None, None]
     lit = shade > LIT
