@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cutdiff.checkpoint import load, save_folder
 from cutdiff.models.unet import UNet
-from cutdiff.scenes.card import write_card
+from cutdiff.scenes.card import phase, read_history, write_card
 from cutdiff.scenes.train_unet import CONFIG, encode_scenes, train_unet
 from cutdiff.scenes.train_vae import train_vae
 from cutdiff.scenes.vocabulary import make_text_encoders
@@ -24,21 +25,25 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     device = torch.device(args.device)
     bfloat16 = args.dtype == "bfloat16"
+    told: Any = {"device": device, "dtype": args.dtype}
     if args.init is None:
         vae = train_vae(args.work, steps=args.vae_steps, batch=args.vae_batch, device=device, bfloat16=bfloat16)
+        history = [phase("VAE", "psnr", args.work / "vae.jsonl", data=f"{args.vae_batch} crops of 64 px", **told)]
         torch.manual_seed(0)
         text, unet = make_text_encoders(), UNet(CONFIG)
     else:
         start = load(args.init, device=device)
         vae, text, unet = start.vae, start.text, start.unet
+        history = read_history(args.init)
     torch.nn.ModuleList([text.text_encoder, text.text_encoder_2, unet]).to(device).requires_grad_(True)
     latents = encode_scenes(vae, args.num_scenes, args.work, device)
     train_unet(
         unet, text, latents, args.work, steps=args.unet_steps, batch=args.unet_batch, device=device, bfloat16=bfloat16
     )
     save_folder(args.out, unet=unet, vae=vae, text=text, noise=NoiseConfig(), zeros_for_empty_negative=True)
-    batches = {"vae_batch": args.vae_batch, "unet_batch": args.unet_batch}
-    write_card(args.out, args.work, device=device, dtype=args.dtype, **batches)
+    data = f"{args.unet_batch} of {args.num_scenes} pictures of 128 px"
+    history.append(phase("U-Net and text encoders", "loss", args.work / "unet.jsonl", data=data, **told))
+    write_card(args.out, history)
     print(f"wrote {args.out}")
 
 
