@@ -49,26 +49,33 @@ def test_resolutions_agree() -> None:
     assert (error > 0.1).float().mean() < 5e-3
 
 
-def test_the_embedded_vae_reconstructs_true_scenes(model: Model) -> None:
-    truth = pictures(scenes(48, seed=21), 128)
+@pytest.mark.parametrize("size", [128, 256])
+def test_the_embedded_vae_reconstructs_true_scenes(model: Model, size: int) -> None:
+    truth = pictures(scenes(32, seed=21), size)
     decoded = model.vae.decode(model.vae.encode(truth * 2 - 1).mean) / 2 + 0.5
-    assert psnr(decoded.clamp(0, 1), truth).mean() >= 30
+    assert psnr(decoded.clamp(0, 1), truth).mean() >= 34
 
 
-def test_the_embedded_model_draws_what_captions_name(model: Model) -> None:
-    """64 pictures at native size: one body and one subject of the caption's kind and colour, in at least 90%."""
-    choices = scenes(64, seed=22).choices
-    images = cutdiff.generate(
-        model,
-        world.captions(choices),
-        method="direct",
-        height=128,
-        width=128,
-        num_steps=20,
-        guidance_scale=4.0,
-        view_batch_size=32,
-    ).images
-    assert read(images).matches(choices).float().mean() >= 0.9
+@pytest.mark.parametrize(("num", "share"), [(64, 0.9), pytest.param(500, 0.97, marks=pytest.mark.slow)])
+def test_the_embedded_model_draws_what_captions_name(model: Model, num: int, share: float) -> None:
+    """Pictures at native size: one body and one subject, of the caption's kind and colour."""
+    choices = scenes(num, seed=500).choices
+    right = []
+    for first in range(0, num, 50):
+        part = choices[first : first + 50]
+        drawn = cutdiff.generate(
+            model,
+            world.captions(part),
+            method="direct",
+            height=128,
+            width=128,
+            num_steps=20,
+            guidance_scale=4.0,
+            view_batch_size=50,
+            seed=first,
+        )
+        right.append(read(drawn.images).matches(part))
+    assert torch.cat(right).float().mean() >= share
 
 
 def test_the_embedded_folder_is_small_and_its_hashes_are_those_written_beside_it(model: Model) -> None:
