@@ -93,9 +93,8 @@ class NoiseTable:
 
     def timestep(self, sigma: float) -> float:
         """The timestep of a sigma, linear in its logarithm between the whole ones."""
-        index = int(np.searchsorted(self.sigmas, sigma))
-        if index < len(self.sigmas) and self.sigmas[index] == sigma:
-            return float(index)
+        if sigma in self.sigmas:
+            return float(self.sigmas.index(sigma))
         return float(np.interp(math.log(max(sigma, 1e-10)), np.log(self.sigmas), np.arange(len(self.sigmas))))
 
 
@@ -124,7 +123,9 @@ def euler_schedule(config: NoiseConfig, num_steps: int) -> Schedule:
     if config.use_karras_sigmas:
         ramp = np.linspace(0, 1, num_steps)
         high, low = sigmas[0] ** (1 / KARRAS_RHO), sigmas[-1] ** (1 / KARRAS_RHO)
+        ends = sigmas[0], sigmas[-1]
         sigmas = [float(s) for s in (high + ramp * (low - high)) ** KARRAS_RHO]
+        sigmas[0], sigmas[-1] = ends  # exact: where the terminal sigma is capped, others can lie beside it
         timesteps = [table.timestep(s) for s in sigmas]
     # With "leading" the first sigma is not the largest one, so the noise is scaled as if a picture lay beneath it.
     init_scale = math.hypot(sigmas[0], 1) if config.timestep_spacing == "leading" else max(sigmas)

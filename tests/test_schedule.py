@@ -59,6 +59,15 @@ def test_euler_schedule_is_the_published_one(config: NoiseConfig, data: st.DataO
     assert ours.init_scale == pytest.approx(float(published.init_noise_sigma), rel=1e-5)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 300])
+def test_karras_spacing_begins_at_the_last_timestep_where_its_sigma_is_capped(num_steps: int) -> None:
+    """With a zero terminal SNR the sigma before the last can be above the cap of the last."""
+    config = NoiseConfig(
+        716, 0.0008318, 0.02, "linear", timestep_spacing="trailing", use_karras_sigmas=True, rescale_betas_zero_snr=True
+    )
+    assert euler_schedule(config, num_steps).timesteps[0] == 715
+
+
 @settings(max_examples=50)
 @given(noise_configs(), st.data())
 def test_ddim_schedule_is_the_published_one(config: NoiseConfig, data: st.DataObject) -> None:

@@ -48,9 +48,7 @@ def scenes(num: int, seed: int = CAPTION_SEED) -> Scenes:
     """The first `num` scenes of a fixed list: longer lists begin with shorter ones."""
     many = world.sample(4096, torch.Generator().manual_seed(seed))
     if not 2 <= num <= len(many):
-        raise ValueError(
-            f"num={num} must be at least 2, for distances between sets, and there are {len(many)} captions"
-        )
+        raise ValueError(f"num={num} must be 2, for distances between sets, to {len(many)}, the captions there are")
     return many[slice(0, num)]
 
 
