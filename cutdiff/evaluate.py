@@ -14,11 +14,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 import cutdiff
@@ -31,13 +30,8 @@ from cutdiff.scenes.report import contact_sheet, table
 from cutdiff.scenes.world import Scenes
 from cutdiff.settings import METHOD_NAMES, Settings
 
-NATIVE, TRUTH, FLOOR = "native", "truth", "other truth"
+NATIVE, FLOOR = "native", "other truth"
 """Names of the cells that no method draws: direct inference at native size, and true renders compared with others."""
-
-
-class Truth(NamedTuple):
-    pictures: Tensor
-    facts: score.Facts
 
 
 def evaluate(
@@ -59,7 +53,8 @@ def evaluate(
     for cell in tqdm(every, desc="scores", disable=None):
         side = cell.side
         if side not in truths:
-            truths[side] = _truth(scenes, side, network, native)
+            truths[side] = score.gather_facts(score.true_renders(scenes, side), network, native)
+            _save_sheet(out / f"contact-{side}.png", [out / folder_of(c) for c in every if c.side == side], num)
             rows.append(_floor(scenes, truths[side], side, network, native))
         images = pictures(out / folder_of(cell), num)
         facts = score.gather_facts(images, network, native)
@@ -67,13 +62,12 @@ def evaluate(
             images,
             scenes.choices,
             facts,
-            truths[side].facts,
+            truths[side],
             None if cell is base else natives,
             native=native,
             border=(cell.settings.stride or model.native_size // 2) * model.factor,
         )
         rows.append(_row(cell.name, cell.side, scored, cost(out / folder_of(cell)), asdict(cell.settings)))
-        _save_sheet(out / f"contact-{side}.png", [out / folder_of(c) for c in every if c.side == side], num)
     return {"cells": rows, "num": num, "batch": batch, "caption_seed": score.CAPTION_SEED}
 
 
@@ -81,17 +75,12 @@ def folder_of(cell: Cell) -> str:
     return f"{cell.name}-{cell.side}"
 
 
-def _truth(scenes: Scenes, side: int, network: FeatureNet, native: int) -> Truth:
-    images = score.true_renders(scenes, side)
-    return Truth(images, score.gather_facts(images, network, native))
-
-
-def _floor(scenes: Scenes, truth: Truth, side: int, network: FeatureNet, native: int) -> dict[str, Any]:
+def _floor(scenes: Scenes, truth: score.Facts, side: int, network: FeatureNet, native: int) -> dict[str, Any]:
     """Other true renders as if a method had drawn them: what a perfect one would score."""
     others = score.scenes(len(scenes), score.FLOOR_SEED)
     images = score.true_renders(others, side)
     facts = score.gather_facts(images, network, native)
-    scored = score.score(images, others.choices, facts, truth.facts, None, native=native, border=native // 2)
+    scored = score.score(images, others.choices, facts, truth, None, native=native, border=native // 2)
     return _row(FLOOR, side, scored, {}, {})
 
 

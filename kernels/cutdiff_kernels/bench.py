@@ -137,10 +137,10 @@ class Inputs:
             fused = self._calls(patches, views, self.origins)
         by_compiler: dict[str, Call] = {}
         if compiled:
-            names = ("gather_patches", "scatter_patches", "gather_views", "average_views")
+            names = ("gather_patches", "scatter_patches", "gather_views")
             module = SimpleNamespace(**{name: torch.compile(getattr(reference, name)) for name in names})
             calls = self._calls(module, module, self.host_origins)
-            by_compiler = {name: calls[name] for name in ("gather patches", "scatter patches", "gather views")}
+            by_compiler = {name: calls[name] for name in (n.replace("_", " ") for n in names)}
         published = self._calls(reference, reference, self.host_origins, self.published_index)
         return [
             Operation(
