@@ -1,18 +1,20 @@
-"""Measure methods against the truth: `python -m cutdiff.evaluate --methods direct cutdiffusion --sizes 256 --num 200`.
+"""Measure methods: `python -m cutdiff.evaluate --methods direct cutdiffusion --sizes 256 --num 200`.
 
-Draws the captions of a fixed list of scenes by every method at every size, and by direct inference at the native size;
-then reads, counts and compares the pictures with true renders. Writes to --out the pictures, a folder for each
-method and size, results.json, table.md and a contact sheet for each size; a second start goes on where the first ended.
+The embedded model, or another of its world, draws the captions of a fixed list of scenes by every method at every size,
+and by direct inference at the native size; the pictures are read, counted and compared with true renders. Any model is
+measured with --prompts, --references and --features: by FID, KID, IS and CLIP score against images of your own.
+
+Writes to --out the pictures, a folder for each method and size, results.json, table.md and a contact sheet for each
+size; a second start goes on where the first ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,118 +25,106 @@ from tqdm import tqdm
 import cutdiff
 from cutdiff.model import Model
 from cutdiff.pipeline import plan
-from cutdiff.scenes import score, world
-from cutdiff.scenes.cells import Cell, cost, draw, pictures
-from cutdiff.scenes.features import FeatureNet, load_features
+from cutdiff.references import References, compare
+from cutdiff.scenes import score
+from cutdiff.scenes.cells import Cell, cost, draw, folder_of, picture_paths, pictures
 from cutdiff.scenes.report import contact_sheet, table
-from cutdiff.scenes.world import Scenes
+from cutdiff.scenes.testbed import Testbed, environment, row_of
 from cutdiff.settings import METHOD_NAMES, Settings
 
-NATIVE, FLOOR = "native", "other truth"
-"""Names of the cells that no method draws: direct inference at native size, and true renders compared with others."""
+
+def measure_scenes(testbed: Testbed, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Draw and score the native pictures and `cells`: a row for each, and one for the truth of each size."""
+    testbed.draw(cells)
+    rows, seen = [], set()
+    for cell in tqdm([testbed.native_cell, *cells], desc="scores", disable=None):
+        if cell.side not in seen:
+            seen.add(cell.side)
+            rows.append(testbed.floor(cell.side))
+        rows.append(testbed.row(cell))
+    return rows
 
 
-def evaluate(
-    model: Model, cells: Sequence[Cell], num: int, out: Path, *, batch: int, network: FeatureNet
-) -> dict[str, Any]:
-    """Draw and score `cells` and the native pictures: what results.json holds. Writes pictures below `out`."""
-    native = model.native_size * model.factor
-    first = cells[0].settings
-    base = Cell(NATIVE, replace(first, method="direct", height=native, width=native))
-    scenes = score.scenes(num)
-    captions = world.captions(scenes.choices)
-    every = [base, *cells]
-    with tqdm(total=len(every) * num, unit="picture", disable=None) as bar:
-        for cell in every:
-            bar.set_description(f"{cell.name} {cell.side}", refresh=False)
-            draw(model, cell, captions, out / folder_of(cell), batch=batch, on_batch=bar.update)
-    rows, truths = [], {}
-    natives = pictures(out / folder_of(base), num)
-    for cell in tqdm(every, desc="scores", disable=None):
-        side = cell.side
-        if side not in truths:
-            truths[side] = score.gather_facts(score.true_renders(scenes, side), network, native)
-            _save_sheet(out / f"contact-{side}.png", [out / folder_of(c) for c in every if c.side == side], num)
-            rows.append(_floor(scenes, truths[side], side, network, native))
-        images = pictures(out / folder_of(cell), num)
-        facts = score.gather_facts(images, network, native)
-        scored = score.score(
-            images,
-            scenes.choices,
-            facts,
-            truths[side],
-            None if cell is base else natives,
-            native=native,
-            border=(cell.settings.stride or model.native_size // 2) * model.factor,
-        )
-        rows.append(_row(cell.name, cell.side, scored, cost(out / folder_of(cell)), asdict(cell.settings)))
-    return {"cells": rows, "num": num, "batch": batch, "caption_seed": score.CAPTION_SEED}
-
-
-def folder_of(cell: Cell) -> str:
-    return f"{cell.name}-{cell.side}"
-
-
-def _floor(scenes: Scenes, truth: score.Facts, side: int, network: FeatureNet, native: int) -> dict[str, Any]:
-    """Other true renders as if a method had drawn them: what a perfect one would score."""
-    others = score.scenes(len(scenes), score.FLOOR_SEED)
-    images = score.true_renders(others, side)
-    facts = score.gather_facts(images, network, native)
-    scored = score.score(images, others.choices, facts, truth, None, native=native, border=native // 2)
-    return _row(FLOOR, side, scored, {}, {})
-
-
-def _row(
-    name: str, side: int, scored: dict[str, score.Score], spent: dict[str, float | None], settings: dict[str, Any]
-) -> dict[str, Any]:
-    scores = {key: asdict(value) for key, value in scored.items()}
-    return {"name": name, "size": side, "scores": scores, "cost": spent, "settings": settings}
-
-
-def _save_sheet(path: Path, folders: Sequence[Path], num: int) -> None:
-    sheet = contact_sheet([pictures(folder, min(num, 8)) for folder in folders])
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
+def measure_prompts(
+    model: Model, cells: Sequence[Cell], prompts: Sequence[str], references: References, out: Path, *, batch: int
+) -> list[dict[str, Any]]:
+    """Draw `cells` for `prompts` and compare them with the references: a row for each."""
+    rows = []
+    for cell in tqdm(cells, desc="cells", disable=None):
+        folder = folder_of(out, cell)
+        draw(model, cell, prompts, folder, batch=batch)
+        paths = picture_paths(folder, len(prompts))
+        scores = compare(paths, prompts, references, model.native_size * model.factor)
+        rows.append(row_of(cell.name, cell.side, len(prompts), scores, cost(folder), cell.settings.described()))
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         base = Settings(**dict(args.set), num_steps=args.steps, guidance_scale=args.guidance_scale, seed=args.seed)
+        sizes = [(size, method) for size in args.sizes for method in args.methods]
+        cells = [Cell(method, replace(base, method=method, height=size, width=size)) for size, method in sizes]
+        prompts, references = _prompts(args), _references(args)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = cutdiff.load(args.model, device=device, dtype=getattr(torch, args.dtype))
-        cells = [
-            Cell(method, replace(base, method=method, height=size, width=size))
-            for size in args.sizes
-            for method in args.methods
-        ]
         for cell in cells:
             plan(model, cell.settings)
-        score.scenes(args.num)
-        network = load_features(device="cpu")
-        result = evaluate(model, cells, args.num, args.out, batch=args.batch, network=network)
+        if references is None:
+            testbed = Testbed(model, base, args.num, args.out, args.batch, args.caption_seed)
+            rows = measure_scenes(testbed, cells)
+            cells = [testbed.native_cell, *cells]
+        else:
+            rows = measure_prompts(model, cells, prompts, references, args.out, batch=args.batch)
     except (ValueError, TypeError, OSError) as error:
         print(f"cutdiff: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    result |= {
-        "command": ["python", "-m", "cutdiff.evaluate", *(sys.argv[1:] if argv is None else argv)],
-        "model": {"source": model.source, "sha256": model.hashes},
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else f"cpu ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "dtype": args.dtype,
-        "versions": {"cutdiff": cutdiff.__version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
+    told = {"command": ["python", "-m", "cutdiff.evaluate", *(sys.argv[1:] if argv is None else argv)]}
+    told |= {"batch": args.batch, "caption_seed": args.caption_seed} if references is None else {"prompts": prompts}
+    result = {"cells": rows, **told, **environment(model), "source": model.source}
     (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = table(result["cells"])
+    for size in dict.fromkeys(cell.side for cell in cells):
+        folders = [folder_of(args.out, cell) for cell in cells if cell.side == size]
+        save_sheet(args.out / f"contact-{size}.png", folders, num=rows[0]["num"])
+    text = table(rows)
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     return 0
+
+
+def save_sheet(path: Path, folders: Sequence[Path], num: int, columns: int = 8) -> None:
+    """The first of `num` pictures in each folder, a row each, the same seeds down the columns."""
+    sheet = contact_sheet([pictures(folder, min(num, columns)) for folder in folders], columns)
+    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """A line each; ValueError where they do not go with the other arguments. None for the captions of scenes."""
+    given = {name: getattr(args, name) for name in ("prompts", "references", "features")}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        if args.clip is not None:
+            raise ValueError("--clip goes with --prompts, --references and --features")
+        score.scenes(args.num, args.caption_seed)
+        return []
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be given too: a model is compared with images of your own by all")
+    lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in lines if line][: args.num]
+    if len(prompts) < 2:
+        raise ValueError(f"--prompts {args.prompts} holds {len(prompts)} prompts: 2 are needed, one a line")
+    return prompts
+
+
+def _references(args: argparse.Namespace) -> References | None:
+    return None if args.references is None else References.find(args.references, args.features, args.clip)
 
 
 def _parser() -> argparse.ArgumentParser:
     defaults = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m cutdiff.evaluate",
-        description="Draw and measure methods against true renders of the same captions.",
+        description="Draw and measure methods against true renders, or images of your own.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--methods", nargs="+", choices=METHOD_NAMES, default=list(METHOD_NAMES))
@@ -152,6 +142,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), metavar="DIR")
+    parser.add_argument(
+        "--caption-seed", type=int, default=score.CAPTION_SEED, metavar="S",
+        help="of the scenes; judge on other ones than you chose by",
+    )  # fmt: skip
+    real = parser.add_argument_group("any model, against images of your own")
+    real.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line; the first --num are drawn")
+    real.add_argument("--references", type=Path, metavar="DIR", help="images to compare with")
+    real.add_argument("--features", type=Path, metavar="FILE", help="TorchScript, such as inception-2015-12-05.pt")
+    real.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP model, for the CLIP score")
     return parser
 
 

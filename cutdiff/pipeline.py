@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -149,7 +149,8 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         cosine_scales=settings.cosine_scales,
         word_threshold=settings.word_threshold,
     )
-    stages = METHODS[settings.method](run)
+    method = settings.method if callable(settings.method) else METHODS[settings.method]
+    stages = method(run)
     shape = (len(prompts), model.unet.config.in_channels, *(stages[0].size or size))
     noise = draws.noise(shape).to(model.device, torch.float32)
     if noise.shape != shape:
@@ -165,7 +166,7 @@ def _record(
     seeds = list(getattr(prepared.draws, "seeds", ()))  # draws of one's own may have none
     return {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
-        **asdict(prepared.settings),
+        **prepared.settings.described(),
         "height": height,
         "width": width,
         "model": {"source": model.source, "sha256": model.hashes},

@@ -195,7 +195,7 @@ def _draw(model: Model, args: argparse.Namespace, settings: Settings, seed: int)
 
         result: Result = cutdiff.generate(model, args.prompt, settings, on_step=on_step)
     record = result.record
-    stem = f"{settings.method}-{record['width']}x{record['height']}-seed{seed}"
+    stem = f"{settings.method_name}-{record['width']}x{record['height']}-seed{seed}"
     return save_image(result.images[0], record, args.out, stem)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 METHOD_NAMES = (
     "direct",
@@ -29,7 +31,8 @@ class Settings:
     height: int | None = None
     """In pixels, a multiple of 8; twice the model's native size where it is None."""
     width: int | None = None
-    method: str = "cutdiffusion"
+    method: str | Callable[..., Any] = "cutdiffusion"
+    """A name, or a method of your own: a function of a `methods.Run` that returns its stages."""
     num_steps: int = 50
     """Of each phase, where a method draws a cascade of sizes."""
     guidance_scale: float = 7.5
@@ -81,7 +84,7 @@ class Settings:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} must lie in 0 … 2⁶⁴ − 1")
         for name, known in (
-            ("method", METHOD_NAMES),
+            *([] if callable(self.method) else [("method", METHOD_NAMES)]),
             ("solver", SOLVER_NAMES),
             ("interaction", INTERACTIONS),
             ("size_conditioning", SIZE_CONDITIONINGS),
@@ -89,6 +92,14 @@ class Settings:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+
+    def described(self) -> dict[str, Any]:
+        """All options as JSON can hold them; a method of one's own by its name."""
+        return {**vars(self), "method": self.method_name}
+
+    @property
+    def method_name(self) -> str:
+        return getattr(self.method, "__name__", type(self.method).__name__) if callable(self.method) else self.method
 
     def canvas_size(self, native_size: int, factor: int) -> tuple[int, int]:
         """Height and width in latents for a model of `native_size` latents and `factor` pixels for each."""

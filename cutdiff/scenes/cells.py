@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ def draw(
     is finished: those are not drawn again. ValueError where the folder holds other pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plan = {"name": cell.name, "settings": asdict(cell.settings), "batch": batch, "model": model.hashes}
+    plan = {"name": cell.name, "settings": cell.settings.described(), "batch": batch, "model": model.hashes}
     plan = json.loads(json.dumps(plan))  # as it will be read back
     described, log = folder / "cell.json", folder / "batches.jsonl"
     if not described.exists():
@@ -105,9 +105,19 @@ def cost(folder: Path) -> dict[str, float | None]:
     }
 
 
+def folder_of(out: Path, cell: Cell) -> Path:
+    """Where the pictures of a cell are, below `out`."""
+    return out / f"{cell.name}-{cell.side}"
+
+
+def picture_paths(folder: Path, num: int) -> list[Path]:
+    """Of the first `num` pictures of a folder."""
+    return [folder / f"{i:04}.png" for i in range(num)]
+
+
 def pictures(folder: Path, num: int) -> Tensor:
     """The first `num` pictures of a folder: (N, 3, H, W), uint8."""
-    images = [np.asarray(Image.open(folder / f"{i:04}.png").convert("RGB")) for i in range(num)]
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in picture_paths(folder, num)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 

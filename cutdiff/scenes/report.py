@@ -42,8 +42,8 @@ def _score(name: str, score: Mapping[str, float] | None) -> str:
     if score is None:
         return "–"
     form = "{:.1%}" if name in SHARES else "{:.3g}"
-    value, low, high = (form.format(score[key]) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    value, *ends = (form.format(score[key]) for key in ("value", "low", "high") if score[key] is not None)
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 def _cost(value: float | None) -> str:

@@ -25,11 +25,11 @@ PART = 16
 
 @dataclass(frozen=True)
 class Score:
-    """A number and its 95% bootstrap interval over pictures."""
+    """A number and its 95% bootstrap interval over pictures; None where it has none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def score(
         ]
     ).double()
     names = ("bodies not one", "subjects not one", "one of each", "right subject", "right caption")
-    scores = {name: _mean(column) for name, column in zip(names, answers.unbind(1), strict=True)}
+    scores = {name: mean_score(column) for name, column in zip(names, answers.unbind(1), strict=True)}
 
     for name, distance in (("Fréchet", frechet_distance), ("kernel", kernel_distance)):
         scores[f"{name} whole"] = _distance(distance, facts.whole, truth.whole, rounds=1000)
@@ -114,17 +114,18 @@ def score(
 
     lines = [list(range(border, side, border)) for side in images.shape[2:]]
     if any(lines):
-        scores["seams"] = _mean(torch.cat([seams(part.float() / 255, *lines) for part in parts]))
+        scores["seams"] = mean_score(torch.cat([seams(part.float() / 255, *lines) for part in parts]))
     if truth.detail.mean() > 0:
         ratio = lambda ours, theirs: (ours.mean() / theirs.mean()).item()  # noqa: E731
         scores["detail"] = _scored(ratio, (facts.detail, truth.detail), rounds=1000)
     if native_images is not None:
         pairs = zip(parts, native_images.split(PART), strict=True)
-        scores["agreement"] = _mean(torch.cat([agreement(a.float() / 255, b.float() / 255) for a, b in pairs]))
+        scores["agreement"] = mean_score(torch.cat([agreement(a.float() / 255, b.float() / 255) for a, b in pairs]))
     return scores
 
 
-def _mean(values: Tensor) -> Score:
+def mean_score(values: Tensor) -> Score:
+    """The mean of one value for each picture, (N,)."""
     return _scored(lambda v: v.mean().item(), (values.double(),), rounds=1000)
 
 

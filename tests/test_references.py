@@ -1,0 +1,150 @@
+"""Pictures against a folder of reference images: metrics of a maintained library, fed by files of the user's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from cutdiff.evaluate import main
+from cutdiff.references import CROPS, References, clip_scores, compare
+from cutdiff.scenes import score
+from cutdiff.scenes.metrics import frechet_distance
+
+PROMPTS = ["a red house at night", "a blue tree at day", "a pink tent"]
+
+
+class Moments(nn.Module):
+    """Stands for Inception: means and deviations of the colours as features, shares of them as probabilities."""
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        pixels = images.float().flatten(2) / 255
+        features = torch.cat([pixels.mean(2), pixels.std(2)], dim=1)
+        return features if return_features else features / features.sum(1, keepdim=True)
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> Path:
+    path = tmp_path / "moments.pt"
+    torch.jit.script(Moments()).save(path)
+    return path
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A random CLIP of a few hundred thousand parameters."""
+    folder = tmp_path / "clip"
+    tokenizer = CLIPTokenizer.from_pretrained(Path(__file__).parents[1] / "weights/scenes/tokenizer")
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**small, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    for part in (CLIPModel(config), tokenizer, CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)):
+        part.save_pretrained(folder)
+    return folder
+
+
+def save_renders(folder: Path, num: int, size: int, seed: int) -> list[Path]:
+    folder.mkdir()
+    images = score.true_renders(score.scenes(num, seed), size).permute(0, 2, 3, 1).numpy()
+    paths = [folder / f"{i:04}.png" for i in range(num)]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
+    return paths
+
+
+def test_distances_are_those_of_the_features(tmp_path: Path, features: Path) -> None:
+    ours, truth = (save_renders(tmp_path / name, 24, 64, seed) for name, seed in (("ours", 1), ("truth", 2)))
+    scores = compare(ours, ["a scene"] * 24, References(truth, features), native=32)
+    pixels = [np.stack([np.asarray(Image.open(path)) for path in paths]) for paths in (ours, truth)]
+    found, wanted = (Moments()(torch.from_numpy(p).permute(0, 3, 1, 2), return_features=True) for p in pixels)
+    assert scores["FID whole"].value == pytest.approx(frechet_distance(found, wanted), rel=1e-3)
+    assert set(scores) == {f"{name} {part}" for name in ("FID", "KID", "IS") for part in ("whole", "crops")}
+    assert scores["IS whole"].value > 1
+    assert scores == compare(ours, ["a scene"] * 24, References(truth, features), native=32), "the same every time"
+
+    itself = compare(truth, ["a scene"] * 24, References(truth, features), native=32)
+    assert itself["FID whole"].value == pytest.approx(0, abs=1e-5)
+    assert itself["KID crops"].value < scores["KID crops"].value
+
+
+def test_references_of_any_size_are_fitted_to_the_pictures(tmp_path: Path, features: Path) -> None:
+    ours = save_renders(tmp_path / "ours", 8, 64, 1)
+    larger = save_renders(tmp_path / "larger", 8, 128, 1)
+    assert compare(ours, ["a scene"] * 8, References(larger, features), native=64)["FID whole"].value < 1e-3
+    with pytest.raises(ValueError, match="64 × 64 px have no crops of 65 px"):
+        compare(ours, ["a scene"] * 8, References(larger, features), native=65)
+
+
+def test_the_clip_score_is_a_cosine_of_embeddings(tmp_path: Path, clip: Path) -> None:
+    pictures = save_renders(tmp_path / "ours", 3, 64, 1)
+    scores = clip_scores(pictures, PROMPTS, clip)
+    assert scores.shape == (3,)
+    assert ((scores >= 0) & (scores <= 100)).all()
+    swapped = clip_scores(pictures[::-1], PROMPTS[::-1], clip)
+    torch.testing.assert_close(swapped.flip(0), scores)
+
+
+def test_the_command_compares_any_model_with_images_of_ones_own(
+    tmp_path: Path, features: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_renders(tmp_path / "references", 4, 160, 1)
+    (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS))
+    out = tmp_path / "out"
+    arguments = ["--methods", "direct", "--sizes", "128", "--steps", "1", "--out", str(out)]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--references", str(tmp_path / "references")]
+    assert main([*arguments, "--features", str(features), "--clip", str(clip)]) == 0
+    assert "| 128 px | direct |" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert results["prompts"] == PROMPTS
+    (cell,) = results["cells"]
+    assert cell["num"] == 3
+    assert {"FID whole", "KID crops", "IS whole", "CLIP"} <= set(cell["scores"])
+    assert (out / "contact-128.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "prompts.txt"], "--references, --features must be given too"),
+        (["--clip", "clip"], "--clip goes with"),
+        (
+            ["--prompts", "prompts.txt", "--references", "none", "--features", "f.pt"],
+            "--references none does not exist",
+        ),
+        (["--prompts", "prompts.txt", "--references", ".", "--features", "f.pt"], "--features f.pt does not exist"),
+        (["--prompts", "one.txt", "--references", ".", "--features", "one.txt"], "one.txt holds 1 prompts"),
+        (["--prompts", "prompts.txt", "--references", ".", "--features", "one.txt"], "--references . holds 0 images"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line_before_anything_is_drawn(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a\nb\n")
+    Path("one.txt").write_text("a\n")
+    assert main([*arguments, "--out", "out"]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("out").exists()
+
+
+def test_every_picture_gives_its_crops(tmp_path: Path) -> None:
+    from cutdiff.references import _parts
+
+    paths = save_renders(tmp_path / "ours", 2, 64, 1)
+    crops = list(_parts(paths, (64, 64), 32))
+    assert [part.shape for part in crops] == [(CROPS, 3, 32, 32)] * 2
+    assert [part.shape for part in _parts(paths, (48, 32), None)] == [(1, 3, 32, 48)] * 2
