@@ -47,8 +47,8 @@ class Denoiser:
     """Items evaluated so far, a guidance pair counted as two."""
     network: Network | None = field(default=None, init=False)
     """What a method puts in the place of one pass of the U-Net, made of calls of `evaluate`."""
-    _rows: tuple[TextStates | None, Tensor, Tensor] = field(
-        default_factory=lambda: (None, torch.empty(0), torch.empty(0)), init=False, repr=False
+    _rows: tuple[TextStates | None, int, Tensor, Tensor] = field(
+        default_factory=lambda: (None, 0, torch.empty(0), torch.empty(0)), init=False, repr=False
     )
 
     @property
@@ -150,8 +150,8 @@ class Denoiser:
 
     def _text(self, num_rows: int, positive: TextStates) -> tuple[Tensor, Tensor]:
         """Context and pooled states of every row; made anew where they are not those of the last call."""
-        known, context, pooled = self._rows
-        if known is not positive or len(context) != num_rows:
+        known, copies, context, pooled = self._rows
+        if known is not positive or copies != self.copies or len(context) != num_rows:
             negative = self.negative.repeat(len(positive.context) // len(self.negative.context))
             states = [negative, positive][-self.copies :]
             each = num_rows // self.copies // len(positive.context)
@@ -159,7 +159,7 @@ class Denoiser:
                 torch.stack(values, dim=1).repeat_interleave(each, dim=0).flatten(0, 1)
                 for values in ([s.context for s in states], [s.pooled for s in states])
             )
-            self._rows = (positive, context, pooled)
+            self._rows = (positive, self.copies, context, pooled)
         return context, pooled
 
 

@@ -144,6 +144,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         text=model.text,
         stride=settings.stride,
         structure_fraction=settings.structure_fraction,
+        detail_guidance_scale=settings.detail_guidance_scale,
         interaction=settings.interaction,
         size_conditioning=settings.size_conditioning,
         cosine_scales=settings.cosine_scales,

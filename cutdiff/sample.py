@@ -75,14 +75,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="of each phase, where a method draws a cascade of sizes",
     )  # fmt: skip
     parser.add_argument("--guidance-scale", type=float, default=defaults.guidance_scale, metavar="G", help="1 is off")
+    parser.add_argument(
+        "--detail-guidance-scale", type=float, metavar="G",
+        help="in the detail stage; none: 1 for magnify, else that of the run",
+    )  # fmt: skip
     parser.add_argument("--negative-prompt", default=defaults.negative_prompt, metavar="TEXT")
     parser.add_argument("--solver", default=defaults.solver, choices=SOLVER_NAMES)
     parser.add_argument("--eta", type=float, default=defaults.eta, metavar="E", help="fresh noise of ddim, 0 to 1")
     parser.add_argument("--seed", type=int, default=defaults.seed, metavar="S", help="of the first picture")
     parser.add_argument("--num-images", type=int, default=1, metavar="K", help="pictures, with seeds S, S+1, …")
     parser.add_argument(
-        "--structure-fraction", type=float, default=defaults.structure_fraction, metavar="F",
-        help="share of the steps in CutDiffusion's first stage",
+        "--structure-fraction", type=float, metavar="F",
+        help="share of the steps before the detail stage; none: 0.5 for cutdiffusion, 0.3 for magnify",
     )  # fmt: skip
     parser.add_argument("--stride", type=int, metavar="L", help="between views, in latents; none: half a window")
     parser.add_argument("--interaction", default=defaults.interaction, choices=INTERACTIONS)

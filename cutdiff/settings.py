@@ -16,6 +16,7 @@ METHOD_NAMES = (
     "cutdiffusion",
     "demofusion",
     "accdiffusion",
+    "magnify",
 )
 SOLVER_NAMES = ("euler", "ddim")
 INTERACTIONS = ("channel", "pixel", "none")
@@ -37,6 +38,8 @@ class Settings:
     """Of each phase, where a method draws a cascade of sizes."""
     guidance_scale: float = 7.5
     """uncond + scale·(cond − uncond); 1 evaluates the prompt alone."""
+    detail_guidance_scale: float | None = None
+    """In the detail stage; what the method is made for where it is None: 1 for magnify, else `guidance_scale`."""
     solver: str = "euler"
     eta: float = 0.0
     """DDIM's fresh noise, 0 to 1."""
@@ -44,8 +47,9 @@ class Settings:
     """Of the first image; the others count on from it."""
     stride: int | None = None
     """Between views, in latents; half of the model's native size where it is None."""
-    structure_fraction: float = 0.5
-    """Share of the steps in CutDiffusion's structure stage, rounded up."""
+    structure_fraction: float | None = None
+    """Where the detail stage begins, as a share of the steps, rounded up; the method's own default where it is None:
+    0.5 for cutdiffusion, 0.3 for magnify."""
     interaction: str = "channel"
     """How the patches of CutDiffusion and AccDiffusion exchange pixels: "channel", "pixel" or "none"."""
     size_conditioning: str = "native"
@@ -69,14 +73,16 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.stride is not None and self.stride < 1:
             raise ValueError(f"stride={self.stride} must be at least 1")
-        if not 0 <= self.structure_fraction <= 1:
+        if self.structure_fraction is not None and not 0 <= self.structure_fraction <= 1:
             raise ValueError(f"structure_fraction={self.structure_fraction} must lie in 0 … 1")
         if len(self.cosine_scales) != 3 or not all(0 <= scale < math.inf for scale in self.cosine_scales):
             raise ValueError(f"cosine_scales={self.cosine_scales} must be three finite numbers, none below 0")
         if not 0 <= self.word_threshold <= 1:
             raise ValueError(f"word_threshold={self.word_threshold} must lie in 0 … 1")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number")
+        for name in ("guidance_scale", "detail_guidance_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be a finite number")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} must lie in 0 … 1")
         if self.eta and self.solver != "ddim":

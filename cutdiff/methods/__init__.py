@@ -9,6 +9,7 @@ from cutdiff.methods.cutdiffusion import cutdiffusion
 from cutdiff.methods.demofusion import demofusion
 from cutdiff.methods.direct import direct
 from cutdiff.methods.hidiffusion import hidiffusion
+from cutdiff.methods.magnify import magnify
 from cutdiff.methods.multidiffusion import multidiffusion
 from cutdiff.methods.scalecrafter import scalecrafter
 from cutdiff.solvers import Phase, Stage
@@ -22,6 +23,7 @@ METHODS: dict[str, Callable[[Run], Sequence[Stage | Phase]]] = {
     "cutdiffusion": cutdiffusion,
     "demofusion": demofusion,
     "accdiffusion": accdiffusion,
+    "magnify": magnify,
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "demofusion",
     "direct",
     "hidiffusion",
+    "magnify",
     "multidiffusion",
     "scalecrafter",
 ]

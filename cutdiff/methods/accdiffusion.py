@@ -79,7 +79,7 @@ def denoise_prompted_views(run: Run, step: int, maps: WordMaps) -> CanvasDenoise
     positive = run.text.encode(view_prompts(words, masks, origins, run.window, run.word_threshold))
 
     def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
-        return denoise_at(run, origins, run.jitter, latents, sigma, positive)
+        return denoise_at(run, origins, run.jitter, latents, sigma, positive=positive)
 
     return denoise
 

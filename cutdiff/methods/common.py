@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from cutdiff.denoiser import Denoiser, Size
 from cutdiff.draws import Draws
+from cutdiff.methods.network import replaced
 from cutdiff.models.text import TextEncoders
 from cutdiff.schedule import Schedule
+from cutdiff.solvers import CanvasDenoiser
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Run:
     text: TextEncoders
     stride: int | None = None
     """Between views, in latents; half of the window where it is None."""
-    structure_fraction: float = 0.5
+    structure_fraction: float | None = None
+    detail_guidance_scale: float | None = None
     interaction: str = "channel"
     size_conditioning: str = "native"
     cosine_scales: tuple[float, float, float] = (3.0, 1.0, 1.0)
@@ -59,3 +64,13 @@ class Run:
     def told_size(self) -> Size | None:
         """What the network is told a patch to be: a whole picture of its own size (None), or the finished picture."""
         return None if self.size_conditioning == "native" else self.target_size
+
+
+def guided(run: Run, scale: float | None, denoise: CanvasDenoiser) -> CanvasDenoiser:
+    """`denoise` under a guidance scale of its own, or the run's where that is None."""
+
+    def with_scale(latents: Tensor, sigma: float, step: int) -> Tensor:
+        with replaced(run.denoiser, guidance_scale=scale):
+            return denoise(latents, sigma, step)
+
+    return denoise if scale is None else with_scale

@@ -8,20 +8,31 @@ from collections.abc import Callable
 from torch import Tensor
 
 from cutdiff.denoiser import Size
-from cutdiff.methods.common import Run
+from cutdiff.methods.common import Run, guided
 from cutdiff.methods.multidiffusion import denoise_views
 from cutdiff.patches import Patches, grid_for, pad_to_grid
 from cutdiff.solvers import CanvasDenoiser, Stage
 
 
+STRUCTURE_FRACTION = 0.5
+"""The paper's T' = T / 2."""
+
+
 def cutdiffusion(run: Run) -> list[Stage]:
     """The structure stage takes the first ceil(structure_fraction · num_steps) steps, the detail stage the others."""
-    switch = math.ceil(round(run.structure_fraction * run.num_steps, 9))  # 0.28 · 50 is 14, whatever floats say
+    switch = switch_step(run, STRUCTURE_FRACTION)
     grid = grid_for(run.size, run.denoiser.native_size)
+    detail = guided(run, run.detail_guidance_scale, denoise_views(run, run.jitter))
     return [
         Stage("structure", range(switch), denoise_patches(run, grid, run.interaction)),
-        Stage("detail", range(switch, run.num_steps), denoise_views(run, run.jitter)),
+        Stage("detail", range(switch, run.num_steps), detail),
     ]
+
+
+def switch_step(run: Run, default: float) -> int:
+    """The first step of the detail stage: where the run says, or the `default` of its method."""
+    share = default if run.structure_fraction is None else run.structure_fraction
+    return math.ceil(round(share * run.num_steps, 9))  # 0.28 · 50 is 14, whatever floats say
 
 
 def denoise_patches(

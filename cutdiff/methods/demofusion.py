@@ -84,16 +84,16 @@ def _phase(run: Run, number: int, local: MakeLocal, interaction: str) -> Phase:
         views = local(run, steps)
 
         def show(canvas: Tensor, sigma: float) -> Tensor:
-            width = BLUR * (0.99 * _fade(run, sigma) ** blur + 0.01)
+            width = BLUR * (0.99 * fade(run, sigma) ** blur + 0.01)
             return with_moments(gaussian_blur(canvas, width, radius=number - 1), canvas)
 
         patches = denoise_patches(run, grid, interaction, show)
 
         def hold(x: Tensor, sigma: float, step: int) -> Tensor:
-            return torch.lerp(x, guide + sigma * noise, _fade(run, sigma) ** skip)
+            return torch.lerp(x, guide + sigma * noise, fade(run, sigma) ** skip)
 
         def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-            return torch.lerp(views(x, sigma, step), patches(x, sigma, step), _fade(run, sigma) ** dilated)
+            return torch.lerp(views(x, sigma, step), patches(x, sigma, step), fade(run, sigma) ** dilated)
 
         def end(x: Tensor) -> Tensor:
             return with_moments(x, previous)
@@ -104,7 +104,7 @@ def _phase(run: Run, number: int, local: MakeLocal, interaction: str) -> Phase:
     return Phase(steps, run.size, begin)
 
 
-def _fade(run: Run, sigma: float) -> float:
+def fade(run: Run, sigma: float) -> float:
     """From 1 at the noisiest timestep to 0 at the cleanest: half a cosine (section 3.3, before its power)."""
     return (1 - math.cos(math.pi * run.schedule.timestep(sigma) / len(run.schedule.noise.sigmas))) / 2
 

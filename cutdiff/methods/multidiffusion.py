@@ -16,18 +16,25 @@ def multidiffusion(run: Run) -> list[Stage]:
     return [Stage("views", range(run.num_steps), denoise_views(run, jitter=(0, 0)))]
 
 
-def denoise_views(run: Run, jitter: Size) -> CanvasDenoiser:
-    """average ∘ D ∘ views, which stand elsewhere at every step where there is jitter."""
+def denoise_views(run: Run, jitter: Size, weights: Tensor | None = None) -> CanvasDenoiser:
+    """average ∘ D ∘ views, which stand elsewhere at every step where there is jitter; `weights` as in `Views`."""
 
     def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
         origins = run.draws.view_origins(step, run.size, run.window, run.strides, jitter)
-        return denoise_at(run, origins, jitter, latents, sigma)
+        return denoise_at(run, origins, jitter, latents, sigma, weights=weights)
 
     return denoise
 
 
 def denoise_at(
-    run: Run, origins: Tensor, jitter: Size, latents: Tensor, sigma: float, positive: TextStates | None = None
+    run: Run,
+    origins: Tensor,
+    jitter: Size,
+    latents: Tensor,
+    sigma: float,
+    *,
+    positive: TextStates | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """average ∘ D ∘ views at `origins` (B, V, 2) or (V, 2): every view is conditioned as the crop that it is.
 
@@ -42,7 +49,7 @@ def denoise_at(
     else:
         crops, original, target = corner + corner.new_tensor(jitter), run.target_size, run.target_size
     return run.denoiser.through(
-        Views(origins, run.window, run.size, device=latents.device),
+        Views(origins, run.window, run.size, weights, device=latents.device),
         latents,
         sigma,
         positive=positive,

@@ -26,8 +26,8 @@ a finished model:
 
 The seconds include whatever else the machine did. Loss is weighted by min-SNR-5, PSNR is that of training crops.
 
-Pictures are whole scenes or crops that show down to a fifth of a scene's side, told to the network as SDXL is told:
-original size, crop corner, target size. A tenth of the captions is dropped.
+Pictures are whole scenes or (half of them where nothing else is said) crops that show down to a fifth of a scene's
+side, told to the network as SDXL is told: original size, crop corner, target size. A tenth of the captions is dropped.
 
 ## Curves
 

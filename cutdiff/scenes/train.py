@@ -15,7 +15,7 @@ import torch
 from cutdiff.checkpoint import load, save_folder
 from cutdiff.models.unet import UNet
 from cutdiff.scenes.card import phase, read_history, write_card
-from cutdiff.scenes.train_unet import CONFIG, encode_scenes, train_unet
+from cutdiff.scenes.train_unet import CONFIG, WHOLE_SCENES, encode_scenes, train_unet
 from cutdiff.scenes.train_vae import train_vae
 from cutdiff.scenes.vocabulary import make_text_encoders
 from cutdiff.schedule import NoiseConfig
@@ -26,22 +26,25 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     bfloat16 = args.dtype == "bfloat16"
     told: Any = {"device": device, "dtype": args.dtype}
-    if args.init is None:
-        vae = train_vae(args.work, steps=args.vae_steps, batch=args.vae_batch, device=device, bfloat16=bfloat16)
-        history = [phase("VAE", "psnr", args.work / "vae.jsonl", data=f"{args.vae_batch} crops of 64 px", **told)]
-        torch.manual_seed(0)
-        text, unet = make_text_encoders(), UNet(CONFIG)
-    else:
+    if args.init is not None:
         start = load(args.init, device=device)
         vae, text, unet = start.vae, start.text, start.unet
         history = read_history(args.init)
+    else:
+        if args.vae is not None:
+            vae, history = load(args.vae, device=device).vae, read_history(args.vae)[:1]
+        else:
+            vae = train_vae(args.work, steps=args.vae_steps, batch=args.vae_batch, device=device, bfloat16=bfloat16)
+            history = [phase("VAE", "psnr", args.work / "vae.jsonl", data=f"{args.vae_batch} crops of 64 px", **told)]
+        torch.manual_seed(0)
+        text, unet = make_text_encoders(), UNet(CONFIG)
     torch.nn.ModuleList([text.text_encoder, text.text_encoder_2, unet]).to(device).requires_grad_(True)
-    latents = encode_scenes(vae, args.num_scenes, args.work, device)
+    latents = encode_scenes(vae, args.num_scenes, args.work, device, whole=args.whole_scenes)
     train_unet(
         unet, text, latents, args.work, steps=args.unet_steps, batch=args.unet_batch, device=device, bfloat16=bfloat16
     )
     save_folder(args.out, unet=unet, vae=vae, text=text, noise=NoiseConfig(), zeros_for_empty_negative=True)
-    data = f"{args.unet_batch} of {args.num_scenes} pictures of 128 px"
+    data = f"{args.unet_batch} of {args.num_scenes} pictures of 128 px, {args.whole_scenes:.0%} of them whole scenes"
     history.append(phase("U-Net and text encoders", "loss", args.work / "unet.jsonl", data=data, **told))
     write_card(args.out, history)
     print(f"wrote {args.out}")
@@ -52,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path("runs/scenes"), help="checkpoints and logs (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("weights/scenes"), help="the finished model (%(default)s)")
     parser.add_argument("--init", type=Path, help="go on from this model: its VAE is kept, its U-Net trained further")
+    parser.add_argument("--vae", type=Path, help="keep this model's VAE and train all else from nothing")
+    parser.add_argument(
+        "--whole-scenes", type=float, default=WHOLE_SCENES, metavar="SHARE",
+        help="of the pictures, the others being magnified crops; 1 for a model that never saw a magnified part",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the arithmetic")
     parser.add_argument("--vae-steps", type=int, default=2000, help="(%(default)s)")

@@ -56,14 +56,16 @@ class Latents:
     """(N, 6), in pixels."""
 
 
-def encode_scenes(vae: VAE, count: int, folder: Path, device: torch.device, part: int = 64) -> Latents:
-    """Render and encode `count` pictures, or read back what this very VAE encoded before."""
+def encode_scenes(
+    vae: VAE, count: int, folder: Path, device: torch.device, *, whole: float = WHOLE_SCENES, part: int = 64
+) -> Latents:
+    """Render and encode `count` pictures, `whole` of them whole scenes, or read back what this very VAE encoded before."""
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())
-    path = folder / f"latents-{count}-{hashlib.sha256(weights).hexdigest()[:12]}.pt"
+    path = folder / f"latents-{count}-{whole}-{hashlib.sha256(weights).hexdigest()[:12]}.pt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator(device).manual_seed(2)
-        parts = [_encode(vae, part, generator) for _ in trange(0, count, part, desc="latents")]
+        parts = [_encode(vae, part, whole, generator) for _ in trange(0, count, part, desc="latents")]
         torch.save([torch.cat(tensors) for tensors in zip(*parts, strict=True)], path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
     return Latents(*torch.load(path, map_location=device, weights_only=True))
@@ -121,9 +123,9 @@ def _captions(choices: Tensor, keep: Tensor) -> list[str]:
 
 
 @torch.no_grad()
-def _encode(vae: VAE, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+def _encode(vae: VAE, count: int, whole: float, generator: torch.Generator) -> tuple[Tensor, ...]:
     scenes: Scenes = world.sample(count, generator)
-    crop = Crop.sample(count, generator, min_side=SMALLEST_CROP, whole=WHOLE_SCENES)
+    crop = Crop.sample(count, generator, min_side=SMALLEST_CROP, whole=whole)
     images = render(scenes, NATIVE_PIXELS, crop).contiguous(memory_format=torch.channels_last)
     posterior = vae.encode(images)
     original = NATIVE_PIXELS / crop.side

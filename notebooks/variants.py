@@ -1,0 +1,79 @@
+"""CutDiffusion with one part taken out or changed: what the ablations and the sweeps measure, a few lines each.
+
+Every one is a method, as those in `cutdiff.methods`; the name of the function is the name of the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from cutdiff.methods.common import Run
+from cutdiff.methods.cutdiffusion import cutdiffusion, denoise_patches
+from cutdiff.methods.multidiffusion import denoise_views
+from cutdiff.patches import grid_for
+from cutdiff.solvers import Stage
+from einops import rearrange
+from torch import Tensor
+
+Method = Callable[[Run], list[Stage]]
+
+
+def contiguous_patches(run: Run) -> list[Stage]:
+    """No relocation: patches are tiles of the canvas, which exchange pixels as the interleaved ones do."""
+    structure, detail = cutdiffusion(run)
+    rows, columns = grid_for(run.size, run.denoiser.native_size)
+    sides = {"rows": rows, "columns": columns}
+
+    def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
+        woven = rearrange(latents, "b c (rows h) (columns w) -> b c (h rows) (w columns)", **sides)
+        denoised = structure.denoise(woven, sigma, step)
+        return rearrange(denoised, "b c (h rows) (w columns) -> b c (rows h) (columns w)", **sides)
+
+    return [replace(structure, denoise=denoise), detail]
+
+
+def interaction_every(k: int) -> Method:
+    """Patches exchange pixels at steps 0, k, 2k … only."""
+
+    def method(run: Run) -> list[Stage]:
+        structure, detail = cutdiffusion(run)
+        still = denoise_patches(run, grid_for(run.size, run.denoiser.native_size), "none")
+
+        def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
+            return (still if step % k else structure.denoise)(latents, sigma, step)
+
+        return [replace(structure, denoise=denoise), detail]
+
+    return _named(method, f"interaction_every_{k}")
+
+
+def conditioned(structure: str, detail: str) -> Method:
+    """Size conditioning "native" or "target", for each stage by itself."""
+
+    def method(run: Run) -> list[Stage]:
+        return [
+            cutdiffusion(replace(run, size_conditioning=structure))[0],
+            cutdiffusion(replace(run, size_conditioning=detail))[1],
+        ]
+
+    return _named(method, f"structure_{structure}_detail_{detail}")
+
+
+def without_jitter(run: Run) -> list[Stage]:
+    """Views stand on the same grid at every step."""
+    structure, detail = cutdiffusion(run)
+    return [structure, replace(detail, denoise=denoise_views(run, (0, 0)))]
+
+
+def cosine_weights(run: Run) -> list[Stage]:
+    """A view counts less towards its border: sin² of the way across it, on both axes."""
+    structure, detail = cutdiffusion(run)
+    rise = [torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() for side in run.window]
+    return [structure, replace(detail, denoise=denoise_views(run, run.jitter, torch.outer(*rise)))]
+
+
+def _named(method: Method, name: str) -> Method:
+    method.__name__ = name
+    return method
