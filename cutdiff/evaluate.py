@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import cutdiff
@@ -27,8 +26,8 @@ from cutdiff.model import Model
 from cutdiff.pipeline import plan
 from cutdiff.references import References, compare
 from cutdiff.scenes import score
-from cutdiff.scenes.cells import Cell, cost, draw, folder_of, picture_paths, pictures
-from cutdiff.scenes.report import contact_sheet, table
+from cutdiff.scenes.cells import Cell, cost, draw, folder_of, picture_paths
+from cutdiff.scenes.report import save_sheet, table
 from cutdiff.scenes.testbed import Testbed, environment, row_of
 from cutdiff.settings import METHOD_NAMES, Settings
 
@@ -90,12 +89,6 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     return 0
-
-
-def save_sheet(path: Path, folders: Sequence[Path], num: int, columns: int = 8) -> None:
-    """The first of `num` pictures in each folder, a row each, the same seeds down the columns."""
-    sheet = contact_sheet([pictures(folder, min(num, columns)) for folder in folders], columns)
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -133,7 +133,8 @@ def clip_scores(pictures: Sequence[Path], prompts: Sequence[str], folder: Path) 
     cosines = []
     for path, prompt in zip(pictures, prompts, strict=True):
         with Image.open(path) as image:
-            inputs = processor(text=[prompt], images=image.convert("RGB"), return_tensors="pt", truncation=True)
+            given = {"text": [prompt], "images": image.convert("RGB"), "return_tensors": "pt", "truncation": True}
+            inputs = processor(**given)
         found = model(**inputs)
         cosines.append(F.cosine_similarity(found.image_embeds, found.text_embeds))
     return 100 * torch.cat(cosines).clamp(min=0)

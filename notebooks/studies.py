@@ -1,7 +1,7 @@
-"""Draw and measure the studies that the notebooks show: `python notebooks/studies.py table ablation --out runs/studies`.
+"""Draw and measure what the notebooks show: `python notebooks/studies.py table-2x2 ablation --out runs/studies`.
 
-Each cell's result goes to results/<cell>-<size>.json with everything needed to repeat it; a cell whose result is there
-is left alone, so that a study can be stopped, continued, extended, and divided among machines (--part 1/2, --part 2/2).
+Each cell's result goes to results/<cell>-<size>.json with everything needed to repeat it. A cell whose result is there,
+of as many pictures, is left alone: a study can be stopped, continued, extended, and divided (--part 1/2, --part 2/2).
 Pictures stay in --out.
 """
 
@@ -15,17 +15,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cutdiff
 import torch
+from variants import conditioned, contiguous_patches, cosine_weights, interaction_every, not_held, without_jitter
+
+import cutdiff
 from cutdiff.methods import METHODS
-from cutdiff.scenes.cells import Cell
+from cutdiff.scenes.cells import Cell, folder_of
+from cutdiff.scenes.report import save_sheet
 from cutdiff.scenes.testbed import Testbed, environment
 from cutdiff.settings import Settings
-from variants import contiguous_patches, conditioned, cosine_weights, interaction_every, without_jitter
 
 RESULTS = Path(__file__).with_name("results")
 BASE = Settings(num_steps=10, guidance_scale=4.0)
 """Of every cell that does not say otherwise. Twice the steps change little (study `switch`), and cost twice as much."""
+
+
+CHOICE_SEED = 5000
+CHOICE = {"seed": CHOICE_SEED}
+"""Study `choice`, by which magnify's settings were chosen: seeds and captions that no other study draws."""
+MAGNIFY = ({}, {"structure_fraction": 0.5}, {"structure_fraction": 0.7}, {"detail_guidance_scale": 4.0})
 
 
 def cell(method: Any = "cutdiffusion", size: int = 256, **options: Any) -> Cell:
@@ -61,6 +69,11 @@ STUDIES: dict[str, list[Cell]] = {
         cell(solver="ddim"),
     ],
     "switch-4x4": [cell(size=512, structure_fraction=share) for share in (0.7, 0.9)],
+    "choice": [
+        *(cell("magnify", 512, **CHOICE, **options) for options in MAGNIFY),
+        cell(not_held, 512, **CHOICE),
+        *(cell(method, 256, **CHOICE) for method in ("magnify", "cutdiffusion")),
+    ],
     "limit": [
         cell(method, side * 128) for side in range(1, 7) for method in ("direct", "cutdiffusion", "magnify")
     ],
@@ -73,9 +86,10 @@ def measure(cells: Sequence[Cell], testbed: Testbed) -> None:
     for cell in cells:
         path = result_path(cell)
         settings = json.loads(json.dumps(cell.settings.described()))
-        if path.exists():
-            if json.loads(path.read_text())["settings"] != settings:
-                raise ValueError(f"{path} is the result of other settings: delete it to measure again")
+        known = json.loads(path.read_text()) if path.exists() else None
+        if known is not None and known["settings"] != settings:
+            raise ValueError(f"{path} is the result of other settings: delete it to measure again")
+        if known is not None and known["num"] >= testbed.num:
             continue
         testbed.draw([cell])
         save(path, {**testbed.row(cell), **told})
@@ -89,6 +103,14 @@ def measure_floor(side: int, testbed: Testbed) -> None:
         save(path, testbed.floor(side))
 
 
+def save_sheets(study: str, testbed: Testbed) -> None:
+    """A contact sheet for each size of a study whose pictures are all here."""
+    for side in dict.fromkeys(cell.side for cell in STUDIES[study]):
+        folders = [folder_of(testbed.folder, cell) for cell in STUDIES[study] if cell.side == side]
+        if all(folder.exists() for folder in folders):
+            save_sheet(RESULTS / f"{study}-{side}.png", folders, testbed.num)
+
+
 def result_path(cell: Cell) -> Path:
     return RESULTS / f"{cell.name}-{cell.side}.json"
 
@@ -100,7 +122,7 @@ def save(path: Path, result: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python notebooks/studies.py", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Draw and measure studies of the testbed.")
     parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
     parser.add_argument("--num", type=int, default=200, metavar="N", help="pictures of each cell (%(default)s)")
     parser.add_argument("--part", default="1/1", metavar="K/N", help="every Nth cell from the Kth on (%(default)s)")
@@ -111,12 +133,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     part, parts = map(int, args.part.split("/"))
     model = cutdiff.load(device=args.device, dtype=getattr(torch, args.dtype))
-    testbed = Testbed(model, BASE, args.num, args.out, args.batch)
-    cells = {result_path(cell): cell for study in args.studies for cell in STUDIES[study]}.values()
-    mine = list(cells)[part - 1 :: parts]
-    measure(mine, testbed)
-    for side in dict.fromkeys(cell.side for cell in mine):
-        measure_floor(side, testbed)
+    judged = Testbed(model, BASE, args.num, args.out, args.batch)
+    chosen_by = Testbed(model, replace(BASE, **CHOICE), args.num, args.out / "choice", args.batch, CHOICE_SEED)
+    for study in args.studies:
+        mine = STUDIES[study][part - 1 :: parts]
+        measure(mine, chosen_by if study == "choice" else judged)
+        for side in dict.fromkeys(cell.side for cell in mine):
+            measure_floor(side, judged)
+        save_sheets(study, chosen_by if study == "choice" else judged)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""CutDiffusion with one part taken out or changed: what the ablations and the sweeps measure, a few lines each.
+"""CutDiffusion and magnify with one part taken out or changed: for the ablations and sweeps.
 
 Every one is a method, as those in `cutdiff.methods`; the name of the function is the name of the method.
 """
@@ -9,13 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from cutdiff.methods.common import Run
-from cutdiff.methods.cutdiffusion import cutdiffusion, denoise_patches
-from cutdiff.methods.multidiffusion import denoise_views
-from cutdiff.patches import grid_for
-from cutdiff.solvers import Stage
 from einops import rearrange
 from torch import Tensor
+
+from cutdiff.methods.common import Run
+from cutdiff.methods.cutdiffusion import cutdiffusion, denoise_patches
+from cutdiff.methods.magnify import enlarged, magnify
+from cutdiff.methods.multidiffusion import denoise_views
+from cutdiff.patches import grid_for
+from cutdiff.solvers import Phase, Stage
 
 Method = Callable[[Run], list[Stage]]
 
@@ -72,6 +74,13 @@ def cosine_weights(run: Run) -> list[Stage]:
     structure, detail = cutdiffusion(run)
     rise = [torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() for side in run.window]
     return [structure, replace(detail, denoise=denoise_views(run, run.jitter, torch.outer(*rise)))]
+
+
+def not_held(run: Run) -> list[Stage | Phase]:
+    """Magnify, whose estimates may leave the native picture."""
+    structure, detail = magnify(run)
+    assert isinstance(structure, Stage)
+    return [structure, enlarged(run, detail.steps, hold=lambda run, picture, denoise: denoise)]
 
 
 def _named(method: Method, name: str) -> Method:

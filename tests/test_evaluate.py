@@ -97,7 +97,10 @@ def test_the_truth_scores_as_the_truth() -> None:
     assert scores["one of each"].value == scores["right caption"].value == 1
     assert scores["bodies not one"].value == scores["subjects not one"].value == 0
     assert 0.6 < scores["detail"].value < 1.6
-    assert scores["kernel whole"].low < 0 < scores["kernel whole"].high
+    kernel = scores["kernel whole"]
+    assert kernel.low is not None
+    assert kernel.high is not None
+    assert kernel.low < 0 < kernel.high
     assert score.score(images, others.choices, truth, truth, None, native=128, border=64)["Fréchet whole"].value < 1e-6
 
 

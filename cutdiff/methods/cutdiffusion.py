@@ -13,7 +13,6 @@ from cutdiff.methods.multidiffusion import denoise_views
 from cutdiff.patches import Patches, grid_for, pad_to_grid
 from cutdiff.solvers import CanvasDenoiser, Stage
 
-
 STRUCTURE_FRACTION = 0.5
 """The paper's T' = T / 2."""
 

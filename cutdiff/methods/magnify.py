@@ -13,6 +13,7 @@ with a residual are DemoFusion's (2311.16973), which draws every size between an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from cutdiff.methods.demofusion import denoise_picture, fade, phase_sizes
 from cutdiff.methods.multidiffusion import denoise_views
 from cutdiff.solvers import CanvasDenoiser, Phase, Stage
 
+Hold = Callable[[Run, Tensor, CanvasDenoiser], CanvasDenoiser]
 
 STRUCTURE_FRACTION = 0.3
 """Of the steps that the details leave out: measured in notebooks/better.ipynb."""
@@ -41,8 +43,8 @@ def magnify(run: Run) -> list[Stage | Phase]:
     return stages
 
 
-def enlarged(run: Run, steps: range) -> Phase:
-    """The detail stage on the run's canvas, from what the structure stage ended with."""
+def enlarged(run: Run, steps: range, hold: Hold | None = None) -> Phase:
+    """The detail stage on the run's canvas, from what the structure stage ended with; `hold` in place of `held`."""
 
     def begin(picture: Tensor) -> tuple[Tensor, Stage]:
         guide = F.interpolate(picture, run.size, mode="bicubic")
@@ -50,7 +52,7 @@ def enlarged(run: Run, steps: range) -> Phase:
         x = guide + sigma * run.draws.phase_noise(tuple(guide.shape), 2).to(guide)
         scale = 1.0 if run.detail_guidance_scale is None else run.detail_guidance_scale
         views = guided(run, scale, denoise_views(run, run.jitter))
-        return x, Stage("detail", steps, held(run, picture, views), run.size)
+        return x, Stage("detail", steps, (hold or held)(run, picture, views), run.size)
 
     return Phase(steps, run.size, begin)
 
@@ -60,7 +62,7 @@ def held(run: Run, picture: Tensor, denoise: CanvasDenoiser) -> CanvasDenoiser:
 
     def hold(x: Tensor, sigma: float, step: int) -> Tensor:
         denoised = denoise(x, sigma, step)
-        missing = picture - F.adaptive_avg_pool2d(denoised, picture.shape[2:])
+        missing = picture - F.adaptive_avg_pool2d(denoised, (picture.shape[2], picture.shape[3]))
         return denoised + fade(run, sigma) * F.interpolate(missing, run.size, mode="bicubic")
 
     return hold

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+
+from cutdiff.scenes.cells import pictures
 
 SHARES = ("bodies not one", "subjects not one", "one of each", "right subject", "right caption")
 """Shown as percentages."""
 
 
-def table(cells: Sequence[Mapping]) -> str:
-    """A row for each cell of an evaluation's JSON; intervals in brackets, "–" for what has no number."""
-    names = list(dict.fromkeys(name for cell in cells for name in cell["scores"]))
-    costs = ("evaluations", "TFLOP", "seconds", "peak MB")
-    lines = ["| size | method | " + " | ".join([*names, *costs]) + " |", "|---" * (2 + len(names) + 4) + "|"]
+COSTS = ("evaluations", "TFLOP", "seconds", "peak MB")
+
+
+def table(cells: Sequence[Mapping], names: Sequence[str] | None = None, costs: Sequence[str] = COSTS) -> str:
+    """A row for each cell of an evaluation's JSON; intervals in brackets, "–" for what has no number.
+
+    names, costs: the columns, by default all that there are.
+    """
+    if names is None:
+        names = list(dict.fromkeys(name for cell in cells for name in cell["scores"]))
+    heads = ["size", "method", "pictures", *names, *costs]
+    lines = [_line(heads), "|---" * len(heads) + "|"]
     for cell in cells:
         scores = [_score(name, cell["scores"].get(name)) for name in names]
         spent = [_cost(cell["cost"].get(name)) for name in costs]
-        lines.append("| " + " | ".join([f"{cell['size']} px", cell["name"], *scores, *spent]) + " |")
+        lines.append(_line([f"{cell['size']} px", cell["name"], str(cell["num"]), *scores, *spent]))
     return "\n".join(lines)
+
+
+def _line(values: Sequence[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def save_sheet(path: Path, folders: Sequence[Path], num: int, columns: int = 8) -> None:
+    """A contact sheet of folders of an evaluation, a row each, of the first of their `num` pictures."""
+    sheet = contact_sheet([pictures(folder, min(num, columns)) for folder in folders], columns)
+    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
 
 
 def contact_sheet(rows: Sequence[Tensor], columns: int = 8, side: int = 160, gap: int = 4) -> Tensor:

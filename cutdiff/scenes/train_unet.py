@@ -59,7 +59,8 @@ class Latents:
 def encode_scenes(
     vae: VAE, count: int, folder: Path, device: torch.device, *, whole: float = WHOLE_SCENES, part: int = 64
 ) -> Latents:
-    """Render and encode `count` pictures, `whole` of them whole scenes, or read back what this very VAE encoded before."""
+    """Render and encode `count` pictures, or read back what this very VAE encoded before; a share `whole` of them
+    whole scenes, the others crops."""
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())
     path = folder / f"latents-{count}-{whole}-{hashlib.sha256(weights).hexdigest()[:12]}.pt"
     if not path.exists():
