@@ -10,20 +10,19 @@ from typing import Any
 import matplotlib.pyplot as plt
 from IPython.display import Markdown
 from matplotlib.axes import Axes
-from studies import result_path
+from studies import RESULTS, result_path
 
 from cutdiff.scenes.cells import Cell
 from cutdiff.scenes.report import SHARES, table
 
-RESULTS = Path(__file__).with_name("results")
 MAIN = ("one of each", "right caption", "kernel whole", "kernel crops", "seams", "detail", "agreement")
 """Of the scores, what the tables show; all of them are in the JSON."""
 Row = dict[str, Any]
 
 
-def rows(cells: Iterable[Cell]) -> list[Row]:
+def rows(cells: Iterable[Cell], results: Path = RESULTS) -> list[Row]:
     """The results of those cells that were measured."""
-    paths = [result_path(cell) for cell in cells]
+    paths = [result_path(cell, results) for cell in cells]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 

@@ -80,11 +80,11 @@ STUDIES: dict[str, list[Cell]] = {
 }  # fmt: skip
 
 
-def measure(cells: Sequence[Cell], testbed: Testbed) -> None:
+def measure(cells: Sequence[Cell], testbed: Testbed, results: Path = RESULTS) -> None:
     """Draw and score the cells that have no result yet; ValueError where one has another cell's."""
     told = {"batch": testbed.batch, "caption_seed": testbed.caption_seed, **environment(testbed.model)}
     for cell in cells:
-        path = result_path(cell)
+        path = result_path(cell, results)
         settings = json.loads(json.dumps(cell.settings.described()))
         known = json.loads(path.read_text()) if path.exists() else None
         if known is not None and known["settings"] != settings:
@@ -96,27 +96,27 @@ def measure(cells: Sequence[Cell], testbed: Testbed) -> None:
         print(f"wrote {path.name}", flush=True)
 
 
-def measure_floor(side: int, testbed: Testbed) -> None:
-    """What other true renders would score at a size, and the native pictures at theirs."""
-    path = RESULTS / f"truth-{side}.json"
+def measure_floor(side: int, testbed: Testbed, results: Path = RESULTS) -> None:
+    """What other true renders would score at a size."""
+    path = results / f"truth-{side}.json"
     if not path.exists():
         save(path, testbed.floor(side))
 
 
-def save_sheets(study: str, testbed: Testbed) -> None:
+def save_sheets(study: str, testbed: Testbed, results: Path = RESULTS) -> None:
     """A contact sheet for each size of a study whose pictures are all here."""
     for side in dict.fromkeys(cell.side for cell in STUDIES[study]):
         folders = [folder_of(testbed.folder, cell) for cell in STUDIES[study] if cell.side == side]
         if all(folder.exists() for folder in folders):
-            save_sheet(RESULTS / f"{study}-{side}.png", folders, testbed.num)
+            save_sheet(results / f"{study}-{side}.png", folders, testbed.num)
 
 
-def result_path(cell: Cell) -> Path:
-    return RESULTS / f"{cell.name}-{cell.side}.json"
+def result_path(cell: Cell, results: Path = RESULTS) -> Path:
+    return results / f"{cell.name}-{cell.side}.json"
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(path.with_suffix(".part"), path)
 
@@ -129,18 +129,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="pictures drawn at once (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="(%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--model", type=Path, help="another model of the scenes, with --results of its own")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="one file a cell (results/)")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="the pictures (%(default)s)")
     args = parser.parse_args(argv)
+    if args.model is not None and args.results == RESULTS:
+        parser.error("--model needs --results of its own: those here are the embedded model's")
     part, parts = map(int, args.part.split("/"))
-    model = cutdiff.load(device=args.device, dtype=getattr(torch, args.dtype))
+    model = cutdiff.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
     judged = Testbed(model, BASE, args.num, args.out, args.batch)
     chosen_by = Testbed(model, replace(BASE, **CHOICE), args.num, args.out / "choice", args.batch, CHOICE_SEED)
     for study in args.studies:
         mine = STUDIES[study][part - 1 :: parts]
-        measure(mine, chosen_by if study == "choice" else judged)
+        testbed = chosen_by if study == "choice" else judged
+        measure(mine, testbed, args.results)
         for side in dict.fromkeys(cell.side for cell in mine):
-            measure_floor(side, judged)
-        save_sheets(study, chosen_by if study == "choice" else judged)
+            measure_floor(side, judged, args.results)
+        save_sheets(study, testbed, args.results)
 
 
 if __name__ == "__main__":

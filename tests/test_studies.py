@@ -1,0 +1,104 @@
+"""The studies: their variants of methods, and that every committed result is one of a cell as it is defined."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import figures
+import pytest
+import studies
+import torch
+import variants
+from torch import Tensor
+
+import cutdiff
+from cutdiff.model import Model
+from cutdiff.scenes.testbed import Testbed
+
+CELLS = {studies.result_path(cell): cell for cells in studies.STUDIES.values() for cell in cells}
+
+
+def latents(model: Model, method: str | Callable[..., Any], **options: Any) -> Tensor:
+    options = {"num_steps": 4, "height": 128, "width": 128, **options}
+    return list(cutdiff.denoise(model, "a red house at night", method=method, **options))[-1].latents
+
+
+@pytest.mark.parametrize("method", [variants.interaction_every(1), variants.conditioned("native", "native")])
+def test_a_variant_that_changes_nothing_is_cutdiffusion_to_the_bit(tiny_model: Model, method: Any) -> None:
+    assert torch.equal(latents(tiny_model, method), latents(tiny_model, "cutdiffusion"))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        variants.contiguous_patches,
+        variants.interaction_every(2),
+        variants.conditioned("target", "native"),
+        variants.conditioned("native", "target"),
+        variants.without_jitter,
+        variants.cosine_weights,
+    ],
+    ids=lambda method: method.__name__,
+)
+def test_every_other_variant_draws_something_else(tiny_model: Model, method: Any) -> None:
+    found, plain = latents(tiny_model, method), latents(tiny_model, "cutdiffusion")
+    assert found.isfinite().all()
+    assert (found - plain).norm() > 1e-3 * plain.norm()
+
+
+def test_contiguous_patches_are_whole_pictures_side_by_side(tiny_model: Model) -> None:
+    """Without interaction and views, each tile is the native picture of its own noise."""
+    from cutdiff.draws import Draws
+
+    class Tiled(Draws):
+        def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
+            return super().noise((*shape[:2], 16, 16), step)[:, :, : shape[2], : shape[3]]
+
+    options = {"structure_fraction": 1.0, "interaction": "none", "draws": Tiled((3,))}
+    canvas = latents(tiny_model, variants.contiguous_patches, **options)
+    native = latents(tiny_model, "direct", height=64, width=64, draws=Tiled((3,)))
+    torch.testing.assert_close(canvas[:, :, :8, :8], native)
+
+
+def test_cells_have_names_of_their_own() -> None:
+    for cells in studies.STUDIES.values():
+        paths = [studies.result_path(cell) for cell in cells]
+        assert len(set(paths)) == len(paths)
+    settings: dict[Path, dict[str, Any]] = {}
+    for cell in (cell for cells in studies.STUDIES.values() for cell in cells):
+        described = cell.settings.described()
+        assert settings.setdefault(studies.result_path(cell), described) == described
+
+
+def test_every_result_is_of_a_cell_and_of_the_embedded_model(model: Model) -> None:
+    found = sorted(studies.RESULTS.glob("*.json"))
+    assert found
+    for path in found:
+        result = json.loads(path.read_text())
+        if path.name.startswith("truth-"):
+            assert result["scores"]["one of each"]["value"] == 1
+            continue
+        assert result["settings"] == json.loads(json.dumps(CELLS[path].settings.described())), path.name
+        assert result["num"] >= 20
+        assert result["model"]["sha256"] == model.hashes, path.name
+
+
+def test_a_study_measures_what_is_missing(tmp_path: Path, model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    cells, results = [studies.cell("direct", 128, num_steps=1)], tmp_path / "results"
+    testbed = Testbed(model, replace(studies.BASE, num_steps=1), 2, tmp_path / "pictures")
+    studies.measure(cells, testbed, results)
+    (path,) = results.iterdir()
+    assert path.name == "direct,num_steps=1-128.json"
+    assert figures.rows(cells, results)[0]["num"] == 2
+    assert "wrote" in capsys.readouterr().out
+    studies.measure(cells, testbed, results)
+    assert not capsys.readouterr().out, "it is there already"
+    studies.measure(cells, replace(testbed, num=3), results)
+    assert figures.rows(cells, results)[0]["num"] == 3, "more pictures are a new result"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "settings": {}}))
+    with pytest.raises(ValueError, match="of other settings"):
+        studies.measure(cells, testbed, results)
