@@ -75,7 +75,8 @@ STUDIES: dict[str, list[Cell]] = {
         *(cell(method, 256, **CHOICE) for method in ("magnify", "cutdiffusion")),
     ],
     "limit": [
-        cell(method, side * 128) for side in range(1, 7) for method in ("direct", "cutdiffusion", "magnify")
+        cell("direct", 128),  # a 1×1 grid, where all three are one
+        *(cell(method, side * 128) for side in range(2, 7) for method in ("direct", "cutdiffusion", "magnify")),
     ],
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from cutdiff.scenes.metrics import (
     frechet_distance,
     kernel_distance,
     psnr,
+    resampled_kernel_distance,
     seams,
 )
 from cutdiff.scenes.render import render
@@ -179,3 +180,12 @@ def test_psnr_of_an_even_error(error: float) -> None:
     assert psnr(truth + error, truth).tolist() == pytest.approx(
         [-20 * torch.tensor(error).log10().item()] * 2, abs=1e-4
     )
+
+
+@given(seeds, st.integers(2, 5), st.integers(2, 5), st.integers(1, 3))
+def test_resampled_kernel_distance_is_that_of_the_resampled_crops(seed: int, n: int, m: int, crops: int) -> None:
+    x, y = normal(n, crops, 4, seed=seed), normal(m, crops, 4, seed=seed + 1)
+    generator = torch.Generator().manual_seed(seed)
+    i, j = (torch.randint(count, (count,), generator=generator) for count in (n, m))
+    expected = kernel_distance(x[i].flatten(0, 1), y[j].flatten(0, 1))
+    assert resampled_kernel_distance(x, y)(i, j) == pytest.approx(expected, rel=1e-9, abs=1e-9)

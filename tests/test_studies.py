@@ -61,7 +61,7 @@ def test_contiguous_patches_are_whole_pictures_side_by_side(tiny_model: Model) -
     options = {"structure_fraction": 1.0, "interaction": "none", "draws": Tiled((3,))}
     canvas = latents(tiny_model, variants.contiguous_patches, **options)
     native = latents(tiny_model, "direct", height=64, width=64, draws=Tiled((3,)))
-    torch.testing.assert_close(canvas[:, :, :8, :8], native)
+    torch.testing.assert_close(canvas[:, :, :8, :8], native, rtol=1e-3, atol=1e-4)
 
 
 def test_cells_have_names_of_their_own() -> None:

@@ -38,8 +38,28 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     (KID: Bińkowski et al. 2018, arXiv 1801.01401).
     """
     x, y = _features(x, y)
-    within = [(kernel.sum() - kernel.trace()) / (len(s) * (len(s) - 1)) for s in (x, y) for kernel in [_kernel(s, s)]]
-    return (within[0] + within[1] - 2 * _kernel(x, y).mean()).item()
+    return resampled_kernel_distance(x[:, None], y[:, None])(torch.arange(len(x)), torch.arange(len(y)))
+
+
+def resampled_kernel_distance(x: Tensor, y: Tensor) -> Callable[[Tensor, Tensor], float]:
+    """`kernel_distance` between the crops of chosen pictures, given features of all of them, (N, K, d) and (M, K, d).
+
+    The function takes which pictures of either set, 1-D and with repetition. It is made for resampling: kernels are
+    summed over the crops of each pair of pictures once, not in every round.
+    """
+    x, y = x.double(), y.double()
+    within = [(_sums_over_crops(s, s), _kernel_with_itself(s).sum(1)) for s in (x, y)]
+    between, crops = _sums_over_crops(x, y), x.shape[1]
+
+    def distance(*chosen: Tensor) -> float:
+        total = 0.0
+        for index, (sums, itself) in zip(chosen, within, strict=True):
+            count = len(index) * crops
+            total += (sums[index][:, index].sum() - itself[index].sum()) / (count * (count - 1))
+        pairs = len(chosen[0]) * len(chosen[1]) * crops**2
+        return float(total - 2 * between[chosen[0]][:, chosen[1]].sum() / pairs)
+
+    return distance
 
 
 def bootstrap(
@@ -147,8 +167,22 @@ def _mirrored_spectrum(images: Tensor) -> Tensor:
     return torch.fft.fft2(torch.cat([wide, wide.flip(2)], dim=2), norm="ortho").abs().square().mean(1)
 
 
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+def _sums_over_crops(x: Tensor, y: Tensor) -> Tensor:
+    """Kernels of (N, K, d) with (M, K, d), summed over all pairs of crops of each pair of pictures: (N, M)."""
+    flat = y.flatten(0, 1)
+    rows = [(_cubed(crops @ flat.T, x.shape[2])).sum(0).unflatten(0, y.shape[:2]).sum(1) for crops in x]
+    return torch.stack(rows)
+
+
+def _kernel_with_itself(x: Tensor) -> Tensor:
+    """(N, K, d) -> (N, K)."""
+    return _cubed(x.square().sum(2), x.shape[2])
+
+
+def _cubed(products: Tensor, dim: int) -> Tensor:
+    """The polynomial kernel, given the products a·b."""
+    raised = products / dim + 1
+    return raised * raised * raised
 
 
 def _square_root(matrix: Tensor) -> Tensor:

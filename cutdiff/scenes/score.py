@@ -11,14 +11,21 @@ from torch import Tensor
 from cutdiff.scenes import world
 from cutdiff.scenes.features import FeatureNet, crop_features, whole_features
 from cutdiff.scenes.measure import read
-from cutdiff.scenes.metrics import agreement, bootstrap, detail_energy, frechet_distance, kernel_distance, seams
+from cutdiff.scenes.metrics import (
+    agreement,
+    bootstrap,
+    detail_energy,
+    frechet_distance,
+    resampled_kernel_distance,
+    seams,
+)
 from cutdiff.scenes.render import render
 from cutdiff.scenes.world import Scenes
 
 CAPTION_SEED, FLOOR_SEED = 1000, 2000
 """Of the scenes whose captions are drawn, and of others with which the truth is compared for its floor."""
-CROP_ROUNDS = 200
-"""Resamples of distances between crops, which are many to a picture; all else has a thousand."""
+ROUNDS = 1000
+"""Resamples for every interval."""
 PART = 16
 """Pictures that are held as floating-point numbers at once."""
 
@@ -108,16 +115,20 @@ def score(
     names = ("bodies not one", "subjects not one", "one of each", "right subject", "right caption")
     scores = {name: mean_score(column) for name, column in zip(names, answers.unbind(1), strict=True)}
 
-    for name, distance in (("Fréchet", frechet_distance), ("kernel", kernel_distance)):
-        scores[f"{name} whole"] = _distance(distance, facts.whole, truth.whole, rounds=1000)
-        scores[f"{name} crops"] = _distance(distance, facts.crops, truth.crops, rounds=CROP_ROUNDS)
+    for name, ours, theirs in (
+        ("whole", facts.whole[:, None], truth.whole[:, None]),
+        ("crops", facts.crops, truth.crops),
+    ):
+        scores[f"Fréchet {name}"] = _scored(_frechet, (ours, theirs), centered=True)
+        chosen = torch.arange(len(ours)), torch.arange(len(theirs))
+        scores[f"kernel {name}"] = _scored(resampled_kernel_distance(ours, theirs), chosen, centered=True)
 
     lines = [list(range(border, side, border)) for side in images.shape[2:]]
     if any(lines):
         scores["seams"] = mean_score(torch.cat([seams(part.float() / 255, *lines) for part in parts]))
     if truth.detail.mean() > 0:
         ratio = lambda ours, theirs: (ours.mean() / theirs.mean()).item()  # noqa: E731
-        scores["detail"] = _scored(ratio, (facts.detail, truth.detail), rounds=1000)
+        scores["detail"] = _scored(ratio, (facts.detail, truth.detail))
     if native_images is not None:
         pairs = zip(parts, native_images.split(PART), strict=True)
         scores["agreement"] = mean_score(torch.cat([agreement(a.float() / 255, b.float() / 255) for a, b in pairs]))
@@ -126,14 +137,14 @@ def score(
 
 def mean_score(values: Tensor) -> Score:
     """The mean of one value for each picture, (N,)."""
-    return _scored(lambda v: v.mean().item(), (values.double(),), rounds=1000)
+    return _scored(lambda v: v.mean().item(), (values.double(),))
 
 
-def _distance(distance: Callable[[Tensor, Tensor], float], ours: Tensor, truth: Tensor, rounds: int) -> Score:
-    flat = lambda a, b: distance(a.flatten(0, -2), b.flatten(0, -2))  # noqa: E731  (pictures, then their crops)
-    return _scored(flat, (ours, truth), rounds=rounds, centered=True)
+def _frechet(ours: Tensor, truth: Tensor) -> float:
+    """Between the crops of pictures, (N, K, d) and (M, K, d)."""
+    return frechet_distance(ours.flatten(0, 1), truth.flatten(0, 1))
 
 
-def _scored(statistic: Callable[..., float], sets: tuple[Tensor, ...], rounds: int, centered: bool = False) -> Score:
-    low, high = bootstrap(sets, statistic, seed=0, rounds=rounds, centered=centered)
+def _scored(statistic: Callable[..., float], sets: tuple[Tensor, ...], centered: bool = False) -> Score:
+    low, high = bootstrap(sets, statistic, seed=0, rounds=ROUNDS, centered=centered)
     return Score(statistic(*sets), low, high)
