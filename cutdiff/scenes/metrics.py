@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+KERNELS_AT_ONCE = 2**22
+"""Values of the kernel that are held at once, to bound memory."""
 SEAM_CAP = 0.05
 """Step between neighbouring pixels, in [0, 1], above which a gradient counts no more: the outlines of objects are few
 and steep, a seam is faint and long, and must not drown in them."""
@@ -170,8 +172,10 @@ def _mirrored_spectrum(images: Tensor) -> Tensor:
 def _sums_over_crops(x: Tensor, y: Tensor) -> Tensor:
     """Kernels of (N, K, d) with (M, K, d), summed over all pairs of crops of each pair of pictures: (N, M)."""
     flat = y.flatten(0, 1)
-    rows = [(_cubed(crops @ flat.T, x.shape[2])).sum(0).unflatten(0, y.shape[:2]).sum(1) for crops in x]
-    return torch.stack(rows)
+    parts = x.split(max(1, KERNELS_AT_ONCE // (len(flat) * x.shape[1])))
+    kernels = (_cubed(part.flatten(0, 1) @ flat.T, x.shape[2]) for part in parts)  # (n·K, M·K)
+    sums = [kernel.unflatten(1, y.shape[:2]).sum(2).unflatten(0, (-1, x.shape[1])).sum(1) for kernel in kernels]
+    return torch.cat(sums)
 
 
 def _kernel_with_itself(x: Tensor) -> Tensor:
