@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import cutdiff
+from cutdiff.images import save_json
 from cutdiff.model import Model
 from cutdiff.pipeline import plan
 from cutdiff.references import References, compare
@@ -30,6 +31,9 @@ from cutdiff.scenes.cells import Cell, cost, draw, folder_of, picture_paths
 from cutdiff.scenes.report import save_sheet, table
 from cutdiff.scenes.testbed import Testbed, environment, row_of
 from cutdiff.settings import METHOD_NAMES, Settings
+
+OWN = ("method", "height", "width", "num_steps", "guidance_scale", "seed")
+"""Options of a run that have arguments of their own here."""
 
 
 def measure_scenes(testbed: Testbed, cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -61,38 +65,57 @@ def measure_prompts(
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        base = Settings(**dict(args.set), num_steps=args.steps, guidance_scale=args.guidance_scale, seed=args.seed)
-        sizes = [(size, method) for size in args.sizes for method in args.methods]
-        cells = [Cell(method, replace(base, method=method, height=size, width=size)) for size, method in sizes]
-        prompts, references = _prompts(args), _references(args)
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = cutdiff.load(args.model, device=device, dtype=getattr(torch, args.dtype))
-        for cell in cells:
-            plan(model, cell.settings)
-        if references is None:
-            testbed = Testbed(model, base, args.num, args.out, args.batch, args.caption_seed)
-            rows = measure_scenes(testbed, cells)
-            cells = [testbed.native_cell, *cells]
-        else:
-            rows = measure_prompts(model, cells, prompts, references, args.out, batch=args.batch)
-    except (ValueError, TypeError, OSError) as error:
+        rows = _measure(args, ["python", "-m", "cutdiff.evaluate", *(sys.argv[1:] if argv is None else argv)])
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"cutdiff: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    told = {"command": ["python", "-m", "cutdiff.evaluate", *(sys.argv[1:] if argv is None else argv)]}
-    told |= {"batch": args.batch, "caption_seed": args.caption_seed} if references is None else {"prompts": prompts}
-    result = {"cells": rows, **told, **environment(model), "source": model.source}
-    (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for size in dict.fromkeys(cell.side for cell in cells):
-        folders = [folder_of(args.out, cell) for cell in cells if cell.side == size]
-        save_sheet(args.out / f"contact-{size}.png", folders, num=rows[0]["num"])
-    text = table(rows)
-    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+        return 1 if isinstance(error, FloatingPointError) else 2
+    print(table(rows))
     return 0
 
 
+def _measure(args: argparse.Namespace, command: list[str]) -> list[dict[str, Any]]:
+    """Check, draw, score and write: the rows of the table."""
+    base = Settings(**dict(args.set), num_steps=args.steps, guidance_scale=args.guidance_scale, seed=args.seed)
+    sizes = [(size, method) for size in args.sizes for method in args.methods]
+    cells = [Cell(method, replace(base, method=method, height=size, width=size)) for size, method in sizes]
+    prompts = _prompts(args)
+    device, references = _device(args.device), None
+    if args.references is not None:
+        references = References.load(args.references, args.features, args.clip, device)
+    model = cutdiff.load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    native = model.native_size * model.factor
+    for cell in cells:
+        plan(model, cell.settings)
+        if references is not None and cell.side < native:
+            raise ValueError(f"--sizes {cell.side}: a picture smaller than the native {native} px has no crops of it")
+    if references is None:
+        testbed = Testbed(model, base, args.num, args.out, args.batch, args.caption_seed)
+        rows, cells = measure_scenes(testbed, cells), [testbed.native_cell, *cells]
+        told = {"batch": args.batch, "caption_seed": args.caption_seed}
+    else:
+        rows = measure_prompts(model, cells, prompts, references, args.out, batch=args.batch)
+        told = {"batch": args.batch, "prompts": prompts}
+    result = {"cells": rows, "command": command, **told, **environment(model), "source": model.source}
+    save_json(args.out / "results.json", result)
+    (args.out / "table.md").write_text(table(rows) + "\n", encoding="utf-8")
+    for size in dict.fromkeys(cell.side for cell in cells):
+        folders = [folder_of(args.out, cell) for cell in cells if cell.side == size]
+        save_sheet(args.out / f"contact-{size}.png", folders, num=rows[0]["num"])
+    return rows
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name} is not available here: use --device cpu") from None
+
+
 def _prompts(args: argparse.Namespace) -> list[str]:
-    """A line each; ValueError where they do not go with the other arguments. None for the captions of scenes."""
+    """Those of --prompts, a line each; none where captions of scenes are drawn. ValueError where arguments misfit."""
+    for name, least in (("num", 2), ("batch", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
     given = {name: getattr(args, name) for name in ("prompts", "references", "features")}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == len(given):
@@ -107,10 +130,6 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if len(prompts) < 2:
         raise ValueError(f"--prompts {args.prompts} holds {len(prompts)} prompts: 2 are needed, one a line")
     return prompts
-
-
-def _references(args: argparse.Namespace) -> References | None:
-    return None if args.references is None else References.find(args.references, args.features, args.clip)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
 def _option(text: str) -> tuple[str, Any]:
     """NAME=VALUE with the value in the type of the option's default."""
     name, separator, value = text.partition("=")
-    known = {field.name: field.default for field in fields(Settings)}
+    known = {field.name: field.default for field in fields(Settings) if field.name not in OWN}
     if not separator or name not in known:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a name of {', '.join(known)}")
     try:

@@ -67,6 +67,17 @@ def parameters_text(record: dict[str, Any]) -> str:
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in pairs.items())])
 
 
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill the file `path`, which holds all of it or is as it was before."""
+    os.replace(_fill(path, write), path)
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, readable and whole."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def _fill(path: Path, write: Callable[[BinaryIO], object]) -> str:
     """Let `write` fill a hidden file beside `path`; returns its name, or leaves nothing behind on an error."""
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")

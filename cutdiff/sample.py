@@ -86,7 +86,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-images", type=int, default=1, metavar="K", help="pictures, with seeds S, S+1, …")
     parser.add_argument(
         "--structure-fraction", type=float, metavar="F",
-        help="share of the steps before the detail stage; none: 0.5 for cutdiffusion, 0.3 for magnify",
+        help="where in the steps the detail stage begins; none: 0.5 for cutdiffusion, 0.3 for magnify",
     )  # fmt: skip
     parser.add_argument("--stride", type=int, metavar="L", help="between views, in latents; none: half a window")
     parser.add_argument("--interaction", default=defaults.interaction, choices=INTERACTIONS)

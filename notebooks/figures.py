@@ -26,9 +26,9 @@ def rows(cells: Iterable[Cell], results: Path = RESULTS) -> list[Row]:
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def truth(side: int) -> list[Row]:
+def truth(side: int, results: Path = RESULTS) -> list[Row]:
     """What other true renders score at a size, where that was measured."""
-    path = RESULTS / f"truth-{side}.json"
+    path = results / f"truth-{side}.json"
     return [json.loads(path.read_text())] if path.exists() else []
 
 
@@ -37,9 +37,9 @@ def show(found: Sequence[Row], scores: Sequence[str] = MAIN) -> Markdown:
     return Markdown(table(found, scores, costs=("evaluations", "TFLOP")))
 
 
-def missing(cells: Iterable[Cell]) -> str:
+def missing(cells: Iterable[Cell], results: Path = RESULTS) -> str:
     """Which of the cells have no result yet."""
-    names = [f"{cell.name} {cell.side}" for cell in cells if not result_path(cell).exists()]
+    names = [f"{cell.name} {cell.side}" for cell in cells if not result_path(cell, results).exists()]
     return f"not measured yet: {', '.join(names) or 'none'}"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,9 @@ import torch
 from variants import conditioned, contiguous_patches, cosine_weights, interaction_every, not_held, without_jitter
 
 import cutdiff
+from cutdiff.images import save_json
 from cutdiff.methods import METHODS
-from cutdiff.scenes.cells import Cell, folder_of
+from cutdiff.scenes.cells import Cell, folder_of, picture_paths
 from cutdiff.scenes.report import save_sheet
 from cutdiff.scenes.testbed import Testbed, environment
 from cutdiff.settings import Settings
@@ -83,32 +83,38 @@ STUDIES: dict[str, list[Cell]] = {
 
 def measure(cells: Sequence[Cell], testbed: Testbed, results: Path = RESULTS) -> None:
     """Draw and score the cells that have no result yet; ValueError where one has another cell's."""
-    told = {"batch": testbed.batch, "caption_seed": testbed.caption_seed, **environment(testbed.model)}
     for cell in cells:
         path = result_path(cell, results)
         settings = json.loads(json.dumps(cell.settings.described()))
-        known = json.loads(path.read_text()) if path.exists() else None
-        if known is not None and known["settings"] != settings:
-            raise ValueError(f"{path} is the result of other settings: delete it to measure again")
-        if known is not None and known["num"] >= testbed.num:
-            continue
-        testbed.draw([cell])
-        save(path, {**testbed.row(cell), **told})
-        print(f"wrote {path.name}", flush=True)
+        if not known(path, settings, testbed):
+            testbed.draw([cell])
+            save(path, testbed.row(cell), testbed)
 
 
 def measure_floor(side: int, testbed: Testbed, results: Path = RESULTS) -> None:
     """What other true renders would score at a size."""
     path = results / f"truth-{side}.json"
+    if not known(path, {}, testbed):
+        save(path, testbed.floor(side), testbed)
+
+
+def known(path: Path, settings: dict[str, Any], testbed: Testbed) -> bool:
+    """Whether there is a result of as many pictures; ValueError where it is of anything else."""
     if not path.exists():
-        save(path, testbed.floor(side))
+        return False
+    found = json.loads(path.read_text())
+    wanted = {"settings": settings, "caption_seed": testbed.caption_seed, "model": environment(testbed.model)["model"]}
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise ValueError(f"{path} is the result of another {name}: delete it to measure again")
+    return found["num"] >= testbed.num
 
 
 def save_sheets(study: str, testbed: Testbed, results: Path = RESULTS) -> None:
     """A contact sheet for each size of a study whose pictures are all here."""
     for side in dict.fromkeys(cell.side for cell in STUDIES[study]):
         folders = [folder_of(testbed.folder, cell) for cell in STUDIES[study] if cell.side == side]
-        if all(folder.exists() for folder in folders):
+        if all(path.exists() for folder in folders for path in picture_paths(folder, min(8, testbed.num))):
             save_sheet(results / f"{study}-{side}.png", folders, testbed.num)
 
 
@@ -116,17 +122,21 @@ def result_path(cell: Cell, results: Path = RESULTS) -> Path:
     return results / f"{cell.name}-{cell.side}.json"
 
 
-def save(path: Path, result: dict[str, Any]) -> None:
+def save(path: Path, result: dict[str, Any], testbed: Testbed) -> None:
+    """Write a result with what it takes to repeat it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".part"), path)
+    told = {"batch": testbed.batch, "caption_seed": testbed.caption_seed, **environment(testbed.model)}
+    save_json(path, {**result, **told})
+    print(f"wrote {path.name}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw and measure studies of the testbed.")
     parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
     parser.add_argument("--num", type=int, default=200, metavar="N", help="pictures of each cell (%(default)s)")
-    parser.add_argument("--part", default="1/1", metavar="K/N", help="every Nth cell from the Kth on (%(default)s)")
+    parser.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="K/N", help="every Nth cell from the Kth on (1/1)"
+    )
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="pictures drawn at once (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="(%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
@@ -134,9 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="one file a cell (results/)")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="the pictures (%(default)s)")
     args = parser.parse_args(argv)
-    if args.model is not None and args.results == RESULTS:
+    if args.model is not None and args.results.resolve() == RESULTS.resolve():
         parser.error("--model needs --results of its own: those here are the embedded model's")
-    part, parts = map(int, args.part.split("/"))
+    part, parts = args.part
     model = cutdiff.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
     judged = Testbed(model, BASE, args.num, args.out, args.batch)
     chosen_by = Testbed(model, replace(BASE, **CHOICE), args.num, args.out / "choice", args.batch, CHOICE_SEED)
@@ -147,6 +157,13 @@ def main(argv: list[str] | None = None) -> None:
         for side in dict.fromkeys(cell.side for cell in mine):
             measure_floor(side, judged, args.results)
         save_sheets(study, testbed, args.results)
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with 1 ≤ K ≤ N, such as 1/2")
+    return int(part), int(parts)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ def test_pictures_that_were_drawn_otherwise_are_not_mixed_in(
     assert run(tmp_path, num=2) == 0
     assert run(tmp_path, "--set", "interaction=none", num=2) == 2
     assert "drawn otherwise" in capsys.readouterr().err.splitlines()[-1]
+    assert run(tmp_path, "--caption-seed", "7", num=2) == 2
+    assert "drawn otherwise" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,11 @@ def test_pictures_that_were_drawn_otherwise_are_not_mixed_in(
         (["--set", "steps=3"], "is not NAME=VALUE"),
         (["--set", "stride=x"], "'x' is no number"),
         (["--num", "5000"], "to 4096, the captions"),
-        (["--num", "1"], "must be 2"),
+        (["--num", "1"], "--num 1 must be at least 2"),
+        (["--batch", "0"], "--batch 0 must be at least 1"),
+        (["--set", "height=256"], "is not NAME=VALUE"),
+        (["--caption-seed", "2000"], "caption_seed=2000"),
+        (["--device", "nowhere"], "--device nowhere is not available"),
         (["--model", "nowhere"], "nowhere"),
     ],
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.model import Model
+from cutdiff.scenes import score
 from cutdiff.scenes.testbed import Testbed
 
 CELLS = {studies.result_path(cell): cell for cells in studies.STUDIES.values() for cell in cells}
@@ -47,6 +48,11 @@ def test_a_variant_that_changes_nothing_is_cutdiffusion_to_the_bit(tiny_model: M
 def test_every_other_variant_draws_something_else(tiny_model: Model, method: Any) -> None:
     found, plain = latents(tiny_model, method), latents(tiny_model, "cutdiffusion")
     assert found.isfinite().all()
+    assert (found - plain).norm() > 1e-3 * plain.norm()
+
+
+def test_magnify_without_its_hold_draws_something_else(tiny_model: Model) -> None:
+    found, plain = latents(tiny_model, variants.not_held), latents(tiny_model, "magnify")
     assert (found - plain).norm() > 1e-3 * plain.norm()
 
 
@@ -84,6 +90,7 @@ def test_every_result_is_of_a_cell_and_of_the_embedded_model(model: Model) -> No
             continue
         assert result["settings"] == json.loads(json.dumps(CELLS[path].settings.described())), path.name
         assert result["num"] >= 20
+        assert result["caption_seed"] == (studies.CHOICE_SEED if "seed=" in path.name else score.CAPTION_SEED)
         assert result["model"]["sha256"] == model.hashes, path.name
 
 
@@ -99,6 +106,7 @@ def test_a_study_measures_what_is_missing(tmp_path: Path, model: Model, capsys: 
     assert not capsys.readouterr().out, "it is there already"
     studies.measure(cells, replace(testbed, num=3), results)
     assert figures.rows(cells, results)[0]["num"] == 3, "more pictures are a new result"
+    assert len(replace(testbed, num=3).truth(128).whole) == 3, "and have a truth of their own"
     path.write_text(json.dumps({**json.loads(path.read_text()), "settings": {}}))
-    with pytest.raises(ValueError, match="of other settings"):
+    with pytest.raises(ValueError, match="of another settings"):
         studies.measure(cells, testbed, results)

@@ -1,11 +1,10 @@
-"""Magnify: one whole picture of native size, enlarged, given half of its noise back, and drawn on in views.
+"""Magnify: one whole picture of native size, enlarged, given back some of its noise, and drawn on in views.
 
 CutDiffusion draws the structure N times, on patches that must be made to agree, and at a 4×4 grid they do not. Here it
-is drawn once, on the one patch that the network knows best; relocation becomes enlargement. The detail stage is
-CutDiffusion's, from the same step on, with two differences: it goes without guidance, because a prompt that is pressed
-onto a view makes the view show all of it, and so costs half; and of each estimate the low frequencies, those that the
-native picture has, are held to that picture, less and less. What each of these does is measured in
-notebooks/better.ipynb.
+is drawn once, as the one picture that the network knows best; relocation becomes enlargement. The detail stage is
+CutDiffusion's but for three things: it begins earlier; it goes without guidance, because a prompt that is pressed onto
+a view makes the view show all of it, and so costs half; and of each estimate the low frequencies, those that the native
+picture has, are held to that picture, less and less. What each of these does is measured in notebooks/better.ipynb.
 
 The parts are known: re-noising an enlarged picture is SDEdit (Meng et al. 2021, arXiv 2108.01073), progressive sizes
 with a residual are DemoFusion's (2311.16973), which draws every size between and guides its views by patches as well.

@@ -6,7 +6,9 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cutdiff.images import to_pil
+from cutdiff.images import save_json, to_pil, write_atomically
 from cutdiff.model import Model
 from cutdiff.pipeline import generate
 from cutdiff.settings import Settings
@@ -46,30 +48,31 @@ def draw(
 ) -> None:
     """Draw a picture for each caption, seeds counting on from the first, as `folder`/0000.png and so on.
 
-    `folder`/cell.json holds what determines the pictures, `folder`/batches.jsonl a line of costs for each batch that
-    is finished: those are not drawn again. ValueError where the folder holds other pictures.
+    `folder`/cell.json holds what determines the pictures but for their captions, which stand with their cost in
+    `folder`/batches.jsonl, a line for each batch that is finished: those are not drawn again. ValueError where the
+    folder holds other pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plan = {"name": cell.name, "settings": cell.settings.described(), "batch": batch, "model": model.hashes}
+    plan = {"name": cell.name, "settings": cell.settings.described(), "batch": batch}
+    plan |= {"model": model.hashes, "dtype": str(model.dtype).removeprefix("torch.")}
     plan = json.loads(json.dumps(plan))  # as it will be read back
     described, log = folder / "cell.json", folder / "batches.jsonl"
     if not described.exists():
-        described.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-    elif json.loads(described.read_text()) != plan:
+        save_json(described, plan)
+    finished = {line["first"]: line["captions"] for line in _lines(log)}
+    known = all(a == b for i, drawn in finished.items() for a, b in zip(drawn, captions[i:], strict=False))
+    if json.loads(described.read_text()) != plan or not known:
         raise ValueError(f"{folder} holds pictures that were drawn otherwise: take another --out, or delete it")
-    finished = {line["first"]: line["count"] for line in _lines(log)}
     for first in range(0, len(captions), batch):
         part = captions[first : first + batch]
-        if finished.get(first, 0) < len(part):
+        if len(finished.get(first, ())) < len(part):
             line = _draw_batch(model, replace(cell.settings, seed=cell.settings.seed + first), part, first, folder)
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         on_batch(len(part))
 
 
-def _draw_batch(
-    model: Model, settings: Settings, captions: Sequence[str], first: int, folder: Path
-) -> dict[str, float | None]:
+def _draw_batch(model: Model, settings: Settings, captions: Sequence[str], first: int, folder: Path) -> dict[str, Any]:
     """Draw, save, and tell the cost; FLOPs are counted in the first batch alone, whose seconds do not count."""
     flops = None
     began = time.perf_counter()
@@ -80,11 +83,11 @@ def _draw_batch(
     else:
         result = generate(model, captions, settings)
     seconds = time.perf_counter() - began
-    for i, image in enumerate(result.images):
-        to_pil(image).save(folder / f"{first + i:04}.png")
+    for path, image in zip(picture_paths(folder, first + len(captions))[first:], result.images, strict=True):
+        write_atomically(path, partial(to_pil(image).save, format="PNG"))
     return {
         "first": first,
-        "count": len(captions),
+        "captions": list(captions),
         "seconds": None if first == 0 else seconds,
         "evaluations": result.record["network_evaluations"],
         "flops": flops,
@@ -96,11 +99,11 @@ def cost(folder: Path) -> dict[str, float | None]:
     """Of one picture: network evaluations, TFLOP, seconds; and the peak memory of the batches, in MB."""
     lines = _lines(folder / "batches.jsonl")
     timed = [line for line in lines if line["seconds"] is not None]
-    pictures = sum(line["count"] for line in lines)
+    pictures, timed_pictures = (sum(len(line["captions"]) for line in some) for some in (lines, timed))
     return {
         "evaluations": sum(line["evaluations"] for line in lines) / pictures,
         "TFLOP": next((line["flops"] / 1e12 for line in lines if line["flops"] is not None), None),
-        "seconds": sum(line["seconds"] for line in timed) / sum(line["count"] for line in timed) if timed else None,
+        "seconds": sum(line["seconds"] for line in timed) / timed_pictures if timed else None,
         "peak MB": max(line["peak_memory_bytes"] for line in lines) / 1e6,
     }
 
@@ -121,5 +124,5 @@ def pictures(folder: Path, num: int) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def _lines(log: Path) -> list[dict[str, float]]:
+def _lines(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

@@ -42,7 +42,11 @@ class Testbed:
     """Pictures that are drawn at once."""
     caption_seed: int = score.CAPTION_SEED
     """Of the list of scenes: what is chosen on one list is judged on another."""
-    _truths: dict[int, score.Facts] = field(default_factory=dict, repr=False)
+    _truths: dict[int, score.Facts] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.caption_seed == score.FLOOR_SEED:
+            raise ValueError(f"caption_seed={self.caption_seed} is that of the scenes the truth is compared with")
 
     @property
     def native(self) -> int:
@@ -73,7 +77,7 @@ class Testbed:
     def row(self, cell: Cell) -> dict[str, Any]:
         """Scores and costs of a cell that was drawn."""
         images = pictures(folder_of(self.folder, cell), self.num)
-        natives = None if cell.name == NATIVE else pictures(folder_of(self.folder, self.native_cell), self.num)
+        natives = None if cell.side == self.native else pictures(folder_of(self.folder, self.native_cell), self.num)
         border = (cell.settings.stride or self.model.native_size // 2) * self.model.factor
         scores = self._score(images, self.scenes, natives, border)
         spent = cost(folder_of(self.folder, cell))

@@ -7,12 +7,14 @@ logs go to --work, the finished model, a diffusers folder in float16, to --out.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cutdiff.checkpoint import load, save_folder
+from cutdiff.images import save_json
 from cutdiff.models.unet import UNet
 from cutdiff.scenes.card import phase, read_history, write_card
 from cutdiff.scenes.train_unet import CONFIG, WHOLE_SCENES, encode_scenes, train_unet
@@ -22,7 +24,16 @@ from cutdiff.schedule import NoiseConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not 0 <= args.whole_scenes <= 1:
+        parser.error(f"--whole-scenes {args.whole_scenes} must lie in 0 … 1")
+    plan = {name: str(getattr(args, name)) for name in ("init", "vae", "whole_scenes", "num_scenes")}
+    described = args.work / "plan.json"
+    if described.exists() and json.loads(described.read_text()) != plan:
+        parser.error(f"--work {args.work} holds another training ({described}): take another folder")
+    args.work.mkdir(parents=True, exist_ok=True)
+    save_json(described, plan)
     device = torch.device(args.device)
     bfloat16 = args.dtype == "bfloat16"
     told: Any = {"device": device, "dtype": args.dtype}
@@ -54,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cutdiff.scenes.train", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/scenes"), help="checkpoints and logs (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("weights/scenes"), help="the finished model (%(default)s)")
-    parser.add_argument("--init", type=Path, help="go on from this model: its VAE is kept, its U-Net trained further")
-    parser.add_argument("--vae", type=Path, help="keep this model's VAE and train all else from nothing")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--init", type=Path, help="go on from this model: its VAE is kept, its U-Net trained further")
+    start.add_argument("--vae", type=Path, help="keep this model's VAE and train all else from nothing")
     parser.add_argument(
         "--whole-scenes", type=float, default=WHOLE_SCENES, metavar="SHARE",
         help="of the pictures, the others being magnified crops; 1 for a model that never saw a magnified part",
