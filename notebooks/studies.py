@@ -74,6 +74,7 @@ STUDIES: dict[str, list[Cell]] = {
         cell(not_held, 512, **CHOICE),
         *(cell(method, 256, **CHOICE) for method in ("magnify", "cutdiffusion")),
     ],
+    "better": [cell(method, size) for size in (256, 512) for method in ("cutdiffusion", "demofusion", "magnify")],
     "limit": [
         cell("direct", 128),  # a 1×1 grid, where all three are one
         *(cell(method, side * 128) for side in range(2, 7) for method in ("direct", "cutdiffusion", "magnify")),
