@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from variants import conditioned, contiguous_patches, cosine_weights, interaction_every, not_held, without_jitter
+from variants import (
+    conditioned,
+    contiguous_patches,
+    cosine_weights,
+    interaction_every,
+    not_held,
+    told_native,
+    without_jitter,
+)
 
 import cutdiff
 from cutdiff.images import save_json
-from cutdiff.methods import METHODS
+from cutdiff.methods import METHODS, attention_scaling, direct, hidiffusion, scalecrafter
 from cutdiff.scenes.cells import Cell, folder_of, picture_paths
 from cutdiff.scenes.report import save_sheet
 from cutdiff.scenes.testbed import Testbed, environment
@@ -46,6 +54,7 @@ STUDIES: dict[str, list[Cell]] = {
     "table-2x2": [cell(method) for method in METHODS],
     "table-3x3": [cell(method, 384) for method in METHODS],
     "table-4x4": [cell(method, 512) for method in METHODS],
+    "told-native": [cell(told_native(method)) for method in (direct, attention_scaling, scalecrafter, hidiffusion)],
     "ablation": [
         cell(),
         cell(interaction="none"),

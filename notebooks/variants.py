@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from cutdiff.denoiser import Denoiser
 from cutdiff.methods.common import Run
 from cutdiff.methods.cutdiffusion import cutdiffusion, denoise_patches
 from cutdiff.methods.magnify import enlarged, magnify
 from cutdiff.methods.multidiffusion import denoise_views
+from cutdiff.methods.network import replaced
 from cutdiff.patches import grid_for
-from cutdiff.solvers import Phase, Stage
+from cutdiff.solvers import CanvasDenoiser, Phase, Stage
 
 Method = Callable[[Run], list[Stage]]
 
@@ -81,6 +84,32 @@ def not_held(run: Run) -> list[Stage | Phase]:
     structure, detail = magnify(run)
     assert isinstance(structure, Stage)
     return [structure, enlarged(run, detail.steps, hold=lambda run, picture, denoise: denoise)]
+
+
+def told_native(method: Method) -> Method:
+    """A method on the whole canvas, whose network is told that it draws a picture of native size.
+
+    What "original size: twice the native one" means, a network learned from its training pictures: SDXL a large picture
+    that was shrunk, the embedded model a crop that was magnified.
+    """
+
+    def variant(run: Run) -> list[Stage]:
+        native = (run.denoiser.native_size, run.denoiser.native_size)
+
+        def through(*args: Any, **options: Any) -> Tensor:
+            told = {**options, "original_size": native, "target_size": native}
+            return Denoiser.through(run.denoiser, *args, **told)
+
+        def inside(denoise: CanvasDenoiser) -> CanvasDenoiser:
+            def told(latents: Tensor, sigma: float, step: int) -> Tensor:
+                with replaced(run.denoiser, through=through):
+                    return denoise(latents, sigma, step)
+
+            return told
+
+        return [replace(stage, denoise=inside(stage.denoise)) for stage in method(run)]
+
+    return _named(variant, f"{method.__name__}_told_native")
 
 
 def _named(method: Method, name: str) -> Method:

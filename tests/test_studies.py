@@ -16,6 +16,7 @@ import variants
 from torch import Tensor
 
 import cutdiff
+from cutdiff.methods import direct
 from cutdiff.model import Model
 from cutdiff.scenes import score
 from cutdiff.scenes.testbed import Testbed
@@ -49,6 +50,17 @@ def test_every_other_variant_draws_something_else(tiny_model: Model, method: Any
     found, plain = latents(tiny_model, method), latents(tiny_model, "cutdiffusion")
     assert found.isfinite().all()
     assert (found - plain).norm() > 1e-3 * plain.norm()
+
+
+def test_a_network_that_is_told_the_native_size_hears_of_nothing_else(tiny_model: Model) -> None:
+    """At native size that is what it is told anyway; beyond, it is what changes the picture, and is counted."""
+    told = variants.told_native(direct)
+    native = {"height": 64, "width": 64}
+    assert torch.equal(latents(tiny_model, told, **native), latents(tiny_model, "direct", **native))
+    assert not torch.equal(latents(tiny_model, told), latents(tiny_model, "direct"))
+    record = cutdiff.generate(tiny_model, "a red house", method=told, num_steps=2).record
+    assert record["method"] == "direct_told_native"
+    assert record["network_evaluations"] == 4
 
 
 def test_magnify_without_its_hold_draws_something_else(tiny_model: Model) -> None:
