@@ -16,7 +16,7 @@ import variants
 from torch import Tensor
 
 import cutdiff
-from cutdiff.methods import direct
+from cutdiff.methods import METHODS, direct
 from cutdiff.model import Model
 from cutdiff.scenes import score
 from cutdiff.scenes.testbed import Testbed
@@ -104,6 +104,29 @@ def test_every_result_is_of_a_cell_and_of_the_embedded_model(model: Model) -> No
         assert result["num"] >= 20
         assert result["caption_seed"] == (studies.CHOICE_SEED if "seed=" in path.name else score.CAPTION_SEED)
         assert (result["model"]["sha256"] == model.hashes) == (path.parent == studies.RESULTS), path.name
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    """`| method | 70% [64%, 76%] | kernel | detail | evaluations | 30% [24%, 37%] | evaluations |`"""
+    text = (studies.RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    told = {values[0]: values[1:] for values in lines if values[0] in METHODS and len(values) == 7}
+    assert set(told) == set(METHODS)
+    for method, (two, kernel, detail, evaluations, four, evaluations_four) in told.items():
+        (row,) = figures.rows([studies.cell(method)])
+        assert two == _share(row)
+        assert float(kernel) == pytest.approx(row["scores"]["kernel crops"]["value"], abs=0.005)
+        assert float(detail) == pytest.approx(row["scores"]["detail"]["value"], abs=0.005)
+        assert float(evaluations) == row["cost"]["evaluations"]
+        if four != "–":
+            (row,) = figures.rows([studies.cell(method, 512)])
+            assert four.partition(" of ")[0] == _share(row)
+            assert float(evaluations_four) == row["cost"]["evaluations"]
+
+
+def _share(row: figures.Row) -> str:
+    value, low, high = (f"{row['scores']['one of each'][key]:.0%}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def test_a_study_measures_what_is_missing(tmp_path: Path, model: Model, capsys: pytest.CaptureFixture[str]) -> None:
