@@ -17,4 +17,5 @@ def test_the_notebook_runs(path: Path) -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert any(cell.outputs for cell in code), "committed without outputs"
     assert all(cell.execution_count for cell in code), "committed with cells that were not run"
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
