@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,8 @@ class Model:
     """The folder or file that the weights were read from."""
     hashes: dict[str, str]
     """SHA-256 of every weight file, by its path relative to `source`."""
+    decided_by: dict[str, str] = field(default_factory=dict)
+    """Which source decided what of `noise`: "option", "marker key …", "metadata …", "scheduler" or "default"."""
 
     @property
     def device(self) -> torch.device:

@@ -71,10 +71,10 @@ def published_unet(config: UNetConfig) -> UNet2DConditionModel:
             config.mid_transformer_layers,
         ),
         attention_head_dim=config.num_heads,  # its name for the number of heads
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=config.size_embedding_dim,
-        projection_class_embeddings_input_dim=config.pooled_dim + 6 * config.size_embedding_dim,
+        use_linear_projection=config.linear_projections,
+        addition_embed_type="text_time" if config.added_dim else None,
+        addition_time_embed_dim=config.size_embedding_dim or None,
+        projection_class_embeddings_input_dim=config.added_dim or None,
     )
 
 
@@ -85,6 +85,7 @@ def unet_configs(draw: st.DrawFn) -> UNetConfig:
     heads = draw(st.lists(st.sampled_from([1, 2, 4]), min_size=levels, max_size=levels))
     widths = draw(st.lists(st.sampled_from([8, 16, 24]), min_size=levels, max_size=levels))
     layers = draw(st.lists(st.integers(0, 2), min_size=levels, max_size=levels))
+    pooled_dim, size_embedding_dim = draw(st.sampled_from([(7, 2), (12, 2), (12, 8), (0, 0)]))
     return UNetConfig(
         in_channels=draw(st.integers(3, 5)),
         out_channels=draw(st.integers(3, 5)),
@@ -94,8 +95,9 @@ def unet_configs(draw: st.DrawFn) -> UNetConfig:
         mid_transformer_layers=layers[-1] or draw(st.integers(1, 2)),
         num_heads=tuple(heads),
         context_dim=draw(st.sampled_from([5, 16])),
-        pooled_dim=draw(st.sampled_from([7, 12])),
-        size_embedding_dim=draw(st.sampled_from([2, 8])),
+        pooled_dim=pooled_dim,
+        size_embedding_dim=size_embedding_dim,
+        linear_projections=draw(st.booleans()),
         norm_groups=norm_groups,
     )
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from cutdiff.models.text import TextEncoders
 
+INPAINTING_CHANNELS = 9
+"""Noisy latents, masked latents, and the mask."""
 LISTED = 10
 """How many keys an error names before it only counts them."""
 
@@ -32,46 +34,59 @@ class Blueprint:
     unet: UNetConfig
     vae: VAEConfig
     text_encoder: CLIPTextConfig
-    text_encoder_2: CLIPTextConfig
+    text_encoder_2: CLIPTextConfig | None
+    """SDXL's second one; SD 1.5 and SD 2.1 have none, and no second tokenizer."""
     tokenizer: CLIPTokenizer
-    tokenizer_2: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer | None
+    text_layer: int
+    """Which of the encoders' layers is read, counted from the end: 1 is the last."""
     noise: NoiseConfig
     zeros_for_empty_negative: bool
 
     def __post_init__(self) -> None:
         """Raise ValueError where the parts do not fit each other, naming both numbers."""
         first, second = self.text_encoder, self.text_encoder_2
-        widths = first.hidden_size + second.hidden_size
+        if self.unet.in_channels == INPAINTING_CHANNELS:
+            raise ValueError(
+                f"its U-Net has {INPAINTING_CHANNELS} input channels, so this is an inpainting model: "
+                "pass the text-to-image model that it was made from"
+            )
         for ours, theirs, what in (
             (self.unet.in_channels, self.vae.latent_channels, "channels of the U-Net's input and of the VAE's latents"),
             (self.unet.out_channels, self.vae.latent_channels, "channels of the U-Net's output and the VAE's latents"),
-            (self.unet.context_dim, widths, "the U-Net's context width and those of both text encoders together"),
+            (
+                self.unet.context_dim,
+                first.hidden_size + (second.hidden_size if second else 0),
+                "the U-Net's context width and the text encoders' together",
+            ),
             (
                 self.unet.pooled_dim,
-                second.projection_dim,
-                "the U-Net's pooled width and the second encoder's projection",
+                second.projection_dim if second else 0,
+                "the U-Net's pooled width and the second text encoder's projection",
             ),
         ):
             if ours != theirs:
-                raise ValueError(
-                    f"{what} differ, {ours} and {theirs}: only text-to-image models of SDXL's kind are read"
-                )
+                raise ValueError(f"{what} differ, {ours} and {theirs}: the parts are not of one text-to-image model")
         for tokenizer, encoder in ((self.tokenizer, first), (self.tokenizer_2, second)):
-            if len(tokenizer) > encoder.vocab_size:
+            if tokenizer and encoder and len(tokenizer) > encoder.vocab_size:
                 raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, its encoder only {encoder.vocab_size}")
-        lengths = self.tokenizer.model_max_length, self.tokenizer_2.model_max_length
-        if lengths[0] != lengths[1]:
+        lengths = [tokenizer.model_max_length for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer]
+        if len({*lengths}) > 1:
             raise ValueError(f"the tokenizers cut prompts at different lengths, {lengths[0]} and {lengths[1]} tokens")
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The four networks; their field names are the names of a diffusers folder's sub-folders."""
+    """The networks; their field names are the names of a diffusers folder's sub-folders."""
 
     unet: UNet
     vae: VAE
     text_encoder: CLIPTextModel
-    text_encoder_2: CLIPTextModelWithProjection
+    text_encoder_2: CLIPTextModelWithProjection | None
+
+    def named(self) -> dict[str, nn.Module]:
+        """Those that there are, by field name."""
+        return {name: network for name in NETWORKS if (network := getattr(self, name)) is not None}
 
 
 NETWORKS = tuple(field.name for field in fields(Networks))
@@ -86,7 +101,7 @@ def empty_networks(blueprint: Blueprint) -> Networks:
             UNet(blueprint.unet),
             VAE(blueprint.vae),
             CLIPTextModel(blueprint.text_encoder),
-            CLIPTextModelWithProjection(blueprint.text_encoder_2),
+            CLIPTextModelWithProjection(blueprint.text_encoder_2) if blueprint.text_encoder_2 else None,
         )
 
 
@@ -99,6 +114,7 @@ def build_model(
     dtype: torch.dtype,
     source: str,
     hashes: dict[str, str],
+    decided_by: dict[str, str],
 ) -> Model:
     """Give the empty `networks` their weights, by sub-folder name and diffusers key, and put the model together.
 
@@ -106,9 +122,9 @@ def build_model(
     lists missing, unexpected and mis-shaped keys.
     """
     vae_dtype = torch.float32 if blueprint.vae.force_upcast and dtype == torch.float16 else dtype
-    for name in NETWORKS:
+    for name, network in networks.named().items():
         assign(
-            getattr(networks, name),
+            network,
             weights[name],
             name=f"{source}: {name}",
             device=device,
@@ -122,6 +138,7 @@ def build_model(
         zeros_for_empty_negative=blueprint.zeros_for_empty_negative,
         source=source,
         hashes=hashes,
+        decided_by=decided_by,
     )
 
 
@@ -133,6 +150,7 @@ def _text_encoders(blueprint: Blueprint, networks: Networks) -> TextEncoders:
         tokenizer_2=blueprint.tokenizer_2,
         text_encoder=networks.text_encoder,
         text_encoder_2=networks.text_encoder_2,
+        layer=blueprint.text_layer,
     )
 
 
@@ -164,10 +182,24 @@ def assign(
     network.eval().requires_grad_(False)
 
 
+LEFTOVERS = ("position_ids", "attn_mask", "logit_scale")
+"""Buffers of text encoders, and what only CLIP's training reads."""
+LEFTOVER_PREFIXES = (
+    "model_ema.",
+    "denoiser.sigmas",
+    "betas",
+    "alphas_cumprod",
+    "sqrt_",
+    "log_one_minus_alphas_cumprod",
+    "posterior_",
+    "lvlb_weights",
+)
+"""Running averages of the weights, and tables of the noise schedule, which its configuration tells."""
+
+
 def is_harmless(key: str) -> bool:
     """Whether a key that no network has is known to make no difference."""
-    leftovers = ("position_ids", "logit_scale")
-    return key.rpartition(".")[2] in leftovers or key.startswith("model_ema.") or key == "denoiser.sigmas"
+    return key.rpartition(".")[2] in LEFTOVERS or key.startswith(LEFTOVER_PREFIXES)
 
 
 def listed(keys: Iterable[str]) -> str:

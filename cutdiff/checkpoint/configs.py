@@ -16,10 +16,10 @@ from cutdiff.schedule import NoiseConfig
 DIFFUSERS_VERSION = "0.42.0"
 """The release whose fields and defaults are listed here."""
 
+ADDED = "text_time"
+"""How a configuration says that pooled text and six numbers of size and crop are embedded beside the time: SDXL."""
 ATTENTION, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
-UNET_REQUIRED: dict[str, Any] = {"use_linear_projection": True, "addition_embed_type": "text_time"}
-"""What SDXL's U-Net has and diffusers' defaults have not: a configuration must say so."""
 UNET_FIXED: dict[str, Any] = {
     "center_input_sample": False,
     "flip_sin_to_cos": True,
@@ -36,7 +36,6 @@ UNET_FIXED: dict[str, Any] = {
     "dual_cross_attention": False,
     "class_embed_type": None,
     "num_class_embeds": None,
-    "upcast_attention": False,
     "resnet_time_scale_shift": "default",
     "resnet_skip_time_act": False,
     "resnet_out_scale_factor": 1.0,
@@ -65,10 +64,13 @@ UNET_DEFAULTS: dict[str, Any] = {
     "transformer_layers_per_block": 1,
     "attention_head_dim": 8,
     "num_attention_heads": None,
+    "use_linear_projection": False,
+    "addition_embed_type": None,
     "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
 }
-UNET_IGNORED = {"dropout", "addition_embed_type_num_heads"}
+UNET_IGNORED = {"dropout", "addition_embed_type_num_heads", "upcast_attention"}
+"""Without effect: here softmax is taken in float32 in any case, which is what `upcast_attention` of SD 2.1 asks for."""
 
 VAE_FIXED: dict[str, Any] = {
     "act_fn": "silu",
@@ -155,16 +157,15 @@ CLIPPING = ("DDIM", "DDPM", "Heun", "LCM", "TCD")
 
 def unet_config(config: Mapping[str, Any]) -> UNetConfig:
     """The sizes in a UNet2DConditionModel's config.json. Raises ValueError naming a field that is not supported."""
-    _require({**dict.fromkeys(UNET_REQUIRED), **config}, UNET_REQUIRED)
     _require(config, UNET_FIXED)
-    _refuse_unknown(config, {*UNET_REQUIRED, *UNET_FIXED, *UNET_DEFAULTS, *UNET_IGNORED})
+    _refuse_unknown(config, {*UNET_FIXED, *UNET_DEFAULTS, *UNET_IGNORED})
     fields = {**UNET_DEFAULTS, **config}
     channels = tuple(_list(fields, "block_out_channels"))
     has_attention = _attention_levels(fields, len(channels))
     layers = _per_level(fields, "transformer_layers_per_block", len(channels))
     # diffusers reads `attention_head_dim` as the number of heads, a misnomer that its checkpoints keep.
     heads = "attention_head_dim" if fields["num_attention_heads"] is None else "num_attention_heads"
-    size_dim = _integer(fields, "addition_time_embed_dim")
+    pooled_dim, size_dim = _added_dims(fields)
     return UNetConfig(
         in_channels=_integer(fields, "in_channels"),
         out_channels=_integer(fields, "out_channels"),
@@ -174,8 +175,9 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
         mid_transformer_layers=layers[-1],
         num_heads=_per_level(fields, heads, len(channels)),
         context_dim=_integer(fields, "cross_attention_dim"),
-        pooled_dim=_integer(fields, "projection_class_embeddings_input_dim") - 6 * size_dim,
+        pooled_dim=pooled_dim,
         size_embedding_dim=size_dim,
+        linear_projections=bool(fields["use_linear_projection"]),
         norm_groups=_integer(fields, "norm_num_groups"),
         native_size=_integer(fields, "sample_size"),
     )
@@ -193,10 +195,14 @@ def unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
             f"{config.transformer_layers} to be saved: the diffusers layout has one number for both"
         )
     layers[-1] = config.mid_transformer_layers
+    added = {
+        "addition_embed_type": ADDED,
+        "addition_time_embed_dim": config.size_embedding_dim,
+        "projection_class_embeddings_input_dim": config.added_dim,
+    }
     return {
         "_class_name": "UNet2DConditionModel",
         "_diffusers_version": DIFFUSERS_VERSION,
-        **UNET_REQUIRED,
         **UNET_FIXED,
         "sample_size": config.native_size,
         "in_channels": config.in_channels,
@@ -210,8 +216,8 @@ def unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         "transformer_layers_per_block": [n or 1 for n in layers],
         "attention_head_dim": list(config.num_heads),
         "num_attention_heads": None,
-        "addition_time_embed_dim": config.size_embedding_dim,
-        "projection_class_embeddings_input_dim": config.pooled_dim + 6 * config.size_embedding_dim,
+        "use_linear_projection": config.linear_projections,
+        **(added if config.added_dim else {}),
     }
 
 
@@ -327,6 +333,17 @@ def _per_level(fields: Mapping[str, Any], name: str, levels: int) -> tuple[int, 
     if len(entries) != levels or not all(isinstance(entry, int) for entry in entries):
         _unsupported(name, value, f"one whole number, or one for each of the {levels} levels")
     return entries
+
+
+def _added_dims(fields: Mapping[str, Any]) -> tuple[int, int]:
+    """Widths of the pooled text and of an embedded number of size or crop; 0 where neither is embedded."""
+    kind = fields["addition_embed_type"]
+    if kind is None:
+        return 0, 0
+    if kind != ADDED:
+        _unsupported("addition_embed_type", kind, f"{ADDED!r} or none")
+    size_dim = _integer(fields, "addition_time_embed_dim")
+    return _integer(fields, "projection_class_embeddings_input_dim") - 6 * size_dim, size_dim
 
 
 def _attention_levels(fields: Mapping[str, Any], levels: int) -> list[bool]:

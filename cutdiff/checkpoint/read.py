@@ -32,6 +32,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} {_what_is_wrong(path, error)}") from None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, such as `modelspec.…`."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def _what_is_wrong(path: Path, error: Exception) -> str:
     if path.is_dir():
         return "is a folder, not a weight file"

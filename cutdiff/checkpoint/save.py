@@ -50,7 +50,7 @@ def save_folder(
     zeros_for_empty_negative: bool,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write a model as `load` and diffusers' StableDiffusionXLPipeline read it, weights in `dtype`.
+    """Write a model as `load` and diffusers' pipeline of its family read it, weights in `dtype`.
 
     Every file appears whole or not at all; files of the same name are replaced. Raises ValueError for a weight that is
     not finite in `dtype`, a U-Net that the layout cannot express, or a tokenizer with tokens beside its vocabulary.
@@ -59,25 +59,30 @@ def save_folder(
     unet_fields = unet_to_diffusers(unet.config)
     vae_fields = vae_to_diffusers(vae.config, sample_size=unet.config.native_size * vae.config.factor)
     index = {
-        "_class_name": "StableDiffusionXLPipeline",
+        "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
-        "add_watermarker": False,
-        "force_zeros_for_empty_prompt": zeros_for_empty_negative,
         "scheduler": ["diffusers", "EulerDiscreteScheduler"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
     }
+    if text.text_encoder_2 is None:
+        index |= {"requires_safety_checker": False, "safety_checker": [None, None], "feature_extractor": [None, None]}
+    else:
+        index |= {
+            "_class_name": "StableDiffusionXLPipeline",
+            "add_watermarker": False,
+            "force_zeros_for_empty_prompt": zeros_for_empty_negative,
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
     _write_network(folder / "unet", "diffusion_pytorch_model", unet.state_dict(), unet_fields, dtype)
     _write_network(folder / "vae", "diffusion_pytorch_model", vae.state_dict(), vae_fields, dtype)
-    for name, encoder in (("text_encoder", text.text_encoder), ("text_encoder_2", text.text_encoder_2)):
+    for suffix, encoder, tokenizer in zip(("", "_2"), text.encoders, text.tokenizers, strict=False):
         tensors = clip.with_prefix(encoder.state_dict())
-        _write_network(folder / name, "model", tensors, _clip_fields(encoder), dtype)
-    _write_tokenizer(folder / "tokenizer", text.tokenizer)
-    _write_tokenizer(folder / "tokenizer_2", text.tokenizer_2)
+        _write_network(folder / f"text_encoder{suffix}", "model", tensors, _clip_fields(encoder), dtype)
+        _write_tokenizer(folder / f"tokenizer{suffix}", tokenizer)
     _write_json(folder / "scheduler" / "scheduler_config.json", noise_to_diffusers(noise))
     _write_json(folder / "model_index.json", index)
 

@@ -16,14 +16,17 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
-PREFIX = "text_model."
+PREFIX, PROJECTION = "text_model.", "text_projection.weight"
 CACHED_TOKENIZERS = (
-    ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer", "tokenizer_2"),
-    ("openai/clip-vit-large-patch14", "", ""),
+    ("openai/clip-vit-large-patch14", ""),
+    ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer"),
+    ("stabilityai/sdxl-turbo", "tokenizer"),
+    ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer"),
+    ("stabilityai/stable-diffusion-2-1", "tokenizer"),
 )
-"""Where the local Hugging Face cache may hold SDXL's tokenizers: repository, and the folder of each of the two."""
-SECOND_PAD_TOKEN = "!"
-"""SDXL's second tokenizer is the first one with another padding."""
+"""Where the local Hugging Face cache may hold CLIP's tokenizer, which all families share: repository and folder."""
+PAD_TOKENS = {True: "!", False: "<|endoftext|>"}
+"""What prompts are padded with, by whether the encoder is OpenCLIP's."""
 
 OPEN_CLIP = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
@@ -61,7 +64,7 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     converted: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if key == "text_projection":
-            converted["text_projection.weight"] = tensor.T.contiguous()
+            converted[PROJECTION] = tensor.T.contiguous()
             continue
         parts = key.split(".")
         if parts[:2] == ["transformer", "resblocks"] and len(parts) > 3:
@@ -107,7 +110,7 @@ def materialise_positions(encoder: nn.Module, device: torch.device) -> None:
             module.position_ids = torch.arange(ids.shape[-1], device=device).expand(1, -1)
 
 
-def read_tokenizer(folder: Path, max_length: int, *, pad_token: str | None = None) -> CLIPTokenizer:
+def read_tokenizer(folder: Path, max_length: int, pad_token: str | None = None) -> CLIPTokenizer:
     """A tokenizer in CLIP's file format, that cuts prompts at its own length or at `max_length` where that is less.
 
     Without a `pad_token` it pads as its files say. Raises ValueError where there is none.
@@ -123,25 +126,22 @@ def read_tokenizer(folder: Path, max_length: int, *, pad_token: str | None = Non
     return tokenizer
 
 
-def cached_tokenizers(max_lengths: tuple[int, int]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """SDXL's tokenizers from the local Hugging Face cache. Raises ValueError where it has none."""
+def cached_tokenizer() -> Path:
+    """The folder of CLIP's tokenizer in the local Hugging Face cache. Raises ValueError where it has none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    for repository, first, second in CACHED_TOKENIZERS:
+    for repository, folder in CACHED_TOKENIZERS:
         try:
-            folder = Path(snapshot_download(repository, local_files_only=True))
+            path = Path(snapshot_download(repository, local_files_only=True)) / folder
         except LocalEntryNotFoundError:
             continue
-        if _holds_tokenizer(folder / first) and _holds_tokenizer(folder / second):
-            return (
-                read_tokenizer(folder / first, max_lengths[0]),
-                read_tokenizer(folder / second, max_lengths[1], pad_token=SECOND_PAD_TOKEN),
-            )
-    names = " or ".join(repository for repository, _, _ in CACHED_TOKENIZERS)
+        if _holds_tokenizer(path):
+            return path
     raise ValueError(
-        "a single file holds no tokenizers, and the local Hugging Face cache has none either: pass config=FOLDER, a "
-        f"diffusers folder of the same model family (its weights are not read), or fetch {names} with `hf download`"
+        "a single file holds no tokenizer, and the local Hugging Face cache has none either: pass config=FOLDER, a "
+        "diffusers folder of the same model family (its weights are not read), or fetch one with "
+        f"`hf download {CACHED_TOKENIZERS[0][0]}`"
     )
 
 

@@ -1,13 +1,14 @@
-"""Frozen sizes of every network. `SDXL_UNET` and `SDXL_VAE` are SDXL-base; any smaller network is another value."""
+"""Frozen sizes of every network. The constants are SDXL-base's, SD 1.5's and SD 2.1's; smaller networks are other
+values."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The shape of an SDXL U-Net. Levels are listed from the finest to the coarsest.
+    """The shape of a U-Net of the Stable Diffusion families. Levels are listed from the finest to the coarsest.
 
     `transformer_layers[i]` is the number of transformer blocks after each resnet of level i, 0 for a level without
     attention. The middle block takes `mid_transformer_layers`. `num_heads[i]` splits the channels of level i.
@@ -22,7 +23,10 @@ class UNetConfig:
     num_heads: tuple[int, ...] = (5, 10, 20)
     context_dim: int = 2048
     pooled_dim: int = 1280
+    """Of the pooled text, and below of each embedded number of size and crop: both 0 where a family knows neither."""
     size_embedding_dim: int = 256
+    linear_projections: bool = True
+    """Whether the projections into and out of transformers are linear layers, and not 1×1 convolutions."""
     norm_groups: int = 32
     native_size: int = 128
     """Side of the square latents that the network was trained on."""
@@ -37,6 +41,11 @@ class UNetConfig:
                 raise ValueError(
                     f"{channels} channels must divide into {self.norm_groups} norm groups and {heads} heads"
                 )
+
+    @property
+    def added_dim(self) -> int:
+        """Width of what is embedded beside the time: the pooled text and six numbers of size and crop."""
+        return self.pooled_dim + 6 * self.size_embedding_dim
 
     @property
     def time_dim(self) -> int:
@@ -71,3 +80,17 @@ class VAEConfig:
 
 SDXL_UNET = UNetConfig()
 SDXL_VAE = VAEConfig()
+SD15_UNET = UNetConfig(
+    channels=(320, 640, 1280, 1280),
+    transformer_layers=(1, 1, 1, 0),
+    mid_transformer_layers=1,
+    num_heads=(8, 8, 8, 8),
+    context_dim=768,
+    pooled_dim=0,
+    size_embedding_dim=0,
+    linear_projections=False,
+    native_size=64,
+)
+SD21_UNET = replace(SD15_UNET, num_heads=(5, 10, 20, 20), context_dim=1024, linear_projections=True, native_size=96)
+"""Of the v-prediction model; SD 2.1 base, which predicts epsilon, differs in its native size of 64."""
+SD_VAE = VAEConfig(scaling_factor=0.18215, force_upcast=False)

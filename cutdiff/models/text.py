@@ -1,7 +1,8 @@
-"""Text to conditioning: both CLIP encoders and their tokenizers, through transformers.
+"""Text to conditioning: one CLIP encoder or two, and their tokenizers, through transformers.
 
-Source: Podell et al. 2023 (arXiv 2307.01952), section 2.1: the penultimate states of both encoders side by side, and
-the projected pooled state of the second.
+Sources: Rombach et al. 2022 (arXiv 2112.10752), section 3.3: the states of one encoder, whose final norm SD 1.5 and
+SD 2.1 keep. Podell et al. 2023 (arXiv 2307.01952), section 2.1: the penultimate states of two encoders side by side,
+and the projected pooled state of the second.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 END_OF_WORD = "</w>"
@@ -18,7 +19,8 @@ END_OF_WORD = "</w>"
 
 @dataclass(frozen=True)
 class TextStates:
-    """What the U-Net reads of B prompts: `context` (B, L, context_dim) and `pooled` (B, pooled_dim)."""
+    """What the U-Net reads of B prompts: `context` (B, L, context_dim) and `pooled` (B, pooled_dim), which is empty
+    (B, 0) in families with one encoder."""
 
     context: Tensor
     pooled: Tensor
@@ -35,25 +37,35 @@ class TextStates:
 
 @dataclass(frozen=True)
 class TextEncoders:
-    tokenizer: PreTrainedTokenizerBase
-    tokenizer_2: PreTrainedTokenizerBase
-    text_encoder: CLIPTextModel
-    text_encoder_2: CLIPTextModelWithProjection
+    """The text side of a model: SDXL's two encoders, or the only one of SD 1.5 and SD 2.1."""
 
-    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids for each encoder, both (B, L), cut and padded to the encoders' length (77)."""
-        device = self.text_encoder.device
-        first, second = (
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_2: PreTrainedTokenizerBase | None
+    text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection | None
+    layer: int = 2
+    """Which layer's states are read, counted from the end: 1 is the last."""
+
+    @property
+    def tokenizers(self) -> list[PreTrainedTokenizerBase]:
+        return [tokenizer for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer is not None]
+
+    @property
+    def encoders(self) -> list[CLIPTextModel | CLIPTextModelWithProjection]:
+        return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
+
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        """Token ids for each encoder, all (B, L), cut and padded to the encoders' length (77)."""
+        return tuple(
             tokenizer(
                 prompts,
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
                 truncation=True,
                 return_tensors="pt",
-            ).input_ids.to(device)
-            for tokenizer in (self.tokenizer, self.tokenizer_2)
+            ).input_ids.to(self.text_encoder.device)
+            for tokenizer in self.tokenizers
         )
-        return first, second
 
     def num_dropped(self, prompt: str) -> int:
         """How many tokens of a prompt do not fit the encoders' length and are cut off."""
@@ -71,14 +83,22 @@ class TextEncoders:
                 begin = i + 1
         return words
 
-    def encode_tokens(self, first: Tensor, second: Tensor) -> TextStates:
+    def encode_tokens(self, first: Tensor, second: Tensor | None = None) -> TextStates:
         """Token ids of each encoder (B, L) -> text states; differentiable."""
-        states = self.text_encoder(first, output_hidden_states=True).hidden_states[-2]
+        states = self.text_encoder(first, output_hidden_states=True).hidden_states[-self.layer]
+        if self.text_encoder_2 is None:
+            context = final_norm(self.text_encoder)(states)
+            return TextStates(context, context[:, 0, :0])
         output = self.text_encoder_2(second, output_hidden_states=True)
-        context = torch.cat([states, output.hidden_states[-2]], dim=-1)
+        context = torch.cat([states, output.hidden_states[-self.layer]], dim=-1)
         return TextStates(context, output.text_embeds)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> TextStates:
         """Prompts -> text states of len(prompts) rows."""
         return self.encode_tokens(*self.tokenize(prompts))
+
+
+def final_norm(encoder: CLIPTextModel) -> nn.Module:
+    """The norm after the last layer; releases of transformers differ in where they keep it."""
+    return getattr(encoder, "text_model", encoder).final_layer_norm

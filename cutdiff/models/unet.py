@@ -1,6 +1,8 @@
-"""The U-Net of SDXL: resnets and transformer blocks on a few levels, conditioned on time, text, size and crop.
+"""The U-Net of SDXL, SD 1.5 and SD 2.1: resnets and transformer blocks on a few levels, conditioned on time and text,
+in SDXL also on size and crop.
 
-Source: Podell et al. 2023 (arXiv 2307.01952), section 2; attribute names are the keys of diffusers checkpoints.
+Sources: Rombach et al. 2022 (arXiv 2112.10752), appendix E; Podell et al. 2023 (arXiv 2307.01952), section 2. Attribute
+names are the keys of diffusers checkpoints.
 """
 
 from __future__ import annotations
@@ -53,16 +55,29 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+class PixelwiseLinear(nn.Linear):
+    """A linear layer that checkpoints hold as a 1×1 convolution: weight (C', C, 1, 1)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels)
+        self.weight = nn.Parameter(self.weight[:, :, None, None])
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight[:, :, 0, 0], self.bias)
+
+
 class Transformer(nn.Module):
     """Transformer blocks over the pixels of a feature map (B, C, h, w), with a residual around all of them."""
 
-    def __init__(self, channels: int, num_heads: int, layers: int, *, context_dim: int, norm_groups: int) -> None:
+    def __init__(self, config: UNetConfig, level: int, layers: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels)
-        blocks = [TransformerBlock(channels, num_heads, context_dim) for _ in range(layers)]
+        channels = config.channels[level]
+        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+        projection = nn.Linear if config.linear_projections else PixelwiseLinear
+        self.proj_in = projection(channels, channels)
+        blocks = [TransformerBlock(channels, config.num_heads[level], config.context_dim) for _ in range(layers)]
         self.transformer_blocks = nn.ModuleList(blocks)
-        self.proj_out = nn.Linear(channels, channels)
+        self.proj_out = projection(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, h·w, C)
@@ -78,7 +93,7 @@ class Level(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in widths)
         layers = config.transformer_layers[level]
-        self.attentions = nn.ModuleList(_transformer(config, level, layers) for _ in widths if layers)
+        self.attentions = nn.ModuleList(Transformer(config, level, layers) for _ in widths if layers)
         self.downsamplers = nn.ModuleList()
         self.upsamplers = nn.ModuleList()
 
@@ -116,7 +131,7 @@ class MidBlock(nn.Module):
         width = config.channels[-1]
         self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(2))
         level = len(config.channels) - 1
-        self.attentions = nn.ModuleList([_transformer(config, level, config.mid_transformer_layers)])
+        self.attentions = nn.ModuleList([Transformer(config, level, config.mid_transformer_layers)])
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, time), context)
@@ -131,7 +146,8 @@ class UNet(nn.Module):
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = EmbeddingMLP(channels[0], config.time_dim)
-        self.add_embedding = EmbeddingMLP(config.pooled_dim + 6 * config.size_embedding_dim, config.time_dim)
+        if config.added_dim:
+            self.add_embedding = EmbeddingMLP(config.added_dim, config.time_dim)
 
         skips = [channels[0]]
         self.down_blocks = nn.ModuleList()
@@ -164,7 +180,8 @@ class UNet(nn.Module):
         """Predict the noise (or v) in scaled latents.
 
         x (B, in_channels, h, w) · timesteps (B,) · context (B, L, context_dim) · pooled (B, pooled_dim) ·
-        size_ids (B, 6): original height and width, crop top and left, target height and width, in pixels.
+        size_ids (B, 6): original height and width, crop top and left, target height and width, in pixels; what the
+        family has no embedding for is not read.
         Returns (B, out_channels, h, w). Any h and w work; odd ones are restored on the way up.
         """
         time = self.embed_conditions(timesteps, pooled, size_ids).to(x.dtype)
@@ -183,22 +200,14 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def embed_conditions(self, timesteps: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
-        """Time, pooled text and size/crop numbers as one vector for each item: (B, time_dim)."""
+        """Time, and in SDXL pooled text and size/crop numbers, as one vector for each item: (B, time_dim)."""
         config, dtype = self.config, pooled.dtype
         time = self.time_embedding(sinusoidal_embedding(timesteps, config.channels[0]).to(dtype))
+        if not config.added_dim:
+            return time
         sizes = sinusoidal_embedding(size_ids.flatten(), config.size_embedding_dim).to(dtype)  # (6B, dim)
         return time + self.add_embedding(torch.cat([pooled, sizes.view(len(size_ids), -1)], dim=-1))
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
     return ResnetBlock(in_channels, out_channels, norm_groups=config.norm_groups, eps=1e-5, time_dim=config.time_dim)
-
-
-def _transformer(config: UNetConfig, level: int, layers: int) -> Transformer:
-    return Transformer(
-        config.channels[level],
-        config.num_heads[level],
-        layers,
-        context_dim=config.context_dim,
-        norm_groups=config.norm_groups,
-    )

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             history = [phase("VAE", "psnr", args.work / "vae.jsonl", data=f"{args.vae_batch} crops of 64 px", **told)]
         torch.manual_seed(0)
         text, unet = make_text_encoders(), UNet(CONFIG)
-    torch.nn.ModuleList([text.text_encoder, text.text_encoder_2, unet]).to(device).requires_grad_(True)
+    torch.nn.ModuleList([*text.encoders, unet]).to(device).requires_grad_(True)
     latents = encode_scenes(vae, args.num_scenes, args.work, device, whole=args.whole_scenes)
     train_unet(
         unet, text, latents, args.work, steps=args.unet_steps, batch=args.unet_batch, device=device, bfloat16=bfloat16

@@ -113,7 +113,7 @@ def train_unet(
         weighted = (error * snr.clamp(max=MIN_SNR) / snr).mean()
         return {"loss": weighted, "mse": error.detach().mean()}
 
-    both = nn.ModuleDict({"unet": unet, "text": text.text_encoder, "text_2": text.text_encoder_2})
+    both = nn.ModuleDict({"unet": unet, "text": text.encoders[0], "text_2": text.encoders[1]})
     fit("unet", both, loss, Plan(steps, learning_rate=1e-3, muon_learning_rate=0.01, warmup=100), folder, device)
 
 

@@ -1,0 +1,108 @@
+"""What a single file is: of one of the families that are read, or something else that is known by its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from cutdiff.models.config import SD15_UNET, SD21_UNET, SD_VAE, SDXL_UNET, SDXL_VAE, VAEConfig
+
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A text encoder in a single file."""
+
+    name: str
+    """Of its sub-folder in the diffusers layout."""
+    prefix: str
+    is_open_clip: bool
+    """Whether keys and activation are OpenCLIP's, which pads prompts with "!", or CLIP's, which pads with their end."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model: its prefixes in the original layout, and what neither keys nor shapes tell."""
+
+    name: str
+    texts: tuple[TextPart, ...]
+    vae: VAEConfig
+    """Whose scaling factor, and whose fitness for float16, the family's VAEs have."""
+    num_heads: int | None
+    """In every attention of the U-Net; None where a head has 64 channels."""
+    text_layer: int
+    zeros_for_empty_negative: bool
+    native_sizes: dict[str, int]
+    """In latents, by prediction type."""
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """Of each network's keys, by the name of its sub-folder in the diffusers layout."""
+        return {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **{text.name: text.prefix for text in self.texts}}
+
+
+SDXL = Family(
+    name="SDXL",
+    texts=(
+        TextPart("text_encoder", "conditioner.embedders.0.transformer.", is_open_clip=False),
+        TextPart("text_encoder_2", "conditioner.embedders.1.model.", is_open_clip=True),
+    ),
+    vae=SDXL_VAE,
+    num_heads=None,
+    text_layer=2,
+    zeros_for_empty_negative=True,
+    native_sizes={"epsilon": SDXL_UNET.native_size, "v_prediction": SDXL_UNET.native_size},
+)
+SD15 = Family(
+    name="SD 1.5",
+    texts=(TextPart("text_encoder", "cond_stage_model.transformer.", is_open_clip=False),),
+    vae=SD_VAE,
+    num_heads=SD15_UNET.num_heads[0],
+    text_layer=1,
+    zeros_for_empty_negative=False,
+    native_sizes={"epsilon": SD15_UNET.native_size, "v_prediction": SD15_UNET.native_size},
+)
+SD21 = Family(
+    name="SD 2.1",
+    texts=(TextPart("text_encoder", "cond_stage_model.model.", is_open_clip=True),),
+    vae=SD_VAE,
+    num_heads=None,
+    text_layer=2,
+    zeros_for_empty_negative=False,
+    native_sizes={"epsilon": SD15_UNET.native_size, "v_prediction": SD21_UNET.native_size},
+)
+FAMILIES = (SDXL, SD15, SD21)
+
+OTHERS = (
+    (
+        ("lora_unet_", "lora_te", "unet.", "base_model.", "text_encoder."),
+        "a LoRA, no model: pass it as --lora beside one",
+    ),
+    (("conditioner.embedders.0.model.",), "an SDXL refiner, which only finishes pictures: pass the base model"),
+    (
+        ("control_model.", "controlnet_", "input_hint_block."),
+        "a ControlNet, no model: it guides one, which is not built",
+    ),
+    (("image_proj.", "ip_adapter."), "an IP-Adapter, no model: it guides one, which is not built"),
+    ((f"{UNET_PREFIX}joint_blocks.", "joint_blocks."), "an SD 3 model, whose transformer is not built here"),
+    ((f"{UNET_PREFIX}double_blocks.", "double_blocks."), "a Flux model, whose transformer is not built here"),
+    (("emb_params", "clip_l", "clip_g", "string_to_param"), "a textual inversion, which is not built"),
+    (("down_blocks.", "text_model."), "one network in the diffusers layout: pass the folder of the whole model"),
+    (("encoder.", "decoder.", VAE_PREFIX), "a VAE alone: pass it as --vae beside a model"),
+    ((UNET_PREFIX,), "a U-Net without VAE or text encoders: pass a checkpoint that holds all of them"),
+)
+"""How the keys of other files begin, the most telling first, and what those files are."""
+
+
+def family_of(keys: Collection[str]) -> Family:
+    """The family of a file by its keys. Raises ValueError that says what the file is, where it is of none."""
+    for family in FAMILIES:
+        if all(any(key.startswith(prefix) for key in keys) for prefix in family.prefixes.values()):
+            return family
+    for starts, what in OTHERS:
+        if any(key.startswith(starts) for key in keys):
+            raise ValueError(what)
+    names = ", ".join(family.name for family in FAMILIES)
+    some = f"its keys begin with {', '.join(sorted(keys)[:3])}" if keys else "it holds no tensors"
+    raise ValueError(f"no checkpoint of {names} in the original layout: {some}")

@@ -1,0 +1,139 @@
+"""What a single file does not say, from its keys and shapes, and from its family where no shape tells it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from cutdiff.checkpoint import text as clip
+from cutdiff.checkpoint.build import Blueprint
+from cutdiff.checkpoint.families import Family
+from cutdiff.checkpoint.single import Parts
+from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.schedule import NoiseConfig
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+HEAD_DIM = 64
+"""Channels of an attention head, in the U-Nets of SDXL and SD 2.1 and in all text encoders; no shape tells it."""
+
+
+def infer_blueprint(parts: Parts, family: Family, noise: NoiseConfig) -> Blueprint:
+    """Sizes from keys and shapes, the family's constants for the rest, tokenizers from the local Hugging Face cache.
+
+    Raises ValueError where a key that tells a size is missing, or no tokenizer is found.
+    """
+    shapes = {name: _Shapes(name, part) for name, part in parts.items()}
+    tokenizer = clip.cached_tokenizer()
+    encoders, tokenizers = [], []
+    for text in family.texts:
+        length = shapes[text.name].of(f"{clip.PREFIX}embeddings.position_embedding.weight")[0]
+        tokenizers.append(clip.read_tokenizer(tokenizer, length, clip.PAD_TOKENS[text.is_open_clip]))
+        encoders.append(_infer_text(shapes[text.name], tokenizers[-1], "gelu" if text.is_open_clip else "quick_gelu"))
+    second = len(encoders) > 1
+    return Blueprint(
+        unet=_infer_unet(shapes["unet"], encoders[1].projection_dim if second else 0, family, noise.prediction_type),
+        vae=_infer_vae(shapes["vae"], family),
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1] if second else None,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1] if second else None,
+        text_layer=family.text_layer,
+        noise=noise,
+        zeros_for_empty_negative=family.zeros_for_empty_negative,
+    )
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    name: str
+    tensors: Mapping[str, Tensor]
+
+    def of(self, key: str) -> tuple[int, ...]:
+        if key not in self.tensors:
+            raise ValueError(f"the file's {self.name} has no {key}, which tells one of its sizes")
+        return tuple(self.tensors[key].shape)
+
+    def count(self, prefix: str) -> int:
+        """How many modules are numbered after `prefix`."""
+        pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+        return len({match[1] for key in self.tensors if (match := pattern.match(key))})
+
+
+def _infer_unet(shapes: _Shapes, pooled_dim: int, family: Family, prediction_type: str) -> UNetConfig:
+    channels: list[int] = [shapes.of("input_blocks.0.0.weight")[0]]
+    layers: list[list[int]] = [[]]
+    for i in range(1, shapes.count("input_blocks.")):
+        if f"input_blocks.{i}.0.op.weight" in shapes.tensors:
+            channels.append(channels[-1])
+            layers.append([])
+            continue
+        channels[-1] = shapes.of(f"input_blocks.{i}.0.in_layers.2.weight")[0]
+        layers[-1].append(shapes.count(f"input_blocks.{i}.1.transformer_blocks."))
+    return UNetConfig(
+        in_channels=shapes.of("input_blocks.0.0.weight")[1],
+        out_channels=shapes.of("out.2.weight")[0],
+        channels=tuple(channels),
+        layers_per_block=_one("layers in a level", {len(level) for level in layers}),
+        transformer_layers=tuple(_one("transformer blocks in a level", set(level)) for level in layers),
+        mid_transformer_layers=shapes.count("middle_block.1.transformer_blocks."),
+        num_heads=tuple(
+            # A level without attention has no heads to get wrong.
+            family.num_heads or (_heads(width) if any(level) or width % HEAD_DIM == 0 else 1)
+            for width, level in zip(channels, layers, strict=True)
+        ),
+        context_dim=shapes.of("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+        pooled_dim=pooled_dim,
+        size_embedding_dim=(shapes.of("label_emb.0.0.weight")[1] - pooled_dim) // 6 if pooled_dim else 0,
+        linear_projections=len(shapes.of("middle_block.1.proj_in.weight")) == 2,
+        native_size=family.native_sizes[prediction_type],
+    )
+
+
+def _infer_vae(shapes: _Shapes, family: Family) -> VAEConfig:
+    levels = range(shapes.count("encoder.down."))
+    return VAEConfig(
+        in_channels=shapes.of("encoder.conv_in.weight")[1],
+        out_channels=shapes.of("decoder.conv_out.weight")[0],
+        channels=tuple(shapes.of(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in levels),
+        layers_per_block=shapes.count("encoder.down.0.block."),
+        latent_channels=shapes.of("post_quant_conv.weight")[0],
+        scaling_factor=family.vae.scaling_factor,
+        force_upcast=family.vae.force_upcast,
+    )
+
+
+def _infer_text(shapes: _Shapes, tokenizer: CLIPTokenizer, activation: str) -> CLIPTextConfig:
+    vocab_size, width = shapes.of(f"{clip.PREFIX}embeddings.token_embedding.weight")
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": shapes.of(f"{clip.PREFIX}encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": shapes.count(f"{clip.PREFIX}encoder.layers."),
+        "num_attention_heads": _heads(width),
+        "max_position_embeddings": shapes.of(f"{clip.PREFIX}embeddings.position_embedding.weight")[0],
+        "hidden_act": activation,
+    }
+    if clip.PROJECTION in shapes.tensors:
+        sizes["projection_dim"] = shapes.of(clip.PROJECTION)[0]
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return clip.clip_config({**sizes, **special})
+
+
+def _heads(width: int) -> int:
+    if width % HEAD_DIM:
+        raise ValueError(f"{width} channels do not divide into heads of {HEAD_DIM}: pass config=FOLDER")
+    return width // HEAD_DIM
+
+
+def _one(what: str, values: Collection[int]) -> int:
+    if len(values) != 1:
+        raise ValueError(
+            f"the file's U-Net has different numbers of {what}, {sorted(values)}: only one number is built"
+        )
+    return next(iter(values))
