@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import save_file
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
 
+from tiny import Tiny, random_model
+
 import cutdiff
+from cutdiff.checkpoint.families import SDXL
 from cutdiff.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
@@ -63,3 +69,33 @@ def tiny_model() -> Model:
 def model() -> Model:
     """The embedded model."""
     return cutdiff.load()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    """Of SDXL's shape, to be written and read."""
+    return random_model(SDXL)
+
+
+@pytest.fixture(scope="session")
+def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the folder to damage."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def single_file(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    save_file(tiny.original(), path)
+    return path
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -6,8 +6,7 @@ import inspect
 import json
 import pickle
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,26 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
+from tiny import (
+    LENGTH,
+    NOISE,
+    UNET,
+    VAE_TINY,
+    Tiny,
+    as_convolution,
+    assert_bit_equal,
+    edit_json,
+    edit_tensors,
+    networks,
+    put_in_cache,
+    tiny_text,
+    tiny_tokenizer,
+    to_open_clip,
+)
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from cutdiff.checkpoint import load, save_folder
+from cutdiff.checkpoint import load
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import LISTED, NETWORKS, assign
 from cutdiff.checkpoint.configs import (
@@ -47,187 +62,12 @@ from cutdiff.checkpoint.infer import infer_blueprint
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
 from cutdiff.checkpoint.read import sha256
 from cutdiff.checkpoint.single import split
-from cutdiff.model import Model
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
-from cutdiff.models.text import TextEncoders
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.schedule import NoiseConfig
 
 CPU = torch.device("cpu")
-LENGTH = 16
-UNET = UNetConfig(
-    channels=(32, 64, 64),
-    layers_per_block=1,
-    transformer_layers=(0, 1, 2),
-    mid_transformer_layers=2,
-    num_heads=(1, 1, 1),
-    context_dim=192,
-    pooled_dim=64,
-    size_embedding_dim=8,
-)
-VAE_TINY = VAEConfig(channels=(32, 32, 64), layers_per_block=1)
-NOISE = NoiseConfig(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A random model of SDXL's shape, small enough to write a dozen times in a test run."""
-
-    unet: UNet
-    vae: VAE
-    text: TextEncoders
-
-    def save(self, folder: Path, dtype: torch.dtype = torch.float32, noise: NoiseConfig = NOISE) -> Path:
-        save_folder(
-            folder,
-            unet=self.unet,
-            vae=self.vae,
-            text=self.text,
-            noise=noise,
-            zeros_for_empty_negative=False,
-            dtype=dtype,
-        )
-        return folder
-
-    def original(self) -> dict[str, Tensor]:
-        """The weights as an SDXL single file has them."""
-        unet, vae = self.unet.state_dict(), self.vae.state_dict()
-        parts = {
-            "unet": {original: unet[key] for original, key in unet_keys(self.unet).items()},
-            "vae": {original: as_convolution(original, vae[key]) for original, key in vae_keys(self.vae).items()},
-            "text_encoder": clip.with_prefix(self.text.text_encoder.state_dict()),
-            "text_encoder_2": to_open_clip(clip.with_prefix(self.text.text_encoder_2.state_dict())),
-        }
-        named = ((SDXL.prefixes[name] + key, tensor) for name, part in parts.items() for key, tensor in part.items())
-        return {key: tensor.contiguous() for key, tensor in named}
-
-
-def as_convolution(key: str, tensor: Tensor) -> Tensor:
-    return tensor[:, :, None, None] if ".attn_1." in key and tensor.ndim == 2 else tensor
-
-
-def to_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names to OpenCLIP's, written the other way round than the package's conversion."""
-    written = {
-        "text_projection": tensors["text_projection.weight"].T,
-        "token_embedding.weight": tensors["text_model.embeddings.token_embedding.weight"],
-        "positional_embedding": tensors["text_model.embeddings.position_embedding.weight"],
-    }
-    for kind in ("weight", "bias"):
-        written[f"ln_final.{kind}"] = tensors[f"text_model.final_layer_norm.{kind}"]
-        for i in range(sum(key.endswith("layer_norm1.weight") for key in tensors)):
-            ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
-            qkv = [tensors[f"{ours}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            written |= {
-                f"{theirs}.attn.in_proj_{kind}": torch.cat(qkv),
-                f"{theirs}.attn.out_proj.{kind}": tensors[f"{ours}.self_attn.out_proj.{kind}"],
-                f"{theirs}.ln_1.{kind}": tensors[f"{ours}.layer_norm1.{kind}"],
-                f"{theirs}.ln_2.{kind}": tensors[f"{ours}.layer_norm2.{kind}"],
-                f"{theirs}.mlp.c_fc.{kind}": tensors[f"{ours}.mlp.fc1.{kind}"],
-                f"{theirs}.mlp.c_proj.{kind}": tensors[f"{ours}.mlp.fc2.{kind}"],
-            }
-    return written
-
-
-def tiny_tokenizer(pad_token: str) -> CLIPTokenizer:
-    letters = "abcdefghijklmnopqrstuvwxyz!"
-    tokens = ["!", *letters[:-1], *(f"{letter}</w>" for letter in letters), "re", "red</w>"]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    merges: Any = [("r", "e"), ("re", "d</w>")]  # pairs are what the tokenizer takes, its annotation says otherwise
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=merges,
-        model_max_length=LENGTH,
-        pad_token=pad_token,
-    )
-
-
-def tiny_text() -> TextEncoders:
-    tokenizer, tokenizer_2 = tiny_tokenizer("<|endoftext|>"), tiny_tokenizer("!")
-    vocabulary = tokenizer.get_vocab()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        projection_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        max_position_embeddings=LENGTH,
-        hidden_act="quick_gelu",
-        bos_token_id=vocabulary["<|startoftext|>"],
-        eos_token_id=vocabulary["<|endoftext|>"],
-        pad_token_id=vocabulary["<|endoftext|>"],
-    )
-    other = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 3, "hidden_act": "gelu"}
-    second = CLIPTextConfig(**{**config.to_dict(), **other, "pad_token_id": vocabulary["!"]})
-    return TextEncoders(tokenizer, tokenizer_2, CLIPTextModel(config), CLIPTextModelWithProjection(second))
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Tiny:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Tiny(UNet(UNET), VAE(VAE_TINY), tiny_text())
-        for network in (model.text.text_encoder, model.text.text_encoder_2):
-            for parameter in network.parameters():  # biases and norms are constants when they are new
-                nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-@pytest.fixture(scope="module")
-def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
-    """A copy of the folder to damage."""
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-@pytest.fixture(scope="module")
-def single_file(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
-    save_file(tiny.original(), path)
-    return path
-
-
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def put_in_cache(cache: Path, repository: str, folder: Path) -> None:
-    """Lay a folder out as the Hugging Face cache keeps a repository."""
-    place = cache / f"models--{repository.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(folder, place / "snapshots" / ("0" * 40))
-
-
-def networks(model: Model | Tiny) -> dict[str, nn.Module]:
-    text = model.text
-    return dict(zip(NETWORKS, (model.unet, model.vae, text.text_encoder, text.text_encoder_2), strict=True))
-
-
-def assert_bit_equal(a: Model | Tiny, b: Model | Tiny) -> None:
-    for name, network in networks(a).items():
-        ours, theirs = network.state_dict(), networks(b)[name].state_dict()
-        assert ours.keys() == theirs.keys()
-        for key, tensor in ours.items():
-            assert torch.equal(tensor, theirs[key]), f"{name}: {key}"
-
-
-def edit_json(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
-    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
-    edit(tensors)
-    save_file(tensors, path)
 
 
 def another(value: Any) -> Any:

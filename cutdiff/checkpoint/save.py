@@ -53,10 +53,14 @@ def save_folder(
     """Write a model as `load` and diffusers' pipeline of its family read it, weights in `dtype`.
 
     Every file appears whole or not at all; files of the same name are replaced. Raises ValueError for a weight that is
-    not finite in `dtype`, a U-Net that the layout cannot express, or a tokenizer with tokens beside its vocabulary.
+    not finite in `dtype`, a U-Net or a layer of text states that the layout cannot express, or a tokenizer with tokens
+    beside its vocabulary.
     """
     folder = Path(folder)
     unet_fields = unet_to_diffusers(unet.config)
+    layer = len(text.encoders)
+    if text.layer != layer:
+        raise ValueError(f"text.layer={text.layer} cannot be saved: the folder's pipeline reads {layer} from the end")
     vae_fields = vae_to_diffusers(vae.config, sample_size=unet.config.native_size * vae.config.factor)
     index = {
         "_class_name": "StableDiffusionPipeline",

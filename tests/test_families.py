@@ -1,0 +1,274 @@
+"""SDXL, SD 1.5 and SD 2.1: told apart by keys, built from shapes, and computing what diffusers computes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from safetensors.torch import save_file
+from tiny import Tiny, assert_bit_equal, put_in_cache, random_model
+from torch import nn
+from transformers import CLIPTextModel
+
+import cutdiff
+from cutdiff.checkpoint.build import empty_networks, is_harmless
+from cutdiff.checkpoint.families import FAMILIES, SD15, SD21, SDXL, Family, family_of
+from cutdiff.checkpoint.infer import infer_blueprint
+from cutdiff.checkpoint.noise import NoiseOptions, decide_noise
+from cutdiff.checkpoint.single import convert, split
+from cutdiff.methods import METHODS
+from cutdiff.models.config import SD15_UNET, SD21_UNET, SD_VAE, SDXL_UNET, SDXL_VAE
+from cutdiff.schedule import NoiseConfig
+
+KEYS = Path(__file__).parent / "fixtures" / "checkpoint_keys.json.gz"
+"""Keys and shapes of the single files of SDXL-base 1.0, SD 1.5 and SD 2.1."""
+PROMPT = "a red house"
+
+
+@pytest.fixture(scope="module")
+def listed() -> dict[str, dict[str, list[int]]]:
+    return json.loads(gzip.decompress(KEYS.read_bytes()))
+
+
+@pytest.fixture(scope="module", params=[SD15, SD21], ids=lambda family: family.name)
+def other(request: pytest.FixtureRequest) -> Tiny:
+    """A model with one text encoder."""
+    return random_model(request.param)
+
+
+@pytest.fixture
+def tokenizer_in_cache(folder: Path, empty_cache: Path) -> None:
+    put_in_cache(empty_cache, "openai/clip-vit-large-patch14", folder / "tokenizer")
+
+
+def as_saved(model: Tiny) -> Tiny:
+    """As diffusers' layout has it: without the last layer of text states, where that one is not read."""
+    encoder = model.text.text_encoder
+    if model.text.layer == 1:
+        return model
+    config = type(encoder.config)(**{**encoder.config.to_dict(), "num_hidden_layers": 2})
+    shorter = CLIPTextModel(config)
+    shorter.load_state_dict({key: value for key, value in encoder.state_dict().items() if ".layers.2." not in key})
+    return replace(model, text=replace(model.text, text_encoder=shorter.eval().requires_grad_(False), layer=1))
+
+
+class TestRealFiles:
+    @pytest.mark.parametrize(
+        ("family", "unet", "vae"),
+        [
+            (SDXL, SDXL_UNET, SDXL_VAE),
+            (SD15, SD15_UNET, SD_VAE),
+            (SD21, replace(SD21_UNET, native_size=64), SD_VAE),
+        ],
+        ids=[family.name for family in FAMILIES],
+    )
+    @pytest.mark.usefixtures("tokenizer_in_cache")
+    def test_every_key_has_its_place_and_every_place_a_key(
+        self, listed: dict[str, dict[str, list[int]]], family: Family, unet: object, vae: object
+    ) -> None:
+        tensors = {key: torch.empty(shape, device="meta") for key, shape in listed[family.name].items()}
+        assert family_of(tensors) is family
+        parts = split(tensors, family)
+        blueprint = infer_blueprint(parts, family, NoiseConfig())
+        assert (blueprint.unet, blueprint.vae) == (unet, vae)
+        built = empty_networks(blueprint)
+        for name, part in convert(parts, built).items():
+            expected = shapes(built.named()[name])
+            found = {key: tensor.shape for key, tensor in part.items() if key in expected or not is_harmless(key)}
+            assert found == expected, name
+            assert len(found) == len(part) or name.startswith("text"), "two keys of the file have one place"
+
+    def test_native_size_of_sd21_follows_the_prediction(self) -> None:
+        assert SD21.native_sizes == {"epsilon": 64, "v_prediction": 96}
+
+
+def shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in network.state_dict().items()}
+
+
+class TestLayouts:
+    @pytest.mark.usefixtures("tokenizer_in_cache")
+    def test_single_file(self, other: Tiny, tmp_path: Path) -> None:
+        save_file(other.original(), tmp_path / "model.safetensors")
+        model = cutdiff.load(tmp_path / "model.safetensors")
+        assert_bit_equal(model, other)
+        native = other.family.native_sizes["epsilon"]
+        assert (model.unet.config, model.vae.config) == (
+            replace(other.unet.config, native_size=native),
+            other.vae.config,
+        )
+        assert model.text.layer == other.family.text_layer
+        assert not model.zeros_for_empty_negative
+        ours, theirs = model.text.encode([PROMPT]), other.text.encode([PROMPT])
+        assert torch.equal(ours.context, theirs.context)
+        assert ours.pooled.shape == (1, 0)
+
+    def test_folder(self, other: Tiny, tmp_path: Path) -> None:
+        saved = as_saved(other)
+        model = cutdiff.load(saved.save(tmp_path))
+        assert_bit_equal(model, saved)
+        assert model.unet.config == other.unet.config
+        torch.testing.assert_close(model.text.encode([PROMPT]).context, other.text.encode([PROMPT]).context)
+
+    def test_a_layer_that_no_pipeline_reads_is_not_saved(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"text\.layer=2 cannot be saved"):
+            random_model(SD21).save(tmp_path)
+        assert [*tmp_path.iterdir()] == []
+
+    def test_old_names_of_the_text_encoder(self, folder: Path, tmp_path: Path) -> None:
+        """Early files of SD 1 lack `text_model.`, and hold tables of the noise schedule."""
+        model = random_model(SD15)
+        named = {key.replace("text_model.", ""): tensor for key, tensor in model.original().items()}
+        save_file(
+            {**named, "betas": torch.zeros(1000), "sqrt_alphas_cumprod": torch.zeros(9)}, tmp_path / "old.safetensors"
+        )
+        saved = as_saved(model).save(tmp_path / "folder")
+        assert_bit_equal(cutdiff.load(tmp_path / "old.safetensors", config=saved), model)
+
+
+class TestAgainstDiffusers:
+    @pytest.mark.parametrize("noise", [NoiseConfig(), NoiseConfig(prediction_type="v_prediction")])
+    @torch.no_grad()
+    def test_a_picture(self, other: Tiny, tmp_path: Path, noise: NoiseConfig) -> None:
+        model = cutdiff.load(as_saved(other).save(tmp_path, noise=noise))
+        pipeline: Any = StableDiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
+        pipeline.set_progress_bar_config(disable=True)
+        assert isinstance(pipeline.scheduler, EulerDiscreteScheduler)
+        assert_bit_equal(
+            model, Tiny(pipeline.unet, pipeline.vae, replace(model.text, text_encoder=pipeline.text_encoder))
+        )
+        side = 16
+        start = cutdiff.Draws((3,)).noise((1, 4, side, side))
+        told = {"negative_prompt": "a tent", "guidance_scale": 5.0, "height": side * 4, "width": side * 4}
+        theirs = pipeline(PROMPT, num_inference_steps=4, latents=start, output_type="latent", **told).images
+        ours = cutdiff.generate(model, PROMPT, method="direct", num_steps=4, seed=3, **told)
+        scale = model.vae.config.scaling_factor
+        assert scale == pipeline.vae.config.scaling_factor
+        torch.testing.assert_close(ours.latents, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+    def test_text_states(self, other: Tiny, tmp_path: Path) -> None:
+        pipeline: Any = StableDiffusionPipeline.from_pretrained(as_saved(other).save(tmp_path), local_files_only=True)
+        theirs, _ = pipeline.encode_prompt(PROMPT, "cpu", 1, False)
+        torch.testing.assert_close(other.text.encode([PROMPT]).context, theirs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_draws_with_every_family(other: Tiny, tmp_path: Path, method: str) -> None:
+    model = cutdiff.load(as_saved(other).save(tmp_path))
+    model = replace(
+        model, unet=type(model.unet)(replace(model.unet.config, native_size=8)).eval().requires_grad_(False)
+    )
+    result = cutdiff.generate(model, PROMPT, method=method, num_steps=2, height=64, width=48, guidance_scale=2.0)
+    assert result.images.shape == (1, 3, 64, 48)
+
+
+class TestOtherFiles:
+    @pytest.mark.parametrize(
+        ("key", "message"),
+        [
+            ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "a LoRA"),
+            ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", "a LoRA"),
+            ("conditioner.embedders.0.model.ln_final.weight", "an SDXL refiner"),
+            ("control_model.time_embed.0.weight", "a ControlNet"),
+            ("image_proj.proj.weight", "an IP-Adapter"),
+            ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "an SD 3 model"),
+            ("double_blocks.0.img_attn.qkv.weight", "a Flux model"),
+            ("clip_g", "a textual inversion"),
+            ("down_blocks.0.resnets.0.conv1.weight", "one network in the diffusers layout"),
+            ("first_stage_model.encoder.conv_in.weight", "a VAE alone"),
+            ("model.diffusion_model.input_blocks.0.0.weight", "a U-Net without VAE"),
+            ("x", "no checkpoint of SDXL, SD 1.5, SD 2.1 in the original layout: its keys begin with x"),
+        ],
+    )
+    def test_are_told_by_name(self, tmp_path: Path, key: str, message: str) -> None:
+        save_file({key: torch.zeros(1)}, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=f"other.safetensors: {message}"):
+            cutdiff.load(tmp_path / "other.safetensors")
+
+    @pytest.mark.usefixtures("tokenizer_in_cache")
+    def test_inpainting(self, tmp_path: Path) -> None:
+        model = random_model(SD15)
+        wider = replace(model, unet=type(model.unet)(replace(model.unet.config, in_channels=9)))
+        save_file(wider.original(), tmp_path / "inpainting.safetensors")
+        with pytest.raises(ValueError, match="9 input channels, so this is an inpainting model"):
+            cutdiff.load(tmp_path / "inpainting.safetensors")
+
+
+class TestDecision:
+    """Option > marker key > metadata > scheduler > default, for what is predicted and for zero terminal SNR."""
+
+    V = NoiseConfig(prediction_type="v_prediction")
+
+    @pytest.mark.parametrize(
+        ("option", "scheduler", "keys", "metadata", "expected"),
+        [
+            (None, None, [], {}, ("epsilon", "default")),
+            (None, V, [], {}, ("v_prediction", "scheduler")),
+            (None, V, [], {"modelspec.predict_key": "epsilon"}, ("epsilon", "metadata modelspec.predict_key")),
+            (
+                None,
+                None,
+                [],
+                {"modelspec.prediction_type": "v"},
+                ("v_prediction", "metadata modelspec.prediction_type"),
+            ),
+            (None, None, ["v_pred"], {"modelspec.prediction_type": "epsilon"}, ("v_prediction", "marker key v_pred")),
+            ("epsilon", V, ["v_pred"], {"modelspec.prediction_type": "v"}, ("epsilon", "option")),
+        ],
+    )
+    def test_prediction_type(
+        self,
+        option: str | None,
+        scheduler: NoiseConfig | None,
+        keys: list[str],
+        metadata: dict[str, str],
+        expected: tuple[str, str],
+    ) -> None:
+        noise, decided_by = decide_noise(NoiseOptions(option), scheduler, keys=keys, metadata=metadata)
+        assert (noise.prediction_type, decided_by["prediction_type"]) == expected
+
+    @pytest.mark.parametrize(
+        ("option", "scheduler", "keys", "expected"),
+        [
+            (None, None, [], (False, "default", "leading")),
+            (None, None, ["ztsnr"], (True, "marker key ztsnr", "trailing")),
+            (None, NoiseConfig(rescale_betas_zero_snr=True), [], (True, "scheduler", "leading")),
+            (False, None, ["ztsnr"], (False, "option", "leading")),
+        ],
+    )
+    def test_zero_terminal_snr(
+        self, option: bool | None, scheduler: NoiseConfig | None, keys: list[str], expected: tuple[bool, str, str]
+    ) -> None:
+        noise, decided_by = decide_noise(NoiseOptions(None, option), scheduler, keys=keys)
+        found = (noise.rescale_betas_zero_snr, decided_by["zero_terminal_snr"], noise.timestep_spacing)
+        assert found == expected
+
+    @pytest.mark.parametrize("key", ["edm_mean", "edm_vpred.sigma_max"])
+    def test_edm_is_refused(self, key: str) -> None:
+        with pytest.raises(ValueError, match=f"an EDM model, by its keys {key}"):
+            decide_noise(NoiseOptions(), None, keys=[key])
+
+    def test_unknown_metadata(self) -> None:
+        with pytest.raises(ValueError, match=r"modelspec\.prediction_type='flow' is not known"):
+            decide_noise(NoiseOptions(), None, metadata={"modelspec.prediction_type": "flow"})
+
+    def test_unknown_option(self) -> None:
+        with pytest.raises(ValueError, match="prediction_type='flow' is not one of epsilon, v_prediction"):
+            NoiseOptions("flow")
+
+    @pytest.mark.usefixtures("tokenizer_in_cache")
+    def test_from_a_file_to_the_record(self, tiny: Tiny, tmp_path: Path) -> None:
+        path = tmp_path / "model.safetensors"
+        marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+        save_file({**tiny.original(), **marks}, path, metadata={"modelspec.prediction_type": "epsilon"})
+        model = cutdiff.load(path)
+        record = cutdiff.generate(model, PROMPT, method="direct", num_steps=1, height=16, width=16).record
+        assert (record["prediction_type"], record["zero_terminal_snr"]) == ("v_prediction", True)
+        assert record["model"]["decided_by"]["prediction_type"] == "marker key v_pred"
