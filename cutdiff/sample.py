@@ -14,7 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cutdiff.settings import BACKENDS, INTERACTIONS, METHOD_NAMES, SIZE_CONDITIONINGS, SOLVER_NAMES, Settings
+from cutdiff.settings import (
+    BACKENDS,
+    INTERACTIONS,
+    METHOD_NAMES,
+    PREDICTION_TYPES,
+    SIZE_CONDITIONINGS,
+    SOLVER_NAMES,
+    Settings,
+)
 
 if TYPE_CHECKING:
     from cutdiff.model import Model
@@ -42,6 +50,8 @@ def _run(argv: list[str] | None) -> None:
     settings = _settings(args)
     _check_output(args.out)
     model = _load(args)
+    if args.verbose:
+        _tell(model)
     _check_fit(model, settings)
     _warn_about_length(model, args.prompt, settings.negative_prompt)
     for index in range(args.num_images):
@@ -67,6 +77,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="?", default=DEMO_PROMPT, help="what to draw", metavar="PROMPT")
     parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: the embedded one")
     parser.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
+    parser.add_argument("--vae", metavar="PATH", help="folder or file whose VAE replaces the model's")
+    parser.add_argument(
+        "--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts; none: as the model says"
+    )
+    parser.add_argument(
+        "--zero-terminal-snr", action=argparse.BooleanOptionalAction,
+        help="whether the model was trained with noise that ends at zero SNR; none: as the model says",
+    )  # fmt: skip
     parser.add_argument("--method", default=defaults.method, choices=METHOD_NAMES)
     parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
     parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
@@ -108,6 +126,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tell what was read and what it cost")
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
     args = parser.parse_args(argv)
     args.cosine_scales = tuple(args.cosine_scales)
@@ -169,9 +188,28 @@ def _load(args: argparse.Namespace) -> Model:
     except (RuntimeError, AssertionError):
         raise _BadArgument(f"--device {device} is not available here: use --device cpu") from None
     try:
-        return cutdiff.load(args.model, device=device, dtype=getattr(torch, args.dtype), config=args.config)
+        return cutdiff.load(
+            args.model,
+            device=device,
+            dtype=getattr(torch, args.dtype),
+            config=args.config,
+            vae=args.vae,
+            prediction_type=args.prediction_type,
+            zero_terminal_snr=args.zero_terminal_snr,
+        )
     except (ValueError, OSError) as error:
         raise _BadArgument(f"--model {args.model}: {error}") from None
+
+
+def _tell(model: Model) -> None:
+    """Which model was read, and who decided how its noise is scheduled."""
+    decided = {
+        "prediction_type": model.noise.prediction_type,
+        "zero_terminal_snr": model.noise.rescale_betas_zero_snr,
+    }
+    print(f"cutdiff: {model.source}, native size {model.native_size * model.factor} px", file=sys.stderr)
+    for name, value in decided.items():
+        print(f"cutdiff: {name}={value}, decided by: {model.decided_by[name]}", file=sys.stderr)
 
 
 def _warn_about_length(model: Model, *prompts: str) -> None:
@@ -199,6 +237,9 @@ def _draw(model: Model, args: argparse.Namespace, settings: Settings, seed: int)
 
         result: Result = cutdiff.generate(model, args.prompt, settings, on_step=on_step)
     record = result.record
+    if args.verbose:
+        seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in record["seconds"].items())
+        print(f"cutdiff: {record['network_evaluations']} network evaluations; {seconds}", file=sys.stderr)
     stem = f"{settings.method_name}-{record['width']}x{record['height']}-seed{seed}"
     return save_image(result.images[0], record, args.out, stem)
 

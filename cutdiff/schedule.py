@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cutdiff.settings import PREDICTION_TYPES
+
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 
 EULER_TERMINAL_ALPHA = 2.0**-24

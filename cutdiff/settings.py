@@ -21,6 +21,7 @@ METHOD_NAMES = (
 SOLVER_NAMES = ("euler", "ddim")
 INTERACTIONS = ("channel", "pixel", "none")
 SIZE_CONDITIONINGS = ("native", "target")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 BACKENDS = ("auto", "triton", "reference")
 
 

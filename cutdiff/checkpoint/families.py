@@ -95,10 +95,13 @@ OTHERS = (
 """How the keys of other files begin, the most telling first, and what those files are."""
 
 
-def family_of(keys: Collection[str]) -> Family:
+def family_of(keys: Collection[str], *, needs_vae: bool = True) -> Family:
     """The family of a file by its keys. Raises ValueError that says what the file is, where it is of none."""
     for family in FAMILIES:
-        if all(any(key.startswith(prefix) for key in keys) for prefix in family.prefixes.values()):
+        missing = [name for name, prefix in family.prefixes.items() if not any(key.startswith(prefix) for key in keys)]
+        if missing == ["vae"] and needs_vae:
+            raise ValueError(f"an {family.name} model without a VAE: pass one as --vae")
+        if missing in ([], ["vae"]):
             return family
     for starts, what in OTHERS:
         if any(key.startswith(starts) for key in keys):

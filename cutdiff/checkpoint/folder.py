@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,42 +39,43 @@ def read_blueprint(folder: Path) -> Blueprint:
     first, tokenizer = _read_text(folder, "text_encoder", "tokenizer")
     second, tokenizer_2 = _read_text(folder, "text_encoder_2", "tokenizer_2") if PIPELINES[pipeline] else (None, None)
     return Blueprint(
-        unet=_parse(folder / "unet" / "config.json", unet_config),
-        vae=_parse(folder / "vae" / "config.json", vae_config),
+        unet=parse(folder / "unet" / "config.json", unet_config),
+        vae=parse(folder / "vae" / "config.json", vae_config),
         text_encoder=first,
         text_encoder_2=second,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         text_layer=2 if second else 1,
-        noise=_parse(folder / "scheduler" / "scheduler_config.json", noise_config),
+        noise=parse(folder / "scheduler" / "scheduler_config.json", noise_config),
         zeros_for_empty_negative=second is not None and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
 
-def weight_files(folder: Path, networks: Networks) -> dict[str, list[Path]]:
-    """The weight files of each network. Raises ValueError where there are none."""
-    return {name: find_weights(folder / name, STEMS.get(name, "model")) for name in networks.named()}
+def weight_files(folder: Path, names: Iterable[str]) -> dict[str, list[Path]]:
+    """The weight files of the networks of those names. Raises ValueError where there are none."""
+    return {name: find_weights(folder / name, STEMS.get(name, "model")) for name in names}
 
 
 def read_weights(files: Mapping[str, list[Path]], networks: Networks) -> dict[str, dict[str, Tensor]]:
     """Memory-mapped tensors of each network, under the network's own keys."""
     weights: dict[str, dict[str, Tensor]] = {}
-    for name, network in networks.named().items():
+    for name, shards in files.items():
         tensors: dict[str, Tensor] = {}
-        for shard in files[name]:
+        for shard in shards:
             tensors |= read_tensors(shard)
-        weights[name] = clip.named_for(network, tensors) if name.startswith("text") else tensors
+        weights[name] = clip.named_for(networks.named()[name], tensors) if name.startswith("text") else tensors
     return weights
 
 
 def _read_text(folder: Path, encoder: str, tokenizer: str) -> tuple[CLIPTextConfig, CLIPTokenizer]:
-    config = _parse(folder / encoder / "config.json", clip.clip_config)
+    config = parse(folder / encoder / "config.json", clip.clip_config)
     return config, clip.read_tokenizer(folder / tokenizer, config.max_position_embeddings)
 
 
-def _parse(path: Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
+def parse(path: Path, parser: Callable[[Mapping[str, Any]], T]) -> T:
+    """A configuration file through its parser, whose ValueError is headed by the file."""
     fields = read_json(path)
     try:
-        return parse(fields)
+        return parser(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -23,8 +23,10 @@ HEAD_DIM = 64
 """Channels of an attention head, in the U-Nets of SDXL and SD 2.1 and in all text encoders; no shape tells it."""
 
 
-def infer_blueprint(parts: Parts, family: Family, noise: NoiseConfig) -> Blueprint:
+def infer_blueprint(parts: Parts, family: Family, noise: NoiseConfig, vae: VAEConfig | None = None) -> Blueprint:
     """Sizes from keys and shapes, the family's constants for the rest, tokenizers from the local Hugging Face cache.
+
+    `vae` is that of another file, where the file's own is not used.
 
     Raises ValueError where a key that tells a size is missing, or no tokenizer is found.
     """
@@ -38,7 +40,7 @@ def infer_blueprint(parts: Parts, family: Family, noise: NoiseConfig) -> Bluepri
     second = len(encoders) > 1
     return Blueprint(
         unet=_infer_unet(shapes["unet"], encoders[1].projection_dim if second else 0, family, noise.prediction_type),
-        vae=_infer_vae(shapes["vae"], family),
+        vae=vae or infer_vae(parts["vae"], family.vae),
         text_encoder=encoders[0],
         text_encoder_2=encoders[1] if second else None,
         tokenizer=tokenizers[0],
@@ -95,16 +97,19 @@ def _infer_unet(shapes: _Shapes, pooled_dim: int, family: Family, prediction_typ
     )
 
 
-def _infer_vae(shapes: _Shapes, family: Family) -> VAEConfig:
-    levels = range(shapes.count("encoder.down."))
+def infer_vae(tensors: Mapping[str, Tensor], like: VAEConfig) -> VAEConfig:
+    """Sizes of a VAE in the original layout or the diffusers layout; what no shape tells is as in `like`."""
+    shapes = _Shapes("vae", tensors)
+    level, layer = ("down", "block") if shapes.count("encoder.down.") else ("down_blocks", "resnets")
+    levels = range(shapes.count(f"encoder.{level}."))
     return VAEConfig(
         in_channels=shapes.of("encoder.conv_in.weight")[1],
         out_channels=shapes.of("decoder.conv_out.weight")[0],
-        channels=tuple(shapes.of(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in levels),
-        layers_per_block=shapes.count("encoder.down.0.block."),
+        channels=tuple(shapes.of(f"encoder.{level}.{i}.{layer}.0.conv1.weight")[0] for i in levels),
+        layers_per_block=shapes.count(f"encoder.{level}.0.{layer}."),
         latent_channels=shapes.of("post_quant_conv.weight")[0],
-        scaling_factor=family.vae.scaling_factor,
-        force_upcast=family.vae.force_upcast,
+        scaling_factor=like.scaling_factor,
+        force_upcast=like.force_upcast,
     )
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cutdiff.checkpoint import folder, single
-from cutdiff.checkpoint.build import build_model, empty_networks
+from cutdiff.checkpoint.build import Blueprint, Networks, build_model, empty_networks
 from cutdiff.checkpoint.families import family_of
 from cutdiff.checkpoint.infer import infer_blueprint
 from cutdiff.checkpoint.locate import locate
 from cutdiff.checkpoint.noise import NoiseOptions, decide_noise
 from cutdiff.checkpoint.read import read_metadata, read_tensors, sha256
+from cutdiff.checkpoint.vae import read_vae
 from cutdiff.model import Model
 
 
@@ -25,6 +27,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     config: str | Path | None = None,
+    vae: str | Path | None = None,
     prediction_type: str | None = None,
     zero_terminal_snr: bool | None = None,
 ) -> Model:
@@ -37,6 +40,7 @@ def load(
     config: a diffusers folder from which a single file takes its configurations, schedule and tokenizers. Without it
         sizes are inferred from the file, the rest is its family's, and tokenizers come from the local Hugging Face
         cache.
+    vae: a folder or file whose VAE takes the place of the model's own, which a single file may then lack.
     prediction_type: "epsilon" or "v_prediction"; None: as the file's marker keys, its metadata or its scheduler say,
         else epsilon.
     zero_terminal_snr: whether the noise that the model was trained with ends at zero SNR; None: likewise, else not.
@@ -50,40 +54,74 @@ def load(
             f"dtype={dtype} is no floating-point type: pass torch.float32, torch.bfloat16 or torch.float16"
         )
     source, device = locate(path), torch.device(device)
-    options = NoiseOptions(prediction_type, zero_terminal_snr)
+    options, vae = NoiseOptions(prediction_type, zero_terminal_snr), None if vae is None else locate(vae)
     if source.is_dir():
         if config is not None:
             raise ValueError(
                 f"config={str(config)!r} is for single files, and {source} is a folder with its own: omit it"
             )
-        blueprint = folder.read_blueprint(source)
-        noise, decided_by = decide_noise(options, blueprint.noise)
-        networks = empty_networks(blueprint)
-        files = folder.weight_files(source, networks)
-        weights = folder.read_weights(files, networks)
-        hashes = {str(file.relative_to(source)): sha256(file) for shards in files.values() for file in shards}
+        found = _read_folder(source, vae, options)
     else:
-        configured = folder.read_blueprint(locate(config)) if config is not None else None
-        tensors, metadata = read_tensors(source), read_metadata(source)
-        with _named(source):
-            family = family_of(tensors)
-            parts = single.split(tensors, family)
-            scheduler = configured.noise if configured else None
-            noise, decided_by = decide_noise(options, scheduler, keys=tensors, metadata=metadata)
-            blueprint = configured or infer_blueprint(parts, family, noise)
-        networks = empty_networks(blueprint)
-        weights = single.convert(parts, networks)
-        hashes = {source.name: sha256(source)}
+        found = _read_single(source, vae, options, None if config is None else locate(config))
     return build_model(
-        replace(blueprint, noise=noise),
-        networks,
-        weights,
+        found.blueprint,
+        found.networks,
+        found.weights,
         device=device,
         dtype=dtype,
         source=str(source),
-        hashes=hashes,
-        decided_by=decided_by,
+        hashes=found.hashes,
+        decided_by=found.decided_by,
     )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was read of a model: empty networks, and the weights that they will have."""
+
+    blueprint: Blueprint
+    networks: Networks
+    weights: dict[str, dict[str, Tensor]]
+    hashes: dict[str, str]
+    decided_by: dict[str, str]
+
+
+def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Found:
+    blueprint = folder.read_blueprint(source)
+    noise, decided_by = decide_noise(options, blueprint.noise)
+    other = None if vae is None else read_vae(vae, blueprint.vae)
+    blueprint = replace(blueprint, noise=noise, vae=other.config if other else blueprint.vae)
+    networks = empty_networks(blueprint)
+    files = folder.weight_files(source, [name for name in networks.named() if name != "vae" or other is None])
+    weights = folder.read_weights(files, networks)
+    hashes = {str(file.relative_to(source)): sha256(file) for shards in files.values() for file in shards}
+    if other is not None:
+        weights["vae"] = other.tensors
+        hashes |= other.hashes
+    return _Found(blueprint, networks, weights, hashes, decided_by)
+
+
+def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: Path | None) -> _Found:
+    configured = None if config is None else folder.read_blueprint(config)
+    tensors, metadata = read_tensors(source), read_metadata(source)
+    with _named(source):
+        family = family_of(tensors, needs_vae=vae is None)
+        parts = single.split(tensors, family)
+        scheduler = configured.noise if configured else None
+        noise, decided_by = decide_noise(options, scheduler, keys=tensors, metadata=metadata)
+    other = None if vae is None else read_vae(vae, configured.vae if configured else family.vae)
+    with _named(source):
+        if configured is None:
+            blueprint = infer_blueprint(parts, family, noise, other.config if other else None)
+        else:
+            blueprint = replace(configured, noise=noise, vae=other.config if other else configured.vae)
+    networks = empty_networks(blueprint)
+    weights = single.convert(parts, networks)
+    hashes = {source.name: sha256(source)}
+    if other is not None:
+        weights["vae"] = other.tensors
+        hashes |= other.hashes
+    return _Found(blueprint, networks, weights, hashes, decided_by)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from cutdiff.schedule import PREDICTION_TYPES, NoiseConfig
+from cutdiff.schedule import NoiseConfig
+from cutdiff.settings import PREDICTION_TYPES
 
 MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.")
 """How the marker keys begin: empty tensors that some trainers put beside the weights."""

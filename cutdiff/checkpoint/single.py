@@ -11,6 +11,7 @@ from cutdiff.checkpoint.build import Networks, is_harmless, listed
 from cutdiff.checkpoint.families import Family
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
 from cutdiff.checkpoint.noise import MARKS
+from cutdiff.models.vae import VAE
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -42,20 +43,23 @@ def split(tensors: Mapping[str, Tensor], family: Family) -> Parts:
 def convert(parts: Parts, networks: Networks) -> Parts:
     """The same tensors under the networks' own keys. Keys that they do not know stay, for the strict assignment to
     list."""
-    unet, vae = unet_keys(networks.unet), vae_keys(networks.vae)
-    shapes = {key: value.ndim for key, value in networks.vae.state_dict().items()}
+    unet = unet_keys(networks.unet)
     return {
         "unet": {unet.get(key, key): tensor for key, tensor in parts["unet"].items()},
-        "vae": {
-            (ours := vae.get(key, key)): _linear(tensor) if shapes.get(ours) == 2 else tensor
-            for key, tensor in parts["vae"].items()
-        },
+        "vae": convert_vae(parts["vae"], networks.vae),
         **{
             name: clip.named_for(network, parts[name])
             for name, network in networks.named().items()
             if name.startswith("text")
         },
     }
+
+
+def convert_vae(tensors: Mapping[str, Tensor], vae: VAE) -> dict[str, Tensor]:
+    """A VAE's tensors under original keys, without their prefix, under its own keys."""
+    keys, state = vae_keys(vae), vae.state_dict()
+    named = ((keys.get(key, key), tensor) for key, tensor in tensors.items())
+    return {key: _linear(tensor) if key in state and state[key].ndim == 2 else tensor for key, tensor in named}
 
 
 def _linear(weight: Tensor) -> Tensor:

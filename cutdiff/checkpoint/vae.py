@@ -1,0 +1,50 @@
+"""A VAE from elsewhere, in the place of a model's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cutdiff.checkpoint.configs import vae_config
+from cutdiff.checkpoint.families import VAE_PREFIX
+from cutdiff.checkpoint.folder import STEMS, parse
+from cutdiff.checkpoint.infer import infer_vae
+from cutdiff.checkpoint.read import find_weights, read_tensors, sha256
+from cutdiff.checkpoint.single import convert_vae
+from cutdiff.models.config import VAEConfig
+from cutdiff.models.vae import VAE
+
+
+@dataclass(frozen=True)
+class OtherVAE:
+    config: VAEConfig
+    tensors: dict[str, Tensor]
+    """Memory-mapped, under our keys."""
+    hashes: dict[str, str]
+    """SHA-256 of every file, by its path."""
+
+
+def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
+    """The VAE of a diffusers folder, its own or a whole model's, or of a file in either layout, alone or in a model's.
+
+    A file says neither its scaling factor nor whether it overflows in float16: these are then as in `like`, the VAE
+    that is replaced. Raises ValueError where there is no VAE.
+    """
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        config, files = parse(folder / "config.json", vae_config), find_weights(folder, STEMS["vae"])
+        tensors = {key: tensor for file in files for key, tensor in read_tensors(file).items()}
+    else:
+        files, found = [path], read_tensors(path)
+        prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in found) else ""
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
+        try:
+            config = infer_vae(tensors, like)
+        except ValueError as error:
+            raise ValueError(f"{path} is no VAE: {error}") from None
+        with torch.device("meta"):
+            tensors = convert_vae(tensors, VAE(config))
+    return OtherVAE(config, tensors, {str(file): sha256(file) for file in files})
