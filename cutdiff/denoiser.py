@@ -109,7 +109,7 @@ class Denoiser:
         read = canvas if seen is None else seen
         inputs = operator.gather(read, self.backend, c_in=1 / scale, dtype=dtype, copies=copies)
         told = _size_ids(inputs, copies, self.factor, crop_origins, original_size, target_size)
-        prediction = self._predict(inputs, sigma, told, self.positive if positive is None else positive)
+        prediction = self.predict(inputs, sigma, told, self.positive if positive is None else positive)
         is_epsilon = self.prediction_type == "epsilon"
         return operator.scatter(
             prediction,
@@ -126,7 +126,7 @@ class Denoiser:
         self.evaluations += len(inputs[0])
         return self.unet(*inputs)
 
-    def _predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, positive: TextStates) -> Tensor:
+    def predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, positive: TextStates) -> Tensor:
         """The network's output for (items·copies, C, h, w), evaluated in parts of `view_batch_size` items."""
         context, pooled = self._text(len(inputs), positive)
         timestep = torch.full((1,), self.timestep(sigma), device=inputs.device).expand(len(inputs))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
@@ -13,6 +14,10 @@ from cutdiff.schedule import NoiseConfig
 
 if TYPE_CHECKING:
     from cutdiff.models.text import TextEncoders
+
+
+LISTED = 5
+"""How many weights an error names before it only counts them."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,24 @@ class Model:
         return self.unet.conv_in.weight.dtype
 
     @property
+    def vae_dtype(self) -> torch.dtype:
+        """The network's, or float32 where the VAE would overflow in that."""
+        return self.vae.post_quant_conv.weight.dtype
+
+    def bad_weights(self) -> str:
+        """What an error says of weights that hold NaN or infinity, by name; empty where there are none."""
+        networks: dict[str, nn.Module] = {"unet": self.unet, "vae": self.vae}
+        networks |= dict(zip(("text_encoder", "text_encoder_2"), self.text.encoders, strict=False))
+        bad = [
+            f"{name}: {key}"
+            for name, network in networks.items()
+            for key, weight in network.state_dict().items()
+            if weight.is_floating_point() and not weight.isfinite().all()
+        ]
+        more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        return f"weights hold NaN or infinity, {', '.join(bad[:LISTED])}{more}: download them again" if bad else ""
+
+    @property
     def native_size(self) -> int:
         """Side, in latents, of the pictures that the model was trained on."""
         return self.unet.config.native_size
@@ -49,3 +72,8 @@ class Model:
     def factor(self) -> int:
         """Pixels of an image for one latent, on each axis."""
         return self.vae.config.factor
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options and records have it: "float32"."""
+    return str(dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -17,9 +18,11 @@ from torch import Tensor
 import cutdiff
 from cutdiff.denoiser import Denoiser
 from cutdiff.draws import Draws
+from cutdiff.finite import explained
 from cutdiff.methods import METHODS, Run
-from cutdiff.model import Model
+from cutdiff.model import Model, dtype_name
 from cutdiff.models.text import TextStates
+from cutdiff.models.vae import VAE
 from cutdiff.patches import check_backend
 from cutdiff.schedule import Schedule
 from cutdiff.settings import Settings
@@ -88,19 +91,31 @@ def generate(
         now = _now(model.device)
         seconds[step.stage] = seconds.get(step.stage, 0.0) + now - began
         began = now
-    _check_finite("latents", latents, model)
-    images = decode(model, latents)
+    images, dtype = decode(model, latents)
     seconds["decode"] = _now(model.device) - began
-    return Result(images, latents, _record(model, prompt, prepared, seconds))
+    return Result(images, latents, _record(model, prompt, prepared, seconds) | {"decoded_in": dtype_name(dtype)})
 
 
 @torch.no_grad()
-def decode(model: Model, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1], on the CPU; one at a time to save memory."""
-    dtype = model.vae.post_quant_conv.weight.dtype
-    images = [model.vae.decode(image[None].to(dtype)).float().cpu() for image in latents]
-    _check_finite("images", torch.cat(images), model)
-    return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+def decode(model: Model, latents: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1], on the CPU, and the dtype they were decoded in:
+    the VAE's, or float32 where that overflowed. One at a time to save memory.
+
+    Raises FloatingPointError where float32 does not help.
+    """
+    vae, dtype = model.vae, model.vae_dtype
+    images = _decoded(vae, latents)
+    if not images.isfinite().all() and dtype != torch.float32:
+        vae, dtype = deepcopy(vae).float(), torch.float32
+        images = _decoded(vae, latents)
+    if not images.isfinite().all():
+        raise FloatingPointError(f"the VAE gave NaN or infinity; {model.bad_weights() or 'all weights are finite'}")
+    return (images / 2 + 0.5).clamp(0, 1), dtype
+
+
+def _decoded(vae: VAE, latents: Tensor) -> Tensor:
+    dtype = vae.post_quant_conv.weight.dtype
+    return torch.cat([vae.decode(image[None].to(dtype)).float().cpu() for image in latents])
 
 
 def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Solver, Schedule]:
@@ -157,7 +172,8 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
     if noise.shape != shape:
         raise ValueError(f"draws.noise gave {tuple(noise.shape)} where {shape} is needed")
     steps = solve(stages, noise * schedule.init_scale, schedule, solver, draws.noise)
-    return _Prepared(settings, denoiser, draws, size, sum(len(stage.steps) for stage in stages), steps)
+    num_steps = sum(len(stage.steps) for stage in stages)
+    return _Prepared(settings, denoiser, draws, size, num_steps, explained(steps, denoiser, model))
 
 
 def _record(
@@ -176,7 +192,8 @@ def _record(
         "seed": seeds[0] if seeds else None,
         "draws": {"class": type(prepared.draws).__qualname__, "seeds": seeds},
         "device": _device_name(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
+        "vae_dtype": dtype_name(model.vae_dtype),
         "network_evaluations": prepared.denoiser.evaluations,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_memory_bytes": _peak_memory(model.device),
@@ -193,11 +210,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _check_finite(name: str, values: Tensor, model: Model) -> None:
-    if not values.isfinite().all():
-        raise FloatingPointError(f"{name} overflowed in {model.dtype}: use float32 or bfloat16")
 
 
 def _device_name(device: torch.device) -> str:

@@ -85,6 +85,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--zero-terminal-snr", action=argparse.BooleanOptionalAction,
         help="whether the model was trained with noise that ends at zero SNR; none: as the model says",
     )  # fmt: skip
+    parser.add_argument("--check-weights", action="store_true", help="read all weights first, and name NaN among them")
     parser.add_argument("--method", default=defaults.method, choices=METHOD_NAMES)
     parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
     parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
@@ -196,6 +197,7 @@ def _load(args: argparse.Namespace) -> Model:
             vae=args.vae,
             prediction_type=args.prediction_type,
             zero_terminal_snr=args.zero_terminal_snr,
+            check_weights=args.check_weights,
         )
     except (ValueError, OSError) as error:
         raise _BadArgument(f"--model {args.model}: {error}") from None
@@ -237,6 +239,8 @@ def _draw(model: Model, args: argparse.Namespace, settings: Settings, seed: int)
 
         result: Result = cutdiff.generate(model, args.prompt, settings, on_step=on_step)
     record = result.record
+    if record["decoded_in"] != record["vae_dtype"]:
+        print(f"cutdiff: the VAE overflowed in {record['vae_dtype']}, so it decoded in float32", file=sys.stderr)
     if args.verbose:
         seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in record["seconds"].items())
         print(f"cutdiff: {record['network_evaluations']} network evaluations; {seconds}", file=sys.stderr)

@@ -62,6 +62,14 @@ class Step:
     """The estimate of x0 that the step was taken with, (B, C, H, W), float32."""
 
 
+class NotFinite(FloatingPointError):
+    """An estimate of x0 that holds NaN or infinity, and what it was made from."""
+
+    def __init__(self, stage: Stage, latents: Tensor, sigma: float, step: int) -> None:
+        super().__init__(f"step {step} ({stage.name}, sigma {sigma:.4g}) gave NaN or infinity")
+        self.stage, self.latents, self.sigma, self.step = stage, latents, sigma, step
+
+
 @dataclass(frozen=True)
 class Solver:
     """How a run picks its sigmas and how much fresh noise a step adds (`eta`: 0 none, 1 as much as DDPM)."""
@@ -113,7 +121,7 @@ def solve(
 ) -> Iterator[Step]:
     """Run the stages one after another from x (B, C, H, W), float32, and yield every step.
 
-    `noise` is asked only where eta > 0.
+    `noise` is asked only where eta > 0. Raises NotFinite where an estimate is not.
     """
     for part in stages:
         x, stage = part.begin(x) if isinstance(part, Phase) else (x, part)
@@ -122,6 +130,8 @@ def solve(
             sigma = schedule.sigmas[at]
             x = x if stage.before is None else stage.before(x, sigma, i)
             denoised = stage.denoise(x, sigma, i)
+            if not denoised.isfinite().all():
+                raise NotFinite(stage, x, sigma, i)
             fresh = noise(tuple(x.shape), i).to(x) if solver.eta else None
             x = solver.step(x, denoised, sigma, schedule.targets[at], fresh)
             rescale = schedule.rescale(at)

@@ -30,6 +30,7 @@ def load(
     vae: str | Path | None = None,
     prediction_type: str | None = None,
     zero_terminal_snr: bool | None = None,
+    check_weights: bool = False,
 ) -> Model:
     """Read a model of the families SDXL, SD 1.5 and SD 2.1.
 
@@ -44,6 +45,8 @@ def load(
     prediction_type: "epsilon" or "v_prediction"; None: as the file's marker keys, its metadata or its scheduler say,
         else epsilon.
     zero_terminal_snr: whether the noise that the model was trained with ends at zero SNR; None: likewise, else not.
+    check_weights: read all weights now and raise ValueError where one is NaN or infinite; a run that meets such a value
+        names the weights in any case.
 
     Weights stay memory-mapped where they need not be converted. Raises FileNotFoundError where there is nothing at
     `path`; ValueError where it is no such model, is incomplete, does not fit its configuration, or needs what is not
@@ -63,7 +66,7 @@ def load(
         found = _read_folder(source, vae, options)
     else:
         found = _read_single(source, vae, options, None if config is None else locate(config))
-    return build_model(
+    model = build_model(
         found.blueprint,
         found.networks,
         found.weights,
@@ -73,6 +76,9 @@ def load(
         hashes=found.hashes,
         decided_by=found.decided_by,
     )
+    if check_weights and (bad := model.bad_weights()):
+        raise ValueError(f"{source}: {bad}")
+    return model
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cutdiff.images import save_json, to_pil, write_atomically
-from cutdiff.model import Model
+from cutdiff.model import Model, dtype_name
 from cutdiff.pipeline import generate
 from cutdiff.settings import Settings
 
@@ -54,7 +54,7 @@ def draw(
     """
     folder.mkdir(parents=True, exist_ok=True)
     plan = {"name": cell.name, "settings": cell.settings.described(), "batch": batch}
-    plan |= {"model": model.hashes, "dtype": str(model.dtype).removeprefix("torch.")}
+    plan |= {"model": model.hashes, "dtype": dtype_name(model.dtype)}
     plan = json.loads(json.dumps(plan))  # as it will be read back
     described, log = folder / "cell.json", folder / "batches.jsonl"
     if not described.exists():

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cutdiff
-from cutdiff.model import Model
+from cutdiff.model import Model, dtype_name
 from cutdiff.scenes import score, world
 from cutdiff.scenes.cells import Cell, cost, draw, folder_of, pictures
 from cutdiff.scenes.features import FeatureNet, load_features
@@ -116,6 +116,6 @@ def environment(model: Model) -> dict[str, Any]:
         "model": {"sha256": model.hashes},
         "device": torch.cuda.get_device_name() if on_gpu else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "versions": {"cutdiff": cutdiff.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }

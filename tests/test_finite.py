@@ -1,0 +1,97 @@
+"""A value that is not finite ends the run, and is told where it came from: no picture is made of it."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import cutdiff
+from cutdiff.methods.network import replaced
+from cutdiff.model import Model
+from cutdiff.sample import main
+
+PROMPT = "a red house"
+RUN = {"num_steps": 4, "height": 128, "width": 128, "guidance_scale": 2.0}
+"""Twice the native size: 4 patches, then at a stride of 8 latents 4 views."""
+
+
+@pytest.mark.parametrize(
+    ("step", "row", "method", "expected"),
+    [
+        (0, 5, "cutdiffusion", r"^step 0 \(structure, .* first in patch or view 3 of 4 of picture 1"),
+        (3, 5, "cutdiffusion", r"^step 3 \(detail, .* first in patch or view 3 of 4 of picture 1"),
+        (1, 2, "direct", r"^step 1 \(direct, .* first in patch or view 1 of 1 of picture 2"),
+    ],
+)
+def test_the_step_the_stage_and_the_view_are_named(
+    tiny_model: Model, step: int, row: int, method: str, expected: str
+) -> None:
+    unet, timesteps_seen = tiny_model.unet, []
+
+    def forward(x: Tensor, timesteps: Tensor, *conditions: Tensor) -> Tensor:
+        out = type(unet).forward(unet, x, timesteps, *conditions)
+        if float(timesteps[0]) not in timesteps_seen:
+            timesteps_seen.append(float(timesteps[0]))
+        if timesteps_seen.index(float(timesteps[0])) == step:
+            out[row] = float("inf")  # of a guidance pair, rows 2k and 2k + 1 are one item
+        return out
+
+    prompts = [PROMPT, PROMPT] if method == "direct" else PROMPT
+    with replaced(unet, forward=forward), pytest.raises(FloatingPointError, match=expected) as error:
+        cutdiff.generate(tiny_model, prompts, method=method, stride=8, **RUN)
+    assert str(error.value).endswith("; all weights are finite")
+
+
+def test_weights_are_named_by_a_run_and_by_the_check(folder: Path, copy: Path) -> None:
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["mid_block.resnets.1.conv2.bias"][3] = float("nan")
+    save_file(tensors, path)
+    named = r"weights hold NaN or infinity, unet: mid_block\.resnets\.1\.conv2\.bias: download them again"
+    model = cutdiff.load(copy)
+    with pytest.raises(FloatingPointError, match=named):
+        cutdiff.generate(model, PROMPT, method="direct", num_steps=1, height=64, width=64)
+    with pytest.raises(ValueError, match=named):
+        cutdiff.load(copy, check_weights=True)
+    cutdiff.load(folder, check_weights=True)
+
+
+def test_nothing_is_written_of_it(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: tensor * float("nan") for key, tensor in load_file(path).items()}, path)
+    quick = ["--steps", "1", "--width", "64", "--height", "64", "--out", str(tmp_path / "out")]
+    assert main(["red", "--model", str(copy), *quick]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "step 0 (structure" in told
+    assert "unet: conv_in.weight" in told
+    assert [*(tmp_path / "out").iterdir()] == []
+
+
+class TestVAE:
+    def test_decodes_again_in_float32(self, tiny_model: Model) -> None:
+        vae = deepcopy(tiny_model.vae).half()
+        vae.decoder.conv_in.weight.mul_(6e4)  # what follows is normalised, so float32 bears it
+        result = cutdiff.generate(replace(tiny_model, vae=vae), PROMPT, method="direct", **RUN)
+        assert result.images.isfinite().all()
+        assert (result.record["vae_dtype"], result.record["decoded_in"]) == ("float16", "float32")
+        assert vae.post_quant_conv.weight.dtype == torch.float16, "the model is as it was"
+
+    def test_decodes_once_where_nothing_overflows(self, tiny_model: Model) -> None:
+        model = replace(tiny_model, vae=deepcopy(tiny_model.vae).half())
+        record = cutdiff.generate(model, PROMPT, method="direct", **RUN).record
+        assert (record["vae_dtype"], record["decoded_in"]) == ("float16", "float16")
+
+    def test_fails_where_float32_overflows_too(self, tiny_model: Model) -> None:
+        vae = deepcopy(tiny_model.vae)
+        vae.decoder.conv_out.weight.fill_(float("inf"))
+        with pytest.raises(
+            FloatingPointError, match=r"^the VAE gave NaN or infinity; .* vae: decoder\.conv_out\.weight"
+        ):
+            cutdiff.generate(replace(tiny_model, vae=vae), PROMPT, method="direct", **RUN)
