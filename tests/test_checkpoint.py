@@ -29,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from cutdiff.checkpoint import load, save_folder
 from cutdiff.checkpoint import text as clip
-from cutdiff.checkpoint.build import LISTED, NETWORKS, assign
+from cutdiff.checkpoint.build import NETWORKS, assign
 from cutdiff.checkpoint.configs import (
     NOISE_DEFAULTS,
     SCHEDULERS,
@@ -43,6 +43,7 @@ from cutdiff.checkpoint.configs import (
     vae_config,
     vae_to_diffusers,
 )
+from cutdiff.checkpoint.files import LISTED
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
 from cutdiff.checkpoint.read import sha256
 from cutdiff.checkpoint.single import PREFIXES, infer_blueprint, split

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
-from cutdiff.checkpoint.build import Blueprint, Networks, is_harmless, listed
+from cutdiff.checkpoint.build import Blueprint, Networks, is_harmless
+from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.schedule import NoiseConfig
