@@ -20,7 +20,7 @@ import torch
 from cutdiff.checkpoint.files import START, impostor, opened, quoted
 
 MAX_HEADER = 100_000_000
-"""Bytes of a header, as the format limits them."""
+"""Bytes of a header, as the format limits them. Read, it may take a few times as much memory."""
 MAX_MEMBERS = 100_000
 """Tensors of a file, and lines of its metadata; SDXL has 2,515 tensors. The format sets no limit, memory does."""
 MAX_NAME = 1000
@@ -172,8 +172,9 @@ class _Scanner:
     """
 
     SPACE = re.compile(rb"[ \t\n\r]*+")
-    STRING = re.compile(rb'"(?:[^"\\\x00-\x1f]++|\\[^\x00-\x1f])*+"')
-    WORD = re.compile(rb"[-+.\w]*+")
+    SYMBOL = re.compile(SPACE.pattern + rb"([{}\[\]:,])")
+    STRING = re.compile(SPACE.pattern + rb'("(?:[^"\\\x00-\x1f]++|\\[^\x00-\x1f])*+")')
+    WORD = re.compile(SPACE.pattern + rb"([-+.\w]{1,40}+)")
     INTEGER = re.compile(rb"0|[1-9][0-9]{0,18}")
 
     def __init__(self, text: bytes) -> None:
@@ -202,11 +203,11 @@ class _Scanner:
         return tuple(values)
 
     def string(self) -> str:
-        match = self.STRING.match(self.text, self._skip_space())
+        match = self.STRING.match(self.text, self.position)
         if match is None:
             raise self._wrong("a string")
         try:
-            value = json.loads(match[0].decode("utf-8"))
+            value = json.loads(match[1].decode("utf-8"))
             value.encode("utf-8")  # which half a surrogate pair, written as an escape, cannot be
         except UnicodeError:
             raise self._wrong("UTF-8") from None
@@ -216,41 +217,43 @@ class _Scanner:
         return value
 
     def end(self) -> None:
-        if self._skip_space() != len(self.text):
-            raise self._wrong("the header's end")
+        """Raise ValueError where anything but space is left."""
+        if self._after_space() < len(self.text):
+            raise self._wrong("nothing but space")
+
+    def _integer(self) -> int:
+        match = self.WORD.match(self.text, self.position)
+        if match is None or not self.INTEGER.fullmatch(match[1]):
+            raise self._wrong("an integer from 0 to 10¹⁹")
+        self.position = match.end()
+        return int(match[1])
 
     def _items(self, opening: bytes, closing: bytes) -> Iterator[None]:
+        """One step for each item of a list or an object; the caller reads the item before it asks for the next."""
         self._take(opening)
-        if self.text.startswith(closing, self._skip_space()):
+        if self.text.startswith(closing, self._after_space()):
             self._take(closing)
             return
         yield
         while self._take(b",", closing) != closing:
             yield
 
-    def _integer(self) -> int:
-        match = self.WORD.match(self.text, self._skip_space())
-        if match is None or not self.INTEGER.fullmatch(match[0]):
-            raise self._wrong("an integer from 0 to 2⁶³")
-        self.position = match.end()
-        return int(match[0])
-
     def _take(self, *symbols: bytes) -> bytes:
-        position = self._skip_space()
-        symbol = self.text[position : position + 1]
-        if symbol not in symbols:
+        match = self.SYMBOL.match(self.text, self.position)
+        if match is None or match[1] not in symbols:
             raise self._wrong(b" or ".join(symbols).decode())
-        self.position += 1
-        return symbol
+        self.position = match.end()
+        return match[1]
 
-    def _skip_space(self) -> int:
+    def _after_space(self) -> int:
         match = self.SPACE.match(self.text, self.position)
-        self.position = match.end() if match else self.position
-        return self.position
+        assert match  # it matches nothing, too
+        return match.end()
 
     def _wrong(self, expected: str) -> ValueError:
-        found = self.text[self.position : self.position + 20].decode("utf-8", "replace")
-        return _damaged(f"has a broken header: at byte {8 + self.position} stands {found!r} where {expected} belongs")
+        position = self._after_space()
+        found = self.text[position : position + 20].decode("utf-8", "replace")
+        return _damaged(f"has a broken header: at byte {8 + position} stands {found!r} where {expected} belongs")
 
 
 def _damaged(problem: str) -> ValueError:
