@@ -40,7 +40,7 @@ AGAIN = "download it again"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 6938040682\n"
 HTML = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
-DEEP = 10_000
+DEEP = 100_000
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ CONTENTS = {
     "gzip": (gzip.compress(bytes(99)), "is a compressed archive: unpack it"),
     "zeros": (bytes(4096), f"begins with zeros, as a download that never finished: {AGAIN}"),
     "empty": (b"", f"is empty: {AGAIN}"),
-    "five-bytes": (b"\1\2\3\4\5", f"cut off: it has 5 bytes, fewer than the 8 of a length: {AGAIN}"),
+    "five-bytes": (b"\1\2\3\4\5", f"or cut off after 5 of the 8 bytes of its length: {AGAIN}"),
     "nonsense": (b"nonsense" * 9, f"is no safetensors file: {struct.unpack('<Q', b'nonsense')[0]} bytes of header"),
     "length-2**63": (struct.pack("<Q", 2**63) + b"{}", f"{2**63} bytes of header are more than 100000000: {AGAIN}"),
     "length-101-MB": (struct.pack("<Q", 101_000_000) + b"{}", f"101000000 bytes of header are more than {MAX_HEADER}"),
@@ -115,6 +115,7 @@ CONTENTS = {
         f"is truncated: it has 10 bytes where its header alone takes 107: {AGAIN}",
     ),
     "cut-inside-the-length-128": (struct.pack("<Q", 128) + b'{"a"', "is truncated: it has 12 bytes"),
+    "cut-after-the-length": (struct.pack("<Q", 128), "is truncated: it has 8 bytes where its header alone takes 136"),
     "header-is-a-list": (file(b"[1, 2]"), f"its header does not begin with {{: {AGAIN}"),
     "header-is-empty": (bytes(8) + b"x" * 64, "begins with zeros"),
     # Bytes that the tensors do not account for.
@@ -285,8 +286,9 @@ class TestSpecialFiles:
     def test_missing_is_the_arguments_fault(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         dangling = tmp_path / "dangling.safetensors"
         dangling.symlink_to(tmp_path / "nowhere")
-        for path in (tmp_path / "nowhere.safetensors", dangling):
+        for path in (tmp_path / "nowhere.safetensors", dangling, tmp_path / ("x" * 5000)):
             assert_refused(path, "does not exist: pass a diffusers folder", tmp_path / "out", capsys, status=2)
+        for path in (tmp_path / "nowhere.safetensors", dangling):
             for read in (read_header, read_tensors, sha256):
                 with pytest.raises(FileNotFoundError, match="does not exist: check the path"):
                     read(path)
@@ -439,6 +441,7 @@ INDEXES: dict[str, tuple[Any, Callable[[Path], object], str]] = {
         "names 2 shards, of which 2 are missing: 'a.safetensors', 'b.safetensors': download them",
     ),
     "half-a-surrogate": (weight_map(a="\ud800.safetensors"), nothing, "missing: '\\ud800.safetensors'"),
+    "endless-name": (weight_map(a=f"{'x' * 5000}.safetensors"), nothing, "of which 1 are missing: 'xxxx"),
     "absent-key": (
         weight_map(d=SHARDS[0]),
         nothing,
@@ -474,8 +477,9 @@ INDEXES: dict[str, tuple[Any, Callable[[Path], object], str]] = {
         nothing,
         "is not JSON as a model has it (the key 'a' stands twice): download it again",
     ),
-    "deep": (b'{"a":' * DEEP + b"1" + b"}" * DEEP, nothing, "is not JSON as a model has it (maximum recursion depth"),
-    "deep-list": (b"[" * DEEP, nothing, "is not JSON as a model has it (maximum recursion depth"),
+    "deep": (b'{"a":' * DEEP + b"1" + b"}" * DEEP, nothing, "nests more than 64 levels deep: download it again"),
+    "deep-list": (b"[" * DEEP, nothing, "nests more than 64 levels deep: download it again"),
+    "deep-name": (weight_map(a=json.loads("[" * 300 + "]" * 300)), nothing, "nests more than 64 levels deep"),
     "5000-digits": (b'{"a": %s}' % (b"9" * 5000), nothing, "is not JSON as a model has it (Exceeds the limit"),
 }
 
@@ -511,6 +515,15 @@ class TestIndex:
         with pytest.raises(ValueError, match=f"has {2**30} bytes, more than {MAX_TEXT}, so it is no part of a model"):
             find_weights(tmp_path, STEM)
         assert resident() - before < 2**24
+
+    def test_depth_that_a_model_may_have(self, tmp_path: Path) -> None:
+        for levels, accepted in ((64, True), (65, False)):
+            (tmp_path / "config.json").write_text('{"a":' * levels + "1" + "}" * levels)
+            if accepted:
+                assert len(read_json(tmp_path / "config.json")) == 1
+            else:
+                with pytest.raises(ValueError, match="nests more than 64 levels deep: download it again"):
+                    read_json(tmp_path / "config.json")
 
     def test_infinity_in_a_configuration_is_what_diffusers_writes(self, tmp_path: Path) -> None:
         (tmp_path / "scheduler_config.json").write_text('{"lambda_min_clipped": -Infinity}')
@@ -550,10 +563,14 @@ FOLDERS: dict[str, tuple[str, bytes | None, str]] = {
     "pointer-config": ("vae/config.json", LFS, "vae/config.json is a Git LFS pointer"),
     "broken-config": ("vae/config.json", b"{", "vae/config.json is not JSON"),
     "list-config": ("vae/config.json", b"[]", "vae/config.json holds a list where a JSON object belongs"),
-    "deep-config": ("unet/config.json", b'{"a":' * DEEP, "unet/config.json is not JSON as a model has it"),
+    "deep-config": ("unet/config.json", b'{"a":' * DEEP, "unet/config.json nests more than 64 levels"),
     "twice-in-config": ("unet/config.json", b'{"a":1,"a":2}', "(the key 'a' stands twice)"),
     "pointer-vocabulary": ("tokenizer/vocab.json", LFS, "tokenizer/vocab.json is a Git LFS pointer"),
-    "deep-tokenizer": ("tokenizer_2/tokenizer_config.json", b"[" * DEEP, "tokenizer_config.json is not JSON"),
+    "deep-tokenizer": (
+        "tokenizer_2/tokenizer_config.json",
+        b"[" * DEEP,
+        "tokenizer_config.json nests more than 64 levels",
+    ),
     "page-of-merges": ("tokenizer/merges.txt", HTML, "tokenizer/merges.txt is a web page"),
     "endless-merges": ("tokenizer/merges.txt", bytes(MAX_TEXT + 1), f"merges.txt has {MAX_TEXT + 1} bytes, more than"),
 }

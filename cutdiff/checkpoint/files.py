@@ -6,8 +6,8 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 START = 64
 """How many bytes tell what a file is."""
@@ -35,7 +35,7 @@ def impostor(start: bytes) -> str | None:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BufferedReader]:
     """A regular file, or a link to one, to read bytes from; a pipe would block and a device may never end.
 
     Raises FileNotFoundError where there is none, ValueError where it is something else or cannot be read.

@@ -27,6 +27,7 @@ MAX_NAME = 1000
 """Characters of a tensor's name; names are printed in errors."""
 MAX_RANK = 64
 """Dimensions of a tensor, as torch limits them."""
+JSON = re.compile(rb"(\xef\xbb\xbf)?\s*[{\[]")
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -93,21 +94,22 @@ def read_header(path: Path) -> Header:
 
 def _what_is_wrong(start: bytes, length: int, size: int) -> str | None:
     """Why a file of `size` bytes that begins so has no header of `length` bytes, or None where it may have."""
-    plausible = length <= MAX_HEADER and start[8:9] == b"{"
-    # The length may begin like another format, so that what follows it is looked at first.
-    if not plausible and (other := impostor(start)):
+    if size >= 8 and length <= MAX_HEADER and start[8:9] in (b"{", b""):
+        return (
+            None
+            if 8 + length <= size
+            else (f"is truncated: it has {size} bytes where its header alone takes {8 + length}: download it again")
+        )
+    # Only now, since a header's length may begin as another format does.
+    if other := impostor(start):
         return other
-    if not plausible and re.match(rb"(\xef\xbb\xbf)?\s*[{\[]", start):
+    if JSON.match(start):
         return "is JSON text, an index or a server's error message perhaps: download the weights themselves"
     if size < 8:
-        return (
-            f"is no safetensors file, or cut off: it has {size} bytes, fewer than the 8 of a length: download it again"
-        )
+        return f"is no safetensors file, or cut off after {size} of the 8 bytes of its length: download it again"
     if length > MAX_HEADER:
         return f"is no safetensors file: {length} bytes of header are more than {MAX_HEADER}: download it again"
-    if 8 + length > size:
-        return f"is truncated: it has {size} bytes where its header alone takes {8 + length}: download it again"
-    return None if plausible else "is no safetensors file: its header does not begin with {: download it again"
+    return "is no safetensors file: its header does not begin with {: download it again"
 
 
 def _parse(text: bytes) -> Header:

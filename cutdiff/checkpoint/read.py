@@ -20,6 +20,8 @@ from cutdiff.checkpoint.header import read_header
 MAX_TEXT = 8 * 2**20
 """Bytes of a JSON or text file, twice the largest of an SDXL folder, its tokenizer; once parsed it may take 30 times
 as much memory."""
+MAX_DEPTH = 64
+"""Levels of JSON; a tokenizer has six."""
 PATH = re.compile(r"[/\\:\0]")
 """What a name that leads out of its folder has, on one system or another."""
 
@@ -63,7 +65,7 @@ def _shards(index: Path) -> list[Path]:
         if problem := _no_shard(name):
             raise ValueError(f"{index} puts {quoted(key)} in {quoted(name)}, {problem}")
     names = sorted(set(places.values()))
-    missing = [quoted(name) for name in names if not (index.parent / name).exists()]
+    missing = [quoted(name) for name in names if not os.path.exists(index.parent / name)]  # any text may be a name
     if missing:
         raise ValueError(
             f"{index} names {len(names)} shards, of which {len(missing)} are missing: {listed(missing)}: download them"
@@ -107,7 +109,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing, so the model is incomplete") from None
     try:
         content = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        _check_depth(content)
+    except RecursionError:
+        raise ValueError(f"{path} nests more than {MAX_DEPTH} levels deep: download it again") from None
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON as a model has it ({error}): download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} where a JSON object belongs: download it again")
@@ -133,6 +138,20 @@ def sha256(path: Path) -> str:
     """The digest of a file's bytes, in hexadecimal. Raises ValueError or FileNotFoundError as `opened` does."""
     with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_depth(content: object) -> None:
+    """Raise RecursionError where JSON is nested so deeply that others, to print it for one, might."""
+    level = [content]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+    if level:
+        raise RecursionError
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
