@@ -1,7 +1,7 @@
 """The command line: `python -m cutdiff.sample "a red house at night"`.
 
-No module below it prints or exits. Exit status: 0, 1 for a run that failed, 2 for arguments that
-cannot be used. torch is imported after the arguments are parsed, so that --help answers at once.
+No module below it prints or exits. Exit status: 0, 1 for a run that failed or a model whose files are no good, 2 for
+arguments that cannot be used. torch is imported after the arguments are parsed, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         _run(argv)
     except _BadArgument as error:
         return _complain(str(error), 2)
+    except _BadModel as error:
+        return _complain(str(error), 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 1)
     except Exception as error:  # the last line of defence: one line instead of a traceback
@@ -60,6 +62,10 @@ def _run(argv: list[str] | None) -> None:
 
 class _BadArgument(Exception):
     """An argument that cannot be used; its message is the line that the user sees."""
+
+
+class _BadModel(Exception):
+    """A model that is there and turns out to be none that can be used; its message is the line that the user sees."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -199,8 +205,11 @@ def _load(args: argparse.Namespace) -> Model:
             zero_terminal_snr=args.zero_terminal_snr,
             check_weights=args.check_weights,
         )
-    except (ValueError, OSError) as error:
+    except FileNotFoundError as error:
         raise _BadArgument(f"--model {args.model}: {error}") from None
+    except ValueError as error:
+        kind = _BadArgument if str(error).startswith("config=") else _BadModel
+        raise kind(f"--model {args.model}: {error}") from None
 
 
 def _tell(model: Model) -> None:

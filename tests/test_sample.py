@@ -108,7 +108,6 @@ def test_the_record_repeats_the_picture_and_nothing_is_overwritten(
         (["--num-images", "0"], ["--num-images 0"]),
         (["--eta", "0.5"], ["--eta 0.5", "ddim"]),
         (["--model", "nowhere"], ["nowhere", "does not exist"]),
-        (["--model", "."], ["--model ."]),
         (["--colour", "red"], ["--colour"]),
     ],
 )

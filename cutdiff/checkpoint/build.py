@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cutdiff.checkpoint import text as clip
+from cutdiff.checkpoint.files import listed
 from cutdiff.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 INPAINTING_CHANNELS = 9
 """Noisy latents, masked latents, and the mask."""
-LISTED = 10
-"""How many keys an error names before it only counts them."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,8 @@ def assign(
 ) -> None:
     """Put `tensors` in the place of a meta network's parameters and make it ready to run, without gradients.
 
-    Raises ValueError, headed by `name`, that lists missing, unexpected and mis-shaped keys, or keys that hold integers.
+    Raises ValueError, headed by `name`, that lists missing, unexpected and mis-shaped keys, and keys that hold
+    integers or 8-bit floats.
     """
     expected = network.state_dict()
     tensors = {key: tensor for key, tensor in tensors.items() if key in expected or not is_harmless(key)}
@@ -172,7 +172,11 @@ def assign(
             for key in common
             if tensors[key].shape != expected[key].shape
         ],
-        "quantized": [key for key in common if not tensors[key].is_floating_point()],
+        "quantized": [
+            f"{key} {tensors[key].dtype} where torch.float16, bfloat16 or float32 belongs"
+            for key in common
+            if not tensors[key].is_floating_point() or tensors[key].itemsize < 2
+        ],
     }
     if any(problems.values()):
         found = "; ".join(f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys)
@@ -200,10 +204,3 @@ LEFTOVER_PREFIXES = (
 def is_harmless(key: str) -> bool:
     """Whether a key that no network has is known to make no difference."""
     return key.rpartition(".")[2] in LEFTOVERS or key.startswith(LEFTOVER_PREFIXES)
-
-
-def listed(keys: Iterable[str]) -> str:
-    """The first few keys, and how many more there are."""
-    keys = list(keys)
-    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-    return ", ".join(keys[:LISTED]) + more

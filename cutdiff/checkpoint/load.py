@@ -13,10 +13,11 @@ from torch import Tensor
 from cutdiff.checkpoint import folder, single
 from cutdiff.checkpoint.build import Blueprint, Networks, build_model, empty_networks
 from cutdiff.checkpoint.families import family_of
+from cutdiff.checkpoint.header import read_header
 from cutdiff.checkpoint.infer import infer_blueprint
 from cutdiff.checkpoint.locate import locate
 from cutdiff.checkpoint.noise import NoiseOptions, decide_noise
-from cutdiff.checkpoint.read import read_metadata, read_tensors, sha256
+from cutdiff.checkpoint.read import read_tensors, sha256
 from cutdiff.checkpoint.vae import read_vae
 from cutdiff.model import Model
 
@@ -109,7 +110,7 @@ def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Foun
 
 def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: Path | None) -> _Found:
     configured = None if config is None else folder.read_blueprint(config)
-    tensors, metadata = read_tensors(source), read_metadata(source)
+    tensors, metadata = read_tensors(source), read_header(source).metadata
     with _named(source):
         family = family_of(tensors, needs_vae=vae is None)
         parts = single.split(tensors, family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 EMBEDDED = "weights/scenes"
@@ -10,7 +11,7 @@ PACKAGE = Path(__file__).parents[1]
 
 def locate(path: str | Path | None) -> Path:
     """The folder or file that a path, a hub id or None stands for. Raises FileNotFoundError where there is none."""
-    if path is not None and Path(path).exists():
+    if path is not None and os.path.exists(path):  # which takes any text for a path, as Path.exists does not
         return Path(path)
     if path is None or Path(path) == Path(EMBEDDED):
         return embedded(EMBEDDED)

@@ -1,63 +1,49 @@
-"""Reading files: JSON, and tensors that stay memory-mapped until they are used."""
+"""Reading files: JSON, tensors that stay memory-mapped until they are used, and the shards that an index names."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-NOT_SAFETENSORS = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the weights: run `git lfs pull`"),
-    (b"<", "is a web page or XML, not weights: download the file itself"),
-    (b"PK\x03\x04", "is a pickled checkpoint, which could run code: convert it to safetensors"),
-    (b"\x80", "is a pickled checkpoint, which could run code: convert it to safetensors"),
-)
-"""First bytes of what often stands in a weight file's place, and what to do about it. A safetensors file begins with
-the length of its header, 8 bytes of which the first can be any of these, so they are looked at only after it failed."""
+from cutdiff.checkpoint.files import START, impostor, listed, opened, quoted
+from cutdiff.checkpoint.header import read_header
+
+MAX_TEXT = 8 * 2**20
+"""Bytes of a JSON or text file, twice the largest of an SDXL folder, its tokenizer; once parsed it may take 30 times
+as much memory."""
+MAX_DEPTH = 64
+"""Levels of JSON; a tokenizer has six."""
+PATH = re.compile(r"[/\\:\0]")
+"""What a name that leads out of its folder has, on one system or another."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, memory-mapped: nothing is read before a tensor's values are.
 
-    Raises ValueError, in one line that says what the file is instead, where it is no complete safetensors file.
+    Raises FileNotFoundError where there is no such file; ValueError, in one line that says what the file is instead,
+    where it is no complete safetensors file.
     """
+    header = read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            return {name: file.get_tensor(name) for name in header.tensors}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} {_what_is_wrong(path, error)}") from None
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself, such as `modelspec.…`."""
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
-
-
-def _what_is_wrong(path: Path, error: Exception) -> str:
-    if path.is_dir():
-        return "is a folder, not a weight file"
-    try:
-        with path.open("rb") as file:
-            start = file.read(64).lstrip()
-    except OSError as unreadable:
-        return f"cannot be read: {unreadable.strerror}"
-    if not start:
-        return "is empty: download it again"
-    for magic, problem in NOT_SAFETENSORS:
-        if start.startswith(magic):
-            return problem
-    return f"is no safetensors file, or a truncated one: download it again ({error})"
+        raise ValueError(f"{path} cannot be mapped into memory ({error}): check its disk") from None
 
 
 def find_weights(folder: Path, stem: str) -> list[Path]:
     """The weight files of one network: `stem`.safetensors or its shards; the fp16 variant where there is no other.
 
-    Raises ValueError where there is none, where shards are missing, or where an index names a file outside the folder.
+    Raises ValueError where there is none, or where the shards are not what their index says, by their headers.
     """
     for name in (stem, f"{stem}.fp16"):
         if (folder / f"{name}.safetensors").exists():
@@ -72,31 +58,105 @@ def find_weights(folder: Path, stem: str) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map, so it is no index of a sharded checkpoint")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{index} names the shard {name!r}, which is not a plain file name")
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index.parent / name} is missing, one of {len(names)} shards: download it")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} has no weight_map, so it is no index of a sharded checkpoint: download it again")
+    for key, name in places.items():
+        if problem := _no_shard(name):
+            raise ValueError(f"{index} puts {quoted(key)} in {quoted(name)}, {problem}")
+    names = sorted(set(places.values()))
+    missing = [quoted(name) for name in names if not os.path.exists(index.parent / name)]  # any text may be a name
+    if missing:
+        raise ValueError(
+            f"{index} names {len(names)} shards, of which {len(missing)} are missing: {listed(missing)}: download them"
+        )
+    _check_shards(index, places, names)
     return [index.parent / name for name in names]
 
 
+def _no_shard(name: object) -> str | None:
+    """What speaks against opening the file that an index calls so."""
+    if not isinstance(name, str) or PATH.search(name):
+        return "which is no plain file name: a shard lies beside its index, so download both again"
+    if not name.endswith(".safetensors"):
+        return "which is no safetensors file, so it is not opened: convert the model to safetensors"
+    return None
+
+
+def _check_shards(index: Path, places: Mapping[str, str], names: list[str]) -> None:
+    """Whether each key is in the shard that `places` names for it and in no other, and no shard holds another."""
+    found: dict[str, str] = {}
+    for name in names:
+        for key in read_header(index.parent / name).tensors:
+            if key in found:
+                raise ValueError(f"{index}: {key!r} is in two shards, {found[key]!r} and {name!r}: download them again")
+            found[key] = name
+    absent = [f"{quoted(key)} from {quoted(name)}" for key, name in places.items() if found.get(key) != name]
+    if absent:
+        raise ValueError(
+            f"{index}: {len(absent)} keys are absent from their shard: {listed(absent)}: download it again"
+        )
+    extra = [f"{quoted(key)} in {quoted(name)}" for key, name in found.items() if key not in places]
+    if extra:
+        raise ValueError(f"{index} does not list {len(extra)} keys of its shards: {listed(extra)}: download it again")
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where the file is missing or holds something else."""
+    """A JSON object. Raises ValueError where the file is missing, too large, names a key twice or is something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing, so the model is incomplete") from None
+    try:
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
+        _check_depth(content)
+    except RecursionError:
+        raise ValueError(f"{path} nests more than {MAX_DEPTH} levels deep: download it again") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON as a model has it ({error}): download it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} where a JSON object belongs")
+        raise ValueError(f"{path} holds a {type(content).__name__} where a JSON object belongs: download it again")
     return content
 
 
+def read_text(path: Path) -> str:
+    """A small text file. Raises FileNotFoundError where there is none, ValueError where it is too large or no text."""
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_TEXT:
+            raise ValueError(f"{path} has {size} bytes, more than {MAX_TEXT}, so it is no part of a model: remove it")
+        content = file.read(MAX_TEXT)
+    if problem := impostor(content[:START]):
+        raise ValueError(f"{path} {problem}")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): download it again") from None
+
+
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    """The digest of a file's bytes, in hexadecimal. Raises ValueError or FileNotFoundError as `opened` does."""
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_depth(content: object) -> None:
+    """Raise RecursionError where JSON is nested so deeply that others, to print it for one, might."""
+    level = [content]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+    if level:
+        raise RecursionError
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {quoted(key)} stands twice")
+    return members

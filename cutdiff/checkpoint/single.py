@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
-from cutdiff.checkpoint.build import Networks, is_harmless, listed
+from cutdiff.checkpoint.build import Networks, is_harmless
 from cutdiff.checkpoint.families import Family
+from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
 from cutdiff.checkpoint.noise import MARKS
 from cutdiff.models.vae import VAE

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cutdiff.checkpoint.read import read_json, read_text
+
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
@@ -27,6 +29,16 @@ CACHED_TOKENIZERS = (
 """Where the local Hugging Face cache may hold CLIP's tokenizer, which all families share: repository and folder."""
 PAD_TOKENS = {True: "!", False: "<|endoftext|>"}
 """What prompts are padded with, by whether the encoder is OpenCLIP's."""
+TOKENIZER_JSON = (
+    "vocab.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""What transformers reads of a tokenizer, beside merges.txt."""
+FILE_FIELDS = ("vocab", "merges", "vocab_file", "merges_file", "tokenizer_file", "fast_tokenizer_files", "init_inputs")
+"""Fields of a tokenizer_config.json that some release of transformers opens as files, wherever they lie."""
 
 OPEN_CLIP = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
@@ -119,6 +131,7 @@ def read_tokenizer(folder: Path, max_length: int, pad_token: str | None = None) 
 
     if not _holds_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer (vocab.json and merges.txt), so the model is incomplete")
+    _check_tokenizer(folder)
     special: dict[str, Any] = {} if pad_token is None else {"pad_token": pad_token}
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special)
     # Files that give no length would let the encoder fail on a long prompt.
@@ -143,6 +156,16 @@ def cached_tokenizer() -> Path:
         "diffusers folder of the same model family (its weights are not read), or fetch one with "
         f"`hf download {CACHED_TOKENIZERS[0][0]}`"
     )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise ValueError where a file that transformers would read is none that it can, or names one elsewhere."""
+    files = {name: read_json(folder / name) for name in TOKENIZER_JSON if (folder / name).exists()}
+    if (folder / "merges.txt").exists():
+        read_text(folder / "merges.txt")
+    named = [field for field in FILE_FIELDS if files.get("tokenizer_config.json", {}).get(field)]
+    if named:
+        raise ValueError(f"{folder / 'tokenizer_config.json'} names files, in {', '.join(named)}: remove these fields")
 
 
 def _holds_tokenizer(folder: Path) -> bool:

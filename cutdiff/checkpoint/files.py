@@ -1,0 +1,67 @@
+"""Files from anywhere: opened only where they are regular files, and named for what they are instead."""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+
+START = 64
+"""How many bytes tell what a file is."""
+LISTED = 10
+"""How many keys or names an error lists before it only counts them."""
+
+PICKLED = "which could run code as it is opened, so it is not: convert it to safetensors"
+IMPOSTORS = (
+    (rb"\Z", "is empty: download it again"),
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    (rb"(\xef\xbb\xbf)?\s*<", "is a web page or XML, often an error or a login page: download the file itself"),
+    (rb"PK(\x03\x04|\x05\x06)", f"is a zip archive, most likely a pickled checkpoint, {PICKLED}"),
+    (rb"\x80[\x00-\x05]", f"is a pickled checkpoint, {PICKLED}"),
+    (rb"GGUF", "is a GGUF file, made for llama.cpp and its kin: take the model's safetensors instead"),
+    (rb"\x89HDF|\x93NUMPY", "is an HDF5 or NumPy file: take the model's safetensors instead"),
+    (rb"\x1f\x8b|7z\xbc\xaf|\xfd7zXZ|\x28\xb5\x2f\xfd|Rar!", "is a compressed archive: unpack it"),
+    (rb"\x00{8}", "begins with zeros, as a download that never finished: download it again"),
+)
+"""How what often stands in a file's place begins, what it is, and what to do about it."""
+
+
+def impostor(start: bytes) -> str | None:
+    """What a file that begins so is, where that is known to be neither safetensors nor a configuration."""
+    return next((problem for pattern, problem in IMPOSTORS if re.match(pattern, start)), None)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """A regular file, or a link to one, to read bytes from; a pipe would block and a device may never end.
+
+    Raises FileNotFoundError where there is none, ValueError where it is something else or cannot be read.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ValueError(f"{path} is a folder where a file belongs: name a file inside it")
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{path} is a device, a pipe or a socket: only regular files are read, so copy it to one")
+        with path.open("rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: check the path") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): check its permissions and its disk") from None
+
+
+def listed(keys: Iterable[str]) -> str:
+    """The first few keys, and how many more there are."""
+    keys = list(keys)
+    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+    return ", ".join(keys[:LISTED]) + more
+
+
+def quoted(value: object) -> str:
+    """A value from a file, which may be long or unprintable, as an error shows it."""
+    text = repr(value[:100] if isinstance(value, str) else value)
+    return f"{text[:100]}…" if len(text) > 100 else text
