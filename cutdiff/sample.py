@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cutdiff.settings import (
     BACKENDS,
@@ -22,6 +23,8 @@ from cutdiff.settings import (
     SIZE_CONDITIONINGS,
     SOLVER_NAMES,
     Settings,
+    nearest,
+    not_one_of,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         _run(argv)
     except _BadArgument as error:
         return _complain(str(error), 2)
-    except _BadModel as error:
+    except _Failure as error:
         return _complain(str(error), 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 1)
@@ -64,13 +67,22 @@ class _BadArgument(Exception):
     """An argument that cannot be used; its message is the line that the user sees."""
 
 
-class _BadModel(Exception):
-    """A model that is there and turns out to be none that can be used; its message is the line that the user sees."""
+class _Failure(Exception):
+    """What a file turns out to be, or a disk; its message is the line that the user sees."""
 
 
 class _Parser(argparse.ArgumentParser):
+    """Errors are raised, and name what was most likely meant."""
+
     def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments:.*?(--[\w-]+)", message)
+        if unknown:
+            message = f"{unknown[1]} is no option{nearest(unknown[1], self._option_string_actions)}"
         raise _BadArgument(f"{message} (see --help)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, not_one_of(value, action.choices))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -208,7 +220,7 @@ def _load(args: argparse.Namespace) -> Model:
     except FileNotFoundError as error:
         raise _BadArgument(f"--model {args.model}: {error}") from None
     except ValueError as error:
-        kind = _BadArgument if str(error).startswith("config=") else _BadModel
+        kind = _BadArgument if str(error).startswith("config=") else _Failure
         raise kind(f"--model {args.model}: {error}") from None
 
 
@@ -254,7 +266,12 @@ def _draw(model: Model, args: argparse.Namespace, settings: Settings, seed: int)
         seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in record["seconds"].items())
         print(f"cutdiff: {record['network_evaluations']} network evaluations; {seconds}", file=sys.stderr)
     stem = f"{settings.method_name}-{record['width']}x{record['height']}-seed{seed}"
-    return save_image(result.images[0], record, args.out, stem)
+    try:
+        return save_image(result.images[0], record, args.out, stem)
+    except OSError as error:
+        raise _Failure(
+            f"{args.out / stem}.png cannot be written ({error.strerror}): free space, or change --out"
+        ) from None
 
 
 def _complain(message: str, status: int) -> int:

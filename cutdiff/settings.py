@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 METHOD_NAMES = (
@@ -23,6 +24,20 @@ INTERACTIONS = ("channel", "pixel", "none")
 SIZE_CONDITIONINGS = ("native", "target")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 BACKENDS = ("auto", "triton", "reference")
+MAX_SIDE = 32768
+"""Of a picture, in pixels: its latents alone then take a quarter of a gigabyte, and its pixels 12."""
+
+
+def not_one_of(value: object, known: Iterable[str]) -> str:
+    """What an error says of a name that is not known."""
+    names = [*known]
+    return f"{value!r} is not one of {', '.join(names)}{nearest(value, names)}"
+
+
+def nearest(value: object, known: Iterable[str]) -> str:
+    """What an error adds where a known name looks much like the one that was given."""
+    near = get_close_matches(str(value), [*known], n=1)
+    return f": did you mean {near[0]!r}?" if near else ""
 
 
 @dataclass(frozen=True)
@@ -67,8 +82,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("height", "width"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be a positive multiple of 8")
+            if value is not None and not 1 <= value <= MAX_SIDE:
+                raise ValueError(f"{name}={value} must be a positive multiple of 8, at most {MAX_SIDE}")
         for name in ("num_steps", "view_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -98,7 +113,7 @@ class Settings:
             ("backend", BACKENDS),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+                raise ValueError(f"{name}={not_one_of(getattr(self, name), known)}")
 
     def described(self) -> dict[str, Any]:
         """All options as JSON can hold them; a method of one's own by its name."""

@@ -98,7 +98,14 @@ def test_the_record_repeats_the_picture_and_nothing_is_overwritten(
         (["--guidance-scale", "nan"], ["--guidance-scale nan"]),
         (["--seed", "-1"], ["--seed -1"]),
         (["--seed", str(2**64)], ["--seed", str(2**64)]),
+        (["--width", "1000000"], ["--width 1000000", "at most 32768"]),
+        (["--steps", "1001"], ["--steps 1001", "1000 timesteps"]),
+        (["--structure-fraction", "nan"], ["--structure-fraction nan"]),
+        (["--view-batch-size", "0"], ["--view-batch-size 0"]),
+        (["--stride", "17"], ["--stride 17", "window of 16"]),
         (["--method", "magic"], ["--method", "magic"]),
+        (["--method", "cutdifusion"], ["--method", "did you mean 'cutdiffusion'?"]),
+        (["--metod", "direct"], ["--metod is no option: did you mean '--method'?"]),
         (["--solver", "heun"], ["--solver", "heun"]),
         (["--dtype", "int8"], ["--dtype", "int8"]),
         (["--device", "abacus"], ["--device abacus"]),
@@ -154,6 +161,38 @@ def test_every_prompt_can_be_drawn(prompt: str, tmp_path: Path, capsys: pytest.C
         assert "dropped" not in errors
     record = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert record["prompt"] == prompt
+
+
+@pytest.mark.parametrize("limit", [0, 3000])
+def test_a_disk_that_is_full_leaves_nothing(limit: int, tmp_path: Path) -> None:
+    """A limit on the size of files stands for it: writing fails in the same place, in the middle of a file."""
+    code = (
+        "import resource, signal, sys; from cutdiff.sample import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *QUICK, "--out", str(tmp_path / "pictures")]
+    child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert child.returncode == 1
+    assert child.stderr.count("\n") == 1
+    assert "File too large" in child.stderr
+    assert str(tmp_path / "pictures" / "cutdiffusion-128x128-seed0.png") in child.stderr
+    assert [*(tmp_path / "pictures").iterdir()] == []
+
+
+def test_killing_leaves_no_picture_and_the_next_run_is_fine(tmp_path: Path) -> None:
+    """Killed in the middle of a write, which waits for ever here."""
+    code = (
+        "import os, sys, time; import cutdiff.images as images; from cutdiff.sample import main;"
+        "images.os.replace = lambda *_: (print('writing', flush=True), time.sleep(600)); main(sys.argv[1:])"
+    )
+    arguments = [*QUICK, "--out", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "writing\n"
+        child.kill()
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".part"}
+    assert main(arguments) == 0
+    assert len([*tmp_path.glob("*.png")]) == len([*tmp_path.glob("*.json")]) == 1
 
 
 def test_interrupting_leaves_no_half_written_file(tmp_path: Path) -> None:
