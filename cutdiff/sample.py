@@ -66,7 +66,7 @@ class _BadArgument(Exception):
 
 
 class _BadModel(Exception):
-    """A model that is there and turns out to be none that can be used; its message is the line that the user sees."""
+    """A model or a LoRA that is there and cannot be used; its message is the line that the user sees."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cutdiff.checkpoint.build import listed
+from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.lora import formulas
 from cutdiff.checkpoint.lora.metadata import read_adapter_config
 from cutdiff.checkpoint.lora.names import Target, flat, split_key, unsupported

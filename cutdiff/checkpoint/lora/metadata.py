@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cutdiff.checkpoint.header import read_header
 from cutdiff.checkpoint.lora.names import Target
-from cutdiff.checkpoint.read import read_metadata
 from cutdiff.checkpoint.text import PREFIX
 
 KEY = "lora_adapter_metadata"
@@ -54,7 +54,7 @@ class AdapterConfig:
 
 def read_adapter_config(path: Path) -> AdapterConfig:
     """The configuration in a safetensors file, empty where it has none. Raises ValueError where it cannot be used."""
-    written = read_metadata(path).get(KEY, "{}")
+    written = read_header(path).metadata.get(KEY, "{}")
     try:
         fields = json.loads(written)
     except (ValueError, RecursionError):
