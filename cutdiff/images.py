@@ -50,6 +50,7 @@ def parameters_text(record: dict[str, Any]) -> str:
         raise ValueError("a picture's record names one prompt, not a list: generate pictures to be saved one by one")
     hashes = record["model"]["sha256"]
     unet = next((value for name, value in hashes.items() if name.startswith("unet")), next(iter(hashes.values()), ""))
+    loras = ", ".join(f"{Path(lora['path']).stem}: {lora['scale']}" for lora in record["model"]["loras"])
     pairs = {
         "Steps": record["num_steps"],
         "Sampler": {"euler": "Euler", "ddim": "DDIM"}[record["solver"]],
@@ -58,6 +59,7 @@ def parameters_text(record: dict[str, Any]) -> str:
         "Size": f"{record['width']}x{record['height']}",
         "Model hash": unet[:10],
         "Model": Path(record["model"]["source"]).stem,
+        **({"Loras": f'"{loras}"'} if loras else {}),
         "Method": record["method"],
         "Version": f"cutdiff {record['versions']['cutdiff']}",
     }

@@ -21,6 +21,15 @@ LISTED = 5
 
 
 @dataclass(frozen=True)
+class MergedLora:
+    """A LoRA that is in a model's weights: `scale` times what the file says."""
+
+    path: str
+    scale: float
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Model:
     """What `cutdiff.load` returns and every run reads: networks in evaluation mode, in which a run leaves no trace."""
 
@@ -36,6 +45,7 @@ class Model:
     """SHA-256 of every weight file, by its path relative to `source`."""
     decided_by: dict[str, str] = field(default_factory=dict)
     """Which source decided what of `noise`: "option", "marker key …", "metadata …", "scheduler" or "default"."""
+    loras: tuple[MergedLora, ...] = ()
 
     @property
     def device(self) -> torch.device:

@@ -186,7 +186,12 @@ def _record(
         **prepared.settings.described(),
         "height": height,
         "width": width,
-        "model": {"source": model.source, "sha256": model.hashes, "decided_by": model.decided_by},
+        "model": {
+            "source": model.source,
+            "sha256": model.hashes,
+            "loras": [vars(lora) for lora in model.loras],
+            "decided_by": model.decided_by,
+        },
         "prediction_type": model.noise.prediction_type,
         "zero_terminal_snr": model.noise.rescale_betas_zero_snr,
         "seed": seeds[0] if seeds else None,

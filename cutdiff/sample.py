@@ -7,6 +7,7 @@ arguments that cannot be used. torch is imported after the arguments are parsed,
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -104,6 +105,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="whether the model was trained with noise that ends at zero SNR; none: as the model says",
     )  # fmt: skip
     parser.add_argument("--check-weights", action="store_true", help="read all weights first, and name NaN among them")
+    parser.add_argument(
+        "--lora", type=_lora, action="append", default=[], metavar="PATH[:SCALE]", dest="loras",
+        help="file to merge into the model, times SCALE (none: 1); may be given several times",
+    )  # fmt: skip
     parser.add_argument("--method", default=defaults.method, choices=METHOD_NAMES)
     parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
     parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
@@ -157,6 +162,22 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def _lora(text: str) -> tuple[str, float]:
+    """PATH[:SCALE]. What is a file is PATH, even with a colon in its name."""
+    if Path(text).is_file():
+        return text, 1.0
+    path, _, scale = text.rpartition(":")
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is no file: give PATH or PATH:SCALE")
+    try:
+        value = float(scale)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} has the scale {scale!r}: it must be a finite number")
+    return path, value
+
+
 def _settings(args: argparse.Namespace) -> Settings:
     """The arguments that are options of the run, checked."""
     names = Settings.__dataclass_fields__
@@ -199,6 +220,7 @@ def _load(args: argparse.Namespace) -> Model:
     import torch
 
     import cutdiff
+    from cutdiff.checkpoint import LoraError
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -215,13 +237,17 @@ def _load(args: argparse.Namespace) -> Model:
             vae=args.vae,
             prediction_type=args.prediction_type,
             zero_terminal_snr=args.zero_terminal_snr,
+            loras=args.loras,
             check_weights=args.check_weights,
         )
+    except LoraError as error:
+        raise _Failure(f"--lora {error}") from None
     except FileNotFoundError as error:
-        raise _BadArgument(f"--model {args.model}: {error}") from None
+        raise _BadArgument(str(error)) from None
     except ValueError as error:
-        kind = _BadArgument if str(error).startswith("config=") else _Failure
-        raise kind(f"--model {args.model}: {error}") from None
+        if str(error).startswith("config="):
+            raise _BadArgument(f"--{str(error).replace('=', ' ', 1)}") from None
+        raise _Failure(str(error)) from None
 
 
 def _tell(model: Model) -> None:

@@ -225,7 +225,7 @@ class TestContents:
         command = [sys.executable, "-m", "cutdiff.sample", "--model", str(path), "--out", str(tmp_path / "out")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith(f"cutdiff: --model {path}: {path} ")
+        assert done.stderr.startswith(f"cutdiff: {path} ")
         assert expected in done.stderr
         assert done.stderr.count("\n") == 1
         assert list((tmp_path / "out").iterdir()) == []
@@ -256,7 +256,7 @@ def assert_refused(path: Path, expected: str, out: Path, capsys: pytest.CaptureF
     assert main(["--model", str(path), "--out", str(out)]) == status
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith(f"cutdiff: --model {path}: ")
+    assert captured.err.startswith(f"cutdiff: {path}")
     assert expected in captured.err
     assert captured.err.count("\n") == 1
     assert list(out.iterdir()) == []

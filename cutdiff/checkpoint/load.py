@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cutdiff.checkpoint import folder, single
+from cutdiff.checkpoint import folder, lora, single
 from cutdiff.checkpoint.build import Blueprint, Networks, build_model, empty_networks
 from cutdiff.checkpoint.families import family_of
 from cutdiff.checkpoint.header import read_header
@@ -31,6 +31,7 @@ def load(
     vae: str | Path | None = None,
     prediction_type: str | None = None,
     zero_terminal_snr: bool | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
     check_weights: bool = False,
 ) -> Model:
     """Read a model of the families SDXL, SD 1.5 and SD 2.1.
@@ -46,12 +47,13 @@ def load(
     prediction_type: "epsilon" or "v_prediction"; None: as the file's marker keys, its metadata or its scheduler say,
         else epsilon.
     zero_terminal_snr: whether the noise that the model was trained with ends at zero SNR; None: likewise, else not.
+    loras: LoRA files (LoRA, LoCon, LoHa, LoKr) that are merged into the weights, each times its scale.
     check_weights: read all weights now and raise ValueError where one is NaN or infinite; a run that meets such a value
         names the weights in any case.
 
     Weights stay memory-mapped where they need not be converted. Raises FileNotFoundError where there is nothing at
-    `path`; ValueError where it is no such model, is incomplete, does not fit its configuration, or needs what is not
-    built here.
+    `path` or at that of a LoRA; ValueError where it is no such model, is incomplete, does not fit its configuration, or
+    needs what is not built here; LoraError, a ValueError, where a LoRA cannot be merged into it.
     """
     if not dtype.is_floating_point:
         raise ValueError(
@@ -67,16 +69,18 @@ def load(
         found = _read_folder(source, vae, options)
     else:
         found = _read_single(source, vae, options, None if config is None else locate(config))
+    weights, merged = lora.merge(found.weights, found.networks, loras, dtype=dtype)
     model = build_model(
         found.blueprint,
         found.networks,
-        found.weights,
+        weights,
         device=device,
         dtype=dtype,
         source=str(source),
         hashes=found.hashes,
         decided_by=found.decided_by,
     )
+    model = replace(model, loras=merged)
     if check_weights and (bad := model.bad_weights()):
         raise ValueError(f"{source}: {bad}")
     return model

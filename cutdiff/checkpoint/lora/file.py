@@ -1,0 +1,161 @@
+"""Reading a LoRA file: which weights it changes and by what, or what is wrong with it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cutdiff.checkpoint.files import listed
+from cutdiff.checkpoint.lora import formulas
+from cutdiff.checkpoint.lora.metadata import read_adapter_config
+from cutdiff.checkpoint.lora.names import Target, flat, split_key, unsupported
+from cutdiff.checkpoint.read import read_tensors
+
+FAMILIES = {768: " (Stable Diffusion 1)", 1024: " (Stable Diffusion 2)", 1280: " (SDXL's refiner)", 2048: " (SDXL)"}
+"""Whose U-Net reads text states of that width."""
+READS_TEXT = ("attn2_to_k", "attn2_to_v")
+"""How the flat names of the U-Net's modules end whose input is the text."""
+WIDE = ("lora_down", "hada_w1_b", "diff")
+"""Parts whose second dimension is that of the module's input."""
+NO_MODULE = "keys of no module of this model"
+EXAMPLES = 3
+
+
+class LoraError(ValueError):
+    """A LoRA that cannot be merged into the model."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change of one weight, not computed yet: its factors stay memory-mapped."""
+
+    factors: formulas.Factors
+    strength: float
+    """alpha / rank."""
+
+    def times(self, scale: float, shape: torch.Size) -> Tensor:
+        """`scale` times the change, float32, in the shape of the weight that it is for."""
+        factors = {name: factor.float() for name, factor in self.factors.items()}
+        return scale * self.strength * formulas.change(factors).reshape(shape)
+
+
+def read_changes(path: Path, table: Mapping[str, Target], context_dim: int) -> dict[Target, Change]:
+    """The change of every weight that the file is for. `table` has the model's weights by flat name, `context_dim` is
+    the width of the text states that its U-Net reads.
+
+    Raises LoraError, in one line that begins with the path, where anything in the file cannot be merged.
+    """
+    try:
+        tensors, config = read_tensors(path), read_adapter_config(path)
+    except ValueError as error:
+        raise LoraError(str(error)) from None
+    if other := _other_family(tensors, context_dim):
+        raise LoraError(f"{path} {other}")
+    placed, problems = _place(tensors, table)
+    if len(problems.get(NO_MODULE, ())) == len(tensors):
+        raise LoraError(f"{path} {_no_match(tensors, table)}")
+    changes: dict[Target, Change] = {}
+    for target, keys in placed.items():
+        factors = {part: tensors[key] for part, key in keys.items()}
+        alpha = factors.pop("alpha", None)
+        if problem := _problem(keys, factors, alpha, target.shape):
+            kind, where = problem
+            problems[kind].append(where)
+            continue
+        strength = 1.0
+        for rank in formulas.ranks(factors):  # one or none: an alpha means nothing where there is no rank
+            strength = config.strength(target, rank) if alpha is None else alpha.item() / rank
+        changes[target] = Change(factors, strength)
+    if problems:
+        found = "; ".join(f"{len(where)} {kind}: {listed(where)}" for kind, where in problems.items())
+        raise LoraError(f"{path} cannot be merged into this model: {found}")
+    return changes
+
+
+def _place(
+    keys: Collection[str], table: Mapping[str, Target]
+) -> tuple[dict[Target, dict[str, str]], defaultdict[str, list[str]]]:
+    """The key of each part of each weight's change; and the keys that have no place, by the kind of problem."""
+    placed: defaultdict[Target, dict[str, str]] = defaultdict(dict)
+    problems: defaultdict[str, list[str]] = defaultdict(list)
+    for key in keys:
+        module, part = split_key(key)
+        target = table.get(flat(module))
+        if kind := unsupported(key):
+            problems["keys of what is not supported"].append(f"{key} ({kind})")
+        elif target is None:
+            problems[NO_MODULE].append(key)
+        elif part in placed[target]:
+            problems["keys that repeat another"].append(key)
+        else:
+            placed[target][part] = key
+    return placed, problems
+
+
+def _problem(
+    keys: Mapping[str, str], factors: formulas.Factors, alpha: Tensor | None, shape: torch.Size
+) -> tuple[str, str] | None:
+    """What is wrong with one weight's change, if anything: the kind of problem, and where it is."""
+    name, _ = split_key(next(iter(keys.values())))
+    if factors.keys() not in formulas.COMPLETE:
+        # An alpha alone is taken for the rest of a LoRA.
+        nearest = min(formulas.COMPLETE, key=lambda complete: len(complete ^ (factors.keys() or {"lora_down"})))
+        return "incomplete changes", f"{name} has {' and '.join(keys)} where {' and '.join(sorted(nearest))} belong"
+    for part, factor in factors.items():
+        if not factor.is_floating_point():
+            return "quantized factors", f"{keys[part]} {factor.dtype}"
+    made = formulas.change_shape(factors)
+    if made is None or not _fits(made, shape):
+        sizes = " and ".join(f"{part} {tuple(factor.shape)}" for part, factor in factors.items())
+        return "changes of another shape", f"{name} has {sizes} where {tuple(shape)} is to be changed"
+    ranks = formulas.ranks(factors)
+    if len(ranks) > 1 or 0 in ranks:
+        return "changes without one rank", f"{name} has {' and '.join(map(str, sorted(ranks)))}"
+    for part, factor in factors.items():
+        if not factor.float().isfinite().all():
+            return "factors that are not finite", keys[part]
+    if alpha is not None and not _is_number(alpha):
+        value = alpha.item() if alpha.numel() == 1 else f"of shape {tuple(alpha.shape)}"
+        return "alphas that are no finite number", f"{keys['alpha']} is {value}, {alpha.dtype}"
+    return None
+
+
+def _fits(made: tuple[int, ...], shape: torch.Size) -> bool:
+    """Whether a change is of a weight's shape, or a matrix for a kernel, or a kernel of 1×1 for a matrix."""
+    return made in (tuple(shape), (shape[0], shape[1:].numel()), (*shape, 1, 1))
+
+
+def _is_number(alpha: Tensor) -> bool:
+    odd = alpha.numel() != 1 or alpha.is_complex() or alpha.dtype == torch.bool
+    return not odd and bool(alpha.double().isfinite())
+
+
+def _other_family(tensors: Mapping[str, Tensor], context_dim: int) -> str | None:
+    """What to say where every module that reads text reads it at another width than this model's."""
+    widths = set()
+    for key, tensor in tensors.items():
+        module, part = split_key(key)
+        if part in WIDE and tensor.ndim > 1 and flat(module).endswith(READS_TEXT):
+            widths.add(tensor.shape[1])
+    if not widths or context_dim in widths:
+        return None
+    width = min(widths)
+    return (
+        f"was made for a U-Net that reads text of width {width}{FAMILIES.get(width, '')}, and this model's reads width "
+        f"{context_dim}{FAMILIES.get(context_dim, '')}: use a LoRA of this model's family"
+    )
+
+
+def _no_match(keys: Collection[str], table: Mapping[str, Target]) -> str:
+    """What to say of a file that has nothing for this model."""
+    found = ", ".join([*keys][:EXAMPLES]) or "none"
+    module = max((target.key for target in table.values() if target.network == "unet"), key=len).removesuffix(".weight")
+    return (
+        f"is no LoRA for this model: no key is of one of its modules. It has {found}; expected were such as "
+        f"lora_unet_{flat(module)}.lora_down.weight or unet.{module}.lora_A.weight"
+    )

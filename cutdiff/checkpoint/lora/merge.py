@@ -1,0 +1,62 @@
+"""W + scale · alpha / rank · change, in float32, for every weight that LoRA files change."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cutdiff.checkpoint.build import Networks
+from cutdiff.checkpoint.lora.file import Change, LoraError, read_changes
+from cutdiff.checkpoint.lora.names import Target, targets
+from cutdiff.checkpoint.read import sha256
+from cutdiff.model import MergedLora
+
+Weights = Mapping[str, Mapping[str, Tensor]]
+
+
+def merge(
+    weights: Weights, networks: Networks, loras: Sequence[tuple[str | Path, float]], *, dtype: torch.dtype
+) -> tuple[Weights, tuple[MergedLora, ...]]:
+    """The weights with LoRAs, given as (path, scale), merged into them, and what was merged.
+
+    Weights that a LoRA changes are new, in `dtype`; the others are those that were given. All files are read and
+    checked before anything is merged. Raises FileNotFoundError where a path is no file; ValueError for a scale that is
+    not finite; LoraError for a file that is damaged, holds what is not merged here, or does not fit the model.
+    """
+    if not loras:
+        return weights, ()
+    table = targets(networks)
+    changes: defaultdict[Target, list[tuple[float, Change]]] = defaultdict(list)
+    merged: list[MergedLora] = []
+    for path, scale in loras:
+        path = Path(path)
+        if not math.isfinite(scale):
+            raise ValueError(f"the scale {scale} of the LoRA {path} must be a finite number")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is no file: pass a LoRA's .safetensors file")
+        for target, change in read_changes(path, table, networks.unet.config.context_dim).items():
+            if scale:  # else the weight stays where it lies in its mapped file
+                changes[target].append((scale, change))
+        merged.append(MergedLora(str(path), scale, sha256(path)))
+    result = {network: dict(tensors) for network, tensors in weights.items()}
+    for target, own in changes.items():
+        weight = weights[target.network].get(target.key)
+        if weight is None or weight.shape != target.shape or not weight.is_floating_point():
+            continue  # the strict assignment will list it
+        result[target.network][target.key] = _changed(weight, target, own, dtype)
+    return result, tuple(merged)
+
+
+def _changed(weight: Tensor, target: Target, changes: Iterable[tuple[float, Change]], dtype: torch.dtype) -> Tensor:
+    total = weight.float()
+    for scale, change in changes:
+        total = total + change.times(scale, target.shape)
+    changed = total.to(dtype)
+    if not changed.isfinite().all() and weight.isfinite().all():
+        raise LoraError(f"{target.network}: {target.key} is not finite in {dtype} with the LoRAs: lower their scales")
+    return changed

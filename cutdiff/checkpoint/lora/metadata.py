@@ -1,0 +1,67 @@
+"""Alphas from a LoRA file's metadata, where diffusers keeps PEFT's configuration of each network's adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cutdiff.checkpoint.header import read_header
+from cutdiff.checkpoint.lora.names import Target
+from cutdiff.checkpoint.text import PREFIX
+
+KEY = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """PEFT's fields as diffusers writes them, `network.field`; of a U-Net that was saved by itself, `field`."""
+
+    fields: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an alpha that is no finite number, or that is for a pattern and not for a module."""
+        for name, value in self.fields.items():
+            field = name.rpartition(".")[2]
+            pattern = value or {} if field == "alpha_pattern" else {}
+            if not isinstance(pattern, dict) or not all(re.fullmatch(r"\^?[\w.]+", module) for module in pattern):
+                raise ValueError(f"{name}={value!r} is not supported, only alphas by the names of modules")
+            for alpha in [value] if field == "lora_alpha" else pattern.values():
+                if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:
+                    raise ValueError(f"{name}={value!r}: {alpha!r} is no finite number")
+
+    def strength(self, target: Target, rank: int) -> float:
+        """alpha / rank, or alpha / √rank for rsLoRA (arXiv 2312.03732); 1 where no alpha is given."""
+        alpha = self._field(target.network, "lora_alpha")
+        module = target.key.removesuffix(".weight").removeprefix(PREFIX)
+        for pattern, value in (self._field(target.network, "alpha_pattern") or {}).items():
+            name = pattern.removeprefix("^").removeprefix(PREFIX)
+            if module == name or (module.endswith(f".{name}") and pattern[0] != "^"):
+                alpha = value
+                break
+        if alpha is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if self._field(target.network, "use_rslora") else rank)
+
+    def _field(self, network: str, name: str) -> Any:
+        return self.fields.get(f"{network}.{name}", self.fields.get(name))
+
+
+def read_adapter_config(path: Path) -> AdapterConfig:
+    """The configuration in a safetensors file, empty where it has none. Raises ValueError where it cannot be used."""
+    written = read_header(path).metadata.get(KEY, "{}")
+    try:
+        fields = json.loads(written)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: its metadata {KEY} is no JSON object: {written[:80]!r}")
+    try:
+        return AdapterConfig(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata {KEY} has {error}") from None

@@ -1,0 +1,707 @@
+"""LoRA files: every format against its formula and against diffusers, and every way a file can be wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import Tiny, assert_bit_equal, networks, random_model, tiny_text
+from torch import Tensor
+
+from cutdiff.checkpoint import LoraError, load
+from cutdiff.checkpoint.build import Networks
+from cutdiff.checkpoint.families import SD15
+from cutdiff.checkpoint.keys import unet_keys
+from cutdiff.checkpoint.lora import merge
+from cutdiff.checkpoint.lora.file import read_changes
+from cutdiff.checkpoint.lora.metadata import KEY
+from cutdiff.checkpoint.lora.names import Target, flat, split_key, targets
+from cutdiff.checkpoint.read import sha256
+from cutdiff.model import MergedLora, Model
+from cutdiff.models.config import SD15_UNET, SDXL_UNET, SDXL_VAE
+from cutdiff.models.unet import UNet
+from cutdiff.models.vae import VAE
+from cutdiff.sample import main
+
+Tensors = dict[str, Tensor]
+CROSS = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+FEED = "mid_block.attentions.0.transformer_blocks.1.ff.net.0.proj"
+CONVOLUTION = "up_blocks.0.resnets.0.conv1"
+SHORTCUT = "up_blocks.0.resnets.0.conv_shortcut"
+QUERY = "text_model.encoder.layers.1.self_attn.q_proj"
+MLP = "text_model.encoder.layers.0.mlp.fc1"
+
+SHAPES: dict[str, Callable[..., dict[str, tuple[int, ...]]]] = {
+    "LoRA": lambda o, i, k, r: {"lora_up.weight": (o, r, *(1 for _ in k)), "lora_down.weight": (r, i, *k)},
+    "LoCon with a core": lambda o, i, k, r: {
+        "lora_up.weight": (o, r, 1, 1),
+        "lora_mid.weight": (r, r, *k),
+        "lora_down.weight": (r, i, 1, 1),
+    },
+    "LoHa": lambda o, i, k, r: {
+        f"hada_w{half}_{side}": (o, r) if side == "a" else (r, i * torch.Size(k).numel())
+        for half in (1, 2)
+        for side in "ab"
+    },
+    "LoHa with a core": lambda o, i, k, r: {
+        name: shape
+        for half in (1, 2)
+        for name, shape in {
+            f"hada_w{half}_a": (r, o),
+            f"hada_w{half}_b": (r, i),
+            f"hada_t{half}": (r, r, *k),
+        }.items()
+    },
+    "LoKr": lambda o, i, k, r: {"lokr_w1": (2, 2), "lokr_w2": (o // 2, i // 2, *k)},
+    "LoKr, second in factors": lambda o, i, k, r: {
+        "lokr_w1": (2, 2),
+        "lokr_w2_a": (o // 2, r),
+        "lokr_w2_b": (r, i // 2 * torch.Size(k).numel()),
+    },
+    "LoKr, first in factors": lambda o, i, k, r: {
+        "lokr_w1_a": (2, r),
+        "lokr_w1_b": (r, 2),
+        "lokr_w2": (o // 2, i // 2, *k),
+    },
+    "LoKr, both in factors": lambda o, i, k, r: {
+        "lokr_w1_a": (2, r),
+        "lokr_w1_b": (r, 2),
+        "lokr_w2_a": (o // 2, r),
+        "lokr_w2_b": (r, i // 2 * torch.Size(k).numel()),
+    },
+    "LoKr with a core": lambda o, i, k, r: {
+        "lokr_w1": (2, 2),
+        "lokr_w2_a": (r, o // 2),
+        "lokr_w2_b": (r, i // 2),
+        "lokr_t2": (r, r, *k),
+    },
+    "difference": lambda o, i, k, r: {"diff": (o, i, *k)},
+}
+"""The factors in a file, by format, for a weight (o, i, *k) and rank r; o and i are even."""
+UNRANKED = {"LoKr", "difference"}
+CORED = {name for name in SHAPES if name.endswith("core")}
+
+
+def random_change(kind: str, shape: tuple[int, ...], rank: int, generator: torch.Generator) -> Tensors:
+    out, inner, *kernel = shape
+    sizes = SHAPES[kind](out, inner, kernel, rank)
+    return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+
+
+def formula(factors: Tensors, shape: tuple[int, ...]) -> Tensor:
+    """The change in float64, before it is scaled, each format by one sum over all indices."""
+    f = {name.removesuffix(".weight"): factor.double() for name, factor in factors.items()}
+    core = "rs..., ro, si -> oi..."
+    if "diff" in f:
+        return f["diff"]
+    if "lora_mid" in f:
+        return torch.einsum(core, f["lora_mid"], f["lora_up"].flatten(1).T, f["lora_down"].flatten(1))
+    if "lora_up" in f:
+        return torch.einsum("or, ri... -> oi...", f["lora_up"].flatten(1), f["lora_down"]).reshape(shape)
+    if "hada_t1" in f:
+        halves = (torch.einsum(core, f[f"hada_t{n}"], f[f"hada_w{n}_a"], f[f"hada_w{n}_b"]) for n in (1, 2))
+        return next(halves) * next(halves)
+    if "hada_w1_a" in f:
+        return torch.einsum("or, ri, os, si -> oi", *(f[f"hada_w{n}_{side}"] for n in (1, 2) for side in "ab")).reshape(
+            shape
+        )
+    first = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
+    if "lokr_t2" in f:
+        second = torch.einsum(core, f["lokr_t2"], f["lokr_w2_a"], f["lokr_w2_b"])
+    else:
+        second = f["lokr_w2"] if "lokr_w2" in f else f["lokr_w2_a"] @ f["lokr_w2_b"]
+    second = second.reshape(shape[0] // len(first), shape[1] // first.shape[1], -1)
+    return torch.einsum("ac, bdk -> abcdk", first, second).reshape(shape)
+
+
+def one_module(path: Path, factors: Tensors, shape: tuple[int, ...], alpha: Tensor | None = None) -> Tensor:
+    """What a file that changes a single weight of that shape adds to it."""
+    save_file({f"lora_unet_layer.{name}": factor for name, factor in with_alpha(factors, alpha).items()}, path)
+    target = Target("unet", "layer.weight", torch.Size(shape))
+    changes = read_changes(path, {"lora_unet_layer": target}, 0)
+    assert [*changes] == [target]
+    return changes[target].times(1.0, target.shape)
+
+
+def with_alpha(factors: Tensors, alpha: Tensor | None) -> Tensors:
+    return factors if alpha is None else {**factors, "alpha": alpha}
+
+
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours.double() - theirs.double()).abs().max() <= tolerance * theirs.double().abs().max()
+
+
+class TestFormulas:
+    @pytest.mark.parametrize("kind", SHAPES)
+    @settings(max_examples=40)
+    @given(
+        size=st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda size: (2 * size[0], 2 * size[1])),
+        kernel=st.sampled_from([(), (1, 1), (3, 3), (1, 2)]),
+        rank=st.integers(1, 9),
+        alpha=st.none() | st.floats(-16, 16, width=16),
+        dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+        seed=st.integers(0, 99),
+    )
+    def test_change(
+        self,
+        tmp_path_factory: pytest.TempPathFactory,
+        kind: str,
+        size: tuple[int, int],
+        kernel: tuple[int, ...],
+        rank: int,
+        alpha: float | None,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        if kind in CORED and not kernel:
+            kernel = (3, 3)
+        shape = (*size, *kernel)
+        factors = random_change(kind, shape, rank, torch.Generator().manual_seed(seed))
+        factors = {name: factor.to(dtype) for name, factor in factors.items()}
+        given_alpha = None if alpha is None else torch.tensor(alpha)
+        strength = 1 if alpha is None or kind in UNRANKED else alpha / rank
+        path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+        assert_near(one_module(path, factors, shape, given_alpha), strength * formula(factors, shape))
+
+    @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1, 1)])
+    @pytest.mark.parametrize("trained_as", [(4, 6), (4, 6, 1, 1)])
+    def test_matrices_and_convolutions_of_one_pixel_are_the_same(
+        self, tmp_path: Path, shape: tuple[int, ...], trained_as: tuple[int, ...]
+    ) -> None:
+        factors = random_change("LoRA", trained_as, 2, torch.Generator().manual_seed(0))
+        change = one_module(tmp_path / "lora.safetensors", factors, shape)
+        assert_near(change.flatten(1), formula(factors, trained_as).flatten(1))
+
+    @pytest.mark.parametrize("alpha", [torch.tensor(4), torch.tensor([4.0]), torch.tensor(4.0, dtype=torch.float64)])
+    def test_every_spelling_of_a_number_is_an_alpha(self, tmp_path: Path, alpha: Tensor) -> None:
+        factors = random_change("LoRA", (4, 6), 2, torch.Generator().manual_seed(0))
+        change = one_module(tmp_path / "lora.safetensors", factors, (4, 6), alpha)
+        assert torch.equal(change, 2.0 * (factors["lora_up.weight"] @ factors["lora_down.weight"]))
+
+
+NAMES = [
+    (
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k.lora_down.weight",
+        "unet",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k",
+        "lora_down",
+    ),
+    ("lora_unet_output_blocks_2_2_conv.lora_mid.weight", "unet", "up_blocks.0.upsamplers.0.conv", "lora_mid"),
+    ("lora_unet_input_blocks_1_0_emb_layers_1.alpha", "unet", "down_blocks.0.resnets.0.time_emb_proj", "alpha"),
+    ("lora_unet_label_emb_0_2.hada_w1_a", "unet", "add_embedding.linear_2", "hada_w1_a"),
+    ("lora_unet_out_2.lokr_w2_b", "unet", "conv_out", "lokr_w2_b"),
+    ("lora_unet_mid_block_attentions_0_proj_in.lora_up.weight", "unet", "mid_block.attentions.0.proj_in", "lora_up"),
+    ("lycoris_mid_block_resnets_1_conv2.lokr_t2", "unet", "mid_block.resnets.1.conv2", "lokr_t2"),
+    ("unet.up_blocks.1.attentions.2.proj_out.lora_A.weight", "unet", "up_blocks.1.attentions.2.proj_out", "lora_down"),
+    ("base_model.model.unet.conv_in.lora_B.weight", "unet", "conv_in", "lora_up"),
+    ("base_model.model.conv_in.lora_B.weight", "unet", "conv_in", "lora_up"),
+    (
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q.lora.up.weight",
+        "unet",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q",
+        "lora_up",
+    ),
+    (
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_out_lora.down.weight",
+        "unet",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0",
+        "lora_down",
+    ),
+    ("lora_te_text_model_encoder_layers_1_self_attn_q_proj.alpha", "text_encoder", QUERY, "alpha"),
+    ("lora_te1_text_model_encoder_layers_1_self_attn_q_proj.diff", "text_encoder", QUERY, "diff"),
+    ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.up.weight", "text_encoder", MLP, "lora_up"),
+    ("text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight", "text_encoder", MLP, "lora_down"),
+    ("text_encoder.text_model.encoder.layers.1.self_attn.to_q_lora.down.weight", "text_encoder", QUERY, "lora_down"),
+    ("lora_te2_text_model_encoder_layers_1_self_attn_q_proj.alpha", "text_encoder_2", QUERY, "alpha"),
+    ("text_encoder_2.text_projection.lora_A.weight", "text_encoder_2", "text_projection", "lora_down"),
+]
+"""Keys as the tools write them; the network and module that each is for, and the part that it holds."""
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> dict[str, Target]:
+    """The names of SDXL's U-Net and of small text encoders."""
+    text = tiny_text()
+    with torch.device("meta"):
+        return targets(Networks(UNet(SDXL_UNET), VAE(SDXL_VAE), text.text_encoder, text.text_encoder_2))
+
+
+class TestNames:
+    @pytest.mark.parametrize(("key", "network", "module", "part"), NAMES)
+    def test_keys_of_sdxl(self, sdxl: dict[str, Target], key: str, network: str, module: str, part: str) -> None:
+        name, found = split_key(key)
+        target = sdxl[flat(name)]
+        assert (found, target.network) == (part, network)
+        assert target.key.removeprefix("text_model.") == f"{module.removeprefix('text_model.')}.weight"
+
+    def test_every_matrix_and_convolution_of_the_unet_has_its_names(self, sdxl: dict[str, Target]) -> None:
+        with torch.device("meta"):
+            unet = UNet(SDXL_UNET)
+        weights = {key: weight.shape for key, weight in unet.state_dict().items() if weight.ndim > 1}
+        for original, key in unet_keys(unet).items():
+            if key in weights:
+                for name in (original, key):
+                    assert sdxl[f"lora_unet_{flat(name.removesuffix('.weight'))}"] == Target("unet", key, weights[key])
+        assert {target.key for target in sdxl.values() if target.network == "unet"} == weights.keys()
+
+    def test_sd_1_5_has_its_names_too(self) -> None:
+        with torch.device("meta"):
+            table = targets(Networks(UNet(SD15_UNET), VAE(SDXL_VAE), tiny_text().text_encoder, None))
+        name = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
+        assert table[f"lora_unet_{name}"].shape == (320, 320)
+        assert table[f"lora_unet_{name}"] is table["lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_k"]
+
+
+def whole_lora(model: Tiny, *, original: bool, seed: int = 0, alpha: float = 2.0) -> Tensors:
+    """A kohya LoRA of ranks 2 to 4 for every matrix and convolution of a model but its embeddings."""
+    generator, tensors = torch.Generator().manual_seed(seed), Tensors()
+    spelled = {ours: theirs for theirs, ours in unet_keys(model.unet).items()} if original else {}
+    prefixes = dict(
+        zip(networks(model), ("unet", "", "te1" if model.text.text_encoder_2 else "te", "te2"), strict=False)
+    )
+    for network, module in networks(model).items():
+        for key, weight in module.state_dict().items():
+            if network == "vae" or weight.ndim < 2 or "embeddings" in key or not key.endswith(".weight"):
+                continue
+            if network != "unet" and not key.startswith("text_"):
+                key = f"text_model.{key}"  # in files it has that, in some releases of transformers it has not
+            name = f"lora_{prefixes[network]}_{flat(spelled.get(key, key).removesuffix('.weight'))}"
+            factors = random_change("LoRA", tuple(weight.shape), 2 + len(tensors) % 3, generator)
+            tensors |= {f"{name}.{part}": 0.1 * factor for part, factor in factors.items()}
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def by_diffusers(folder: Path, file: Path, scale: float) -> Any:
+    """The pipeline with a LoRA fused into its weights."""
+    is_sdxl = (folder / "text_encoder_2").exists()
+    kind = StableDiffusionXLPipeline if is_sdxl else StableDiffusionPipeline
+    pipeline: Any = kind.from_pretrained(folder, local_files_only=True)
+    pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    pipeline.fuse_lora(lora_scale=scale)
+    pipeline.unload_lora_weights()
+    return pipeline
+
+
+def assert_agrees(model: Model, pipeline: Any) -> None:
+    """All weights are those of the pipeline, to rounding."""
+    for name, network in networks(model).items():
+        theirs = getattr(pipeline, name).state_dict()
+        assert theirs.keys() == network.state_dict().keys()
+        for key, weight in network.state_dict().items():
+            assert_near(weight, theirs[key])
+
+
+class TestAgainstDiffusers:
+    def test_kohya_for_sdxl(self, tiny: Tiny, folder: Path, tmp_path: Path) -> None:
+        """kohya's scripts train SDXL in the original layout."""
+        file = tmp_path / "lora.safetensors"
+        save_file(whole_lora(tiny, original=True), file)
+        model, pipeline = load(folder, loras=[(file, 0.7)]), by_diffusers(folder, file, 0.7)
+        assert_agrees(model, pipeline)
+        assert not torch.equal(model.unet.conv_in.weight, tiny.unet.conv_in.weight)
+        generator = torch.Generator().manual_seed(0)
+        x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 192, generator=generator)
+        pooled, sizes = torch.randn(2, 64, generator=generator), torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+        with torch.no_grad():
+            ours = model.unet(x, torch.tensor([5, 900]), context, pooled, sizes)
+            conditions = {"text_embeds": pooled, "time_ids": sizes}
+            theirs = pipeline.unet(x, torch.tensor([5, 900]), context, added_cond_kwargs=conditions).sample
+            before = tiny.unet(x, torch.tensor([5, 900]), context, pooled, sizes)
+        assert_near(ours, theirs)
+        assert (ours - before).abs().max() > 0.1
+
+    def test_kohya_for_sd_1_5(self, tmp_path: Path) -> None:
+        """and SD 1.5 in diffusers'."""
+        tiny = random_model(SD15)
+        folder, file = tiny.save(tmp_path / "model"), tmp_path / "lora.safetensors"
+        save_file(whole_lora(tiny, original=False), file)
+        assert_agrees(load(folder, loras=[(file, -1.5)]), by_diffusers(folder, file, -1.5))
+
+    def test_what_diffusers_trains_and_writes(self, folder: Path, tmp_path: Path) -> None:
+        """PEFT's names, and alphas in the metadata."""
+        pipeline: Any = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+        adapters = {
+            "unet": LoraConfig(
+                r=4,
+                lora_alpha=6,
+                target_modules=["to_q", "to_out.0", "conv1", "proj_in"],
+                alpha_pattern={"mid_block.attentions.0.proj_in": 3, "attn2.to_q": 1.5},
+                rank_pattern={"conv1": 2},
+            ),
+            "text_encoder": LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "fc1"], use_rslora=True),
+            "text_encoder_2": LoraConfig(r=3, lora_alpha=1, target_modules=["v_proj", "text_projection"]),
+        }
+        written: dict[str, Any] = {}
+        for name, config in adapters.items():
+            network = getattr(pipeline, name)
+            network.add_adapter(config)
+            state = get_peft_model_state_dict(network, adapter_name="default")
+            written[f"{name}_lora_layers"] = {key: torch.randn(t.shape) for key, t in state.items()}
+            written[f"{name}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
+        pipeline.save_lora_weights(tmp_path, **written)
+        (file,) = tmp_path.glob("*.safetensors")
+        assert_agrees(load(folder, loras=[(file, 0.5)]), by_diffusers(folder, file, 0.5))
+
+
+@pytest.fixture
+def two(tiny: Tiny, tmp_path: Path) -> tuple[Path, Path]:
+    """Two LoRAs for the tiny model."""
+    paths = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    for seed, path in enumerate(paths):
+        save_file(whole_lora(tiny, original=seed == 0, seed=seed), path)
+    return paths
+
+
+class TestMerging:
+    def test_is_the_formula_bit_by_bit(self, tiny: Tiny, folder: Path, two: tuple[Path, Path]) -> None:
+        tensors, weight = load_file(two[1]), tiny.unet.get_parameter(f"{CROSS}.weight")
+        name = f"lora_unet_{flat(CROSS)}"
+        up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
+        expected = weight + 0.8 * (2.0 / len(down)) * (up @ down)
+        for dtype in (torch.float32, torch.float16):
+            model = load(folder, dtype=dtype, loras=[(two[1], 0.8)])
+            assert torch.equal(model.unet.get_parameter(f"{CROSS}.weight"), expected.to(dtype))
+
+    def test_two_add_up_in_any_order(self, tiny: Tiny, folder: Path, two: tuple[Path, Path]) -> None:
+        one, other = (two[0], 0.5), (two[1], -2.0)
+        models = [load(folder, loras=loras) for loras in ([one], [other], [one, other], [other, one])]
+        for name, network in networks(tiny).items():
+            first, second, both, reversed_ = (networks(model)[name].state_dict() for model in models)
+            for key, weight in network.state_dict().items():
+                assert_near(both[key], first[key] + second[key] - weight)
+                assert_near(both[key], reversed_[key], 1e-6)
+
+    def test_scale_0_changes_no_bit(self, tiny: Tiny, folder: Path, two: tuple[Path, Path]) -> None:
+        assert_bit_equal(load(folder, loras=[(two[0], 0.0)]), tiny)
+
+    def test_both_layouts_of_the_model_take_the_same_file(
+        self, folder: Path, single_file: Path, two: tuple[Path, Path]
+    ) -> None:
+        """Of a single file the second text encoder's queries, keys and values lie in one matrix."""
+        assert_bit_equal(load(single_file, config=folder, loras=[(two[0], 1)]), load(folder, loras=[(two[0], 1)]))
+
+    def test_only_what_is_changed_is_copied(self, tiny: Tiny, tmp_path: Path) -> None:
+        file = tmp_path / "lora.safetensors"
+        save_file(good(tiny), file)
+        text = tiny.text
+        built = Networks(tiny.unet, tiny.vae, text.text_encoder, text.text_encoder_2)
+        weights = {name: network.state_dict() for name, network in networks(tiny).items()}
+        before = {name: {key: weight.clone() for key, weight in part.items()} for name, part in weights.items()}
+        merged, _ = merge(weights, built, [(file, 1.0)], dtype=torch.float32)
+        changed = {key for name in weights for key in weights[name] if merged[name][key] is not weights[name][key]}
+        assert {key.removeprefix("text_model.") for key in changed} == {
+            f"{module.removeprefix('text_model.')}.weight" for module in (CROSS, FEED, CONVOLUTION, QUERY)
+        }
+        for name, part in weights.items():
+            assert all(torch.equal(part[key], before[name][key]) for key in part)
+
+    def test_model_knows_its_loras(self, folder: Path, two: tuple[Path, Path]) -> None:
+        model = load(folder, loras=[(two[0], 0.5), (str(two[1]), -2)])
+        assert model.loras == (
+            MergedLora(str(two[0]), 0.5, sha256(two[0])),
+            MergedLora(str(two[1]), -2, sha256(two[1])),
+        )
+
+    def test_a_merge_that_overflows(self, folder: Path, two: tuple[Path, Path]) -> None:
+        with pytest.raises(LoraError, match=r"is not finite in torch\.float16 with the LoRAs: lower their scales"):
+            load(folder, dtype=torch.float16, loras=[(two[0], 1e6)])
+
+    def test_arguments(self, folder: Path, two: tuple[Path, Path]) -> None:
+        with pytest.raises(FileNotFoundError, match="nowhere is no file: pass a LoRA's"):
+            load(folder, loras=[(two[0], 1), ("nowhere", 1)])
+        with pytest.raises(ValueError, match=r"the scale nan of the LoRA .*one\.safetensors must be a finite number"):
+            load(folder, loras=[(two[0], float("nan"))])
+
+
+def good(tiny: Tiny) -> Tensors:
+    """A file with a LoRA of four modules."""
+    modules = {"unet": (CROSS, FEED, CONVOLUTION), "te1": (QUERY,)}
+    names = {f"lora_{prefix}_{flat(module)}" for prefix, own in modules.items() for module in own}
+    return {key: tensor for key, tensor in whole_lora(tiny, original=False).items() if key.partition(".")[0] in names}
+
+
+LAYER, FILTER = (f"lora_unet_{flat(module)}" for module in (FEED, CONVOLUTION))
+DOWN, UP, ALPHA = (f"{LAYER}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+"""Keys of a matrix (512, 64)."""
+
+
+def put(**sizes: tuple[int, ...]) -> Callable[[Tensors], None]:
+    """Other factors of those shapes in the place of the layer's LoRA."""
+
+    def edit(tensors: Tensors) -> None:
+        for key in (DOWN, UP):
+            del tensors[key]
+        tensors.update({f"{LAYER}.{name}": torch.ones(size) for name, size in sizes.items()})
+
+    return edit
+
+
+def fill(key: str, value: float) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({key: torch.full_like(tensors[key], value)})
+
+
+def rename(*renamed: tuple[str, str]) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        for key in [*tensors]:
+            new = key
+            for old, other in renamed:
+                new = new.replace(old, other)
+            tensors[new] = tensors.pop(key)
+
+    return edit
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
+    "no up": (
+        lambda tensors: tensors.pop(UP),
+        ["1 incomplete changes", f"{LAYER} has alpha and lora_down where lora_down and lora_up belong"],
+    ),
+    "no down": (lambda tensors: tensors.pop(DOWN), ["has alpha and lora_up where lora_down and lora_up belong"]),
+    "nothing but alpha": (put(), ["has alpha where lora_down and lora_up belong"]),
+    "half a Hadamard product": (
+        put(hada_w1_a=(512, 2), hada_w1_b=(2, 64)),
+        ["has alpha and hada_w1_a and hada_w1_b where hada_w1_a and hada_w1_b and hada_w2_a and hada_w2_b belong"],
+    ),
+    "one core of two": (
+        put(hada_w1_a=(2, 512), hada_w1_b=(2, 64), hada_w2_a=(2, 512), hada_w2_b=(2, 64), hada_t1=(2, 2, 1, 1)),
+        ["has alpha and hada_t1 and hada_w1_a", "where hada_w1_a"],
+    ),
+    "half a Kronecker factor": (
+        put(lokr_w1=(2, 2), lokr_w2_a=(256, 2)),
+        ["where lokr_w1 and lokr_w2_a and lokr_w2_b belong"],
+    ),
+    "two kinds": (lambda tensors: tensors.update({f"{LAYER}.diff": torch.ones(512, 64)}), ["incomplete", "diff"]),
+    "alpha NaN": (fill(ALPHA, NAN), ["1 alphas that are no finite number", f"{ALPHA} is nan, torch.float32"]),
+    "alpha infinite": (fill(ALPHA, -INF), [f"{ALPHA} is -inf"]),
+    "alpha a list": (lambda tensors: tensors.update({ALPHA: torch.ones(2)}), [f"{ALPHA} is of shape (2,)"]),
+    "alpha of no dtype of numbers": (
+        lambda tensors: tensors.update({ALPHA: torch.tensor(True)}),
+        [f"{ALPHA} is True, torch.bool"],
+    ),
+    "factor NaN": (fill(UP, NAN), ["1 factors that are not finite", UP]),
+    "factor infinite": (fill(DOWN, INF), ["1 factors that are not finite", DOWN]),
+    "quantized": (
+        lambda tensors: tensors.update({DOWN: tensors[DOWN].to(torch.int8)}),
+        ["1 quantized factors", f"{DOWN} torch.int8"],
+    ),
+    "ranks that do not fit": (
+        lambda tensors: tensors.update({UP: torch.ones(512, 9)}),
+        ["1 changes of another shape", f"{LAYER} has", "lora_up (512, 9)", "where (512, 64) is to be changed"],
+    ),
+    "a layer of another size": (
+        lambda tensors: tensors.update({UP: torch.ones(256, len(tensors[DOWN]))}),
+        ["lora_up (256, ", "(512, 64)"],
+    ),
+    "a kernel of another size": (
+        lambda tensors: tensors.update({f"{FILTER}.lora_down.weight": torch.ones(3, 128, 1, 1)}),
+        ["(3, 128, 1, 1)", "where (64, 128, 3, 3) is to be changed"],
+    ),
+    "a vector": (lambda tensors: tensors.update({DOWN: torch.ones(64)}), ["lora_down (64,)", "(512, 64)"]),
+    "a number": (lambda tensors: tensors.update({UP: torch.ones(())}), ["lora_up ()", "(512, 64)"]),
+    "sizes that would broadcast": (
+        put(hada_w1_a=(512, 2), hada_w1_b=(2, 64), hada_w2_a=(1, 2), hada_w2_b=(2, 64)),
+        ["hada_w2_a (1, 2)", "(512, 64)"],
+    ),
+    "ranks that would broadcast": (
+        put(
+            hada_w1_a=(1, 512),
+            hada_w1_b=(2, 64),
+            hada_w2_a=(2, 512),
+            hada_w2_b=(2, 64),
+            hada_t1=(2, 2, 1, 1),
+            hada_t2=(2, 2, 1, 1),
+        ),
+        ["hada_w1_a (1, 512)", "(512, 64)"],
+    ),
+    "two ranks": (
+        put(lokr_w1_a=(2, 3), lokr_w1_b=(3, 2), lokr_w2_a=(256, 4), lokr_w2_b=(4, 32)),
+        ["1 changes without one rank", f"{LAYER} has 3 and 4"],
+    ),
+    "rank 0": (
+        lambda tensors: tensors.update({UP: torch.ones(512, 0), DOWN: torch.ones(0, 64)}),
+        ["1 changes without one rank", f"{LAYER} has 0"],
+    ),
+    "another model": (
+        rename(("lora_unet_", "transformer."), ("lora_te1_", "encoder.")),
+        ["is no LoRA for this model", "It has encoder.text_model_", "expected were such as lora_unet_", "or unet."],
+    ),
+    "nothing": (lambda tensors: tensors.clear(), ["is no LoRA for this model", "It has none"]),
+    "another family": (
+        lambda tensors: tensors.update({f"lora_unet_{flat(CROSS)}.lora_down.weight": torch.ones(2, 768)}),
+        ["reads text of width 768 (Stable Diffusion 1)", "this model's reads width 192: use a LoRA of"],
+    ),
+    "a few modules of another model": (
+        lambda tensors: tensors.update({f"lora_unet_odd_{i:02}.lora_up.weight": torch.ones(1, 1) for i in range(12)}),
+        ["12 keys of no module of this model: lora_unet_odd_00.lora_up.weight", "_09.lora_up.weight and 2 more"],
+    ),
+    "the same under two names": (
+        lambda tensors: tensors.update({f"unet.{FEED}.lora_A.weight": tensors[DOWN]}),
+        ["1 keys that repeat another", "lora"],
+    ),
+    "all that is wrong": (
+        lambda tensors: tensors.update({key: torch.ones(2) for key in (ALPHA, "odd", f"{LAYER}.w_norm")}),
+        ["1 keys of what is not supported", "; 1 keys of no module", "; 1 alphas"],
+    ),
+    **{
+        f"not supported: {part}": (
+            lambda tensors, part=part: tensors.update({f"{LAYER}.{part}": torch.ones(2, 2)}),
+            ["1 keys of what is not supported", f"{LAYER}.{part} ({kind})"],
+        )
+        for part, kind in {
+            "dora_scale": "DoRA",
+            "lora_magnitude_vector": "DoRA",
+            "oft_blocks": "OFT",
+            "oft_diag": "OFT",
+            "a1.weight": "GLoRA",
+            "on_input": "IA3",
+            "diff_b": "a bias",
+            "lora_B.bias": "a bias",
+            "w_norm": "a norm",
+            "b_norm": "a norm",
+        }.items()
+    },
+}
+"""How a good file is made a bad one, and what is said of it."""
+
+
+def refused(arguments: list[str], status: int, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> str:
+    """What the command line says in one line, drawing nothing."""
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("cutdiff: ")
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.rglob("*.png")) == []
+    return captured.err
+
+
+class TestWrongFiles:
+    @pytest.mark.parametrize("name", WRONG)
+    def test_in_one_line(
+        self, tiny: Tiny, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    ) -> None:
+        edit, expected = WRONG[name]
+        tensors, file = good(tiny), tmp_path / "lora.safetensors"
+        edit(tensors)
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, file)
+        line = refused(["--model", str(folder), "--lora", f"{file}:0.5"], 1, capsys, tmp_path)
+        assert str(file) in line
+        for words in expected:
+            assert words in line
+
+    @pytest.mark.parametrize(
+        ("metadata", "expected"),
+        [
+            ("[" * 10_000, "is no JSON object"),
+            ("[]", "is no JSON object"),
+            ('{"unet.lora_alpha": NaN}', "has unet.lora_alpha=nan: nan is no finite number"),
+            ('{"unet.lora_alpha": "4"}', "'4' is no finite number"),
+            (f'{{"unet.lora_alpha": 1{"0" * 400}}}', "is no finite number"),
+            ('{"unet.alpha_pattern": {"to_k": null}}', "None is no finite number"),
+            ('{"unet.alpha_pattern": {"attn.*to_k": 4}}', "only alphas by the names of modules"),
+        ],
+    )
+    def test_metadata(
+        self,
+        tiny: Tiny,
+        folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        metadata: str,
+        expected: str,
+    ) -> None:
+        file = tmp_path / "lora.safetensors"
+        save_file(good(tiny), file, metadata={KEY: metadata})
+        line = refused(["--model", str(folder), "--lora", str(file)], 1, capsys, tmp_path)
+        assert f"{file}: its metadata {KEY}" in line
+        assert expected in line
+
+    def test_no_safetensors_file(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = tmp_path / "lora.safetensors"
+        file.write_bytes(b"<!DOCTYPE html><html><body>Sign in</body></html>")
+        line = refused(["--model", str(folder), "--lora", str(file)], 1, capsys, tmp_path)
+        assert str(file) in line
+        assert "is a web page" in line
+
+    def test_nothing_is_merged_before_all_is_checked(
+        self, folder: Path, two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tensors = load_file(two[1])
+        tensors.popitem()
+        save_file(tensors, two[1])
+        monkeypatch.setattr("cutdiff.checkpoint.lora.file.Change.times", None)
+        with pytest.raises(LoraError, match=r"two\.safetensors cannot be merged"):
+            load(folder, loras=[(two[0], 1), (two[1], 1)])
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def file(self, model: Model, tmp_path: Path) -> Path:
+        """A LoRA for the embedded model."""
+        path, weight = tmp_path / "style:2.safetensors", model.unet.get_parameter("mid_block.resnets.0.conv1.weight")
+        factors = random_change("LoCon with a core", tuple(weight.shape), 4, torch.Generator().manual_seed(0))
+        save_file({f"lora_unet_mid_block_resnets_0_conv1.{name}": 0.1 * part for name, part in factors.items()}, path)
+        return path
+
+    def test_the_picture_and_its_record(self, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        draw = ["--steps", "2", "--width", "128", "--height", "128", "--method", "direct", "--out", str(tmp_path)]
+        pictures, records = [], []
+        for loras in ([], ["--lora", f"{file}:0"], ["--lora", f"{file}:-0.5", "--lora", str(file)]):
+            assert main([*draw, *loras]) == 0
+            picture = Path(capsys.readouterr().out.strip())
+            with Image.open(picture) as image:
+                pictures.append((image.tobytes(), image.info["parameters"]))
+            records.append(json.loads(picture.with_suffix(".json").read_text())["model"]["loras"])
+        (plain, text), (unchanged, _), (changed, text_with_loras) = pictures
+        assert plain == unchanged
+        assert plain != changed
+        digest = sha256(file)
+        assert records[0] == []
+        assert records[2] == [{"path": str(file), "scale": scale, "sha256": digest} for scale in (-0.5, 1.0)]
+        assert "Loras" not in text
+        assert ', Loras: "style:2: -0.5, style:2: 1.0", ' in text_with_loras
+
+    @pytest.mark.parametrize(
+        ("ending", "expected"),
+        [
+            (":nan", "has the scale 'nan': it must be a finite number"),
+            (":inf", "has the scale 'inf'"),
+            (":1e999", "has the scale '1e999'"),
+            (":strong", "has the scale 'strong'"),
+            (":", "has the scale ''"),
+            (".gone", "is no file: give PATH or PATH:SCALE"),
+            (".gone:0.5", "is no file"),
+        ],
+    )
+    def test_arguments(
+        self, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str, expected: str
+    ) -> None:
+        line = refused(["--lora", f"{file}{ending}"], 2, capsys, tmp_path)
+        assert f"--lora: {file}{ending} {expected}" in line
+
+    def test_a_folder_is_no_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert f"{tmp_path} is no file" in refused(["--lora", str(tmp_path)], 2, capsys, tmp_path)
+
+    @pytest.mark.parametrize("ending", ["", ":2"])
+    def test_a_file_whose_name_ends_like_a_scale(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+    ) -> None:
+        file = tmp_path / "style:0.5"
+        file.write_bytes(b"")
+        line = refused(["--model", str(folder), "--lora", f"{file}{ending}"], 1, capsys, tmp_path)
+        assert f"{file} is empty" in line
