@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,11 +44,17 @@ class Model:
     """Whether an empty negative prompt is zeros (as SDXL was trained) and not the encoding of an empty string."""
     source: str
     """The folder or file that the weights were read from."""
-    hashes: dict[str, str]
-    """SHA-256 of every weight file, by its path relative to `source`."""
+    files: dict[str, Path]
+    """The weight files, by their paths relative to `source`."""
     decided_by: dict[str, str] = field(default_factory=dict)
     """Which source decided what of `noise`: "option", "marker key …", "metadata …", "scheduler" or "default"."""
     loras: tuple[MergedLora, ...] = ()
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every weight file, by the names of `files`. Made when it is first asked for: it reads all of them,
+        which `load` need not."""
+        return {name: sha256(path) for name, path in self.files.items()}
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +91,12 @@ class Model:
     def factor(self) -> int:
         """Pixels of an image for one latent, on each axis."""
         return self.vae.config.factor
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -61,7 +61,7 @@ def tiny_model() -> Model:
         noise=NoiseConfig(),
         zeros_for_empty_negative=True,
         source="random",
-        hashes={"unet/random": "0" * 64},
+        files={},
     )
 
 

@@ -430,7 +430,7 @@ def on(device: str, model: Model) -> Model:
     if device == "cpu":
         return model
     copy = deepcopy(model)
-    for network in (copy.unet, copy.vae, copy.text.text_encoder, copy.text.text_encoder_2):
+    for network in (copy.unet, copy.vae, *copy.text.encoders):
         network.to(device)
     return copy
 

@@ -404,16 +404,18 @@ def test_text_states_are_the_penultimate_ones_side_by_side_and_the_second_pooled
     states = text.encode(PROMPTS)
     first, second = text.tokenize(PROMPTS)
     captured = []
-    layers_1 = text.text_encoder.get_submodule("encoder.layers")
-    layers_2 = text.text_encoder_2.get_submodule("text_model.encoder.layers")
+    encoder, encoder_2 = text.text_encoder, text.text_encoder_2
+    assert encoder_2 is not None
+    layers_1 = encoder.get_submodule("encoder.layers")
+    layers_2 = encoder_2.get_submodule("text_model.encoder.layers")
     assert isinstance(layers_1, nn.ModuleList)
     assert isinstance(layers_2, nn.ModuleList)
     hooks = [
         layers[-2].register_forward_hook(lambda _module, _args, output: captured.append(output))
         for layers in (layers_1, layers_2)
     ]
-    text.text_encoder(first)
-    output = text.text_encoder_2(second)
+    encoder(first)
+    output = encoder_2(second)
     for hook in hooks:
         hook.remove()
     penultimate = [output[0] if isinstance(output, tuple) else output for output in captured]
@@ -422,7 +424,7 @@ def test_text_states_are_the_penultimate_ones_side_by_side_and_the_second_pooled
 
     assert torch.equal(states.pooled, output.text_embeds)
     ends = (second == 1).int().argmax(dim=1)
-    pooled = text.text_encoder_2.text_projection(output.last_hidden_state[torch.arange(len(PROMPTS)), ends])
+    pooled = encoder_2.text_projection(output.last_hidden_state[torch.arange(len(PROMPTS)), ends])
     torch.testing.assert_close(states.pooled, pooled)
 
 

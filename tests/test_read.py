@@ -33,7 +33,8 @@ import cutdiff
 from cutdiff.checkpoint.build import assign
 from cutdiff.checkpoint.header import DTYPES, MAX_HEADER, MAX_NAME, Entry, read_header
 from cutdiff.checkpoint.locate import EMBEDDED, embedded
-from cutdiff.checkpoint.read import MAX_TEXT, find_weights, read_json, read_tensors, sha256
+from cutdiff.checkpoint.read import MAX_TEXT, find_weights, read_json, read_tensors
+from cutdiff.model import sha256
 from cutdiff.sample import main
 
 AGAIN = "download it again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,7 +113,7 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     source: str,
-    hashes: dict[str, str],
+    files: dict[str, Path],
     decided_by: dict[str, str],
 ) -> Model:
     """Give the empty `networks` their weights, by sub-folder name and diffusers key, and put the model together.
@@ -136,7 +137,7 @@ def build_model(
         noise=blueprint.noise,
         zeros_for_empty_negative=blueprint.zeros_for_empty_negative,
         source=source,
-        hashes=hashes,
+        files=files,
         decided_by=decided_by,
     )
 

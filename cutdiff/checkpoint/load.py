@@ -17,7 +17,7 @@ from cutdiff.checkpoint.header import read_header
 from cutdiff.checkpoint.infer import infer_blueprint
 from cutdiff.checkpoint.locate import locate
 from cutdiff.checkpoint.noise import NoiseOptions, decide_noise
-from cutdiff.checkpoint.read import read_tensors, sha256
+from cutdiff.checkpoint.read import read_tensors
 from cutdiff.checkpoint.vae import read_vae
 from cutdiff.model import Model
 
@@ -77,7 +77,7 @@ def load(
         device=device,
         dtype=dtype,
         source=str(source),
-        hashes=found.hashes,
+        files=found.files,
         decided_by=found.decided_by,
     )
     model = replace(model, loras=merged)
@@ -93,7 +93,7 @@ class _Found:
     blueprint: Blueprint
     networks: Networks
     weights: dict[str, dict[str, Tensor]]
-    hashes: dict[str, str]
+    files: dict[str, Path]
     decided_by: dict[str, str]
 
 
@@ -103,13 +103,13 @@ def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Foun
     other = None if vae is None else read_vae(vae, blueprint.vae)
     blueprint = replace(blueprint, noise=noise, vae=other.config if other else blueprint.vae)
     networks = empty_networks(blueprint)
-    files = folder.weight_files(source, [name for name in networks.named() if name != "vae" or other is None])
-    weights = folder.read_weights(files, networks)
-    hashes = {str(file.relative_to(source)): sha256(file) for shards in files.values() for file in shards}
+    shards = folder.weight_files(source, [name for name in networks.named() if name != "vae" or other is None])
+    weights = folder.read_weights(shards, networks)
+    files = {str(file.relative_to(source)): file for some in shards.values() for file in some}
     if other is not None:
         weights["vae"] = other.tensors
-        hashes |= other.hashes
-    return _Found(blueprint, networks, weights, hashes, decided_by)
+        files |= {str(file): file for file in other.files}
+    return _Found(blueprint, networks, weights, files, decided_by)
 
 
 def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: Path | None) -> _Found:
@@ -128,11 +128,11 @@ def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: 
             blueprint = replace(configured, noise=noise, vae=other.config if other else configured.vae)
     networks = empty_networks(blueprint)
     weights = single.convert(parts, networks)
-    hashes = {source.name: sha256(source)}
+    files = {source.name: source}
     if other is not None:
         weights["vae"] = other.tensors
-        hashes |= other.hashes
-    return _Found(blueprint, networks, weights, hashes, decided_by)
+        files |= {str(file): file for file in other.files}
+    return _Found(blueprint, networks, weights, files, decided_by)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -132,12 +131,6 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): download it again") from None
-
-
-def sha256(path: Path) -> str:
-    """The digest of a file's bytes, in hexadecimal. Raises ValueError or FileNotFoundError as `opened` does."""
-    with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_depth(content: object) -> None:

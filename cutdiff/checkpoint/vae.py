@@ -12,7 +12,7 @@ from cutdiff.checkpoint.configs import vae_config
 from cutdiff.checkpoint.families import VAE_PREFIX
 from cutdiff.checkpoint.folder import STEMS, parse
 from cutdiff.checkpoint.infer import infer_vae
-from cutdiff.checkpoint.read import find_weights, read_tensors, sha256
+from cutdiff.checkpoint.read import find_weights, read_tensors
 from cutdiff.checkpoint.single import convert_vae
 from cutdiff.models.config import VAEConfig
 from cutdiff.models.vae import VAE
@@ -23,8 +23,7 @@ class OtherVAE:
     config: VAEConfig
     tensors: dict[str, Tensor]
     """Memory-mapped, under our keys."""
-    hashes: dict[str, str]
-    """SHA-256 of every file, by its path."""
+    files: list[Path]
 
 
 def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
@@ -47,4 +46,4 @@ def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
             raise ValueError(f"{path} is no VAE: {error}") from None
         with torch.device("meta"):
             tensors = convert_vae(tensors, VAE(config))
-    return OtherVAE(config, tensors, {str(file): sha256(file) for file in files})
+    return OtherVAE(config, tensors, files)
