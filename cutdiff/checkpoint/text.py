@@ -63,7 +63,7 @@ def with_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def named_for(encoder: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under the names that the installed transformers gives to the encoder's own."""
     tensors = with_prefix(tensors)
-    if any(key.startswith(PREFIX) for key in encoder.state_dict()):
+    if any(key.startswith(PREFIX) for key, _ in encoder.named_parameters()):
         return tensors
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
