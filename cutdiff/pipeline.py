@@ -19,7 +19,7 @@ from cutdiff.denoiser import Denoiser
 from cutdiff.draws import Draws
 from cutdiff.methods import METHODS, Run
 from cutdiff.model import Model
-from cutdiff.models.text import TextStates
+from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.patches import check_backend
 from cutdiff.schedule import Schedule
 from cutdiff.settings import Settings
@@ -106,6 +106,10 @@ def decode(model: Model, latents: Tensor) -> Tensor:
 def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Solver, Schedule]:
     """The canvas in latents, the solver and the schedule of a run; ValueError where the model cannot do it."""
     check_backend(settings.backend, model.device)
+    model.text.skipping(settings.clip_skip)
+    for name in ("prompt_2", "negative_prompt_2"):
+        if getattr(settings, name) is not None and model.text.text_encoder_2 is None:
+            raise ValueError(f"{name}={getattr(settings, name)!r} is for a second text encoder, which only SDXL has")
     solver = make_solver(settings.solver, settings.eta)
     schedule = solver.make_schedule(model.noise, settings.num_steps)
     return settings.canvas_size(model.native_size, model.factor), solver, schedule
@@ -118,11 +122,8 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
     size, solver, schedule = plan(model, settings)
     if draws is None:
         draws = Draws(tuple(settings.seed + i for i in range(len(prompts))), model.device)
-    positive = model.text.encode(prompts)
-    if settings.negative_prompt or not model.zeros_for_empty_negative:
-        negative = model.text.encode([settings.negative_prompt] * len(prompts))
-    else:
-        negative = TextStates.zeros_like(positive)
+    text = model.text.skipping(settings.clip_skip)
+    positive, negative = _encode(text, prompts, settings, model.zeros_for_empty_negative)
     denoiser = Denoiser(
         unet=model.unet,
         timestep=schedule.timestep,
@@ -141,7 +142,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         target_size=size,
         schedule=schedule,
         prompts=prompts,
-        text=model.text,
+        text=text,
         stride=settings.stride,
         structure_fraction=settings.structure_fraction,
         detail_guidance_scale=settings.detail_guidance_scale,
@@ -158,6 +159,19 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         raise ValueError(f"draws.noise gave {tuple(noise.shape)} where {shape} is needed")
     steps = solve(stages, noise * schedule.init_scale, schedule, solver, draws.noise)
     return _Prepared(settings, denoiser, draws, size, sum(len(stage.steps) for stage in stages), steps)
+
+
+def _encode(
+    text: TextEncoders, prompts: list[str], settings: Settings, zeros_for_empty_negative: bool
+) -> tuple[TextStates, TextStates]:
+    """The states of the prompts and of their negative prompt, equally long: a guidance pair is one batch."""
+    others = (settings.negative_prompt, settings.prompt_2, settings.negative_prompt_2)
+    length = max(text.length(prompt) for prompt in (*prompts, *others) if prompt is not None)
+    positive = text.encode(prompts, settings.prompt_2, min_length=length)
+    if zeros_for_empty_negative and not (settings.negative_prompt or settings.negative_prompt_2):
+        return positive, TextStates.zeros_like(positive)
+    negative = [settings.negative_prompt] * len(prompts)
+    return positive, text.encode(negative, settings.negative_prompt_2, min_length=length)
 
 
 def _record(
