@@ -16,7 +16,6 @@ from cutdiff.prompts import parse_weights, written
 
 END_OF_WORD = "</w>"
 """How CLIP's vocabulary marks a token that a word ends with."""
-COMMA = f",{END_OF_WORD}"
 COMMA_WINDOW = 20
 """A full chunk ends after its last comma, where that is one of as many tokens before its end."""
 
@@ -34,17 +33,13 @@ class Tokens:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, comma_window: int = COMMA_WINDOW) -> list[Chunk]:
     """The chunks of a prompt; at least one, which may be empty."""
-    parts = [
-        [
-            (token, weight)
-            for text, weight in pieces
-            for token in tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        ]
-        for pieces in parse_weights(prompt)
-    ]
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    parts = [[(token, weight) for text, weight in pieces for token in ids(text)] for pieces in parse_weights(prompt)]
     size = tokenizer.model_max_length - 2  # one token begins a chunk, one ends it
-    comma = tokenizer.convert_tokens_to_ids([COMMA])[0]
-    return split(parts, size, comma, comma_window)
+    return split(parts, size, ids(",")[0], comma_window)
 
 
 def split(parts: Sequence[Chunk], size: int, comma: int, comma_window: int) -> list[Chunk]:
