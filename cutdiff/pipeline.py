@@ -60,7 +60,8 @@ def denoise(
 ) -> Iterator[Step]:
     """Run step by step: yields a `Step` after each. Options are those of `Settings`, given as one or by name.
 
-    A sequence of prompts makes one image each; `draws` replaces the draws that the seeds would make.
+    A sequence of prompts makes one image each; `draws` replaces the draws that the seeds would make. Prompts of more
+    than 75 tokens pad the shorter ones beside them with empty chunks, which these images show.
     """
     return _prepare(model, prompt, replace(settings or Settings(), **changes), draws).steps
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -126,6 +127,16 @@ def test_long_prompts_on_either_side_of_the_guidance_can_be_drawn(
     long = "(red:1.2), " * 50
     assert latents(tiny_model, prompt=[long, "a house"], **options).isfinite().all()
     assert latents(tiny_model, prompt="a house", negative_prompt=long, **options).isfinite().all()
+
+
+def test_a_view_with_fewer_words_takes_no_more_chunks(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = "red " * 56 + ", " + "red " * 17 + ", " + "red " * 75
+    fewer = whole[::-1].replace(",", "", 1)[::-1]  # without the comma that ends the first chunk
+    text = tiny_model.text
+    assert (text.length(whole), text.length(fewer)) == (2 * 77, 3 * 77)
+    module = sys.modules[view_prompts.__module__]  # the package's attribute of that name is the method
+    monkeypatch.setattr(module, "view_prompts", lambda _words, _masks, at, *_: [fewer] * len(at.flatten(0, 1)))
+    assert latents(tiny_model, prompt=whole, num_steps=1).isfinite().all()
 
 
 def test_a_view_is_told_the_words_that_fill_enough_of_it() -> None:
