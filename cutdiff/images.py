@@ -63,6 +63,8 @@ def parameters_text(record: dict[str, Any]) -> str:
         "Method": record["method"],
         "Version": f"cutdiff {record['versions']['cutdiff']}",
     }
+    if record["clip_skip"] is not None:
+        pairs["Clip skip"] = record["clip_skip"]
     lines = [record["prompt"]]
     if record["negative_prompt"]:
         lines.append(f"Negative prompt: {record['negative_prompt']}")

@@ -21,7 +21,7 @@ from cutdiff.draws import Draws
 from cutdiff.finite import explained
 from cutdiff.methods import METHODS, Run
 from cutdiff.model import Model, dtype_name
-from cutdiff.models.text import TextStates
+from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
 from cutdiff.patches import check_backend
 from cutdiff.schedule import Schedule
@@ -63,7 +63,8 @@ def denoise(
 ) -> Iterator[Step]:
     """Run step by step: yields a `Step` after each. Options are those of `Settings`, given as one or by name.
 
-    A sequence of prompts makes one image each; `draws` replaces the draws that the seeds would make.
+    A sequence of prompts makes one image each; `draws` replaces the draws that the seeds would make. Prompts of more
+    than 75 tokens pad the shorter ones beside them with empty chunks, which these images show.
     """
     return _prepare(model, prompt, replace(settings or Settings(), **changes), draws).steps
 
@@ -121,6 +122,10 @@ def _decoded(vae: VAE, latents: Tensor) -> Tensor:
 def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Solver, Schedule]:
     """The canvas in latents, the solver and the schedule of a run; ValueError where the model cannot do it."""
     check_backend(settings.backend, model.device)
+    model.text.skipping(settings.clip_skip)
+    for name in ("prompt_2", "negative_prompt_2"):
+        if getattr(settings, name) is not None and model.text.text_encoder_2 is None:
+            raise ValueError(f"{name}={getattr(settings, name)!r} is for a second text encoder, which only SDXL has")
     solver = make_solver(settings.solver, settings.eta)
     schedule = solver.make_schedule(model.noise, settings.num_steps)
     return settings.canvas_size(model.native_size, model.factor), solver, schedule
@@ -133,11 +138,8 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
     size, solver, schedule = plan(model, settings)
     if draws is None:
         draws = Draws(tuple(settings.seed + i for i in range(len(prompts))), model.device)
-    positive = model.text.encode(prompts)
-    if settings.negative_prompt or not model.zeros_for_empty_negative:
-        negative = model.text.encode([settings.negative_prompt] * len(prompts))
-    else:
-        negative = TextStates.zeros_like(positive)
+    text = model.text.skipping(settings.clip_skip)
+    positive, negative = _encode(text, prompts, settings, model.zeros_for_empty_negative)
     denoiser = Denoiser(
         unet=model.unet,
         timestep=schedule.timestep,
@@ -156,7 +158,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         target_size=size,
         schedule=schedule,
         prompts=prompts,
-        text=model.text,
+        text=text,
         stride=settings.stride,
         structure_fraction=settings.structure_fraction,
         detail_guidance_scale=settings.detail_guidance_scale,
@@ -174,6 +176,19 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
     steps = solve(stages, noise * schedule.init_scale, schedule, solver, draws.noise)
     num_steps = sum(len(stage.steps) for stage in stages)
     return _Prepared(settings, denoiser, draws, size, num_steps, explained(steps, denoiser, model))
+
+
+def _encode(
+    text: TextEncoders, prompts: list[str], settings: Settings, zeros_for_empty_negative: bool
+) -> tuple[TextStates, TextStates]:
+    """The states of the prompts and of their negative prompt, equally long: a guidance pair is one batch."""
+    others = (settings.negative_prompt, settings.prompt_2, settings.negative_prompt_2)
+    length = max(text.length(prompt) for prompt in (*prompts, *others) if prompt is not None)
+    positive = text.encode(prompts, settings.prompt_2, min_length=length)
+    if zeros_for_empty_negative and not (settings.negative_prompt or settings.negative_prompt_2):
+        return positive, TextStates.zeros_like(positive)
+    negative = [settings.negative_prompt] * len(prompts)
+    return positive, text.encode(negative, settings.negative_prompt_2, min_length=length)
 
 
 def _record(

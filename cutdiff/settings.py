@@ -45,6 +45,11 @@ class Settings:
     """The options of a run. ValueError, naming option, value and remedy, where one cannot be used."""
 
     negative_prompt: str = ""
+    prompt_2: str | None = None
+    """What the second text encoder reads; the prompt where it is None."""
+    negative_prompt_2: str | None = None
+    clip_skip: int | None = None
+    """Which layer of the text encoders is read, counted from the end: 1 is the last; as trained where it is None."""
     height: int | None = None
     """In pixels, a multiple of 8; twice the model's native size where it is None."""
     width: int | None = None
@@ -103,6 +108,10 @@ class Settings:
             raise ValueError(f"eta={self.eta} must lie in 0 … 1")
         if self.eta and self.solver != "ddim":
             raise ValueError(f"eta={self.eta} needs solver='ddim', not {self.solver!r}")
+        if self.method == "accdiffusion" and self.prompt_2 is not None:
+            raise ValueError(
+                f"prompt_2={self.prompt_2!r} is not for accdiffusion, whose views are told words of one prompt"
+            )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} must lie in 0 … 2⁶⁴ − 1")
         for name, known in (

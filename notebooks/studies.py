@@ -113,11 +113,17 @@ def known(path: Path, settings: dict[str, Any], testbed: Testbed) -> bool:
     if not path.exists():
         return False
     found = json.loads(path.read_text())
+    found["settings"] = completed(found["settings"])
     wanted = {"settings": settings, "caption_seed": testbed.caption_seed, "model": environment(testbed.model)["model"]}
     for name, value in wanted.items():
         if found[name] != value:
             raise ValueError(f"{path} is the result of another {name}: delete it to measure again")
     return found["num"] >= testbed.num
+
+
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """A result's settings with those that came after it was measured, which had no effect then: their defaults."""
+    return {**json.loads(json.dumps(Settings().described())), **settings} if settings else {}
 
 
 def save_sheets(study: str, testbed: Testbed, results: Path = RESULTS) -> None:

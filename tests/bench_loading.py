@@ -1,8 +1,8 @@
-"""How long an SDXL-sized checkpoint takes to load, against diffusers: `python tests/bench_loading.py FOLDER --repeats 5`.
+"""How long an SDXL-sized checkpoint takes to load, against diffusers: `python tests/bench_loading.py FOLDER`.
 
-Writes random float16 weights of SDXL's sizes (6.9 GB) into FOLDER in the diffusers layout, once. Then loads them by turns
-with cutdiff and with diffusers, each time in a process of its own with the file in the page cache, and prints medians
-of the seconds from path to model, peak memory, and the time that reading the files takes.
+Writes random float16 weights of SDXL's sizes (6.9 GB) into FOLDER in the diffusers layout, where there are none, and
+ends. Then loads them by turns with cutdiff and with diffusers, each time in a process of its own with the files in the
+page cache, and prints medians of the seconds from path to model, peak memory, and the time that reading takes.
 """
 
 from __future__ import annotations
@@ -78,14 +78,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the loading of an SDXL-sized checkpoint.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
-    parser.add_argument(
-        "--loader", choices=LOADERS, help="load once and print what it took: what the others are made of"
-    )
+    parser.add_argument("--loader", choices=LOADERS, help="load once and print what it took")
     args = parser.parse_args()
     if args.loader:
         return load(args.loader, args.folder)
     if not (args.folder / "model_index.json").exists():
         write(args.folder)
+        return print(f"wrote {args.folder}: run again to load it, in a process that has not held it")
     read(args.folder)  # into the page cache
     found: dict[str, list[dict[str, float]]] = {loader: [] for loader in LOADERS}
     for _ in range(args.repeats):

@@ -31,7 +31,13 @@ class Words:
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         return [(word, [i]) for i, word in enumerate(prompt.split(), start=1)]
 
-    def encode(self, prompts: list[str]) -> TextStates:
+    def skipping(self, clip_skip: int | None) -> Words:
+        return self
+
+    def length(self, prompt: str) -> int:
+        return LENGTH
+
+    def encode(self, prompts: list[str], prompt_2: str | None = None, **_: int) -> TextStates:
         context = torch.stack([torch.stack([_vector(token) for token in self._tokens(prompt)]) for prompt in prompts])
         return TextStates(4 * context, context.mean(dim=1)[:, :POOLED_DIM])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -33,9 +34,9 @@ def test_the_published_run_has_the_same_prompts_and_latents(tiny_model: Model, p
     encoded: list[list[str]] = []
 
     class Heard(Words):
-        def encode(self, prompts: list[str]) -> TextStates:
+        def encode(self, prompts: list[str], prompt_2: str | None = None, **options: int) -> TextStates:
             encoded.append(prompts)
-            return super().encode(prompts)
+            return super().encode(prompts, prompt_2, **options)
 
     (height, width), num_steps = published["size"], published["num_steps"]
     draws = Replayed(
@@ -105,13 +106,37 @@ def test_words_stand_where_their_tokens_stand(tiny_model: Model) -> None:
     assert text.words("") == []
 
 
-def test_words_that_do_not_fit_are_left_out(tiny_model: Model) -> None:
-    words = tiny_model.text.words("red " * 100)
-    assert len(words) == 75
-    assert words[-1] == ("red", [75])
-    # a word that is cut off keeps the pieces that fit
-    cut = tiny_model.text.words("red " * 73 + "zebra")
-    assert cut[-1][1] == [74, 75]
+def test_words_of_a_long_prompt_stand_in_their_chunks(tiny_model: Model) -> None:
+    words = tiny_model.text.words("red " * 73 + "zebra house")  # the zebra lies in both chunks
+    assert words[72:] == [("red", [73]), ("zebra", [74, 75, 78, 79, 80]), ("house", [81])]
+    assert tiny_model.text.words("red BREAK house") == [("red", [1]), ("house", [78])]
+
+
+def test_words_keep_their_weights_and_lose_their_brackets(tiny_model: Model) -> None:
+    words = tiny_model.text.words(r"a [(red house:1.5)], \(night\)")
+    typed = ["a", "(red:1.3636)", "(house:1.3636)", ",", r"\(", "night", r"\)"]
+    assert words == [(word, [i]) for i, word in enumerate(typed, start=1)]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize("word_threshold", [0.0, 0.5, 1.0])
+def test_long_prompts_on_either_side_of_the_guidance_can_be_drawn(
+    tiny_model: Model, guidance_scale: float, word_threshold: float
+) -> None:
+    options: dict[str, Any] = {"num_steps": 1, "guidance_scale": guidance_scale, "word_threshold": word_threshold}
+    long = "(red:1.2), " * 50
+    assert latents(tiny_model, prompt=[long, "a house"], **options).isfinite().all()
+    assert latents(tiny_model, prompt="a house", negative_prompt=long, **options).isfinite().all()
+
+
+def test_a_view_with_fewer_words_takes_no_more_chunks(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = "red " * 56 + ", " + "red " * 17 + ", " + "red " * 75
+    fewer = whole[::-1].replace(",", "", 1)[::-1]  # without the comma that ends the first chunk
+    text = tiny_model.text
+    assert (text.length(whole), text.length(fewer)) == (2 * 77, 3 * 77)
+    module = sys.modules[view_prompts.__module__]  # the package's attribute of that name is the method
+    monkeypatch.setattr(module, "view_prompts", lambda _words, _masks, at, *_: [fewer] * len(at.flatten(0, 1)))
+    assert latents(tiny_model, prompt=whole, num_steps=1).isfinite().all()
 
 
 def test_a_view_is_told_the_words_that_fill_enough_of_it() -> None:

@@ -151,18 +151,6 @@ def test_half_precision_draws(dtype: str, tmp_path: Path) -> None:
     assert record["dtype"] == dtype
 
 
-@pytest.mark.parametrize("prompt", ["", "🎈 a balloon, naïve — 气球", "a red house " * 60])
-def test_every_prompt_can_be_drawn(prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([prompt, *QUICK, "--out", str(tmp_path)]) == 0
-    errors = capsys.readouterr().err
-    if len(prompt) > 500:
-        assert "the last 105 tokens" in errors
-    else:
-        assert "dropped" not in errors
-    record = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert record["prompt"] == prompt
-
-
 @pytest.mark.parametrize("limit", [0, 3000])
 def test_a_disk_that_is_full_leaves_nothing(limit: int, tmp_path: Path) -> None:
     """A limit on the size of files stands for it: writing fails in the same place, in the middle of a file."""

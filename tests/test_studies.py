@@ -100,7 +100,9 @@ def test_every_result_is_of_a_cell_and_of_the_embedded_model(model: Model) -> No
         if path.name.startswith("truth-"):
             assert result["scores"]["one of each"]["value"] > 0.99
             continue
-        assert result["settings"] == json.loads(json.dumps(CELLS[path.name].settings.described())), path.name
+        assert studies.completed(result["settings"]) == json.loads(json.dumps(CELLS[path.name].settings.described())), (
+            path.name
+        )
         assert result["num"] >= 20
         assert result["caption_seed"] == (studies.CHOICE_SEED if "seed=" in path.name else score.CAPTION_SEED)
         assert (result["model"]["sha256"] == model.hashes) == (path.parent == studies.RESULTS), path.name

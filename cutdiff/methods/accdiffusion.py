@@ -9,9 +9,9 @@ level, without the middle; a mask is where a map exceeds its mean, opened with 3
 sixteenths; views are drawn once a phase, so that their prompts hold. Unlike it: views may stand at any latent, there at
 every fourth, the grain of the maps; a word of several tokens stays whole, where that code prompts with the pieces; maps
 that are not square are read as they lie, where that code swaps their sides; prompts are found after the first phase
-whatever its last timestep, there only where it is 1; all patches exchange pixels, there those of one view batch. What
-is said of the network's input, padding, moments and sizes in `demofusion` holds here too. That code moves each channel
-of a pixel by itself, which is `interaction="channel"`.
+whatever its last timestep, there only where it is 1; all patches exchange pixels, there those of one view batch; a word
+keeps its weight (`cutdiff.prompts`), there are none. What is said of the network's input, padding, moments and sizes in
+`demofusion` holds here too. That code moves each channel of a pixel by itself, which is `interaction="channel"`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def denoise_prompted_views(run: Run, step: int, maps: WordMaps) -> CanvasDenoise
     origins = origins.expand(len(run.prompts), *origins.shape[-2:])  # (B, V, 2)
     words = [run.text.words(prompt) for prompt in run.prompts]
     masks = F.interpolate(maps.masks(), run.size, mode="nearest")
-    positive = run.text.encode(view_prompts(words, masks, origins, run.window, run.word_threshold))
+    prompts = view_prompts(words, masks, origins, run.window, run.word_threshold)
+    # As long as the negative prompt's. Broken at commas, fewer words could take more chunks than all of them.
+    positive = run.text.encode(prompts, min_length=run.denoiser.negative.context.shape[1], comma_window=0)
 
     def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
         return denoise_at(run, origins, run.jitter, latents, sigma, positive=positive)

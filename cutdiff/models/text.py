@@ -1,5 +1,8 @@
 """Text to conditioning: one CLIP encoder or two, and their tokenizers, through transformers.
 
+A prompt is read in chunks of the encoders' length (77 tokens), whose states follow each other; the pooled state is the
+first chunk's, as in A1111 and ComfyUI.
+
 Sources: Rombach et al. 2022 (arXiv 2112.10752), section 3.3: the states of one encoder, whose final norm SD 1.5 and
 SD 2.1 keep. Podell et al. 2023 (arXiv 2307.01952), section 2.1: the penultimate states of two encoders side by side,
 and the projected pooled state of the second.
@@ -7,14 +10,18 @@ and the projected pooled state of the second.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
-END_OF_WORD = "</w>"
-"""How CLIP's vocabulary marks a token that a word ends with."""
+from cutdiff.models.tokens import COMMA_WINDOW, Tokens, frame, tokenize, words
+
+CUT_DEPTH = 23
+"""Of SD 2.1's encoder in a diffusers folder, which leaves out the last of 24 layers because the one before is read."""
 
 
 @dataclass(frozen=True)
@@ -54,34 +61,59 @@ class TextEncoders:
     def encoders(self) -> list[CLIPTextModel | CLIPTextModelWithProjection]:
         return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
 
-    def tokenize(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        """Token ids for each encoder, all (B, L), cut and padded to the encoders' length (77)."""
-        return tuple(
-            tokenizer(
-                prompts,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids.to(self.text_encoder.device)
-            for tokenizer in self.tokenizers
-        )
+    @property
+    def device(self) -> torch.device:
+        return self.text_encoder.device
 
-    def num_dropped(self, prompt: str) -> int:
-        """How many tokens of a prompt do not fit the encoders' length and are cut off."""
-        length = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        return max(0, length - self.tokenizer.model_max_length)
+    def skipping(self, clip_skip: int | None) -> TextEncoders:
+        """The same encoders read at another layer, counted from the end as A1111 does: 1 is the last; None: this one.
+
+        diffusers' `clip_skip` counts on from the layer that the family was trained with: its 0 is 1 here for SD 1.5,
+        and 2 for SDXL and SD 2.1. ValueError where the encoders have no such layer.
+        """
+        if clip_skip is None:
+            return self
+        depth = min(encoder.config.num_hidden_layers for encoder in self.encoders)
+        left_out = int(depth == CUT_DEPTH)
+        if not 1 <= clip_skip - left_out <= depth:
+            raise ValueError(f"clip_skip={clip_skip} must lie in {1 + left_out} … {depth + left_out} for this model")
+        return replace(self, layer=clip_skip - left_out)
+
+    def length(self, prompt: str) -> int:
+        """How long the context of a prompt is, in tokens."""
+        return max(tokenizer.model_max_length * len(tokenize(tokenizer, prompt)) for tokenizer in self.tokenizers)
+
+    def tokenize(
+        self,
+        prompts: Sequence[str],
+        prompt_2: str | None = None,
+        *,
+        min_length: int = 0,
+        comma_window: int = COMMA_WINDOW,
+    ) -> list[list[Tokens]]:
+        """Chunk by chunk, what each encoder reads; the second reads `prompt_2`, or the same where that is None.
+
+        There are as many chunks as the longest prompt takes, at least for `min_length` tokens; a shorter prompt ends in
+        empty ones. `comma_window` is told of in `tokens.split`.
+        """
+        texts = (prompts, prompts if prompt_2 is None else [prompt_2] * len(prompts))
+        chunks = [
+            [tokenize(tokenizer, prompt, comma_window) for prompt in texts[i]]
+            for i, tokenizer in enumerate(self.tokenizers)
+        ]
+        longest = max(len(prompt) for encoder in chunks for prompt in encoder)
+        num_chunks = max(longest, math.ceil(min_length / self.tokenizer.model_max_length))
+        return [
+            [
+                frame(tokenizer, [prompt[n] if n < len(prompt) else [] for prompt in encoder], self.device)
+                for tokenizer, encoder in zip(self.tokenizers, chunks, strict=True)
+            ]
+            for n in range(num_chunks)
+        ]
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
-        """The words of a prompt that fit, punctuation too, and where the tokens of each stand in the context."""
-        tokenizer = self.tokenizer
-        ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
-        words, begin = [], 1  # the first token begins the text, the last one ends it
-        for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids[1:-1]), start=1):
-            if token.endswith(END_OF_WORD) or i == len(ids) - 2:
-                words.append((str(tokenizer.decode(ids[begin : i + 1])).strip(), list(range(begin, i + 1))))
-                begin = i + 1
-        return words
+        """The words of a prompt and where the tokens of each stand in the context; see `tokens.words`."""
+        return words(self.tokenizer, prompt)
 
     def encode_tokens(self, first: Tensor, second: Tensor | None = None) -> TextStates:
         """Token ids of each encoder (B, L) -> text states; differentiable."""
@@ -94,9 +126,38 @@ class TextEncoders:
         return TextStates(context, output.text_embeds)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> TextStates:
-        """Prompts -> text states of len(prompts) rows."""
-        return self.encode_tokens(*self.tokenize(prompts))
+    def encode(
+        self,
+        prompts: Sequence[str],
+        prompt_2: str | None = None,
+        *,
+        min_length: int = 0,
+        comma_window: int = COMMA_WINDOW,
+    ) -> TextStates:
+        """Prompts -> text states of len(prompts) rows; the arguments are those of `tokenize`."""
+        chunks = self.tokenize(prompts, prompt_2, min_length=min_length, comma_window=comma_window)
+        states = [self._encode_chunk(chunk) for chunk in chunks]
+        return TextStates(torch.cat([chunk.context for chunk in states], dim=1), states[0].pooled)
+
+    def _encode_chunk(self, read: Sequence[Tokens]) -> TextStates:
+        """What each encoder reads -> states, of which the context is weighted."""
+        states = self.encode_tokens(*(part.ids for part in read))
+        contexts = states.context.split([encoder.config.hidden_size for encoder in self.encoders], dim=2)
+        context = [weighted(part, tokens.weights) for part, tokens in zip(contexts, read, strict=True)]
+        return TextStates(torch.cat(context, dim=2), states.pooled)
+
+
+def weighted(states: Tensor, weights: Tensor) -> Tensor:
+    """Each token's states (B, L, C) times its weight (B, L), scaled so that the mean of every chunk stays what it was.
+
+    Source: AUTOMATIC1111's stable-diffusion-webui, `sd_emphasis.EmphasisOriginal`, the default there. That code takes
+    the mean over the batch, this one of each prompt. States whose weights are 1 come back to the bit.
+    """
+    plain = states.float()
+    emphasised = plain * weights[:, :, None]
+    before, after = (x.mean(dim=(1, 2), keepdim=True) for x in (plain, emphasised))
+    as_is = (weights == 1).all(dim=1)[:, None, None] | (after == 0)
+    return (emphasised * torch.where(as_is, 1.0, before / after)).to(states.dtype)
 
 
 def final_norm(encoder: CLIPTextModel) -> nn.Module:

@@ -102,9 +102,9 @@ def train_unet(
         t = ((torch.arange(batch, device=device) + rand(batch)) / batch * len(alphas)).long().clamp(max=len(alphas) - 1)
         alpha = alphas[t][:, None, None, None]
         noised = alpha.sqrt() * clean + (1 - alpha).sqrt() * normal[1]
-        tokens = text.tokenize(captions)
+        (tokens,) = text.tokenize(captions)  # all fit one chunk
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), sdpa_kernel(SDPBackend.MATH):
-            states = text.encode_tokens(*tokens)
+            states = text.encode_tokens(*(part.ids for part in tokens))
             context, pooled = states.context * (1 - zeroed[:, :, None]), states.pooled * (1 - zeroed)
             noised = noised.contiguous(memory_format=torch.channels_last)
             predicted = unet(noised, t, context, pooled, latents.size_ids[index])

@@ -12,7 +12,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from cutdiff.models.text import END_OF_WORD, TextEncoders
+from cutdiff.models.text import TextEncoders
+from cutdiff.models.tokens import END_OF_WORD
 from cutdiff.scenes import world
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -1,0 +1,149 @@
+"""The arguments of `python -m cutdiff.sample`. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cutdiff.settings import (
+    BACKENDS,
+    INTERACTIONS,
+    METHOD_NAMES,
+    PREDICTION_TYPES,
+    SIZE_CONDITIONINGS,
+    SOLVER_NAMES,
+    Settings,
+    nearest,
+    not_one_of,
+)
+
+DEMO_PROMPT = "a red house with mountains over a meadow at day"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class BadArgument(Exception):
+    """An argument that cannot be used; its message is the line that the user sees."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are raised, and name what was most likely meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments:.*?(--[\w-]+)", message)
+        if unknown:
+            message = f"{unknown[1]} is no option{nearest(unknown[1], self._option_string_actions)}"
+        raise BadArgument(f"{message} (see --help)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, not_one_of(value, action.choices))
+
+
+def parse(argv: list[str] | None, given: argparse.Namespace | None = None) -> argparse.Namespace:
+    """The arguments; what they leave out is as `given`, or the default."""
+    parser = _Parser(
+        prog="python -m cutdiff.sample",
+        description="Draw a picture past the size that a diffusion model was trained at.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    defaults = Settings()
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT",
+        help="what to draw; (word:1.2) and (word) weigh more, [word] less, BREAK begins a new chunk of tokens; "
+        f"none: {DEMO_PROMPT!r}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="in the place of PROMPT, a prompt a line, or a JSON object with a prompt and options of its own: "
+        '{"prompt": "a tent", "width": 256, "seed": 7}; blank lines and those that begin with # are skipped',
+    )  # fmt: skip
+    parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: the embedded one")
+    parser.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
+    parser.add_argument("--vae", metavar="PATH", help="folder or file whose VAE replaces the model's")
+    parser.add_argument(
+        "--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts; none: as the model says"
+    )
+    parser.add_argument(
+        "--zero-terminal-snr", action=argparse.BooleanOptionalAction,
+        help="whether the model was trained with noise that ends at zero SNR; none: as the model says",
+    )  # fmt: skip
+    parser.add_argument("--check-weights", action="store_true", help="read all weights first, and name NaN among them")
+    parser.add_argument(
+        "--lora", type=_lora, action="append", default=[], metavar="PATH[:SCALE]", dest="loras",
+        help="file to merge into the model, times SCALE (none: 1); may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--method", default=defaults.method, choices=METHOD_NAMES)
+    parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
+    parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
+    parser.add_argument(
+        "--steps", type=int, default=defaults.num_steps, metavar="N", dest="num_steps",
+        help="of each phase, where a method draws a cascade of sizes",
+    )  # fmt: skip
+    parser.add_argument("--guidance-scale", type=float, default=defaults.guidance_scale, metavar="G", help="1 is off")
+    parser.add_argument(
+        "--detail-guidance-scale", type=float, metavar="G",
+        help="in the detail stage; none: 1 for magnify, else that of the run",
+    )  # fmt: skip
+    parser.add_argument("--negative-prompt", default=defaults.negative_prompt, metavar="TEXT")
+    parser.add_argument("--prompt-2", metavar="TEXT", help="for SDXL's second text encoder; none: PROMPT")
+    parser.add_argument("--negative-prompt-2", metavar="TEXT", help="for the second; none: the negative prompt")
+    parser.add_argument(
+        "--clip-skip", type=int, metavar="N",
+        help="the layer of the text encoders that is read, 1 the last; none: as the model was trained",
+    )  # fmt: skip
+    parser.add_argument("--solver", default=defaults.solver, choices=SOLVER_NAMES)
+    parser.add_argument("--eta", type=float, default=defaults.eta, metavar="E", help="fresh noise of ddim, 0 to 1")
+    parser.add_argument("--seed", type=int, default=defaults.seed, metavar="S", help="of the first picture")
+    parser.add_argument("--num-images", type=int, default=1, metavar="K", help="pictures, with seeds S, S+1, …")
+    parser.add_argument(
+        "--structure-fraction", type=float, metavar="F",
+        help="where in the steps the detail stage begins; none: 0.5 for cutdiffusion, 0.3 for magnify",
+    )  # fmt: skip
+    parser.add_argument("--stride", type=int, metavar="L", help="between views, in latents; none: half a window")
+    parser.add_argument("--interaction", default=defaults.interaction, choices=INTERACTIONS)
+    parser.add_argument("--size-conditioning", default=defaults.size_conditioning, choices=SIZE_CONDITIONINGS)
+    parser.add_argument(
+        "--cosine-scales", type=float, nargs=3, default=defaults.cosine_scales, metavar=("SKIP", "DILATED", "BLUR"),
+        help="how fast DemoFusion's guides fade",
+    )  # fmt: skip
+    parser.add_argument(
+        "--word-threshold", type=float, default=defaults.word_threshold, metavar="C",
+        help="share of a view that a word must fill for AccDiffusion",
+    )  # fmt: skip
+    parser.add_argument(
+        "--view-batch-size", type=int, default=defaults.view_batch_size, metavar="V",
+        help="patches or views that go through the network at once",
+    )  # fmt: skip
+    parser.add_argument(
+        "--backend", default=defaults.backend, choices=BACKENDS, help="of the operators around the network"
+    )
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tell what was read and what it cost")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
+    args = parser.parse_args(argv, argparse.Namespace(**vars(given) if given else {}))
+    args.cosine_scales = tuple(args.cosine_scales)
+    if args.num_images < 1:
+        raise BadArgument(f"--num-images {args.num_images} must be at least 1")
+    if args.prompt is not None and args.prompts is not None:
+        raise BadArgument(f"--prompts {args.prompts} takes the place of PROMPT {args.prompt!r}: give one of them")
+    return args
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """PATH[:SCALE]. What is a file is PATH, even with a colon in its name."""
+    if Path(text).is_file():
+        return text, 1.0
+    path, _, scale = text.rpartition(":")
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is no file: give PATH or PATH:SCALE")
+    try:
+        value = float(scale)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} has the scale {scale!r}: it must be a finite number")
+    return path, value

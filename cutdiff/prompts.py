@@ -1,0 +1,85 @@
+r"""What people type in a prompt: weights and breaks.
+
+The rules are those of AUTOMATIC1111's stable-diffusion-webui (`prompt_parser.parse_prompt_attention`). `(word)` weighs
+1.1 times as much, `[word]` 1 / 1.1 times, `(word:1.3)` 1.3 times; brackets within brackets multiply. A closing bracket
+that nothing opened is text, and one that is missing closes at the end. `\(`, `\)`, `\[`, `\]` and `\\` are text; any
+other backslash is dropped. `BREAK`, a word of its own, begins a new chunk.
+
+A number is digits with at most one point, as there: `(x:nan)` and `(x:1e9)` are text in brackets, of weight 1.1.
+Departures: so is `(x:1.2.3)`, an error there; a weight stays within ±`MAX_WEIGHT`, so that none overflows; and `BREAK`
+breaks within brackets too. Steps as in `[a:b:0.5]`, alternatives as in `[a|b]` and `AND`, which that program reads
+elsewhere, are text.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby, pairwise
+from operator import itemgetter
+
+Pieces = list[tuple[str, float]]
+"""Text and its weight, piece by piece."""
+
+FACTORS = {"(": 1.1, "[": 1 / 1.1}
+"""What brackets multiply by that give no number."""
+MAX_WEIGHT = 1000.0
+
+SYNTAX = re.compile(
+    r"""
+    \\(?P<escaped>[()\[\]\\]?)
+    | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)
+    | [()\[\]:]
+    | [^\\()\[\]:]+
+    """,
+    re.VERBOSE,
+)
+BREAK = re.compile(r"\s*\bBREAK\b\s*")
+
+
+def parse_weights(prompt: str) -> list[Pieces]:
+    """The pieces of a prompt, in their order, in one list for each part between BREAKs. Every string is a prompt.
+
+    Neighbours of one weight are one piece, and no piece is empty.
+    """
+    # Brackets in their order, after one around everything: what each multiplies by, and which one of its kind is around
+    # it. Kinds are kept apart because they may overlap.
+    factors, outer = [1.0], [0]
+    opened = {"(": [0], "[": [0]}
+    found: list[tuple[str, int, int]] = []  # text, and the innermost brackets around it
+    breaks: list[int] = []  # before which of them
+    for match in SYNTAX.finditer(prompt):
+        token = match[0]
+        if token in opened:
+            factors.append(FACTORS[token])
+            outer.append(opened[token][-1])
+            opened[token].append(len(factors) - 1)
+        elif token.endswith(")") and match["escaped"] is None and opened["("][-1]:
+            closed = opened["("].pop()
+            if match["weight"]:
+                factors[closed] = float(match["weight"])
+        elif token == "]" and opened["["][-1]:
+            opened["["].pop()
+        else:
+            texts = BREAK.split(token) if match["escaped"] is None else [match["escaped"]]
+            breaks += range(len(found) + 1, len(found) + len(texts))
+            found += [(text, opened["("][-1], opened["["][-1]) for text in texts]
+    weights = [1.0]
+    for number in range(1, len(factors)):
+        weights.append(_limited(weights[outer[number]] * _limited(factors[number])))
+    pieces = [(text, _limited(weights[i] * weights[j])) for text, i, j in found]
+    return [_merged(pieces[start:stop]) for start, stop in pairwise([0, *breaks, len(pieces)])]
+
+
+def written(text: str, weight: float = 1.0) -> str:
+    """A word as it is typed to have this weight."""
+    text = re.sub(r"([()\[\]\\])", r"\\\1", text)
+    return text if weight == 1 else f"({text}:{weight:.4f})"
+
+
+def _limited(weight: float) -> float:
+    return max(-MAX_WEIGHT, min(MAX_WEIGHT, weight))
+
+
+def _merged(pieces: Pieces) -> Pieces:
+    runs = groupby((piece for piece in pieces if piece[0]), key=itemgetter(1))
+    return [("".join(text for text, _ in run), weight) for weight, run in runs]
