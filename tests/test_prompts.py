@@ -488,7 +488,7 @@ def test_a_file_of_prompts_is_drawn_in_order(tmp_path: Path, capsys: pytest.Capt
         (b'{"prompt": "a", "width": 100}', "--width 100 must be a multiple of 8"),
         (b'{"prompt": "a", "steps": 0}', "--steps 0 must be at least 1"),
         (b'{"prompt": "a", "guidance_scale": NaN}', "--guidance-scale nan must be a finite number"),
-        (b'{"prompt": "a", "method": "magic"}', "argument --method: invalid choice: 'magic'"),
+        (b'{"prompt": "a", "method": "magic"}', "argument --method: 'magic' is not one of direct, "),
         (b'{"prompt": "a", "clip_skip": 9}', "--clip-skip 9 must lie in 1 … 3"),
         (b'{"prompt": "\\ud800"}', r"the prompt '\ud800' is not valid UTF-8"),
         (b'{"prompt": "a", "negative_prompt": "\\u0000"}', r"the prompt '\x00' holds a NUL"),
