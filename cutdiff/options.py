@@ -15,6 +15,7 @@ from cutdiff.settings import (
     PREDICTION_TYPES,
     SIZE_CONDITIONINGS,
     SOLVER_NAMES,
+    SPACINGS,
     Settings,
     nearest,
     not_one_of,
@@ -69,6 +70,10 @@ def parse(argv: list[str] | None, given: argparse.Namespace | None = None) -> ar
     parser.add_argument(
         "--zero-terminal-snr", action=argparse.BooleanOptionalAction,
         help="whether the model was trained with noise that ends at zero SNR; none: as the model says",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timestep-spacing", choices=SPACINGS,
+        help="how timesteps are picked; few-step models want trailing; none: as the model says",
     )  # fmt: skip
     parser.add_argument("--check-weights", action="store_true", help="read all weights first, and name NaN among them")
     parser.add_argument(

@@ -43,8 +43,7 @@ def _run(argv: list[str] | None) -> None:
     runs = _runs(args)
     _check_output(args.out)
     model = _load(args)
-    if args.verbose:
-        _tell(model)
+    _tell(model, everything=args.verbose)
     for run in runs:
         _check_fit(model, args, run)
     for run in runs:
@@ -157,6 +156,7 @@ def _load(args: argparse.Namespace) -> Model:
             vae=args.vae,
             prediction_type=args.prediction_type,
             zero_terminal_snr=args.zero_terminal_snr,
+            timestep_spacing=args.timestep_spacing,
             loras=args.loras,
             check_weights=args.check_weights,
         )
@@ -170,15 +170,14 @@ def _load(args: argparse.Namespace) -> Model:
         raise _Failure(str(error)) from None
 
 
-def _tell(model: Model) -> None:
-    """Which model was read, and who decided how its noise is scheduled."""
-    decided = {
-        "prediction_type": model.noise.prediction_type,
-        "zero_terminal_snr": model.noise.rescale_betas_zero_snr,
-    }
-    print(f"cutdiff: {model.source}, native size {model.native_size * model.factor} px", file=sys.stderr)
-    for name, value in decided.items():
-        print(f"cutdiff: {name}={value}, decided by: {model.decided_by[name]}", file=sys.stderr)
+def _tell(model: Model, *, everything: bool) -> None:
+    """Which model was read, and who decided what it predicts; without `everything` only what may be wrong."""
+    if everything:
+        print(f"cutdiff: {model.source}, native size {model.native_size * model.factor} px", file=sys.stderr)
+    values = {"prediction_type": model.noise.prediction_type, "zero_terminal_snr": model.noise.rescale_betas_zero_snr}
+    for name, value in values.items():
+        if everything or model.decided_by[name].startswith("default,"):
+            print(f"cutdiff: {name}={value}, decided by: {model.decided_by[name]}", file=sys.stderr)
 
 
 def _draw(model: Model, args: argparse.Namespace, run: _Run, seed: int) -> Path:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cutdiff.settings import PREDICTION_TYPES
+from cutdiff.settings import PREDICTION_TYPES, SPACINGS
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-SPACINGS = ("leading", "trailing", "linspace")
 
 EULER_TERMINAL_ALPHA = 2.0**-24
 """Zero terminal SNR has an infinite sigma; Euler takes this alpha instead (sigma 4096), as the published one does."""

@@ -23,6 +23,7 @@ SOLVER_NAMES = ("euler", "ddim")
 INTERACTIONS = ("channel", "pixel", "none")
 SIZE_CONDITIONINGS = ("native", "target")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+SPACINGS = ("leading", "trailing", "linspace")
 BACKENDS = ("auto", "triton", "reference")
 MAX_SIDE = 32768
 """Of a picture, in pixels: its latents alone then take a quarter of a gigabyte, and its pixels 12."""

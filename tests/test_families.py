@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from safetensors.torch import save_file
 from tiny import Tiny, assert_bit_equal, put_in_cache, random_model
 from torch import nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import cutdiff
 from cutdiff.checkpoint.build import empty_networks, is_harmless
@@ -106,6 +106,8 @@ class TestLayouts:
         )
         assert model.text.layer == other.family.text_layer
         assert not model.zeros_for_empty_negative
+        assert model.decided_by["prediction_type"].startswith("default")
+        assert ("has both kinds" in model.decided_by["prediction_type"]) == (other.family is SD21)
         ours, theirs = model.text.encode([PROMPT]), other.text.encode([PROMPT])
         assert torch.equal(ours.context, theirs.context)
         assert ours.pooled.shape == (1, 0)
@@ -157,6 +159,32 @@ class TestAgainstDiffusers:
         pipeline: Any = StableDiffusionPipeline.from_pretrained(as_saved(other).save(tmp_path), local_files_only=True)
         theirs, _ = pipeline.encode_prompt(PROMPT, "cpu", 1, False)
         torch.testing.assert_close(other.text.encode([PROMPT]).context, theirs)
+
+
+@pytest.mark.parametrize("layout", ["OpenCLIP", "transformers"])
+@pytest.mark.usefixtures("tokenizer_in_cache")
+@torch.no_grad()
+def test_a_square_projection_is_read_the_way_its_layout_has_it(tmp_path: Path, layout: str) -> None:
+    """A probe: OpenCLIP multiplies states by its matrix from the right, transformers' linear layer by its transpose."""
+    model = random_model(SDXL)
+    encoder = CLIPTextModelWithProjection(
+        type(model.text.text_encoder.config)(**{**model.text.encoders[1].config.to_dict(), "projection_dim": 128})
+    ).eval()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    unet = type(model.unet)(replace(model.unet.config, pooled_dim=128))
+    original = replace(model, unet=unet, text=replace(model.text, text_encoder_2=encoder)).original()
+    matrix, key = encoder.text_projection.weight, f"{SDXL.prefixes['text_encoder_2']}text_projection"
+    assert matrix.shape == (128, 128)
+    assert torch.equal(original[key], matrix.T)
+    if layout == "transformers":
+        original[f"{key}.weight"] = original.pop(key).T.contiguous()
+    save_file(original, tmp_path / "model.safetensors")
+    pooled = cutdiff.load(tmp_path / "model.safetensors").text.encode([PROMPT]).pooled
+    (_, tokens), *_ = model.text.tokenize([PROMPT])
+    states = encoder(tokens.ids).last_hidden_state
+    end = int((tokens.ids[0] == model.text.tokenizer.eos_token_id).int().argmax())
+    torch.testing.assert_close(pooled, states[:, end] @ matrix.T)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -249,6 +277,10 @@ class TestDecision:
         noise, decided_by = decide_noise(NoiseOptions(None, option), scheduler, keys=keys)
         found = (noise.rescale_betas_zero_snr, decided_by["zero_terminal_snr"], noise.timestep_spacing)
         assert found == expected
+
+    def test_timestep_spacing(self) -> None:
+        noise, _ = decide_noise(NoiseOptions(timestep_spacing="trailing"), NoiseConfig())
+        assert noise == NoiseConfig(timestep_spacing="trailing")
 
     @pytest.mark.parametrize("key", ["edm_mean", "edm_vpred.sigma_max"])
     def test_edm_is_refused(self, key: str) -> None:

@@ -37,6 +37,11 @@ class Family:
     """In latents, by prediction type."""
 
     @property
+    def is_ambiguous(self) -> bool:
+        """Whether the family has models of both prediction types, which no key or shape tells apart."""
+        return len({*self.native_sizes.values()}) > 1
+
+    @property
     def prefixes(self) -> dict[str, str]:
         """Of each network's keys, by the name of its sub-folder in the diffusers layout."""
         return {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **{text.name: text.prefix for text in self.texts}}

@@ -16,7 +16,7 @@ from cutdiff.checkpoint.families import family_of
 from cutdiff.checkpoint.header import read_header
 from cutdiff.checkpoint.infer import infer_blueprint
 from cutdiff.checkpoint.locate import locate
-from cutdiff.checkpoint.noise import NoiseOptions, decide_noise
+from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
 from cutdiff.checkpoint.read import read_tensors
 from cutdiff.checkpoint.vae import read_vae
 from cutdiff.model import Model
@@ -31,6 +31,7 @@ def load(
     vae: str | Path | None = None,
     prediction_type: str | None = None,
     zero_terminal_snr: bool | None = None,
+    timestep_spacing: str | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     check_weights: bool = False,
 ) -> Model:
@@ -47,6 +48,8 @@ def load(
     prediction_type: "epsilon" or "v_prediction"; None: as the file's marker keys, its metadata or its scheduler say,
         else epsilon.
     zero_terminal_snr: whether the noise that the model was trained with ends at zero SNR; None: likewise, else not.
+    timestep_spacing: how a run picks its timesteps, "leading", "trailing" or "linspace"; None: as the scheduler does.
+        Few-step models (Lightning, Turbo) are made for "trailing", which a single file does not say.
     loras: LoRA files (LoRA, LoCon, LoHa, LoKr) that are merged into the weights, each times its scale.
     check_weights: read all weights now and raise ValueError where one is NaN or infinite; a run that meets such a value
         names the weights in any case.
@@ -60,7 +63,10 @@ def load(
             f"dtype={dtype} is no floating-point type: pass torch.float32, torch.bfloat16 or torch.float16"
         )
     source, device = locate(path), torch.device(device)
-    options, vae = NoiseOptions(prediction_type, zero_terminal_snr), None if vae is None else locate(vae)
+    options, vae = (
+        NoiseOptions(prediction_type, zero_terminal_snr, timestep_spacing),
+        None if vae is None else locate(vae),
+    )
     if source.is_dir():
         if config is not None:
             raise ValueError(
@@ -120,6 +126,10 @@ def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: 
         parts = single.split(tensors, family)
         scheduler = configured.noise if configured else None
         noise, decided_by = decide_noise(options, scheduler, keys=tensors, metadata=metadata)
+        if decided_by["prediction_type"] == DEFAULT and family.is_ambiguous:
+            decided_by["prediction_type"] = (
+                f"{DEFAULT}, {family.name} has both kinds: if the picture is noise, say the other"
+            )
     other = None if vae is None else read_vae(vae, configured.vae if configured else family.vae)
     with _named(source):
         if configured is None:

@@ -9,11 +9,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from cutdiff.schedule import NoiseConfig
-from cutdiff.settings import PREDICTION_TYPES
+from cutdiff.settings import PREDICTION_TYPES, SPACINGS, not_one_of
 
 MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.")
 """How the marker keys begin: empty tensors that some trainers put beside the weights."""
 EDM = MARKS[2:]
+DEFAULT = "default"
+"""The source that is left where no other says anything."""
 METADATA = ("modelspec.prediction_type", "modelspec.predict_key")
 SPELLINGS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
@@ -24,10 +26,13 @@ class NoiseOptions:
 
     prediction_type: str | None = None
     zero_terminal_snr: bool | None = None
+    timestep_spacing: str | None = None
 
     def __post_init__(self) -> None:
-        if self.prediction_type not in (None, *PREDICTION_TYPES):
-            raise ValueError(f"prediction_type={self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+        for name, known in (("prediction_type", PREDICTION_TYPES), ("timestep_spacing", SPACINGS)):
+            value = getattr(self, name)
+            if value not in (None, *known):
+                raise ValueError(f"{name}={not_one_of(value, known)}")
 
 
 def decide_noise(
@@ -47,13 +52,14 @@ def decide_noise(
     if edm:
         raise ValueError(f"an EDM model, by its keys {', '.join(edm)}: only models with a beta schedule are built here")
     noise = scheduler or NoiseConfig()
-    fallback = "scheduler" if scheduler else "default"
+    fallback = "scheduler" if scheduler else DEFAULT
     kind, kind_source = _prediction_type(options.prediction_type, keys, metadata or {}) or (
         noise.prediction_type,
         fallback,
     )
     zero, zero_source = _zero_terminal_snr(options.zero_terminal_snr, keys) or (noise.rescale_betas_zero_snr, fallback)
     spacing = "trailing" if zero and scheduler is None else noise.timestep_spacing
+    spacing = options.timestep_spacing or spacing
     decided = replace(noise, prediction_type=kind, rescale_betas_zero_snr=zero, timestep_spacing=spacing)
     return decided, {"prediction_type": kind_source, "zero_terminal_snr": zero_source}
 
