@@ -209,7 +209,8 @@ class _Scanner:
         if match is None:
             raise self._wrong("a string")
         try:
-            value = json.loads(match[1].decode("utf-8"))
+            text = match[1].decode("utf-8")
+            value = json.loads(text) if "\\" in text else text[1:-1]  # most have no escapes
             value.encode("utf-8")  # which half a surrogate pair, written as an escape, cannot be
         except UnicodeError:
             raise self._wrong("UTF-8") from None
