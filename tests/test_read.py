@@ -34,7 +34,6 @@ from cutdiff.checkpoint.build import assign
 from cutdiff.checkpoint.header import DTYPES, MAX_HEADER, MAX_NAME, Entry, read_header
 from cutdiff.checkpoint.locate import EMBEDDED, embedded
 from cutdiff.checkpoint.read import MAX_TEXT, find_weights, read_json, read_tensors
-from cutdiff.model import sha256
 from cutdiff.sample import main
 
 AGAIN = "download it again"
@@ -280,7 +279,7 @@ class TestSpecialFiles:
                 server.bind(str(path))
         expected = "is a device, a pipe or a socket: only regular files are read, so copy it to one"
         assert_refused(path, expected, tmp_path / "out", capsys)
-        for read in (read_tensors, read_json, sha256):
+        for read in (read_tensors, read_json):
             with pytest.raises(ValueError, match=expected):
                 read(path)
 
@@ -290,7 +289,7 @@ class TestSpecialFiles:
         for path in (tmp_path / "nowhere.safetensors", dangling, tmp_path / ("x" * 5000)):
             assert_refused(path, "does not exist: pass a diffusers folder", tmp_path / "out", capsys, status=2)
         for path in (tmp_path / "nowhere.safetensors", dangling):
-            for read in (read_header, read_tensors, sha256):
+            for read in (read_header, read_tensors):
                 with pytest.raises(FileNotFoundError, match="does not exist: check the path"):
                     read(path)
 
