@@ -92,18 +92,23 @@ def generate(
         now = _now(model.device)
         seconds[step.stage] = seconds.get(step.stage, 0.0) + now - began
         began = now
-    images, dtype = decode(model, latents)
+    images, dtype = _decode(model, latents)
     seconds["decode"] = _now(model.device) - began
     return Result(images, latents, _record(model, prompt, prepared, seconds) | {"decoded_in": dtype_name(dtype)})
 
 
-@torch.no_grad()
-def decode(model: Model, latents: Tensor) -> tuple[Tensor, torch.dtype]:
-    """Latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1], on the CPU, and the dtype they were decoded in:
-    the VAE's, or float32 where that overflowed. One at a time to save memory.
+def decode(model: Model, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1], on the CPU; one at a time to save memory.
 
-    Raises FloatingPointError where float32 does not help.
+    Where the VAE overflows in its own dtype, it decodes again in float32. Raises FloatingPointError where that does not
+    help.
     """
+    return _decode(model, latents)[0]
+
+
+@torch.no_grad()
+def _decode(model: Model, latents: Tensor) -> tuple[Tensor, torch.dtype]:
+    """The images, and the dtype that they were decoded in."""
     vae, dtype = model.vae, model.vae_dtype
     images = _decoded(vae, latents)
     if not images.isfinite().all() and dtype != torch.float32:
