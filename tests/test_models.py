@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
+from cutdiff.models.config import SD15_UNET, SD21_UNET, SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE, DiagonalGaussian
@@ -184,16 +184,17 @@ def test_every_key_of_the_sdxl_vae_is_the_published_one() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", [SDXL_UNET, SD15_UNET, SD21_UNET], ids=["SDXL", "SD 1.5", "SD 2.1"])
 @torch.no_grad()
-def test_full_size_unet_is_the_published_one() -> None:
-    """2.6 billion float32 weights, held once: 10 GiB, and the activations of one image."""
+def test_full_size_unet_is_the_published_one(config: UNetConfig) -> None:
+    """Up to 2.6 billion float32 weights, held once: 10 GiB, and the activations of one image."""
     with torch.device("meta"):
-        theirs, ours = published_unet(SDXL_UNET), UNet(SDXL_UNET)
+        theirs, ours = published_unet(config), UNet(config)
     theirs.to_empty(device="cpu")
     randomise(theirs, seed=0)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     assert ours.conv_in.weight.data_ptr() == theirs.conv_in.weight.data_ptr()
-    inputs = unet_inputs(SDXL_UNET, seed=1, batch=1, height=64, width=64, tokens=77)
+    inputs = unet_inputs(config, seed=1, batch=1, height=64, width=64, tokens=77)
     assert relative_error(ours.eval()(*inputs), run_published_unet(theirs, *inputs)) <= 1e-4
 
 
