@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -140,10 +141,10 @@ def parse(argv: list[str] | None, given: argparse.Namespace | None = None) -> ar
 
 def _lora(text: str) -> tuple[str, float]:
     """PATH[:SCALE]. What is a file is PATH, even with a colon in its name."""
-    if Path(text).is_file():
-        return text, 1.0
     path, _, scale = text.rpartition(":")
-    if not Path(path).is_file():
+    if os.path.isfile(text):
+        return text, 1.0
+    if not os.path.isfile(path):
         raise argparse.ArgumentTypeError(f"{text} is no file: give PATH or PATH:SCALE")
     try:
         value = float(scale)

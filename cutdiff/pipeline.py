@@ -214,6 +214,7 @@ def _record(
         },
         "prediction_type": model.noise.prediction_type,
         "zero_terminal_snr": model.noise.rescale_betas_zero_snr,
+        "timestep_spacing": model.noise.timestep_spacing,
         "seed": seeds[0] if seeds else None,
         "draws": {"class": type(prepared.draws).__qualname__, "seeds": seeds},
         "device": _device_name(model.device),

@@ -6,6 +6,7 @@ command line, so that they are read and checked in one place.
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -13,11 +14,16 @@ from cutdiff.settings import Settings, nearest
 
 FIELDS = Settings.__dataclass_fields__
 NAMES = ["prompt", *("steps" if name == "num_steps" else name for name in FIELDS)]
+MAX_BYTES = 1 << 24
 LISTS = [name for name, field in FIELDS.items() if isinstance(field.default, tuple)]
 
 
 def read_lines(path: Path) -> list[tuple[int, bytes]]:
     """The lines that hold prompts, and their numbers, counted from 1. OSError where the file cannot be read."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file")
+    if path.stat().st_size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES} bytes")
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     stripped = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     return [(number, line) for number, line in stripped if line and not line.startswith(b"#")]

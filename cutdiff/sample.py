@@ -214,7 +214,7 @@ def _draw(model: Model, args: argparse.Namespace, run: _Run, seed: int) -> Path:
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"cutdiff: {message.splitlines()[0]}", file=sys.stderr)
+    print(f"cutdiff: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 

@@ -21,6 +21,8 @@ EULER_TERMINAL_ALPHA = 2.0**-24
 DDIM_TERMINAL_ALPHA = 2.0**-44
 """DDIM's own formula has no singularity there; with this alpha (sigma 4·10⁶) sigma space agrees to float32 rounding."""
 KARRAS_RHO = 7.0
+MAX_TIMESTEPS = 100_000
+"""Of training; all models have 1000."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class NoiseConfig:
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+        for name in ("beta_start", "beta_end"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < 1:
+                raise ValueError(f"{name}={value!r} must lie between 0 and 1")
+        for name, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= MAX_TIMESTEPS:
+                raise ValueError(f"{name}={value!r} must be a whole number from {least} to {MAX_TIMESTEPS}")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from cutdiff.settings import Settings
 
 RESULTS = Path(__file__).with_name("results")
 BASE = Settings(num_steps=10, guidance_scale=4.0)
-"""Of every cell that does not say otherwise. Twice the steps change little (study `switch`), and cost twice as much."""
+"""Of every cell that does not say otherwise. Twice the steps help a little (study `switch`), and cost twice as much."""
 
 
 CHOICE_SEED = 5000

@@ -258,7 +258,7 @@ class TestSingleFile:
             assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items()), name
 
     def test_no_tokenizer(self, single_file: Path, empty_cache: Path) -> None:
-        with pytest.raises(ValueError, match="pass config=FOLDER"):
+        with pytest.raises(ValueError, match="pass --config FOLDER"):
             load(single_file)
 
     def test_harmless_extras(self, tiny: Tiny, folder: Path, tmp_path: Path) -> None:
@@ -421,6 +421,16 @@ class TestWrongParts:
             ("text_encoder/config.json", "vocab_size", 9, "the tokenizer has 58 tokens, its encoder only 9"),
             ("tokenizer/tokenizer_config.json", "model_max_length", 9, "different lengths, 9 and 16"),
             ("unet/config.json", "act_fn", "gelu", "unet/config.json: act_fn='gelu' is not supported"),
+            ("unet/config.json", "layers_per_block", 10**7, "layers_per_block=10000000 is not supported"),
+            ("unet/config.json", "norm_num_groups", 0, "unet/config.json: norm_num_groups=0 is not supported"),
+            ("unet/config.json", "attention_head_dim", 0, "unet/config.json: attention_head_dim=0 is not supported"),
+            ("unet/config.json", "block_out_channels", [32] * 17, "block_out_channels=.* a list of 1 to 16"),
+            ("vae/config.json", "scaling_factor", None, "vae/config.json: scaling_factor=None is not supported"),
+            ("text_encoder/config.json", "num_hidden_layers", 10**7, "num_hidden_layers=10000000 must lie in 1"),
+            ("scheduler/scheduler_config.json", "beta_start", "0.1", "beta_start='0.1' must lie between 0 and 1"),
+            ("scheduler/scheduler_config.json", "beta_end", 2.0, "beta_end=2.0 must lie between 0 and 1"),
+            ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9, "must be a whole number from 1"),
+            ("tokenizer/tokenizer_config.json", "model_max_length", 2, "leave 2 tokens, too few for a prompt"),
         ],
     )
     def test_parts_that_do_not_fit(self, copy: Path, path: str, field: str, value: object, message: str) -> None:

@@ -12,14 +12,14 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from safetensors.torch import save_file
-from tiny import Tiny, assert_bit_equal, put_in_cache, random_model
+from safetensors.torch import load_file, save_file
+from tiny import Tiny, assert_bit_equal, edit_json, put_in_cache, random_model
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import cutdiff
 from cutdiff.checkpoint.build import empty_networks, is_harmless
-from cutdiff.checkpoint.families import FAMILIES, SD15, SD21, SDXL, Family, family_of
+from cutdiff.checkpoint.families import SD15, SD21, SDXL, Family, family_of
 from cutdiff.checkpoint.infer import infer_blueprint
 from cutdiff.checkpoint.noise import NoiseOptions, decide_noise
 from cutdiff.checkpoint.single import convert, split
@@ -67,7 +67,7 @@ class TestRealFiles:
             (SD15, SD15_UNET, SD_VAE),
             (SD21, replace(SD21_UNET, native_size=64), SD_VAE),
         ],
-        ids=[family.name for family in FAMILIES],
+        ids=["SDXL", "SD 1.5", "SD 2.1"],
     )
     @pytest.mark.usefixtures("tokenizer_in_cache")
     def test_every_key_has_its_place_and_every_place_a_key(
@@ -133,6 +133,75 @@ class TestLayouts:
         )
         saved = as_saved(model).save(tmp_path / "folder")
         assert_bit_equal(cutdiff.load(tmp_path / "old.safetensors", config=saved), model)
+
+
+class TestWhatOtherToolsWrite:
+    @pytest.mark.parametrize("place", ["folder", "option"])
+    def test_old_names_of_the_vae(self, other: Tiny, tmp_path: Path, place: str) -> None:
+        """diffusers before 0.13, and the folders on the hub that it wrote."""
+        folder = as_saved(other).save(tmp_path)
+        path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        tensors = load_file(path)
+        for new, old in names.items():
+            tensors = {key.replace(f".attentions.0.{new}.", f".attentions.0.{old}."): t for key, t in tensors.items()}
+        assert sum("query" in key for key in tensors) == 4
+        save_file(tensors, path)
+        model = cutdiff.load(folder, vae=path if place == "option" else None)
+        for key, tensor in other.vae.state_dict().items():
+            assert torch.equal(model.vae.state_dict()[key], tensor)
+
+    @pytest.mark.usefixtures("tokenizer_in_cache")
+    def test_sd21_in_the_layout_of_sdxls_code(self, tmp_path: Path) -> None:
+        """As SD-Turbo is."""
+        model = random_model(SD21)
+        tensors = {k.replace("cond_stage_model.", "conditioner.embedders.0."): v for k, v in model.original().items()}
+        save_file(tensors, tmp_path / "turbo.safetensors")
+        assert_bit_equal(cutdiff.load(tmp_path / "turbo.safetensors"), model)
+        tensors["model.diffusion_model.label_emb.0.0.weight"] = torch.zeros(1)
+        save_file(tensors, tmp_path / "refiner.safetensors")
+        with pytest.raises(ValueError, match="an SDXL refiner"):
+            cutdiff.load(tmp_path / "refiner.safetensors")
+
+    @pytest.mark.usefixtures("tokenizer_in_cache")
+    def test_sd21_without_the_layer_that_is_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cutdiff.checkpoint.infer.CUT_DEPTH", 2)
+        model = random_model(SD21)
+        save_file(as_saved(model).original(), tmp_path / "cut.safetensors")
+        found = cutdiff.load(tmp_path / "cut.safetensors").text
+        assert found.layer == 1
+        torch.testing.assert_close(found.encode([PROMPT]).context, model.text.encode([PROMPT]).context)
+
+    def test_sd21_with_the_configuration_of_a_folder(self, tmp_path: Path) -> None:
+        model = random_model(SD21)
+        folder = as_saved(model).save(tmp_path / "folder")
+        save_file(model.original(), tmp_path / "model.safetensors")
+        assert_bit_equal(cutdiff.load(tmp_path / "model.safetensors", config=folder), as_saved(model))
+
+    def test_a_configuration_of_another_family(self, other: Tiny, folder: Path, tmp_path: Path) -> None:
+        save_file(other.original(), tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=f"an {other.family.name} model, and .* is a folder of another family"):
+            cutdiff.load(tmp_path / "model.safetensors", config=folder)
+
+    def test_early_folders_of_sd_1_are_repaired_as_diffusers_does(self, tmp_path: Path) -> None:
+        folder = as_saved(random_model(SD15)).save(tmp_path)
+        edit_json(folder / "unet" / "config.json", sample_size=32, _diffusers_version="0.4.1")
+        old = {"steps_offset": 0, "clip_sample": True, "_class_name": "DDIMScheduler"}
+        edit_json(folder / "scheduler" / "scheduler_config.json", **old)
+        model = cutdiff.load(folder)
+        assert (model.native_size, model.noise.steps_offset) == (64, 1)
+
+    @pytest.mark.usefixtures("tokenizer_in_cache")
+    def test_extras_without_effect(self, tiny: Tiny, tmp_path: Path) -> None:
+        extras = [
+            "conditioner.embedders.0.text_projection",
+            "conditioner.embedders.0.transformer.text_projection.weight",
+            "first_stage_model.loss.logvar",
+            "model.diffusion_model.scale_factor",
+            "cond_stage_model.logit_scale",
+        ]
+        save_file({**tiny.original(), **{key: torch.zeros(2, 2) for key in extras}}, tmp_path / "model.safetensors")
+        assert_bit_equal(cutdiff.load(tmp_path / "model.safetensors"), tiny)
 
 
 class TestAgainstDiffusers:
@@ -211,7 +280,8 @@ class TestOtherFiles:
             ("clip_g", "a textual inversion"),
             ("down_blocks.0.resnets.0.conv1.weight", "one network in the diffusers layout"),
             ("first_stage_model.encoder.conv_in.weight", "a VAE alone"),
-            ("model.diffusion_model.input_blocks.0.0.weight", "a U-Net without VAE"),
+            ("model.diffusion_model.input_blocks.0.0.weight", "a U-Net without its text encoders or its VAE"),
+            ("diffusion_model.input_blocks.1.0.emb_layers.1.lora_up.weight", "a LoRA"),
             ("x", "no checkpoint of SDXL, SD 1.5, SD 2.1 in the original layout: its keys begin with x"),
         ],
     )

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -219,6 +220,24 @@ NAMES = [
         "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0",
         "lora_down",
     ),
+    (
+        "diffusion_model.input_blocks.1.0.emb_layers.1.lora_up.weight",
+        "unet",
+        "down_blocks.0.resnets.0.time_emb_proj",
+        "lora_up",
+    ),
+    (
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.1.self_attn.q_proj.alpha",
+        "text_encoder",
+        QUERY,
+        "alpha",
+    ),
+    (
+        "text_encoders.clip_g.transformer.text_model.encoder.layers.1.self_attn.q_proj.alpha",
+        "text_encoder_2",
+        QUERY,
+        "alpha",
+    ),
     ("lora_te_text_model_encoder_layers_1_self_attn_q_proj.alpha", "text_encoder", QUERY, "alpha"),
     ("lora_te1_text_model_encoder_layers_1_self_attn_q_proj.diff", "text_encoder", QUERY, "diff"),
     ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.up.weight", "text_encoder", MLP, "lora_up"),
@@ -354,6 +373,32 @@ class TestAgainstDiffusers:
         pipeline.save_lora_weights(tmp_path, **written)
         (file,) = tmp_path.glob("*.safetensors")
         assert_agrees(load(folder, loras=[(file, 0.5)]), by_diffusers(folder, file, 0.5))
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "conv1"], alpha_pattern={"attn2.to_q": 2}),
+            LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "conv1"], use_rslora=True),
+            LoHaConfig(r=4, alpha=16, target_modules=["to_q", "conv1"]),
+            LoKrConfig(r=2, alpha=8, target_modules=["to_q", "conv1"]),
+        ],
+        ids=["LoRA", "rsLoRA", "LoHa", "LoKr"],
+    )
+    def test_what_peft_writes(self, folder: Path, tmp_path: Path, config: Any) -> None:
+        """An adapter of the U-Net by itself, whose alpha stands in adapter_config.json beside it."""
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+        adapted: Any = get_peft_model(unet, config)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(
+                        0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                    )
+        adapted.save_pretrained(tmp_path)
+        model = load(folder, loras=[(tmp_path / "adapter_model.safetensors", 1.0)])
+        theirs = adapted.merge_and_unload().state_dict()
+        for key, weight in model.unet.state_dict().items():
+            assert_near(weight, theirs[key])
 
 
 @pytest.fixture

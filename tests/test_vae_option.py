@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import VAE_TINY, as_convolution, put_in_cache, random_model
 from torch import Tensor
 
@@ -90,6 +90,17 @@ def test_a_file_without_one(folder: Path, tmp_path: Path) -> None:
     save_file({"lora_unet_x.lora_up.weight": torch.ones(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=r"lora.safetensors is no VAE: "):
         cutdiff.load(folder, vae=tmp_path / "lora.safetensors")
+
+
+def test_a_broken_one_is_the_file_that_is_named(vae: VAE, folder: Path, tmp_path: Path) -> None:
+    path, _ = write(vae, "original file", tmp_path)
+    tensors = load_file(path)
+    del tensors["decoder.conv_out.bias"]
+    save_file(tensors, path)
+    with pytest.raises(
+        ValueError, match=rf"^{path}: vae: the weights do not fit .* 1 missing: decoder\.conv_out\.bias"
+    ):
+        cutdiff.load(folder, vae=path)
 
 
 def test_one_that_does_not_fit_the_network(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.files import listed
-from cutdiff.model import Model
+from cutdiff.model import MergedLora, Model
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
@@ -115,6 +115,8 @@ def build_model(
     source: str,
     files: dict[str, Path],
     decided_by: dict[str, str],
+    loras: tuple[MergedLora, ...],
+    vae_source: str | None,
 ) -> Model:
     """Give the empty `networks` their weights, by sub-folder name and diffusers key, and put the model together.
 
@@ -126,7 +128,7 @@ def build_model(
         assign(
             network,
             weights[name],
-            name=f"{source}: {name}",
+            name=f"{(name == 'vae' and vae_source) or source}: {name}",
             device=device,
             dtype=vae_dtype if name == "vae" else dtype,
         )
@@ -139,6 +141,7 @@ def build_model(
         source=source,
         files=files,
         decided_by=decided_by,
+        loras=loras,
     )
 
 
@@ -187,8 +190,8 @@ def assign(
     network.eval().requires_grad_(False)
 
 
-LEFTOVERS = ("position_ids", "attn_mask", "logit_scale")
-"""Buffers of text encoders, and what only CLIP's training reads."""
+LEFTOVERS = ("position_ids", "attn_mask", "logit_scale", "text_projection", "logvar", "scale_factor")
+"""Ends of keys: buffers of text encoders, what only training reads, and projections of encoders that are not pooled."""
 LEFTOVER_PREFIXES = (
     "model_ema.",
     "denoiser.sigmas",
@@ -198,8 +201,9 @@ LEFTOVER_PREFIXES = (
     "log_one_minus_alphas_cumprod",
     "posterior_",
     "lvlb_weights",
+    "loss.",
 )
-"""Running averages of the weights, and tables of the noise schedule, which its configuration tells."""
+"""Running averages of the weights, tables of the noise schedule, which its configuration tells, and a VAE's critic."""
 
 
 def is_harmless(key: str) -> bool:

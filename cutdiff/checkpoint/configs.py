@@ -6,6 +6,7 @@ names it. A missing field has the value that diffusers gives it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NoReturn
@@ -16,6 +17,8 @@ from cutdiff.schedule import NoiseConfig
 DIFFUSERS_VERSION = "0.42.0"
 """The release whose fields and defaults are listed here."""
 
+MAX_SIZE, MAX_DEPTH, MAX_LEVELS = 100_000, 1000, 16
+"""Past all networks that exist: a small file must not ask for more memory than there is."""
 ADDED = "text_time"
 """How a configuration says that pooled text and six numbers of size and crop are embedded beside the time: SDXL."""
 ATTENTION, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
@@ -160,7 +163,7 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
     _require(config, UNET_FIXED)
     _refuse_unknown(config, {*UNET_FIXED, *UNET_DEFAULTS, *UNET_IGNORED})
     fields = {**UNET_DEFAULTS, **config}
-    channels = tuple(_list(fields, "block_out_channels"))
+    channels = _widths(fields)
     has_attention = _attention_levels(fields, len(channels))
     layers = _per_level(fields, "transformer_layers_per_block", len(channels))
     # diffusers reads `attention_head_dim` as the number of heads, a misnomer that its checkpoints keep.
@@ -226,7 +229,7 @@ def vae_config(config: Mapping[str, Any]) -> VAEConfig:
     _require(config, VAE_FIXED)
     _refuse_unknown(config, {*VAE_FIXED, *VAE_DEFAULTS, *VAE_IGNORED})
     fields = {**VAE_DEFAULTS, **config}
-    channels = tuple(_list(fields, "block_out_channels"))
+    channels = _widths(fields)
     for name in ("down_block_types", "up_block_types"):
         if _list(fields, name) != [VAE_DEFAULTS[name][0]] * len(channels):
             _unsupported(name, fields[name], f"{VAE_DEFAULTS[name][0]!r} for each of {len(channels)} levels")
@@ -237,7 +240,7 @@ def vae_config(config: Mapping[str, Any]) -> VAEConfig:
         layers_per_block=_integer(fields, "layers_per_block"),
         latent_channels=_integer(fields, "latent_channels"),
         norm_groups=_integer(fields, "norm_num_groups"),
-        scaling_factor=fields["scaling_factor"],
+        scaling_factor=_positive(fields, "scaling_factor"),
         force_upcast=bool(fields["force_upcast"]),
     )
 
@@ -315,23 +318,37 @@ def _uniform(value: Any) -> Any:
 
 
 def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
-    if not isinstance(fields[name], list | tuple):
-        _unsupported(name, fields[name], "a list")
+    if not isinstance(fields[name], list | tuple) or not 1 <= len(fields[name]) <= MAX_LEVELS:
+        _unsupported(name, fields[name], f"a list of 1 to {MAX_LEVELS} entries")
     return list(fields[name])
+
+
+def _widths(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    widths = _list(fields, "block_out_channels")
+    if not all(type(width) is int and 1 <= width <= MAX_SIZE for width in widths):
+        _unsupported("block_out_channels", widths, f"whole numbers from 1 to {MAX_SIZE}")
+    return tuple(widths)
+
+
+def _positive(fields: Mapping[str, Any], name: str) -> float:
+    value = fields[name]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        _unsupported(name, value, "a positive number")
+    return value
 
 
 def _integer(fields: Mapping[str, Any], name: str) -> int:
     value = _uniform(fields[name])
-    if not isinstance(value, int):
-        _unsupported(name, fields[name], "one whole number")
+    if type(value) is not int or not 1 <= value <= MAX_SIZE:
+        _unsupported(name, fields[name], f"one whole number from 1 to {MAX_SIZE}")
     return value
 
 
 def _per_level(fields: Mapping[str, Any], name: str, levels: int) -> tuple[int, ...]:
     value = fields[name]
     entries = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
-    if len(entries) != levels or not all(isinstance(entry, int) for entry in entries):
-        _unsupported(name, value, f"one whole number, or one for each of the {levels} levels")
+    if len(entries) != levels or not all(type(entry) is int and 1 <= entry <= MAX_DEPTH for entry in entries):
+        _unsupported(name, value, f"a whole number from 1 to {MAX_DEPTH}, or one for each of the {levels} levels")
     return entries
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cutdiff.models.config import SD15_UNET, SD21_UNET, SD_VAE, SDXL_UNET, SDXL_VAE, VAEConfig
 
@@ -77,40 +78,46 @@ SD21 = Family(
     zeros_for_empty_negative=False,
     native_sizes={"epsilon": SD15_UNET.native_size, "v_prediction": SD21_UNET.native_size},
 )
-FAMILIES = (SDXL, SD15, SD21)
+SD21_SGM = replace(SD21, texts=(TextPart("text_encoder", "conditioner.embedders.0.model.", is_open_clip=True),))
+"""SD 2.1 in the layout of SDXL's code: SD-Turbo. A refiner's text encoder has the same prefix."""
+FAMILIES = (SDXL, SD15, SD21, SD21_SGM)
 
+LORA = re.compile(r"^lora_|\.lora[._]|_lora\.|\.(hada|lokr)_")
+"""What keys of a LoRA look like, whichever tool wrote them."""
+REFINER = f"{UNET_PREFIX}label_emb."
+"""SD 2.1 embeds no sizes; a refiner does."""
 OTHERS = (
-    (
-        ("lora_unet_", "lora_te", "unet.", "base_model.", "text_encoder."),
-        "a LoRA, no model: pass it as --lora beside one",
-    ),
     (("conditioner.embedders.0.model.",), "an SDXL refiner, which only finishes pictures: pass the base model"),
     (
         ("control_model.", "controlnet_", "input_hint_block."),
-        "a ControlNet, no model: it guides one, which is not built",
+        "a ControlNet, which guides a model and is none",
     ),
-    (("image_proj.", "ip_adapter."), "an IP-Adapter, no model: it guides one, which is not built"),
+    (("image_proj.", "ip_adapter."), "an IP-Adapter, which guides a model and is none"),
     ((f"{UNET_PREFIX}joint_blocks.", "joint_blocks."), "an SD 3 model, whose transformer is not built here"),
     ((f"{UNET_PREFIX}double_blocks.", "double_blocks."), "a Flux model, whose transformer is not built here"),
     (("emb_params", "clip_l", "clip_g", "string_to_param"), "a textual inversion, which is not built"),
     (("down_blocks.", "text_model."), "one network in the diffusers layout: pass the folder of the whole model"),
+    ((UNET_PREFIX,), "a U-Net without its text encoders or its VAE: pass a checkpoint that holds all of them"),
     (("encoder.", "decoder.", VAE_PREFIX), "a VAE alone: pass it as --vae beside a model"),
-    ((UNET_PREFIX,), "a U-Net without VAE or text encoders: pass a checkpoint that holds all of them"),
 )
 """How the keys of other files begin, the most telling first, and what those files are."""
 
 
 def family_of(keys: Collection[str], *, needs_vae: bool = True) -> Family:
     """The family of a file by its keys. Raises ValueError that says what the file is, where it is of none."""
+    is_refiner = any(key.startswith(REFINER) for key in keys)
     for family in FAMILIES:
         missing = [name for name, prefix in family.prefixes.items() if not any(key.startswith(prefix) for key in keys)]
-        if missing == ["vae"] and needs_vae:
+        if missing not in ([], ["vae"]) or (family is SD21_SGM and is_refiner):
+            continue
+        if missing and needs_vae:
             raise ValueError(f"an {family.name} model without a VAE: pass one as --vae")
-        if missing in ([], ["vae"]):
-            return family
+        return family
+    if any(LORA.search(key) for key in keys):
+        raise ValueError("a LoRA, no model: pass it as --lora beside one")
     for starts, what in OTHERS:
         if any(key.startswith(starts) for key in keys):
             raise ValueError(what)
-    names = ", ".join(family.name for family in FAMILIES)
+    names = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
     some = f"its keys begin with {', '.join(sorted(keys)[:3])}" if keys else "it holds no tensors"
     raise ValueError(f"no checkpoint of {names} in the original layout: {some}")

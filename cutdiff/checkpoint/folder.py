@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,7 +12,10 @@ from torch import Tensor
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks
 from cutdiff.checkpoint.configs import noise_config, unet_config, vae_config
+from cutdiff.checkpoint.keys import modern_vae
 from cutdiff.checkpoint.read import find_weights, read_json, read_tensors
+from cutdiff.models.config import UNetConfig
+from cutdiff.schedule import NoiseConfig
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
@@ -19,6 +23,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PIPELINES = {"StableDiffusionXLPipeline": True, "StableDiffusionPipeline": False}
 """The pipelines whose folders are read, and whether they have two text encoders."""
+OLD_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
+OLD_SIZE = 64
+"""What early folders of SD 1 say otherwise by mistake, and diffusers' StableDiffusionPipeline repairs; in latents, the
+least native size, where a configuration was written before release 0.9."""
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 """What weight files are called; `model` where a network is not listed."""
 
@@ -36,17 +44,18 @@ def read_blueprint(folder: Path) -> Blueprint:
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
         raise ValueError(f"{folder} is a {pipeline}: only {' and '.join(PIPELINES)} folders are read")
+    has_two = PIPELINES[pipeline]
     first, tokenizer = _read_text(folder, "text_encoder", "tokenizer")
-    second, tokenizer_2 = _read_text(folder, "text_encoder_2", "tokenizer_2") if PIPELINES[pipeline] else (None, None)
+    second, tokenizer_2 = _read_text(folder, "text_encoder_2", "tokenizer_2") if has_two else (None, None)
     return Blueprint(
-        unet=parse(folder / "unet" / "config.json", unet_config),
+        unet=parse(folder / "unet" / "config.json", unet_config if has_two else _repaired_unet),
         vae=parse(folder / "vae" / "config.json", vae_config),
         text_encoder=first,
         text_encoder_2=second,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         text_layer=2 if second else 1,
-        noise=parse(folder / "scheduler" / "scheduler_config.json", noise_config),
+        noise=parse(folder / "scheduler" / "scheduler_config.json", noise_config if has_two else _repaired_noise),
         zeros_for_empty_negative=second is not None and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
@@ -63,13 +72,28 @@ def read_weights(files: Mapping[str, list[Path]], networks: Networks) -> dict[st
         tensors: dict[str, Tensor] = {}
         for shard in shards:
             tensors |= read_tensors(shard)
-        weights[name] = clip.named_for(networks.named()[name], tensors) if name.startswith("text") else tensors
+        if name == "vae":
+            tensors = modern_vae(tensors)
+        elif name.startswith("text"):
+            tensors = clip.named_for(networks.named()[name], tensors)
+        weights[name] = tensors
     return weights
 
 
 def _read_text(folder: Path, encoder: str, tokenizer: str) -> tuple[CLIPTextConfig, CLIPTokenizer]:
     config = parse(folder / encoder / "config.json", clip.clip_config)
     return config, clip.read_tokenizer(folder / tokenizer, config.max_position_embeddings)
+
+
+def _repaired_unet(fields: Mapping[str, Any]) -> UNetConfig:
+    config = unet_config(fields)
+    release = str(fields.get("_diffusers_version", "")).split(".")[:2]
+    is_old = release[0] == "0" and release[-1].isdecimal() and int(release[-1]) < 9
+    return replace(config, native_size=OLD_SIZE) if is_old and config.native_size < OLD_SIZE else config
+
+
+def _repaired_noise(fields: Mapping[str, Any]) -> NoiseConfig:
+    return noise_config({**fields, **OLD_SCHEDULER})
 
 
 def parse(path: Path, parser: Callable[[Mapping[str, Any]], T]) -> T:

@@ -14,6 +14,7 @@ from cutdiff.checkpoint.build import Blueprint
 from cutdiff.checkpoint.families import Family
 from cutdiff.checkpoint.single import Parts
 from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.models.text import CUT_DEPTH
 from cutdiff.schedule import NoiseConfig
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def infer_blueprint(parts: Parts, family: Family, noise: NoiseConfig, vae: VAECo
         text_encoder_2=encoders[1] if second else None,
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1] if second else None,
-        text_layer=family.text_layer,
+        text_layer=family.text_layer - (not second and encoders[0].num_hidden_layers == CUT_DEPTH),
         noise=noise,
         zeros_for_empty_negative=family.zeros_for_empty_negative,
     )
@@ -57,8 +58,9 @@ class _Shapes:
     tensors: Mapping[str, Tensor]
 
     def of(self, key: str) -> tuple[int, ...]:
-        if key not in self.tensors:
-            raise ValueError(f"the file's {self.name} has no {key}, which tells one of its sizes")
+        """The shape of a weight, with two dimensions at least."""
+        if key not in self.tensors or self.tensors[key].ndim < 2:
+            raise ValueError(f"the file's {self.name} has no {key}, or no matrix there, which tells some of its sizes")
         return tuple(self.tensors[key].shape)
 
     def count(self, prefix: str) -> int:
@@ -132,7 +134,7 @@ def _infer_text(shapes: _Shapes, tokenizer: CLIPTokenizer, activation: str) -> C
 
 def _heads(width: int) -> int:
     if width % HEAD_DIM:
-        raise ValueError(f"{width} channels do not divide into heads of {HEAD_DIM}: pass config=FOLDER")
+        raise ValueError(f"{width} channels do not divide into heads of {HEAD_DIM}: pass --config FOLDER")
     return width // HEAD_DIM
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 
@@ -19,6 +21,7 @@ UNET_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
@@ -80,6 +83,18 @@ def vae_keys(vae: VAE) -> dict[str, str]:
     for ours, theirs in resnets.items():
         modules |= {ours: theirs, f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut"}
     return _keys(vae, modules)
+
+
+def modern_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A VAE in the diffusers layout under today's names: releases before 0.13 named the attention otherwise."""
+    renamed = {f".attentions.0.{old}.": f".attentions.0.{new}." for old, new in OLD_VAE_ATTENTION.items()}
+
+    def modern(key: str) -> str:
+        for old, new in renamed.items():
+            key = key.replace(old, new)
+        return key
+
+    return {modern(key): tensor for key, tensor in tensors.items()}
 
 
 def _keys(network: UNet | VAE, modules: Mapping[str, str]) -> dict[str, str]:

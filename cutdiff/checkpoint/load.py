@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cutdiff.checkpoint import folder, lora, single
+from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks, build_model, empty_networks
-from cutdiff.checkpoint.families import family_of
+from cutdiff.checkpoint.families import Family, family_of
 from cutdiff.checkpoint.header import read_header
 from cutdiff.checkpoint.infer import infer_blueprint
 from cutdiff.checkpoint.locate import locate
@@ -85,8 +86,9 @@ def load(
         source=str(source),
         files=found.files,
         decided_by=found.decided_by,
+        loras=merged,
+        vae_source=None if vae is None else str(vae),
     )
-    model = replace(model, loras=merged)
     if check_weights and (bad := model.bad_weights()):
         raise ValueError(f"{source}: {bad}")
     return model
@@ -135,7 +137,11 @@ def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: 
         if configured is None:
             blueprint = infer_blueprint(parts, family, noise, other.config if other else None)
         else:
+            _check_family(configured, family, config)
             blueprint = replace(configured, noise=noise, vae=other.config if other else configured.vae)
+            if len(family.texts) == 1:
+                depth = blueprint.text_encoder.num_hidden_layers
+                parts["text_encoder"] = clip.cut_to_depth(parts["text_encoder"], depth)
     networks = empty_networks(blueprint)
     weights = single.convert(parts, networks)
     files = {source.name: source}
@@ -143,6 +149,12 @@ def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: 
         weights["vae"] = other.tensors
         files |= {str(file): file for file in other.files}
     return _Found(blueprint, networks, weights, files, decided_by)
+
+
+def _check_family(configured: Blueprint, family: Family, config: Path | None) -> None:
+    """ValueError where a single file and the folder that it takes its configuration from are not of one family."""
+    if (configured.text_encoder_2 is not None) != (len(family.texts) == 2):
+        raise ValueError(f"an {family.name} model, and {config} is a folder of another family: pass one of its own")
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def _prediction_type(option: str | None, keys: Collection[str], metadata: Mappin
         if name in metadata:
             value = metadata[name].strip().lower()
             if value not in SPELLINGS:
-                raise ValueError(f"metadata {name}={metadata[name]!r} is not known: pass prediction_type")
+                raise ValueError(f"metadata {name}={metadata[name]!r} is not known: pass --prediction-type")
             return SPELLINGS[value], f"metadata {name}"
     return None
 

@@ -36,8 +36,7 @@ def split(tensors: Mapping[str, Tensor], family: Family) -> Parts:
     for text in family.texts:
         named = clip.from_open_clip if text.is_open_clip else clip.with_prefix
         parts[text.name] = named(parts[text.name])
-    if len(family.texts) == 1:
-        parts["text_encoder"].pop(clip.PROJECTION, None)  # SD 2.1 has it, and reads no pooled text
+    parts["text_encoder"].pop(clip.PROJECTION, None)  # some files have it; only a second encoder's pooled text is read
     return parts
 
 

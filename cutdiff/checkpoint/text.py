@@ -27,6 +27,14 @@ CACHED_TOKENIZERS = (
     ("stabilityai/stable-diffusion-2-1", "tokenizer"),
 )
 """Where the local Hugging Face cache may hold CLIP's tokenizer, which all families share: repository and folder."""
+MAX_SIZES = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 100_000,
+    "intermediate_size": 1_000_000,
+    "max_position_embeddings": 100_000,
+    "vocab_size": 10_000_000,
+}
+"""Of a text encoder, past all that exist: a small file must not ask for more memory than there is."""
 PAD_TOKENS = {True: "!", False: "<|endoftext|>"}
 """What prompts are padded with, by whether the encoder is OpenCLIP's."""
 TOKENIZER_JSON = (
@@ -81,7 +89,7 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = key.split(".")
         if parts[:2] == ["transformer", "resblocks"] and len(parts) > 3:
             layer, name = f"{PREFIX}encoder.layers.{parts[2]}.", ".".join(parts[3:])
-            if name in ("attn.in_proj_weight", "attn.in_proj_bias"):
+            if name in ("attn.in_proj_weight", "attn.in_proj_bias") and tensor.ndim:
                 kind = name.rpartition("_")[2]
                 for part, rows in zip("qkv", tensor.chunk(3), strict=True):
                     converted[f"{layer}self_attn.{part}_proj.{kind}"] = rows
@@ -99,6 +107,12 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
+def cut_to_depth(tensors: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The encoder without its last layer, where it has one more than `depth`: SD 2.1's folders leave that out."""
+    last = f"{PREFIX}encoder.layers.{depth}."
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(last)}
+
+
 def clip_config(fields: Mapping[str, Any]) -> CLIPTextConfig:
     """The configuration of a text encoder from its config.json. Raises ValueError for a field that cannot be."""
     from huggingface_hub.errors import StrictDataclassError
@@ -109,6 +123,9 @@ def clip_config(fields: Mapping[str, Any]) -> CLIPTextConfig:
         config = CLIPTextConfig.from_dict(dict(fields))
     except StrictDataclassError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "max_position_embeddings", "vocab_size"):
+        if not 1 <= getattr(config, name) <= MAX_SIZES[name]:
+            raise ValueError(f"{name}={getattr(config, name)} must lie in 1 … {MAX_SIZES[name]}")
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act={config.hidden_act!r} is not supported, only {', '.join(ACT2FN)}")
     return config
@@ -136,6 +153,8 @@ def read_tokenizer(folder: Path, max_length: int, pad_token: str | None = None) 
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special)
     # Files that give no length would let the encoder fail on a long prompt.
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
+    if tokenizer.model_max_length < 3:  # one token begins a prompt, one ends it
+        raise ValueError(f"{folder} and its encoder leave {tokenizer.model_max_length} tokens, too few for a prompt")
     return tokenizer
 
 
@@ -152,7 +171,7 @@ def cached_tokenizer() -> Path:
         if _holds_tokenizer(path):
             return path
     raise ValueError(
-        "a single file holds no tokenizer, and the local Hugging Face cache has none either: pass config=FOLDER, a "
+        "a single file holds no tokenizer, and the local Hugging Face cache has none either: pass --config FOLDER, a "
         "diffusers folder of the same model family (its weights are not read), or fetch one with "
         f"`hf download {CACHED_TOKENIZERS[0][0]}`"
     )

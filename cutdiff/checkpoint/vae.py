@@ -12,6 +12,7 @@ from cutdiff.checkpoint.configs import vae_config
 from cutdiff.checkpoint.families import VAE_PREFIX
 from cutdiff.checkpoint.folder import STEMS, parse
 from cutdiff.checkpoint.infer import infer_vae
+from cutdiff.checkpoint.keys import modern_vae
 from cutdiff.checkpoint.read import find_weights, read_tensors
 from cutdiff.checkpoint.single import convert_vae
 from cutdiff.models.config import VAEConfig
@@ -35,7 +36,7 @@ def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         config, files = parse(folder / "config.json", vae_config), find_weights(folder, STEMS["vae"])
-        tensors = {key: tensor for file in files for key, tensor in read_tensors(file).items()}
+        tensors = modern_vae({key: tensor for file in files for key, tensor in read_tensors(file).items()})
     else:
         files, found = [path], read_tensors(path)
         prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in found) else ""
@@ -45,5 +46,5 @@ def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
         except ValueError as error:
             raise ValueError(f"{path} is no VAE: {error}") from None
         with torch.device("meta"):
-            tensors = convert_vae(tensors, VAE(config))
+            tensors = modern_vae(convert_vae(tensors, VAE(config)))
     return OtherVAE(config, tensors, files)

@@ -1,4 +1,7 @@
-"""Alphas from a LoRA file's metadata, where diffusers keeps PEFT's configuration of each network's adapter."""
+"""Alphas that are not in a LoRA's tensors: PEFT's configuration of an adapter.
+
+diffusers keeps it, for each network, in the file's metadata; PEFT writes `adapter_config.json` beside the file.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,18 @@ from typing import Any
 
 from cutdiff.checkpoint.header import read_header
 from cutdiff.checkpoint.lora.names import Target
+from cutdiff.checkpoint.read import read_json
 from cutdiff.checkpoint.text import PREFIX
 
 KEY = "lora_adapter_metadata"
+ADAPTER, BESIDE = "adapter_model.safetensors", "adapter_config.json"
+FIELDS = ("lora_alpha", "alpha", "alpha_pattern", "use_rslora")
+"""Of the file beside an adapter, what says how strong it is."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """PEFT's fields as diffusers writes them, `network.field`; of a U-Net that was saved by itself, `field`."""
+    """PEFT's fields as diffusers writes them, `network.field`; of an adapter that was saved by itself, `field`."""
 
     fields: Mapping[str, Any]
 
@@ -53,7 +60,20 @@ class AdapterConfig:
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:
-    """The configuration in a safetensors file, empty where it has none. Raises ValueError where it cannot be used."""
+    """The configuration in a safetensors file, or beside it; empty where there is none.
+
+    Raises ValueError where it cannot be used.
+    """
+    beside = path.with_name(BESIDE)
+    if path.name == ADAPTER and beside.exists():
+        fields = read_json(beside)
+        kept = {name: value for name, value in fields.items() if name in FIELDS}
+        if "alpha" in kept:  # LoHa's and LoKr's
+            kept["lora_alpha"] = kept.pop("alpha")
+        try:
+            return AdapterConfig(kept)
+        except ValueError as error:
+            raise ValueError(f"{beside} has {error}") from None
     written = read_header(path).metadata.get(KEY, "{}")
     try:
         fields = json.loads(written)

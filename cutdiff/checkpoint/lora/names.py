@@ -16,9 +16,9 @@ from cutdiff.checkpoint.keys import unet_keys
 from cutdiff.checkpoint.text import PREFIX
 
 PREFIXES = {
-    "unet": ("lora_unet_", "unet_", "lycoris_", ""),
-    "text_encoder": ("lora_te1_", "lora_te_", "text_encoder_"),
-    "text_encoder_2": ("lora_te2_", "text_encoder_2_"),
+    "unet": ("lora_unet_", "unet_", "lycoris_", "diffusion_model_", ""),
+    "text_encoder": ("lora_te1_", "lora_te_", "text_encoder_", "text_encoders_clip_l_transformer_"),
+    "text_encoder_2": ("lora_te2_", "text_encoder_2_", "text_encoders_clip_g_transformer_"),
 }
 """What stands before a module's name; nothing where a U-Net's adapter was saved by itself."""
 SUFFIXES = {
