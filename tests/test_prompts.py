@@ -410,7 +410,7 @@ def test_every_prompt_is_drawn_and_kept_as_typed(prompt: str, tmp_path: Path) ->
         (["--clip-skip", "two"], "argument --clip-skip: invalid int value: 'two'"),
         (["--method", "accdiffusion", "--prompt-2", "a tent"], "--prompt-2 'a tent' is not for accdiffusion"),
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read: No such file"),
-        (["--prompts", "."], "--prompts . cannot be read: Is a directory"),
+        (["--prompts", "."], "--prompts . cannot be read: it is no regular file"),
         (["a tent", "--prompts", "nowhere.txt"], "--prompts nowhere.txt takes the place of PROMPT 'a tent'"),
         (["", "--prompts", "nowhere.txt"], "--prompts nowhere.txt takes the place of PROMPT ''"),
     ],

@@ -128,7 +128,7 @@ def read_text(path: Path) -> str:
     if problem := impostor(content[:START]):
         raise ValueError(f"{path} {problem}")
     try:
-        return content.decode("utf-8-sig")
+        return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # an editor's mark, which is no text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): download it again") from None
 
