@@ -23,6 +23,7 @@ from cutdiff.settings import (
 )
 
 DEMO_PROMPT = "a red house with mountains over a meadow at day"
+Group = argparse._ArgumentGroup
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -48,88 +49,17 @@ def parse(argv: list[str] | None, given: argparse.Namespace | None = None) -> ar
     """The arguments; what they leave out is as `given`, or the default."""
     parser = _Parser(
         prog="python -m cutdiff.sample",
+        usage="%(prog)s [PROMPT] [options]",
         description="Draw a picture past the size that a diffusion model was trained at.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
     )
-    defaults = Settings()
-    parser.add_argument(
-        "prompt", nargs="?", metavar="PROMPT",
-        help="what to draw; (word:1.2) and (word) weigh more, [word] less, BREAK begins a new chunk of tokens; "
-        f"none: {DEMO_PROMPT!r}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--prompts", type=Path, metavar="FILE",
-        help="in the place of PROMPT, a prompt a line, or a JSON object with a prompt and options of its own: "
-        '{"prompt": "a tent", "width": 256, "seed": 7}; blank lines and those that begin with # are skipped',
-    )  # fmt: skip
-    parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: the embedded one")
-    parser.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
-    parser.add_argument("--vae", metavar="PATH", help="folder or file whose VAE replaces the model's")
-    parser.add_argument(
-        "--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts; none: as the model says"
-    )
-    parser.add_argument(
-        "--zero-terminal-snr", action=argparse.BooleanOptionalAction,
-        help="whether the model was trained with noise that ends at zero SNR; none: as the model says",
-    )  # fmt: skip
-    parser.add_argument(
-        "--timestep-spacing", choices=SPACINGS,
-        help="how timesteps are picked; few-step models want trailing; none: as the model says",
-    )  # fmt: skip
-    parser.add_argument("--check-weights", action="store_true", help="read all weights first, and name NaN among them")
-    parser.add_argument(
-        "--lora", type=_lora, action="append", default=[], metavar="PATH[:SCALE]", dest="loras",
-        help="file to merge into the model, times SCALE (none: 1); may be given several times",
-    )  # fmt: skip
-    parser.add_argument("--method", default=defaults.method, choices=METHOD_NAMES)
-    parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
-    parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
-    parser.add_argument(
-        "--steps", type=int, default=defaults.num_steps, metavar="N", dest="num_steps",
-        help="of each phase, where a method draws a cascade of sizes",
-    )  # fmt: skip
-    parser.add_argument("--guidance-scale", type=float, default=defaults.guidance_scale, metavar="G", help="1 is off")
-    parser.add_argument(
-        "--detail-guidance-scale", type=float, metavar="G",
-        help="in the detail stage; none: 1 for magnify, else that of the run",
-    )  # fmt: skip
-    parser.add_argument("--negative-prompt", default=defaults.negative_prompt, metavar="TEXT")
-    parser.add_argument("--prompt-2", metavar="TEXT", help="for SDXL's second text encoder; none: PROMPT")
-    parser.add_argument("--negative-prompt-2", metavar="TEXT", help="for the second; none: the negative prompt")
-    parser.add_argument(
-        "--clip-skip", type=int, metavar="N",
-        help="the layer of the text encoders that is read, 1 the last; none: as the model was trained",
-    )  # fmt: skip
-    parser.add_argument("--solver", default=defaults.solver, choices=SOLVER_NAMES)
-    parser.add_argument("--eta", type=float, default=defaults.eta, metavar="E", help="fresh noise of ddim, 0 to 1")
-    parser.add_argument("--seed", type=int, default=defaults.seed, metavar="S", help="of the first picture")
-    parser.add_argument("--num-images", type=int, default=1, metavar="K", help="pictures, with seeds S, S+1, …")
-    parser.add_argument(
-        "--structure-fraction", type=float, metavar="F",
-        help="where in the steps the detail stage begins; none: 0.5 for cutdiffusion, 0.3 for magnify",
-    )  # fmt: skip
-    parser.add_argument("--stride", type=int, metavar="L", help="between views, in latents; none: half a window")
-    parser.add_argument("--interaction", default=defaults.interaction, choices=INTERACTIONS)
-    parser.add_argument("--size-conditioning", default=defaults.size_conditioning, choices=SIZE_CONDITIONINGS)
-    parser.add_argument(
-        "--cosine-scales", type=float, nargs=3, default=defaults.cosine_scales, metavar=("SKIP", "DILATED", "BLUR"),
-        help="how fast DemoFusion's guides fade",
-    )  # fmt: skip
-    parser.add_argument(
-        "--word-threshold", type=float, default=defaults.word_threshold, metavar="C",
-        help="share of a view that a word must fill for AccDiffusion",
-    )  # fmt: skip
-    parser.add_argument(
-        "--view-batch-size", type=int, default=defaults.view_batch_size, metavar="V",
-        help="patches or views that go through the network at once",
-    )  # fmt: skip
-    parser.add_argument(
-        "--backend", default=defaults.backend, choices=BACKENDS, help="of the operators around the network"
-    )
-    parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tell what was read and what it cost")
-    parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
+    for add, title in (
+        (_add_prompt, "what to draw"),
+        (_add_model, "the model"),
+        (_add_method, "how"),
+        (_add_run, "where"),
+    ):
+        add(parser.add_argument_group(title), Settings())
     args = parser.parse_args(argv, argparse.Namespace(**vars(given) if given else {}))
     args.cosine_scales = tuple(args.cosine_scales)
     if args.num_images < 1:
@@ -137,6 +67,111 @@ def parse(argv: list[str] | None, given: argparse.Namespace | None = None) -> ar
     if args.prompt is not None and args.prompts is not None:
         raise BadArgument(f"--prompts {args.prompts} takes the place of PROMPT {args.prompt!r}: give one of them")
     return args
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False or action.default in ([], "")
+        return action.help if silent else super()._get_help_string(action)
+
+
+def _add_prompt(group: Group, defaults: Settings) -> None:
+    group.add_argument(
+        "prompt", nargs="?", metavar="PROMPT",
+        help="(word:1.2) and (word) weigh more, [word] less, BREAK begins a new chunk of tokens; "
+        f"none: {DEMO_PROMPT!r}",
+    )  # fmt: skip
+    group.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="in the place of PROMPT, a prompt a line, or a JSON object with a prompt and options of its own: "
+        '{"prompt": "a tent", "width": 256, "seed": 7}; blank lines and those that begin with # are skipped',
+    )  # fmt: skip
+    group.add_argument("--negative-prompt", default=defaults.negative_prompt, metavar="TEXT", help="what not to draw")
+    group.add_argument("--prompt-2", metavar="TEXT", help="for SDXL's second text encoder; none: PROMPT")
+    group.add_argument("--negative-prompt-2", metavar="TEXT", help="for the second; none: the negative prompt")
+    group.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
+    group.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
+    group.add_argument("--seed", type=int, default=defaults.seed, metavar="S", help="of the first picture")
+    group.add_argument("--num-images", type=int, default=1, metavar="K", help="pictures, with seeds S, S+1, …")
+
+
+def _add_model(group: Group, defaults: Settings) -> None:
+    group.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: the embedded one")
+    group.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
+    group.add_argument("--vae", metavar="PATH", help="folder or file whose VAE replaces the model's")
+    group.add_argument(
+        "--lora", type=_lora, action="append", default=[], metavar="PATH[:SCALE]", dest="loras",
+        help="file to merge into the model, times SCALE (none: 1); may be given several times",
+    )  # fmt: skip
+    group.add_argument(
+        "--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts; none: as the model says"
+    )
+    group.add_argument(
+        "--zero-terminal-snr", action=argparse.BooleanOptionalAction,
+        help="whether the model was trained with noise that ends at zero SNR; none: as the model says",
+    )  # fmt: skip
+    group.add_argument(
+        "--timestep-spacing", choices=SPACINGS,
+        help="how timesteps are picked; few-step models want trailing; none: as the model says",
+    )  # fmt: skip
+    group.add_argument(
+        "--clip-skip", type=int, metavar="N",
+        help="the layer of the text encoders that is read, 1 the last; none: as the model was trained",
+    )  # fmt: skip
+    group.add_argument("--check-weights", action="store_true", help="read all weights first, and name NaN among them")
+
+
+def _add_method(group: Group, defaults: Settings) -> None:
+    group.add_argument(
+        "--method", default=defaults.method, choices=METHOD_NAMES, metavar="NAME", help=", ".join(METHOD_NAMES)
+    )
+    group.add_argument(
+        "--steps", type=int, default=defaults.num_steps, metavar="N", dest="num_steps",
+        help="of each phase, where a method draws a cascade of sizes",
+    )  # fmt: skip
+    group.add_argument("--guidance-scale", type=float, default=defaults.guidance_scale, metavar="G", help="1 is off")
+    group.add_argument(
+        "--detail-guidance-scale", type=float, metavar="G",
+        help="in the detail stage; none: 1 for magnify, else that of the run",
+    )  # fmt: skip
+    group.add_argument("--solver", default=defaults.solver, choices=SOLVER_NAMES, help="of the steps")
+    group.add_argument("--eta", type=float, default=defaults.eta, metavar="E", help="fresh noise of ddim, 0 to 1")
+    group.add_argument(
+        "--structure-fraction", type=float, metavar="F",
+        help="where in the steps the detail stage begins; none: 0.5 for cutdiffusion, 0.3 for magnify",
+    )  # fmt: skip
+    group.add_argument("--stride", type=int, metavar="L", help="between views, in latents; none: half a window")
+    group.add_argument(
+        "--interaction", default=defaults.interaction, choices=INTERACTIONS, help="how patches exchange pixels"
+    )
+    group.add_argument(
+        "--size-conditioning", default=defaults.size_conditioning, choices=SIZE_CONDITIONINGS,
+        help="what the network is told of sizes; target: as the published code",
+    )  # fmt: skip
+    group.add_argument(
+        "--cosine-scales", type=float, nargs=3, default=defaults.cosine_scales, metavar=("SKIP", "DILATED", "BLUR"),
+        help="how fast DemoFusion's guides fade",
+    )  # fmt: skip
+    group.add_argument(
+        "--word-threshold", type=float, default=defaults.word_threshold, metavar="C",
+        help="share of a view that a word must fill for AccDiffusion",
+    )  # fmt: skip
+
+
+def _add_run(group: Group, defaults: Settings) -> None:
+    group.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
+    group.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+    group.add_argument("--dtype", default="float32", choices=DTYPES, help="of the networks")
+    group.add_argument(
+        "--view-batch-size", type=int, default=defaults.view_batch_size, metavar="V",
+        help="patches or views that go through the network at once",
+    )  # fmt: skip
+    group.add_argument(
+        "--backend", default=defaults.backend, choices=BACKENDS, help="of the operators around the network"
+    )
+    group.add_argument("-v", "--verbose", action="store_true", help="tell what was read and what it cost")
 
 
 def _lora(text: str) -> tuple[str, float]:
