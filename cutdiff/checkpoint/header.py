@@ -95,11 +95,9 @@ def read_header(path: Path) -> Header:
 def _what_is_wrong(start: bytes, length: int, size: int) -> str | None:
     """Why a file of `size` bytes that begins so has no header of `length` bytes, or None where it may have."""
     if size >= 8 and length <= MAX_HEADER and start[8:9] in (b"{", b""):
-        return (
-            None
-            if 8 + length <= size
-            else (f"is truncated: it has {size} bytes where its header alone takes {8 + length}: download it again")
-        )
+        if size >= 8 + length:
+            return None
+        return f"is truncated: it has {size} bytes where its header alone takes {8 + length}: download it again"
     # Only now, since a header's length may begin as another format does.
     if other := impostor(start):
         return other
