@@ -66,8 +66,9 @@ class Model:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """The network's, or float32 where the VAE would overflow in that."""
-        return self.vae.post_quant_conv.weight.dtype
+        """What the VAE decodes in: its weights' dtype, or float32 where its configuration says that it overflows."""
+        own = self.vae.post_quant_conv.weight.dtype
+        return torch.float32 if own == torch.float16 and self.vae.config.force_upcast else own
 
     def bad_weights(self) -> str:
         """What an error says of weights that hold NaN or infinity, by name; empty where there are none."""

@@ -109,18 +109,19 @@ def decode(model: Model, latents: Tensor) -> Tensor:
 @torch.no_grad()
 def _decode(model: Model, latents: Tensor) -> tuple[Tensor, torch.dtype]:
     """The images, and the dtype that they were decoded in."""
-    vae, dtype = model.vae, model.vae_dtype
-    images = _decoded(vae, latents)
+    dtype = model.vae_dtype
+    images = _decoded(model.vae, dtype, latents)
     if not images.isfinite().all() and dtype != torch.float32:
-        vae, dtype = deepcopy(vae).float(), torch.float32
-        images = _decoded(vae, latents)
+        dtype = torch.float32
+        images = _decoded(model.vae, dtype, latents)
     if not images.isfinite().all():
         raise FloatingPointError(f"the VAE gave NaN or infinity; {model.bad_weights() or 'all weights are finite'}")
     return (images / 2 + 0.5).clamp(0, 1), dtype
 
 
-def _decoded(vae: VAE, latents: Tensor) -> Tensor:
-    dtype = vae.post_quant_conv.weight.dtype
+def _decoded(vae: VAE, dtype: torch.dtype, latents: Tensor) -> Tensor:
+    if vae.post_quant_conv.weight.dtype != dtype:
+        vae = deepcopy(vae).to(dtype)
     return torch.cat([vae.decode(image[None].to(dtype)).float().cpu() for image in latents])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import cutdiff
 from cutdiff.methods.network import replaced
 from cutdiff.model import Model
+from cutdiff.models.vae import VAE
 from cutdiff.sample import main
 
 PROMPT = "a red house"
@@ -74,17 +75,31 @@ def test_nothing_is_written_of_it(copy: Path, tmp_path: Path, capsys: pytest.Cap
     assert [*(tmp_path / "out").iterdir()] == []
 
 
+def half(vae: VAE) -> VAE:
+    """In float16, with a configuration that says that it fits."""
+    copy = deepcopy(vae).half()
+    copy.config = replace(copy.config, force_upcast=False)
+    return copy
+
+
 class TestVAE:
     def test_decodes_again_in_float32(self, tiny_model: Model) -> None:
-        vae = deepcopy(tiny_model.vae).half()
+        vae = half(tiny_model.vae)
         vae.decoder.conv_in.weight.mul_(6e4)  # what follows is normalised, so float32 bears it
         result = cutdiff.generate(replace(tiny_model, vae=vae), PROMPT, method="direct", **RUN)
         assert result.images.isfinite().all()
         assert (result.record["vae_dtype"], result.record["decoded_in"]) == ("float16", "float32")
         assert vae.post_quant_conv.weight.dtype == torch.float16, "the model is as it was"
 
-    def test_decodes_once_where_nothing_overflows(self, tiny_model: Model) -> None:
+    def test_decodes_in_float32_where_the_configuration_says_so(self, tiny_model: Model) -> None:
         model = replace(tiny_model, vae=deepcopy(tiny_model.vae).half())
+        result = cutdiff.generate(model, PROMPT, method="direct", **RUN)
+        assert (result.record["vae_dtype"], result.record["decoded_in"]) == ("float32", "float32")
+        rounded = replace(tiny_model, vae=deepcopy(model.vae).float())
+        torch.testing.assert_close(result.images, cutdiff.decode(rounded, result.latents))
+
+    def test_decodes_once_where_nothing_overflows(self, tiny_model: Model) -> None:
+        model = replace(tiny_model, vae=half(tiny_model.vae))
         record = cutdiff.generate(model, PROMPT, method="direct", **RUN).record
         assert (record["vae_dtype"], record["decoded_in"]) == ("float16", "float16")
 

@@ -125,16 +125,9 @@ def build_model(
     A tensor that has the dtype and device already is used where it lies in the mapped file. Raises ValueError that
     lists missing, unexpected and mis-shaped keys.
     """
-    vae_dtype = torch.float32 if blueprint.vae.force_upcast and dtype == torch.float16 else dtype
     for name, network in networks.named().items():
         where = vae_source if name == "vae" and vae_source else source
-        assign(
-            network,
-            weights[name],
-            name=f"{where}: {name}",
-            device=device,
-            dtype=vae_dtype if name == "vae" else dtype,
-        )
+        assign(network, weights[name], name=f"{where}: {name}", device=device, dtype=dtype)
     return Model(
         unet=networks.unet,
         vae=networks.vae,

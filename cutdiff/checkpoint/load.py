@@ -41,7 +41,7 @@ def load(
     path: a diffusers folder, a .safetensors file in the original layout, or the id of a model in the local Hugging Face
         cache (nothing is downloaded); by default the embedded model, which is also found as "weights/scenes" from every
         working directory.
-    dtype: of the U-Net and the text encoders. The VAE runs in float32 where this is float16 and it would overflow.
+    dtype: of all weights. A VAE that overflows in float16 decodes in float32 all the same.
     config: a diffusers folder from which a single file takes its configurations, schedule and tokenizers. Without it
         sizes are inferred from the file, the rest is its family's, and tokenizers come from the local Hugging Face
         cache.

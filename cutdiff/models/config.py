@@ -65,7 +65,7 @@ class VAEConfig:
     norm_groups: int = 32
     scaling_factor: float = 0.13025
     force_upcast: bool = True
-    """Whether the network overflows in float16 and therefore runs in float32 there."""
+    """Whether the network overflows in float16 and therefore decodes in float32 there."""
 
     def __post_init__(self) -> None:
         for channels in self.channels:
