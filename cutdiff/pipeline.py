@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -175,6 +176,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
     )
     method = settings.method if callable(settings.method) else METHODS[settings.method]
     stages = method(run)
+    _check_stages(stages, settings)
     shape = (len(prompts), model.unet.config.in_channels, *(stages[0].size or size))
     noise = draws.noise(shape).to(model.device, torch.float32)
     if noise.shape != shape:
@@ -182,6 +184,17 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
     steps = solve(stages, noise * schedule.init_scale, schedule, solver, draws.noise)
     num_steps = sum(len(stage.steps) for stage in stages)
     return _Prepared(settings, denoiser, draws, size, num_steps, explained(steps, denoiser, model))
+
+
+def _check_stages(stages: Any, settings: Settings) -> None:
+    """ValueError where a method's stages do not lead to the last step: what they ended with would still be noise."""
+    taken = [step for stage in stages or () for step in stage.steps]
+    in_order = all(a < b for a, b in pairwise(taken))
+    if not taken or not in_order or taken[0] != 0 or (taken[-1] + 1) % settings.num_steps:
+        raise ValueError(
+            f"method={settings.method_name} takes the steps {taken}: its stages must take them in order, each once, "
+            f"from 0 to the last of {settings.num_steps}"
+        )
 
 
 def _encode(

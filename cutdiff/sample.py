@@ -174,6 +174,10 @@ def _tell(model: Model, *, everything: bool) -> None:
     """Which model was read, and who decided what it predicts; without `everything` only what may be wrong."""
     if everything:
         print(f"cutdiff: {model.source}, native size {model.native_size * model.factor} px", file=sys.stderr)
+        for name, path in model.files.items():
+            print(f"cutdiff: weights {name} from {path}", file=sys.stderr)
+        for lora in model.loras:
+            print(f"cutdiff: LoRA {lora.path} times {lora.scale}", file=sys.stderr)
     values = {"prediction_type": model.noise.prediction_type, "zero_terminal_snr": model.noise.rescale_betas_zero_snr}
     for name, value in values.items():
         if everything or model.decided_by[name].startswith("default,"):

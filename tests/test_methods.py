@@ -14,11 +14,11 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.draws import Draws
-from cutdiff.methods import METHODS
+from cutdiff.methods import METHODS, Run
 from cutdiff.model import Model
 from cutdiff.patches import GRAINS
 from cutdiff.settings import INTERACTIONS, METHOD_NAMES, SOLVER_NAMES
-from cutdiff.solvers import SOLVERS
+from cutdiff.solvers import SOLVERS, Stage
 
 PROMPT = "a red house at night"
 
@@ -175,3 +175,23 @@ def test_ddim_with_eta_draws_its_noise_from_draws(tiny_model: Model) -> None:
 def test_options_that_cannot_be_used_are_named_before_any_work(tiny_model: Model, option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{option}={value!r}")):
         cutdiff.denoise(tiny_model, PROMPT, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        ([range(2)], "[0, 1]"),
+        ([range(3), range(2, 4)], "[0, 1, 2, 2, 3]"),
+        ([range(1, 4)], "[1, 2, 3]"),
+        ([], "[]"),
+        (None, "[]"),
+    ],
+)
+def test_stages_that_do_not_lead_to_the_last_step(tiny_model: Model, steps: list[range] | None, told: str) -> None:
+    def mine(run: Run) -> Any:
+        return steps and [Stage("mine", some, lambda x, sigma, step: x) for some in steps]
+
+    with pytest.raises(
+        ValueError, match=f"^method=mine takes the steps {re.escape(told)}: its stages must take them in"
+    ):
+        latents(tiny_model, method=mine, num_steps=4)

@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_leaves_nothing(limit: int, tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, *QUICK, "--out", str(tmp_path / "pictures")]
     child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert child.returncode == 1, errors
+    assert child.returncode == 1, child.stderr
     assert child.stderr.count("\n") == 1
     assert "File too large" in child.stderr
     assert str(tmp_path / "pictures" / "cutdiffusion-128x128-seed0.png") in child.stderr
