@@ -14,7 +14,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -366,7 +366,7 @@ class TestAgainstDiffusers:
         written: dict[str, Any] = {}
         for name, config in adapters.items():
             network = getattr(pipeline, name)
-            network.add_adapter(config)
+            inject_adapter_in_model(config, network)  # as add_adapter does, of which transformers asks a later PEFT
             state = get_peft_model_state_dict(network, adapter_name="default")
             written[f"{name}_lora_layers"] = {key: torch.randn(t.shape) for key, t in state.items()}
             written[f"{name}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
