@@ -1,4 +1,4 @@
-"""Models on disk: reading diffusers folders and SDXL single files, writing diffusers folders."""
+"""Models on disk: reading diffusers folders and single files, writing diffusers folders."""
 
 from cutdiff.checkpoint.load import load
 from cutdiff.checkpoint.lora import LoraError

@@ -14,11 +14,10 @@ from cutdiff.checkpoint import folder, lora, single
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks, build_model, empty_networks
 from cutdiff.checkpoint.families import Family, family_of
-from cutdiff.checkpoint.header import read_header
 from cutdiff.checkpoint.infer import infer_blueprint
 from cutdiff.checkpoint.locate import locate
 from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
-from cutdiff.checkpoint.read import read_tensors
+from cutdiff.checkpoint.read import read_tensors_and_metadata
 from cutdiff.checkpoint.vae import read_vae
 from cutdiff.model import Model
 
@@ -122,7 +121,7 @@ def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Foun
 
 def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: Path | None) -> _Found:
     configured = None if config is None else folder.read_blueprint(config)
-    tensors, metadata = read_tensors(source), read_header(source).metadata
+    tensors, metadata = read_tensors_and_metadata(source)
     with _named(source):
         family = family_of(tensors, needs_vae=vae is None)
         parts = single.split(tensors, family)

@@ -31,10 +31,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises FileNotFoundError where there is no such file; ValueError, in one line that says what the file is instead,
     where it is no complete safetensors file.
     """
+    return read_tensors_and_metadata(path)[0]
+
+
+def read_tensors_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors as `read_tensors` gives them, and what the file's header says of itself; the header is read once."""
     header = read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in header.tensors}
+            return {name: file.get_tensor(name) for name in header.tensors}, header.metadata
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be mapped into memory ({error}): check its disk") from None
 
