@@ -14,7 +14,7 @@ from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.lora import formulas
 from cutdiff.checkpoint.lora.metadata import read_adapter_config
 from cutdiff.checkpoint.lora.names import Target, flat, split_key, unsupported
-from cutdiff.checkpoint.read import read_tensors
+from cutdiff.checkpoint.read import read_tensors_and_metadata
 
 FAMILIES = {768: " (Stable Diffusion 1)", 1024: " (Stable Diffusion 2)", 1280: " (SDXL's refiner)", 2048: " (SDXL)"}
 """Whose U-Net reads text states of that width."""
@@ -51,7 +51,8 @@ def read_changes(path: Path, table: Mapping[str, Target], context_dim: int) -> d
     Raises LoraError, in one line that begins with the path, where anything in the file cannot be merged.
     """
     try:
-        tensors, config = read_tensors(path), read_adapter_config(path)
+        tensors, metadata = read_tensors_and_metadata(path)
+        config = read_adapter_config(path, metadata)
     except ValueError as error:
         raise LoraError(str(error)) from None
     if other := _other_family(tensors, context_dim):

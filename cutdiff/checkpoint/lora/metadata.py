@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cutdiff.checkpoint.header import read_header
 from cutdiff.checkpoint.lora.names import Target
 from cutdiff.checkpoint.read import read_json
 from cutdiff.checkpoint.text import PREFIX
@@ -59,8 +58,8 @@ class AdapterConfig:
         return self.fields.get(f"{network}.{name}", self.fields.get(name))
 
 
-def read_adapter_config(path: Path) -> AdapterConfig:
-    """The configuration in a safetensors file, or beside it; empty where there is none.
+def read_adapter_config(path: Path, metadata: Mapping[str, str]) -> AdapterConfig:
+    """The configuration in a safetensors file's metadata, or beside it; empty where there is none.
 
     Raises ValueError where it cannot be used.
     """
@@ -74,7 +73,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
             return AdapterConfig(kept)
         except ValueError as error:
             raise ValueError(f"{beside} has {error}") from None
-    written = read_header(path).metadata.get(KEY, "{}")
+    written = metadata.get(KEY, "{}")
     try:
         fields = json.loads(written)
     except (ValueError, RecursionError):
