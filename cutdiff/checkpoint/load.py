@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,20 @@ from cutdiff.checkpoint.vae import read_vae
 from cutdiff.model import Model
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A load makes thousands of objects, all of which stay: time to look for garbage (0.2 s, with torch and
+    transformers imported) would be lost."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def load(
     path: str | Path | None = None,
     *,
