@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from cutdiff.models.text import TextStates
-from cutdiff.models.unet import UNet
+from cutdiff.models.unet import Context, UNet
 from cutdiff.patches import Operator, Patches, upload
 
 Size = tuple[int, int]
 """Height, width."""
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor]
 """What the U-Net takes, row by row: latents, timesteps, context, pooled, size ids."""
 
 Network = Callable[[Tensor, Inputs], Tensor]
@@ -47,7 +47,7 @@ class Denoiser:
     """Items evaluated so far, a guidance pair counted as two."""
     network: Network | None = field(default=None, init=False)
     """What a method puts in the place of one pass of the U-Net, made of calls of `evaluate`."""
-    _rows: tuple[TextStates | None, int, Tensor, Tensor] = field(
+    _rows: tuple[TextStates | None, int, Context, Tensor] = field(
         default_factory=lambda: (None, 0, torch.empty(0), torch.empty(0)), init=False, repr=False
     )
 
@@ -148,17 +148,21 @@ class Denoiser:
                 parts.append(self.network(row // (len(inputs) // len(self.positive.context)), part))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _text(self, num_rows: int, positive: TextStates) -> tuple[Tensor, Tensor]:
+    def _text(self, num_rows: int, positive: TextStates) -> tuple[Context, Tensor]:
         """Context and pooled states of every row; made anew where they are not those of the last call."""
         known, copies, context, pooled = self._rows
         if known is not positive or copies != self.copies or len(context) != num_rows:
             negative = self.negative.repeat(len(positive.context) // len(self.negative.context))
             states = [negative, positive][-self.copies :]
-            each = num_rows // self.copies // len(positive.context)
             context, pooled = (
-                torch.stack(values, dim=1).repeat_interleave(each, dim=0).flatten(0, 1)
+                torch.stack(values, dim=1).flatten(0, 1)
                 for values in ([s.context for s in states], [s.pooled for s in states])
             )
+            rows = torch.arange(len(pooled), device=pooled.device).unflatten(0, (-1, self.copies))
+            rows = rows.repeat_interleave(num_rows // len(pooled), dim=0).flatten()
+            # The prompt's states are read at every step, by all items of an image; those of a view by that view alone.
+            context = self.unet.read(context, rows) if positive is self.positive else context[rows]
+            pooled = pooled[rows]
             self._rows = (positive, self.copies, context, pooled)
         return context, pooled
 

@@ -222,6 +222,22 @@ def test_an_image_does_not_depend_on_its_neighbours() -> None:
     assert relative_error(unet(*inputs), alone) <= TOLERANCE
 
 
+@torch.no_grad()
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**31))
+def test_text_that_was_read_once_gives_what_reading_it_for_every_item_gives(texts: int, items: int, seed: int) -> None:
+    unet = UNet(SMALL_UNET)
+    randomise(unet, seed)
+    x, timesteps, _, pooled, size_ids = unet_inputs(SMALL_UNET, seed, batch=items, height=8, width=6, tokens=5)
+    states = torch.randn(texts, 5, SMALL_UNET.context_dim, generator=generator(seed))
+    rows = torch.randint(texts, (items,), generator=generator(seed))
+    whole = unet(x, timesteps, states[rows], pooled, size_ids)
+    read = unet.read(states, rows)
+    assert relative_error(unet(x, timesteps, read, pooled, size_ids), whole) <= TOLERANCE
+    part = unet(x[::2], timesteps[::2], read[::2], pooled[::2], size_ids[::2])
+    assert len(read) == items
+    assert relative_error(part, whole[::2]) <= TOLERANCE
+
+
 # A test for the graph as dynamo captures it; what a backend makes of it is not ours.
 BACKEND = "aot_eager"
 
@@ -235,6 +251,9 @@ def test_unet_compiles_without_a_graph_break_at_fixed_and_changing_sizes() -> No
     for batch, height, width in ((2, 16, 16), (3, 9, 13)):  # recompiled with symbols for what changed
         inputs = unet_inputs(SMALL_UNET, seed=1, batch=batch, height=height, width=width, tokens=5)
         assert relative_error(compiled(*inputs), unet(*inputs)) <= TOLERANCE
+    x, timesteps, context, *rest = inputs
+    read = unet.read(context, torch.arange(len(context)))
+    assert relative_error(compiled(x, timesteps, read, *rest), unet(*inputs)) <= TOLERANCE
 
 
 @torch.no_grad()

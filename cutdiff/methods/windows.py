@@ -16,11 +16,11 @@ from torch import Tensor
 from cutdiff.denoiser import Size
 from cutdiff.methods.network import replaced
 from cutdiff.models.layers import Attention
-from cutdiff.models.unet import Transformer, TransformerBlock
+from cutdiff.models.unet import Context, Transformer, TransformerBlock
 
 
 def transform_in_windows(
-    transformer: Transformer, windows: Size, quarters: Tensor, x: Tensor, context: Tensor
+    transformer: Transformer, windows: Size, quarters: Tensor, x: Tensor, context: Context
 ) -> Tensor:
     """The transformer on x (B, C, h, w), which tells its self-attentions how their tokens lie."""
     with ExitStack() as changes:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cutdiff.models.layers import Attention
-from cutdiff.models.unet import UNet
+from cutdiff.models.unet import Context, UNet
 
 
 class AttentionMaps:
@@ -19,7 +19,7 @@ class AttentionMaps:
     def __init__(self) -> None:
         self._seen: defaultdict[Attention, list[Tensor]] = defaultdict(list)
 
-    def add(self, layer: Attention, args: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def add(self, layer: Attention, args: tuple[Tensor, Context], output: Tensor) -> None:
         """A forward hook of `layer`, whose arguments were x and the context."""
         self._seen[layer].append(layer.weights(*args).mean(dim=1))
 

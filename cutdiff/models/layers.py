@@ -6,6 +6,8 @@ Source: Rombach et al. 2022 (arXiv 2112.10752), Podell et al. 2023 (arXiv 2307.0
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -70,19 +72,48 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
+    def forward(self, x: Tensor, context: Tensor | TextContext | None = None) -> Tensor:
+        q, (k, v) = self._split(self.to_q(x)), self.keys_and_values(x if context is None else context)
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, heads, L, dim / heads)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
-    def weights(self, x: Tensor, context: Tensor) -> Tensor:
+    def keys_and_values(self, context: Tensor | TextContext) -> tuple[Tensor, Tensor]:
+        """Of each position of the context: (B, heads, M, dim / heads) both."""
+        if isinstance(context, TextContext):
+            return context.keys_and_values(self)
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def weights(self, x: Tensor, context: Tensor | TextContext) -> Tensor:
         """How much each position of x (B, L, dim) looks at each of context (B, M, context_dim): (B, heads, L, M)."""
-        q, k = self._split(self.to_q(x)).float(), self._split(self.to_k(context)).float()
+        q, k = self._split(self.to_q(x)).float(), self.keys_and_values(context)[0].float()
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, dim / heads)
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """What each attention layer makes of the text, computed once for the P distinct rows that B items read.
+
+    It stands wherever a context (B, M, context_dim) may, and is cut into parts in the same way. What was changed in a
+    layer's `to_k` and `to_v` since then, it does not show.
+    """
+
+    kept: Mapping[Attention, tuple[Tensor, Tensor]]
+    """Keys and values (P, heads, M, dim / heads) of each layer."""
+    rows: Tensor
+    """Which of the P rows each item reads: (B,), whole numbers."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> TextContext:
+        return TextContext(self.kept, self.rows[part])
+
+    def keys_and_values(self, layer: Attention) -> tuple[Tensor, Tensor]:
+        keys, values = self.kept[layer]
+        return keys[self.rows], values[self.rows]
 
 
 class Downsample(nn.Module):

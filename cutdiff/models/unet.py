@@ -12,7 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cutdiff.models.config import UNetConfig
-from cutdiff.models.layers import Attention, Downsample, EmbeddingMLP, ResnetBlock, Upsample, sinusoidal_embedding
+from cutdiff.models.layers import (
+    Attention,
+    Downsample,
+    EmbeddingMLP,
+    ResnetBlock,
+    TextContext,
+    Upsample,
+    sinusoidal_embedding,
+)
+
+Context = Tensor | TextContext
+"""States of the text (B, L, context_dim), or what `UNet.read` made of them."""
 
 
 class GEGLU(nn.Module):
@@ -49,7 +60,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -79,7 +90,7 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = projection(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, h·w, C)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
@@ -97,14 +108,14 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList()
         self.upsamplers = nn.ModuleList()
 
-    def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def layer(self, index: int, x: Tensor, time: Tensor, context: Context) -> Tensor:
         """The resnet `index` and its transformer."""
         x = self.resnets[index](x, time)
         return self.attentions[index](x, context) if len(self.attentions) else x
 
 
 class DownLevel(Level):
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> list[Tensor]:
         """Every feature map that the way up will want, the last one being what the next level goes on with."""
         outputs = []
         for i in range(len(self.resnets)):
@@ -115,7 +126,7 @@ class DownLevel(Level):
 
 class UpLevel(Level):
     def forward(
-        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, size: tuple[int, int] | None
+        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context, size: tuple[int, int] | None
     ) -> Tensor:
         """Join the skips, last one first, and go up to `size`, where there is a level above."""
         for i, skip in enumerate(reversed(skips)):
@@ -133,7 +144,7 @@ class MidBlock(nn.Module):
         level = len(config.channels) - 1
         self.attentions = nn.ModuleList([Transformer(config, level, config.mid_transformer_layers)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, time), context)
         return self.resnets[1](x, time)
 
@@ -176,7 +187,7 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Context, pooled: Tensor, size_ids: Tensor) -> Tensor:
         """Predict the noise (or v) in scaled latents.
 
         x (B, in_channels, h, w) · timesteps (B,) · context (B, L, context_dim) · pooled (B, pooled_dim) ·
@@ -198,6 +209,12 @@ class UNet(nn.Module):
             size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else None
             x = level(x, own, time, context, size)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def read(self, states: Tensor, rows: Tensor) -> TextContext:
+        """What all layers make of text states (P, L, context_dim), to be given as the context of items that read
+        `rows` (B,) of them: for when many items read the same text, or the same items at many steps."""
+        blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
+        return TextContext({block.attn2: block.attn2.keys_and_values(states) for block in blocks}, rows)
 
     def embed_conditions(self, timesteps: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
         """Time, and in SDXL pooled text and size/crop numbers, as one vector for each item: (B, time_dim)."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cutdiff.models.config import VAEConfig
-from cutdiff.models.layers import Attention, Downsample, ResnetBlock, Upsample
+from cutdiff.models.layers import Attention, Downsample, ResnetBlock, TextContext, Upsample
 
 EPS = 1e-6
 
@@ -47,7 +47,7 @@ class SpatialAttention(Attention):
         super().__init__(channels, num_heads=1, bias=True)
         self.group_norm = nn.GroupNorm(norm_groups, channels, eps=EPS)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | TextContext | None = None) -> Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h·w, C)
         return x + super().forward(tokens, context).transpose(1, 2).unflatten(2, x.shape[2:])
 
