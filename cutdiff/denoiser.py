@@ -45,6 +45,8 @@ class Denoiser:
     """Of the operators around the network: "auto", "triton" or "reference"."""
     evaluations: int = field(default=0, init=False)
     """Items evaluated so far, a guidance pair counted as two."""
+    guided: bool = field(default=True, init=False)
+    """Whether guidance is on; where it is off, only the prompt is evaluated."""
     network: Network | None = field(default=None, init=False)
     """What a method puts in the place of one pass of the U-Net, made of calls of `evaluate`."""
     _rows: tuple[TextStates | None, int, Context, Tensor] = field(
@@ -59,7 +61,7 @@ class Denoiser:
     @property
     def copies(self) -> int:
         """How often the network sees each item: twice for a guidance pair, the positive one last."""
-        return 1 if self.guidance_scale == 1 else 2
+        return 2 if self.guided and self.guidance_scale != 1 else 1
 
     def __call__(
         self,

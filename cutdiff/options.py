@@ -61,7 +61,7 @@ def parse(argv: list[str] | None, given: argparse.Namespace | None = None) -> ar
     ):
         add(parser.add_argument_group(title), Settings())
     args = parser.parse_args(argv, argparse.Namespace(**vars(given) if given else {}))
-    args.cosine_scales = tuple(args.cosine_scales)
+    args.cosine_scales, args.guidance_interval = tuple(args.cosine_scales), tuple(args.guidance_interval)
     if args.num_images < 1:
         raise BadArgument(f"--num-images {args.num_images} must be at least 1")
     if args.prompt is not None and args.prompts is not None:
@@ -135,6 +135,10 @@ def _add_method(group: Group, defaults: Settings) -> None:
     group.add_argument(
         "--detail-guidance-scale", type=float, metavar="G",
         help="in the detail stage; none: 1 for magnify, else that of the run",
+    )  # fmt: skip
+    group.add_argument(
+        "--guidance-interval", type=float, nargs=2, default=defaults.guidance_interval, metavar=("FROM", "TO"),
+        help="shares of the steps between which guidance is on; outside a step costs half",
     )  # fmt: skip
     group.add_argument("--solver", default=defaults.solver, choices=SOLVER_NAMES, help="of the steps")
     group.add_argument("--eta", type=float, default=defaults.eta, metavar="E", help="fresh noise of ddim, 0 to 1")

@@ -21,6 +21,7 @@ from cutdiff.denoiser import Denoiser
 from cutdiff.draws import Draws
 from cutdiff.finite import explained
 from cutdiff.methods import METHODS, Run
+from cutdiff.methods.common import guided_between
 from cutdiff.model import Model, dtype_name
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
@@ -177,6 +178,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
     method = settings.method if callable(settings.method) else METHODS[settings.method]
     stages = method(run)
     _check_stages(stages, settings)
+    stages = guided_between(run, settings.guidance_interval, stages)
     shape = (len(prompts), model.unet.config.in_channels, *(stages[0].size or size))
     noise = draws.noise(shape).to(model.device, torch.float32)
     if noise.shape != shape:

@@ -62,6 +62,9 @@ class Settings:
     """uncond + scale·(cond − uncond); 1 evaluates the prompt alone."""
     detail_guidance_scale: float | None = None
     """In the detail stage; what the method is made for where it is None: 1 for magnify, else `guidance_scale`."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """From which share of the steps to which guidance is on; elsewhere the prompt alone is evaluated, at half the cost
+    (Kynkäänniemi et al. 2024, arXiv 2404.07724). Both ends are rounded up to whole steps."""
     solver: str = "euler"
     eta: float = 0.0
     """DDIM's fresh noise, 0 to 1."""
@@ -99,6 +102,8 @@ class Settings:
             raise ValueError(f"structure_fraction={self.structure_fraction} must lie in 0 … 1")
         if len(self.cosine_scales) != 3 or not all(0 <= scale < math.inf for scale in self.cosine_scales):
             raise ValueError(f"cosine_scales={self.cosine_scales} must be three finite numbers, none below 0")
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
+            raise ValueError(f"guidance_interval={self.guidance_interval} must be two shares, 0 ≤ from ≤ to ≤ 1")
         if not 0 <= self.word_threshold <= 1:
             raise ValueError(f"word_threshold={self.word_threshold} must lie in 0 … 1")
         for name in ("guidance_scale", "detail_guidance_scale"):

@@ -128,6 +128,26 @@ def test_guidance_1_evaluates_the_prompt_alone(tiny_model: Model) -> None:
     assert evaluations == [2 * 4 + 2 * 9, 2 * (2 * 4 + 2 * 9)], "4 patches and 9 views at twice the native size"
 
 
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_an_interval_without_steps_is_no_guidance(tiny_model: Model, method: str) -> None:
+    options = {"method": method, "num_steps": 4, "height": 128, "width": 128}
+    never = cutdiff.generate(tiny_model, PROMPT, guidance_interval=(0.25, 0.25), **options)
+    alone = cutdiff.generate(tiny_model, PROMPT, guidance_scale=1.0, **options)
+    assert torch.equal(never.latents, alone.latents)
+    assert never.record["network_evaluations"] == alone.record["network_evaluations"]
+
+
+def test_guidance_ends_where_its_interval_does(tiny_model: Model) -> None:
+    always, between = (
+        cutdiff.generate(tiny_model, PROMPT, num_steps=4, guidance_interval=interval)
+        for interval in ((0.0, 1.0), (0.25, 0.6))
+    )
+    assert always.record["network_evaluations"] == 2 * (2 * 4 + 2 * 9)
+    assert between.record["network_evaluations"] == 4 + 2 * 4 + 2 * 9 + 9, "steps 1 and 2 of 0 to 3 are guided"
+    assert between.record["guidance_interval"] == (0.25, 0.6)
+    assert relative_error(between.latents, always.latents) > 1e-4
+
+
 def test_a_negative_prompt_and_the_interaction_matter(tiny_model: Model) -> None:
     base = latents(tiny_model, num_steps=3)
     assert relative_error(latents(tiny_model, num_steps=3, negative_prompt="a tent"), base) > 1e-4
@@ -167,6 +187,9 @@ def test_ddim_with_eta_draws_its_noise_from_draws(tiny_model: Model) -> None:
         ("cosine_scales", (3.0, 1.0)),
         ("cosine_scales", (3.0, 1.0, -1.0)),
         ("cosine_scales", (3.0, 1.0, float("nan"))),
+        ("guidance_interval", (0.2,)),
+        ("guidance_interval", (0.6, 0.4)),
+        ("guidance_interval", (0.0, float("nan"))),
         ("word_threshold", 1.1),
         ("view_batch_size", 0),
         ("eta", 0.5),

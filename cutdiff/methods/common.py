@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from cutdiff.draws import Draws
 from cutdiff.methods.network import replaced
 from cutdiff.models.text import TextEncoders
 from cutdiff.schedule import Schedule
-from cutdiff.solvers import CanvasDenoiser
+from cutdiff.solvers import CanvasDenoiser, Phase, Stage
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class Run:
         return None if self.size_conditioning == "native" else self.target_size
 
 
+def step_at(share: float, num_steps: int) -> int:
+    """The first of `num_steps` that lies at or after a share of them."""
+    return math.ceil(round(share * num_steps, 9))  # 0.28 · 50 is 14, whatever floats say
+
+
 def guided(run: Run, scale: float | None, denoise: CanvasDenoiser) -> CanvasDenoiser:
     """`denoise` under a guidance scale of its own, or the run's where that is None."""
 
@@ -74,3 +81,24 @@ def guided(run: Run, scale: float | None, denoise: CanvasDenoiser) -> CanvasDeno
             return denoise(latents, sigma, step)
 
     return denoise if scale is None else with_scale
+
+
+def guided_between(run: Run, interval: tuple[float, float], stages: Sequence[Stage | Phase]) -> list[Stage | Phase]:
+    """The stages with guidance in the steps from one share of the schedule to another only."""
+    first, last = (step_at(share, run.num_steps) for share in interval)
+
+    def limited(stage: Stage) -> Stage:
+        def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
+            with replaced(run.denoiser, guided=first <= step % run.num_steps < last):
+                return stage.denoise(latents, sigma, step)
+
+        return replace(stage, denoise=denoise)
+
+    def begun(phase: Phase) -> Phase:
+        def begin(latents: Tensor) -> tuple[Tensor, Stage]:
+            state, stage = phase.begin(latents)
+            return state, limited(stage)
+
+        return replace(phase, begin=begin)
+
+    return [limited(part) if isinstance(part, Stage) else begun(part) for part in stages]

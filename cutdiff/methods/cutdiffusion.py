@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from torch import Tensor
 
 from cutdiff.denoiser import Size
-from cutdiff.methods.common import Run, guided
+from cutdiff.methods.common import Run, guided, step_at
 from cutdiff.methods.multidiffusion import denoise_views
 from cutdiff.patches import Patches, grid_for, pad_to_grid
 from cutdiff.solvers import CanvasDenoiser, Stage
@@ -31,7 +30,7 @@ def cutdiffusion(run: Run) -> list[Stage]:
 def switch_step(run: Run, default: float) -> int:
     """The first step of the detail stage: where the run says, or the `default` of its method."""
     share = default if run.structure_fraction is None else run.structure_fraction
-    return math.ceil(round(share * run.num_steps, 9))  # 0.28 · 50 is 14, whatever floats say
+    return step_at(share, run.num_steps)
 
 
 def denoise_patches(

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cutdiff.denoiser import Denoiser, Inputs
-from cutdiff.methods.common import Run
+from cutdiff.methods.common import Run, step_at
 from cutdiff.methods.direct import denoise_whole, direct
 from cutdiff.methods.network import blocks, replaced
 from cutdiff.models.unet import DownLevel, MidBlock, UNet
@@ -85,7 +85,7 @@ def scalecrafter(run: Run) -> list[Stage]:
     if scale <= 1:
         return direct(run)
     plan = plan_for(scale)
-    until = math.ceil(round(plan.share * run.num_steps, 9))
+    until = step_at(plan.share, run.num_steps)
     changed = partial(_redilated_step, run.denoiser, plan, until)
     return [
         Stage("redilated", range(until), denoise_whole(run, changed)),
@@ -101,7 +101,7 @@ def _redilated_step(denoiser: Denoiser, plan: Plan, until: int, step: int) -> It
         return
     remaining = (until - step) / until
     wide, base = plan.dilations.shrunk(remaining), plan.base.shrunk(remaining)
-    if denoiser.guidance_scale == 1:
+    if denoiser.copies == 1:
         with redilated(denoiser.unet, wide):
             yield
         return
