@@ -19,6 +19,8 @@ from variants import (
     conditioned,
     contiguous_patches,
     cosine_weights,
+    deep_reused,
+    deep_reused_direct,
     interaction_every,
     not_held,
     told_native,
@@ -76,6 +78,14 @@ STUDIES: dict[str, list[Cell]] = {
         *(cell(guidance_scale=scale) for scale in (1.0, 2.0, 7.5)),
         cell(detail_guidance_scale=1.0),
         cell(solver="ddim"),
+    ],
+    "approximations": [
+        cell(),
+        *(cell(guidance_interval=interval) for interval in ((0.2, 1.0), (0.0, 0.8), (0.2, 0.8))),
+        cell(deep_reused(2, "structure")),
+        cell(deep_reused(2, "detail")),
+        cell("direct", 128),
+        cell(deep_reused_direct(2), 128),
     ],
     "switch-4x4": [cell(size=512, structure_fraction=share) for share in (0.7, 0.9)],
     "choice": [

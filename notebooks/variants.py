@@ -10,15 +10,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from cutdiff.denoiser import Denoiser
+from cutdiff.denoiser import Denoiser, Inputs
 from cutdiff.methods.common import Run
 from cutdiff.methods.cutdiffusion import cutdiffusion, denoise_patches
+from cutdiff.methods.direct import direct
 from cutdiff.methods.magnify import enlarged, magnify
 from cutdiff.methods.multidiffusion import denoise_views
 from cutdiff.methods.network import replaced
+from cutdiff.models.unet import Context, UNet
 from cutdiff.patches import grid_for
 from cutdiff.solvers import CanvasDenoiser, Phase, Stage
 
@@ -77,6 +80,64 @@ def cosine_weights(run: Run) -> list[Stage]:
     structure, detail = cutdiffusion(run)
     rise = [torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() for side in run.window]
     return [structure, replace(detail, denoise=denoise_views(run, run.jitter, torch.outer(*rise)))]
+
+
+def deep_reused(k: int, *stages: str) -> Method:
+    """DeepCache (Ma et al. 2023, arXiv 2312.00858) in some stages of CutDiffusion: of k steps one runs the whole
+    network; the others only its finest level, on what the levels below gave at that step to the patch or view of the
+    same number. Views stand still for it: a patch's pixels come from elsewhere at every step all the same."""
+
+    def method(run: Run) -> list[Stage]:
+        structure, detail = without_jitter(run) if "detail" in stages else cutdiffusion(run)
+        return [
+            replace(stage, denoise=_reusing(run, k, stage)) if stage.name in stages else stage
+            for stage in (structure, detail)
+        ]
+
+    return _named(method, f"deep_reused_every_{k}_{'_and_'.join(stages)}")
+
+
+def deep_reused_direct(k: int) -> Method:
+    """The same in direct inference: what it was made for, at native size."""
+
+    def method(run: Run) -> list[Stage]:
+        (stage,) = direct(run)
+        return [replace(stage, denoise=_reusing(run, k, stage))]
+
+    return _named(method, f"deep_reused_every_{k}_direct")
+
+
+def _reusing(run: Run, k: int, stage: Stage) -> CanvasDenoiser:
+    unet, kept = run.denoiser.unet, []
+
+    def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
+        whole = (step - stage.steps.start) % k == 0
+        if whole:
+            kept.clear()
+        known = iter(kept)
+
+        def network(_images: Tensor, rows: Inputs) -> Tensor:
+            if not whole:
+                return _finest(unet, next(known), *rows)
+            hook = unet.up_blocks[-2].register_forward_hook(lambda _module, _args, output: kept.append(output))
+            try:
+                return run.denoiser.evaluate(rows)
+            finally:
+                hook.remove()
+
+        with replaced(run.denoiser, network=network):
+            return stage.denoise(latents, sigma, step)
+
+    return denoise
+
+
+def _finest(unet: UNet, below: Tensor, x: Tensor, timesteps: Tensor, context: Context, *added: Tensor) -> Tensor:
+    """The network's output with `below` in the place of all that its finest level gets from the others."""
+    time = unet.embed_conditions(timesteps, *added).to(x.dtype)
+    x = unet.conv_in(x)
+    *skips, _ = [x, *unet.down_blocks[0](x, time, context)]
+    x = unet.up_blocks[-1](below, skips, time, context, None)
+    return unet.conv_out(F.silu(unet.conv_norm_out(x)))
 
 
 def not_held(run: Run) -> list[Stage | Phase]:

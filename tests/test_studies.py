@@ -29,7 +29,10 @@ def latents(model: Model, method: str | Callable[..., Any], **options: Any) -> T
     return list(cutdiff.denoise(model, "a red house at night", method=method, **options))[-1].latents
 
 
-@pytest.mark.parametrize("method", [variants.interaction_every(1), variants.conditioned("native", "native")])
+@pytest.mark.parametrize(
+    "method",
+    [variants.interaction_every(1), variants.conditioned("native", "native"), variants.deep_reused(1, "structure")],
+)
 def test_a_variant_that_changes_nothing_is_cutdiffusion_to_the_bit(tiny_model: Model, method: Any) -> None:
     assert torch.equal(latents(tiny_model, method), latents(tiny_model, "cutdiffusion"))
 
@@ -43,6 +46,8 @@ def test_a_variant_that_changes_nothing_is_cutdiffusion_to_the_bit(tiny_model: M
         variants.conditioned("native", "target"),
         variants.without_jitter,
         variants.cosine_weights,
+        variants.deep_reused(2, "structure"),
+        variants.deep_reused(2, "detail"),
     ],
     ids=lambda method: method.__name__,
 )
@@ -61,6 +66,26 @@ def test_a_network_that_is_told_the_native_size_hears_of_nothing_else(tiny_model
     record = cutdiff.generate(tiny_model, "a red house", method=told, num_steps=2).record
     assert record["method"] == "direct_told_native"
     assert record["network_evaluations"] == 4
+
+
+def test_deep_features_that_are_reused_save_whole_evaluations(tiny_model: Model) -> None:
+    """The finest level, given what the levels below said at this very step, says what the network says."""
+    options = {"num_steps": 4, "height": 64, "width": 64}
+    plain, reused = (
+        cutdiff.generate(tiny_model, "a red house", method=method, **options)
+        for method in ("direct", variants.deep_reused_direct(2))
+    )
+    assert (plain.record["network_evaluations"], reused.record["network_evaluations"]) == (8, 4)
+    assert 1e-3 < (reused.latents - plain.latents).norm() / plain.latents.norm() < 1
+    config = tiny_model.unet.config
+    text = torch.randn(2, 5, config.context_dim), torch.randn(2, config.pooled_dim)
+    rows = (torch.randn(2, 4, 8, 8), torch.tensor([500.0, 500.0]), *text, torch.full((2, 6), 64.0))
+    below: list[Tensor] = []
+    hook = tiny_model.unet.up_blocks[-2].register_forward_hook(lambda _module, _args, output: below.append(output))
+    with torch.no_grad():
+        whole = tiny_model.unet(*rows)
+        hook.remove()
+        assert torch.equal(variants._finest(tiny_model.unet, below[0], *rows), whole)
 
 
 def test_magnify_without_its_hold_draws_something_else(tiny_model: Model) -> None:
