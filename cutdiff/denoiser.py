@@ -28,7 +28,7 @@ class Denoiser:
     """`denoise(latents, sigma)` for a batch of patches or views of B images, whatever their number.
 
     The batch is ordered image first; every image's items share its row of the text states. A large batch is split
-    into parts of `view_batch_size` items (a guidance pair is one item).
+    into parts of `view_batch_size` items (a guidance pair is one item), which is halved where memory does not suffice.
     """
 
     unet: UNet
@@ -40,7 +40,8 @@ class Denoiser:
     guidance_scale: float
     factor: int
     """Pixels of an image for one latent, on each axis."""
-    view_batch_size: int
+    view_batch_size: int | None
+    """None: all at once."""
     backend: str = "auto"
     """Of the operators around the network: "auto", "triton" or "reference"."""
     evaluations: int = field(default=0, init=False)
@@ -125,30 +126,37 @@ class Denoiser:
 
     def evaluate(self, inputs: Inputs) -> Tensor:
         """One pass of the U-Net over the rows, which are counted."""
+        prediction = self.unet(*inputs)
         self.evaluations += len(inputs[0])
-        return self.unet(*inputs)
+        return prediction
 
     def predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, positive: TextStates) -> Tensor:
-        """The network's output for (items·copies, C, h, w), evaluated in parts of `view_batch_size` items."""
+        """The network's output for (items·copies, C, h, w), evaluated in parts of `view_batch_size` items.
+
+        Raises torch.OutOfMemoryError where memory does not suffice for a single one.
+        """
         context, pooled = self._text(len(inputs), positive)
         timestep = torch.full((1,), self.timestep(sigma), device=inputs.device).expand(len(inputs))
-        rows = self.view_batch_size * self.copies
-        parts = []
-        for start in range(0, len(inputs), rows):
-            stop = start + rows
-            part = (
-                inputs[start:stop],
-                timestep[start:stop],
-                context[start:stop],
-                pooled[start:stop],
-                size_ids[start:stop],
-            )
-            if self.network is None:
-                parts.append(self.evaluate(part))
+        parts, start = [], 0
+        while start < len(inputs):
+            num_items = min(self.view_batch_size or len(inputs), (len(inputs) - start) // self.copies)
+            rows = slice(start, start + num_items * self.copies)
+            part = (inputs[rows], timestep[rows], context[rows], pooled[rows], size_ids[rows])
+            try:
+                parts.append(self._pass(part, torch.arange(rows.start, rows.stop, device=inputs.device), len(inputs)))
+            except torch.OutOfMemoryError:
+                if num_items == 1:
+                    raise
+                self.view_batch_size = num_items // 2
             else:
-                row = torch.arange(start, start + len(part[0]), device=inputs.device)
-                parts.append(self.network(row // (len(inputs) // len(self.positive.context)), part))
+                start = rows.stop
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _pass(self, part: Inputs, rows: Tensor, num_rows: int) -> Tensor:
+        """One pass over the `rows` (n,) of all `num_rows`, as a method may have it."""
+        if self.network is None:
+            return self.evaluate(part)
+        return self.network(rows // (num_rows // len(self.positive.context)), part)
 
     def _text(self, num_rows: int, positive: TextStates) -> tuple[Context, Tensor]:
         """Context and pooled states of every row; made anew where they are not those of the last call."""

@@ -204,6 +204,9 @@ def _draw(model: Model, args: argparse.Namespace, run: _Run, seed: int) -> Path:
     record = result.record
     if record["decoded_in"] != record["vae_dtype"]:
         print(f"cutdiff: the VAE overflowed in {record['vae_dtype']}, so it decoded in float32", file=sys.stderr)
+    if record["view_batch_halved"]:
+        held = record["view_batch_size"]
+        print(f"cutdiff: memory holds {held} patches or views at once: pass --view-batch-size {held}", file=sys.stderr)
     if args.verbose:
         seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in record["seconds"].items())
         print(f"cutdiff: {record['network_evaluations']} network evaluations; {seconds}", file=sys.stderr)

@@ -83,8 +83,9 @@ class Settings:
     """How fast DemoFusion's skip residual, dilated sampling and blur fade, each a power of a cosine."""
     word_threshold: float = 0.3
     """Share of a view that a word must fill to stand in its prompt (AccDiffusion's c)."""
-    view_batch_size: int = 16
-    """Patches or views that go through the network at once."""
+    view_batch_size: int | None = None
+    """Patches or views that go through the network at once; halved where memory does not suffice. None: 16 on a CPU,
+    all of a step on a GPU."""
     backend: str = "auto"
     """Of the operators around the network: "triton", "reference" (plain torch), or "auto", which is Triton on a GPU."""
 
@@ -93,11 +94,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIDE:
                 raise ValueError(f"{name}={value} must be a positive multiple of 8, at most {MAX_SIDE}")
-        for name in ("num_steps", "view_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.stride is not None and self.stride < 1:
-            raise ValueError(f"stride={self.stride} must be at least 1")
+        for name in ("num_steps", "view_batch_size", "stride"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         if self.structure_fraction is not None and not 0 <= self.structure_fraction <= 1:
             raise ValueError(f"structure_fraction={self.structure_fraction} must lie in 0 … 1")
         if len(self.cosine_scales) != 3 or not all(0 <= scale < math.inf for scale in self.cosine_scales):

@@ -36,7 +36,7 @@ from cutdiff.scenes.testbed import Testbed, environment
 from cutdiff.settings import Settings
 
 RESULTS = Path(__file__).with_name("results")
-BASE = Settings(num_steps=10, guidance_scale=4.0)
+BASE = Settings(num_steps=10, guidance_scale=4.0, view_batch_size=16)
 """Of every cell that does not say otherwise. Twice the steps help a little (study `switch`), and cost twice as much."""
 
 

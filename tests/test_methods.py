@@ -15,7 +15,9 @@ from torch import Tensor
 import cutdiff
 from cutdiff.draws import Draws
 from cutdiff.methods import METHODS, Run
+from cutdiff.methods.network import replaced
 from cutdiff.model import Model
+from cutdiff.models.unet import UNet
 from cutdiff.patches import GRAINS
 from cutdiff.settings import INTERACTIONS, METHOD_NAMES, SOLVER_NAMES
 from cutdiff.solvers import SOLVERS, Stage
@@ -118,6 +120,31 @@ def test_without_structure_cutdiffusion_is_multidiffusion_with_jitter(tiny_model
     options = {"num_steps": 3, "draws": Still((0,))}
     cut = latents(tiny_model, method="cutdiffusion", structure_fraction=0.0, **options)
     assert torch.equal(cut, latents(tiny_model, method="multidiffusion", **options))
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved_until_it_does(tiny_model: Model) -> None:
+    seen: list[int] = []
+
+    def forward(x: Tensor, *args: Any) -> Tensor:
+        seen.append(len(x))
+        if len(x) > 6:
+            raise torch.OutOfMemoryError
+        return UNet.forward(tiny_model.unet, x, *args)
+
+    options = {"num_steps": 2, "structure_fraction": 0.0}
+    whole = cutdiff.generate(tiny_model, PROMPT, **options)
+    with replaced(tiny_model.unet, forward=forward):
+        held = cutdiff.generate(tiny_model, PROMPT, **options)
+    assert seen == [18, 8, *[4] * 4, 2, *[4] * 4, 2], "9 views with guidance, halved to 4 and to 2"
+    assert (held.record["view_batch_size"], held.record["view_batch_halved"]) == (2, True)
+    assert (whole.record["view_batch_size"], whole.record["view_batch_halved"]) == (16, False)
+    assert held.record["network_evaluations"] == whole.record["network_evaluations"] == 2 * 18
+    assert relative_error(held.latents, whole.latents) < 1e-4
+    with (
+        replaced(tiny_model.unet, forward=lambda *args: forward(torch.empty(7))),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        latents(tiny_model, **options)
 
 
 def test_guidance_1_evaluates_the_prompt_alone(tiny_model: Model) -> None:

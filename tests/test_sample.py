@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
+from cutdiff.models.unet import UNet
 from cutdiff.sample import main
 
 QUICK = ["--steps", "2", "--width", "128", "--height", "128"]
@@ -31,6 +35,22 @@ def test_help_answers_at_once_and_imports_no_torch(tmp_path: Path) -> None:
     loaded = "import sys, cutdiff.sample; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
+
+
+def test_a_batch_that_was_halved_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = UNet.forward
+
+    def forward(self: UNet, x: Tensor, *args: Any) -> Tensor:
+        if len(x) > 4:
+            raise torch.OutOfMemoryError
+        return whole(self, x, *args)
+
+    monkeypatch.setattr(UNet, "forward", forward)
+    assert main(["--steps", "1", "--out", str(tmp_path)]) == 0
+    told = "cutdiff: memory holds 2 patches or views at once: pass --view-batch-size 2"
+    assert capsys.readouterr().err.splitlines()[-1] == told
 
 
 def test_with_no_arguments_it_draws_and_says_where(tmp_path: Path) -> None:
