@@ -73,8 +73,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, heads, L, dim / heads)
+        out = self.attend(q, k, v)  # (B, heads, L, dim / heads)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
         """How much each position of x (B, L, dim) looks at each of context (B, M, context_dim): (B, heads, L, M)."""
