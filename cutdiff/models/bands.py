@@ -169,10 +169,11 @@ def _overwritten(x: Banded, total: Banded) -> Tensor:
 
 
 def _with_zeros(x: Banded, top: int, bottom: int, left: int = 0, right: int = 0) -> Tensor:
-    """Rows of x, which may lie outside of it, and columns beside it."""
-    height = x.shape[2]
-    sides = (left, right, max(-top, 0), max(bottom - height, 0))
-    band = x.rows(max(top, 0), min(bottom, height))
+    """Rows of x with zeros for those that lie outside of it, and columns of zeros beside them."""
+    first = min(max(top, 0), x.shape[2] - 1)
+    last = max(min(bottom, x.shape[2]), first + 1)
+    sides = (left, right, first - top, bottom - last)  # a negative number crops
+    band = x.rows(first, last)
     return F.pad(band, sides) if any(sides) else band
 
 

@@ -20,7 +20,7 @@ from cutdiff.models.layers import Attention, Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6
 SCORE_BYTES = 1 << 30  # of attention at once, in float32: all scores of an image of 1024²
-LARGE_BYTES = 512 << 20  # of an activation: larger ones are computed in bands
+LARGE_BYTES = 256 << 20  # of the widest activation, as of an SDXL image of 512² in float32: from here on in bands
 
 
 @dataclass(frozen=True)
@@ -179,5 +179,5 @@ class VAE(nn.Module):
         """`pixels` are those of all images."""
         if banded is None:
             trained = torch.is_grad_enabled() and (x.requires_grad or self.quant_conv.weight.requires_grad)
-            banded = not trained and pixels * max(self.config.channels[:2]) * x.element_size() > LARGE_BYTES
+            banded = not trained and pixels * max(self.config.channels[:2]) * x.element_size() >= LARGE_BYTES
         return in_bands(network, x) if banded else network(x)
