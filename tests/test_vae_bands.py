@@ -145,7 +145,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 @pytest.mark.parametrize("method", ["decode", "encode"])
 @torch.no_grad()
 def test_sdxl_at_4096_takes_less_than_8_gb_in_16_bits(method: str) -> None:
-    """All tensors with the weights, of sizes alone; the whole at once takes three times as much and shows the measure."""
+    """Tensors that have only sizes, with the weights; the whole at once takes three times as much."""
     with torch.device("meta"):
         vae = VAE(SDXL_VAE).half()
         pictures = torch.empty(1, 4, 512, 512) if method == "decode" else torch.empty(1, 3, 4096, 4096)

@@ -1,14 +1,14 @@
 """A convolutional network over a picture of any size: band by band of rows, with the result of the whole at once.
 
 `in_bands(network, x)` calls the network's own `forward` on a `Banded` picture, which torch functions turn into another:
-a convolution asks its input for a halo of rows, a group norm passes over all of its input once for the statistics. There
-are no tiles that could leave seams, and there is no second description of the network.
+a convolution asks its input for a halo of rows, a group norm passes over all of its input once for the statistics.
+There are no tiles that could leave seams, and there is no second description of the network.
 
-Memory: of an SDXL decoder at 4096² in 16 bits, the 256 channels that enter the last level would take 8.6 GB at full size,
-and 128 channels take 4.3 GB. A picture whose statistics are taken is kept where it is small (`Limits.kept_bytes`) and
+Memory: of an SDXL decoder at 4096² in 16 bits, the 256 channels that enter the last level would take 8.6 GB at full
+size, and 128 channels take 4.3 GB. A picture whose statistics are taken is kept where it is small (`kept_bytes`) and
 computed anew in each pass where it is not: here the upsampled input and the first convolution of each block. A sum is
 always kept, in the place of its left term where that was kept. So at most 128 channels of the full and 256 of half the
-size live at once, 192 values for each pixel: 6.4 GB, and a few bands.
+size live at once, 192 values for each pixel or 6.4 GB, and a few bands: 7.1 GB with the weights.
 
 Time: bands stay in the cache, and a 3×3 convolution of a doubled picture is one transposed convolution of the picture
 itself, with 4 products for each output where there were 9.
