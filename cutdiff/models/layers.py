@@ -74,8 +74,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | TextContext | None = None) -> Tensor:
         q, (k, v) = self._split(self.to_q(x)), self.keys_and_values(x if context is None else context)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, heads, L, dim / heads)
+        out = self.attend(q, k, v)  # (B, heads, L, dim / heads)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
     def keys_and_values(self, context: Tensor | TextContext) -> tuple[Tensor, Tensor]:
         """Of each position of the context: (B, heads, M, dim / heads) both."""

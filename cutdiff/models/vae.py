@@ -6,6 +6,7 @@ Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1; sizes of SDXL in `c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cutdiff.models.bands import in_bands
 from cutdiff.models.config import VAEConfig
 from cutdiff.models.layers import Attention, Downsample, ResnetBlock, TextContext, Upsample
 
 EPS = 1e-6
+SCORE_BYTES = 1 << 30  # of attention at once, in float32: all scores of an image of 1024²
+LARGE_BYTES = 256 << 20  # of the widest activation, as of an SDXL image of 512² in float32: from here on in bands
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,16 @@ class SpatialAttention(Attention):
     def forward(self, x: Tensor, context: Tensor | TextContext | None = None) -> Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h·w, C)
         return x + super().forward(tokens, context).transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """In chunks of queries where all scores would be large: no fused kernel is sure to take so wide a head."""
+        chunk = SCORE_BYTES // (4 * q.shape[0] * k.shape[2])
+        if chunk >= q.shape[2]:
+            return super().attend(q, k, v)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        keys, values = k.mT.to(dtype), v.to(dtype)
+        parts = [((self.scale * part.to(dtype)) @ keys).softmax(3) @ values for part in q.split(max(chunk, 1), dim=2)]
+        return torch.cat([part.to(q.dtype) for part in parts], dim=2)
 
 
 class MidBlock(nn.Module):
@@ -136,12 +150,34 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
-    def encode(self, images: Tensor) -> DiagonalGaussian:
-        """Images (B, 3, H, W) in [-1, 1] -> the distribution of scaled latents (B, 4, H/factor, W/factor)."""
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+    def encode(self, images: Tensor, *, banded: bool | None = None) -> DiagonalGaussian:
+        """Images (B, 3, H, W) in [-1, 1] -> the distribution of scaled latents (B, 4, H/factor, W/factor).
+
+        `banded` is that of `decode`.
+        """
+        pixels = images[:, 0].numel()
+        mean, logvar = self._run(self._encode, images, pixels, banded).chunk(2, dim=1)
         scale = self.config.scaling_factor
         return DiagonalGaussian(mean * scale, logvar.clamp(-30, 20) + 2 * math.log(scale))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w) -> images (B, 3, h·factor, w·factor), about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+    def decode(self, latents: Tensor, *, banded: bool | None = None) -> Tensor:
+        """Scaled latents (B, 4, h, w) -> images (B, 3, h·factor, w·factor), about [-1, 1], not clamped.
+
+        `banded`: in bands of rows, in bounded memory, with the same result to rounding but no gradients (see `bands`);
+        None: where the picture is large and nothing asks for gradients.
+        """
+        pixels = latents[:, 0].numel() * self.config.factor**2
+        return self._run(self._decode, latents / self.config.scaling_factor, pixels, banded)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(images))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents))
+
+    def _run(self, network: Callable[[Tensor], Tensor], x: Tensor, pixels: int, banded: bool | None) -> Tensor:
+        """`pixels` are those of all images."""
+        if banded is None:
+            trained = torch.is_grad_enabled() and (x.requires_grad or self.quant_conv.weight.requires_grad)
+            banded = not trained and pixels * max(self.config.channels[:2]) * x.element_size() >= LARGE_BYTES
+        return in_bands(network, x) if banded else network(x)

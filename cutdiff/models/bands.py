@@ -1,0 +1,271 @@
+"""A convolutional network over a picture of any size: band by band of rows, with the result of the whole at once.
+
+`in_bands(network, x)` calls the network's own `forward` on a `Banded` picture, which torch functions turn into another:
+a convolution asks its input for a halo of rows, a group norm passes over all of its input once for the statistics.
+There are no tiles that could leave seams, and there is no second description of the network.
+
+Memory: of an SDXL decoder at 4096² in 16 bits, the 256 channels that enter the last level would take 8.6 GB at full
+size, and 128 channels take 4.3 GB. A picture whose statistics are taken is kept where it is small (`kept_bytes`) and
+computed anew in each pass where it is not: here the upsampled input and the first convolution of each block. A sum is
+always kept, in the place of its left term where that was kept. So at most 128 channels of the full and 256 of half the
+size live at once, 192 values for each pixel or 6.4 GB, and a few bands: 7.1 GB with the weights.
+
+Time: bands stay in the cache, and a 3×3 convolution of a doubled picture is one transposed convolution of the picture
+itself, with 4 products for each output where there were 9.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KEPT_BYTES = 2 << 30
+CPU_BAND_BYTES = 16 << 20  # what a cache holds, and malloc gives again without new pages from the system
+GPU_BAND_BYTES = 64 << 20  # enough pixels to fill it
+
+Rows = Callable[[int, int], Tensor]
+"""(top, bottom) -> these rows of a picture, without the last: (B, C, bottom - top, W)."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is held at once."""
+
+    band_bytes: int
+    """Of a band; it has at least one row."""
+    kept_bytes: int = KEPT_BYTES
+    """Of the largest picture that is kept after its statistics were taken."""
+
+
+@torch.no_grad()
+def in_bands(network: Callable[[Tensor], Tensor], x: Tensor, limits: Limits | None = None) -> Tensor:
+    """`network(x)`, to rounding, for pictures x (B, C, H, W); without gradients.
+
+    The network may use the `FUNCTIONS` below, and sums that are the last to read their left term. Raises
+    NotImplementedError where it uses others.
+    """
+    limits = limits or Limits(CPU_BAND_BYTES if x.device.type == "cpu" else GPU_BAND_BYTES)
+    picture = Banded(x.shape, x.dtype, limits, _rows_of(x))
+    return cast(Banded, network(cast(Tensor, picture))).whole().contiguous()
+
+
+class Banded:
+    """A picture (B, C, H, W) whose rows are computed when they are asked for, each time anew until it is kept."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, limits: Limits, rows: Rows) -> None:
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self.limits = limits
+        self.rows = rows
+        self.widest = self.num_bytes  # of the pictures that its rows are computed from
+        self.kept: Tensor | None = None
+        self.half: Banded | None = None  # where this is the doubling of another
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Banded:
+        if function not in FUNCTIONS:
+            raise NotImplementedError(f"{function.__name__} cannot run in bands: add it to FUNCTIONS in {__name__}")
+        return FUNCTIONS[function](*args, **(kwargs or {}))
+
+    def __add__(self, other: Banded | Tensor) -> Banded:
+        """Kept, in the place of the left term where that was kept: nothing can read it afterwards."""
+        other_rows = _rows_of(other) if isinstance(other, Tensor) else other.rows
+        total = self.into(lambda top, bottom: self.rows(top, bottom) + other_rows(top, bottom))
+        if isinstance(other, Banded):
+            total.widest = max(total.widest, other.widest)
+        if self.kept is None:
+            total.whole()
+        else:
+            total.keep(_overwritten(self, total))
+        return total
+
+    def flatten(self, start_dim: int) -> Tensor:
+        return self.whole().flatten(start_dim)
+
+    def into(self, rows: Rows, channels: int | None = None, size: Sequence[int] | None = None) -> Banded:
+        """What `rows` makes of this picture; its channels and its size are the same where they are not given."""
+        shape = (self.shape[0], channels or self.shape[1], *(size or self.shape[2:]))
+        made = Banded(shape, self.dtype, self.limits, rows)
+        made.widest = max(made.widest, self.widest)
+        return made
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def bands(self) -> Iterator[tuple[int, int]]:
+        """The first row of each band, from top to bottom, and the row after its last."""
+        height = self.shape[2]
+        step = max(1, self.limits.band_bytes * height // self.widest)
+        return ((top, min(top + step, height)) for top in range(0, height, step))
+
+    def scan(self) -> Iterator[Tensor]:
+        """All bands. A picture that is small enough is kept on the way."""
+        if self.kept is None and self.num_bytes <= self.limits.kept_bytes:
+            return self._keeping()
+        return (self.rows(top, bottom) for top, bottom in self.bands())
+
+    def whole(self) -> Tensor:
+        """The picture as a tensor, which is kept."""
+        if self.kept is None:
+            deque(self._keeping(), maxlen=0)
+        return cast(Tensor, self.kept)
+
+    def keep(self, whole: Tensor) -> None:
+        """Read `whole` from now on, and let go of what this was computed from."""
+        self.kept, self.rows, self.half = whole, _rows_of(whole), None
+        self.widest = self.num_bytes
+
+    def _keeping(self) -> Iterator[Tensor]:
+        whole = None
+        for top, bottom in self.bands():
+            band = self.rows(top, bottom)
+            if whole is None:
+                whole = torch.empty(self.shape, dtype=self.dtype, device=band.device, memory_format=torch.channels_last)
+            whole[:, :, top:bottom] = band
+            yield band
+        self.keep(cast(Tensor, whole))
+
+
+def _rows_of(x: Tensor) -> Rows:
+    """In channels_last, where a band of one picture is contiguous."""
+    return lambda top, bottom: x[:, :, top:bottom].contiguous(memory_format=torch.channels_last)
+
+
+def _overwritten(x: Banded, total: Banded) -> Tensor:
+    """Write `total`, which is made of the kept x, over x, and give that tensor.
+
+    A band waits until the rows that later ones may read lie below it.
+    """
+    tensor, read = cast(Tensor, x.kept), x.rows
+    topmost = 0  # of the rows that were read for the last band
+
+    def watched(top: int, bottom: int) -> Tensor:
+        nonlocal topmost
+        topmost = min(topmost, top)
+        return read(top, bottom)
+
+    def gone(top: int, bottom: int) -> Tensor:
+        raise RuntimeError("a sum took the place of its left term, which is read after it: swap its terms")
+
+    x.kept, x.rows = None, watched
+    waiting: deque[tuple[int, int, Tensor]] = deque()
+    for top, bottom in total.bands():
+        topmost = top
+        waiting.append((top, bottom, total.rows(top, bottom)))
+        while waiting[0][1] <= topmost:
+            first, last, band = waiting.popleft()
+            tensor[:, :, first:last] = band
+    for top, bottom, band in waiting:
+        tensor[:, :, top:bottom] = band
+    x.rows = gone
+    return tensor
+
+
+def _with_zeros(x: Banded, top: int, bottom: int, left: int = 0, right: int = 0) -> Tensor:
+    """Rows of x with zeros for those that lie outside of it, and columns of zeros beside them."""
+    first = min(max(top, 0), x.shape[2] - 1)
+    last = max(min(bottom, x.shape[2]), first + 1)
+    sides = (left, right, first - top, bottom - last)  # a negative number crops
+    band = x.rows(first, last)
+    return F.pad(band, sides) if any(sides) else band
+
+
+def _conv2d(
+    x: Banded,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Banded:
+    plain = stride == padding == dilation == (1, 1) and groups == 1 and weight.shape[2:] == (3, 3)
+    if x.half is not None and plain:
+        return _conv2d_of_doubled(x.half, weight, bias)
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    size = [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(x.shape[2:], padding, reach, stride, strict=True)]
+
+    def rows(top: int, bottom: int) -> Tensor:
+        first, last = (row * stride[0] - padding[0] for row in (top, bottom - 1))
+        band = _with_zeros(x, first, last + reach[0])
+        return F.conv2d(band, weight, bias, stride, (0, padding[1]), dilation, groups)
+
+    return x.into(rows, weight.shape[0], size)
+
+
+def _conv2d_of_doubled(x: Banded, weight: Tensor, bias: Tensor | None) -> Banded:
+    """Convolve the doubling of x with weights (C', C, 3, 3), as a transposed convolution of x with their 4×4 sums.
+
+    In one dimension the output 2i is w0·x[i - 1] + (w1 + w2)·x[i], and 2i + 1 is (w0 + w1)·x[i] + w2·x[i + 1].
+    """
+    sums = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]]).to(weight)
+    weight = torch.einsum("yi,xj,oqij->qoyx", sums, sums, weight)
+
+    def rows(top: int, bottom: int) -> Tensor:
+        first, last = max((top - 1) // 2, 0), min(bottom // 2 + 1, x.shape[2])
+        band = F.conv_transpose2d(x.rows(first, last), weight, bias, stride=2, padding=1)
+        return band[:, :, top - 2 * first : bottom - 2 * first]
+
+    return x.into(rows, weight.shape[1], [2 * n for n in x.shape[2:]])
+
+
+def _group_norm(x: Banded, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Banded:
+    """Statistics in float32 at least, of each channel in each band, from which those of a group follow."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    means, squares, counts = [], [], []
+    for band in x.scan():
+        mean = band.mean((2, 3), dtype=dtype)  # (B, C)
+        means.append(mean)
+        squares.append((band - mean[:, :, None, None]).square_().sum((2, 3)))
+        counts.append(band.shape[2] * band.shape[3])
+    mean, square = (torch.stack(part).unflatten(2, (num_groups, -1)) for part in (means, squares))  # (bands, B, G, C/G)
+    count = torch.tensor(counts).to(mean)[:, None, None, None]
+    total = sum(counts) * mean.shape[3]
+    center = (count * mean).sum((0, 3), keepdim=True) / total  # (1, B, G, 1)
+    variance = (square + count * (mean - center).square()).sum((0, 3), keepdim=True) / total
+    scale = weight.view(num_groups, -1) * (variance + eps).rsqrt()  # (1, B, G, C/G)
+    shift = bias.view(num_groups, -1) - center * scale
+    scale, shift = (part.view(*x.shape[:2], 1, 1) for part in (scale, shift))
+    return x.into(lambda top, bottom: torch.addcmul(shift, x.rows(top, bottom), scale).to(x.dtype))
+
+
+def _silu(x: Banded, inplace: bool) -> Banded:
+    return x.into(lambda top, bottom: F.silu(x.rows(top, bottom)))
+
+
+def _pad(x: Banded, pad: tuple[int, int, int, int], mode: str, value: float | None) -> Banded:
+    if mode != "constant" or value:
+        raise NotImplementedError(f"padding with mode={mode!r}, value={value} cannot run in bands: only zeros can")
+    left, right, above, below = pad
+    size = (above + x.shape[2] + below, left + x.shape[3] + right)
+    return x.into(lambda top, bottom: _with_zeros(x, top - above, bottom - above, left, right), size=size)
+
+
+def _interpolate(x: Banded, size: tuple[int, int] | None, mode: str, **others: Any) -> Banded:
+    if mode != "nearest" or size != (2 * x.shape[2], 2 * x.shape[3]):
+        raise NotImplementedError(f"interpolation with mode={mode!r}, size={size} cannot run in bands: doubling can")
+
+    def rows(top: int, bottom: int) -> Tensor:
+        first = top // 2
+        band = F.interpolate(x.rows(first, (bottom + 1) // 2), scale_factor=2, mode="nearest")
+        return band[:, :, top - 2 * first : bottom - 2 * first]
+
+    doubled = x.into(rows, size=size)
+    doubled.half = x
+    return doubled
+
+
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Banded]] = {
+    F.conv2d: _conv2d,
+    F.group_norm: _group_norm,
+    F.silu: _silu,
+    F.pad: _pad,
+    F.interpolate: _interpolate,
+}

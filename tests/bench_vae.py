@@ -1,0 +1,99 @@
+"""How the VAE decodes on a CPU, whole and in bands, against diffusers, whole and in tiles: `python tests/bench_vae.py`.
+
+Random float32 weights of SDXL's VAE decode the same latents by turns, each time in a process of its own. Prints medians
+of the seconds that pass and of those that the processors work, the peak memory of the process with its weights, and how
+far the image is from cutdiff's whole one at most, in its standard deviations. diffusers' tiles have 512 pixels a side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cutdiff.models.config import SDXL_VAE
+from cutdiff.models.vae import VAE
+
+WAYS = ("cutdiff", "cutdiff in bands", "diffusers", "diffusers in tiles")
+
+
+def random_vae() -> VAE:
+    vae, generator = VAE(SDXL_VAE), torch.Generator().manual_seed(0)
+    for name, parameter in vae.requires_grad_(False).named_parameters():
+        parameter.normal_(generator=generator)
+        parameter *= 1 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.2
+        parameter += parameter.ndim == 1 and name.endswith("weight")  # of a norm
+    return vae
+
+
+def make_decode(way: str) -> Callable[[Tensor], Tensor]:
+    vae = random_vae()
+    if way.startswith("cutdiff"):
+        return lambda latents: vae.decode(latents, banded=way.endswith("bands"))
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    with torch.device("meta"):
+        theirs = AutoencoderKL(
+            block_out_channels=SDXL_VAE.channels,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=SDXL_VAE.layers_per_block,
+            sample_size=512,
+        )
+    theirs.load_state_dict(vae.state_dict(), assign=True)
+    theirs.use_tiling = way.endswith("tiles")
+    return lambda latents: theirs.decode(latents / SDXL_VAE.scaling_factor).sample
+
+
+@torch.no_grad()
+def decode_once(way: str, size: int, out: Path) -> None:
+    """Save the image, and print seconds and peak memory as JSON."""
+    decode = make_decode(way)
+    latents = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(1))
+    began, worked = time.perf_counter(), time.process_time()
+    image = decode(latents)
+    took = {"seconds": time.perf_counter() - began, "work": time.process_time() - worked}
+    print(json.dumps(took | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    torch.save(image, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the decoding of SDXL's VAE on a CPU.")
+    parser.add_argument("--size", type=int, default=768, metavar="PIXELS")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N")
+    parser.add_argument("--way", choices=WAYS, help="decode once and print what it took")
+    parser.add_argument("--out", type=Path, help="where the image of --way goes")
+    args = parser.parse_args()
+    if args.way:
+        return decode_once(args.way, args.size, args.out)
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    images: dict[str, Tensor] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "image.pt"
+        for way in WAYS * args.repeats:
+            command = [sys.executable, __file__, "--size", str(args.size), "--way", way, "--out", str(out)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[way].append(json.loads(done.stdout.splitlines()[-1]))
+            images[way] = torch.load(out)
+    whole = images["cutdiff"]
+    print(f"{args.size}², float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for way, runs in found.items():
+        seconds, work = (statistics.median(run[key] for run in runs) for key in ("seconds", "work"))
+        peak = max(run["peak"] for run in runs) / 1e9
+        difference = ((images[way] - whole).abs().max() / whole.std()).item()
+        print(f"{way}: {seconds:.1f} s, {work:.1f} s of work, peak {peak:.2f} GB, differs by {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()
