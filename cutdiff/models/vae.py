@@ -139,9 +139,18 @@ class VAE(nn.Module):
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Images (B, 3, H, W) in [-1, 1] -> the distribution of scaled latents (B, 4, H/factor, W/factor)."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        centre, spread = self._statistics(mean)
         scale = self.config.scaling_factor
-        return DiagonalGaussian(mean * scale, logvar.clamp(-30, 20) + 2 * math.log(scale))
+        scaled = (mean - centre) / spread * scale
+        return DiagonalGaussian(scaled, logvar.clamp(-30, 20) + 2 * (math.log(scale) - spread.log()))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> images (B, 3, h·factor, w·factor), about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+        centre, spread = self._statistics(latents)
+        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor * spread + centre))
+
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel of unscaled latents, two of (C, 1, 1); 0 and 1 where none are given."""
+        channels = self.config.latent_channels
+        mean, std = self.config.latents_mean or (0.0,) * channels, self.config.latents_std or (1.0,) * channels
+        return latents.new_tensor(mean)[:, None, None], latents.new_tensor(std)[:, None, None]
