@@ -1,4 +1,4 @@
-"""The U-Net as a denoiser: text, guidance, size conditioning and prediction type around one network evaluation."""
+"""The U-Net as a denoiser: text, guidance, size conditioning and preconditioning around one network evaluation."""
 
 from __future__ import annotations
 
