@@ -133,14 +133,14 @@ def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: 
             decided_by["prediction_type"] = (
                 f"{DEFAULT}, {family.name} has both kinds: if the picture is noise, say the other"
             )
-        family = replace(family, vae=edm.marked_latents(tensors, configured.vae if configured else family.vae))
-    other = None if vae is None else read_vae(vae, family.vae)
+        like = edm.marked_latents(tensors, configured.vae if configured else family.vae)
+    other = None if vae is None else read_vae(vae, like)
     with _named(source):
         if configured is None:
-            blueprint = infer_blueprint(parts, family, noise, other.config if other else None)
+            blueprint = infer_blueprint(parts, replace(family, vae=like), noise, other.config if other else None)
         else:
             _check_family(configured, family, config)
-            blueprint = replace(configured, noise=noise, vae=other.config if other else family.vae)
+            blueprint = replace(configured, noise=noise, vae=other.config if other else like)
             if len(family.texts) == 1:
                 depth = blueprint.text_encoder.num_hidden_layers
                 parts["text_encoder"] = clip.cut_to_depth(parts["text_encoder"], depth)
