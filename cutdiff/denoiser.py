@@ -1,8 +1,7 @@
-"""The U-Net as a denoiser: text, guidance, size conditioning and prediction type around one network evaluation."""
+"""The U-Net as a denoiser: text, guidance, size conditioning and preconditioning around one network evaluation."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import Context, UNet
 from cutdiff.patches import Operator, Patches, upload
+from cutdiff.preconditioning import Coefficients
 
 Size = tuple[int, int]
 """Height, width."""
@@ -34,7 +34,8 @@ class Denoiser:
     unet: UNet
     timestep: Callable[[float], float]
     """The timestep of a sigma, as `Schedule.timestep` tells it."""
-    prediction_type: str
+    coefficients: Callable[[float], Coefficients]
+    """Around the network at a sigma, as the model's noise configuration tells them."""
     positive: TextStates
     negative: TextStates
     guidance_scale: float
@@ -107,21 +108,20 @@ class Denoiser:
         that, and what it predicts holds for the canvas. `positive` are text states for the prompt's, B rows or one for
         each item of the operator.
         """
-        copies, scale = self.copies, math.hypot(sigma, 1)
+        copies, (c_in, c_skip, c_out) = self.copies, self.coefficients(sigma)
         dtype = self.unet.conv_in.weight.dtype
         read = canvas if seen is None else seen
-        inputs = operator.gather(read, self.backend, c_in=1 / scale, dtype=dtype, copies=copies)
+        inputs = operator.gather(read, self.backend, c_in=c_in, dtype=dtype, copies=copies)
         told = _size_ids(inputs, copies, self.factor, crop_origins, original_size, target_size)
         prediction = self.predict(inputs, sigma, told, self.positive if positive is None else positive)
-        is_epsilon = self.prediction_type == "epsilon"
         return operator.scatter(
             prediction,
             self.backend,
             copies=copies,
             guidance_scale=self.guidance_scale,
             canvas=canvas,
-            c_skip=1.0 if is_epsilon else 1 / scale**2,
-            c_out=-sigma if is_epsilon else -sigma / scale,
+            c_skip=c_skip,
+            c_out=c_out,
         )
 
     def evaluate(self, inputs: Inputs) -> Tensor:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from cutdiff.edm import AnyNoise
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.schedule import NoiseConfig
 
 if TYPE_CHECKING:
     from cutdiff.models.text import TextEncoders
@@ -39,7 +39,7 @@ class Model:
     unet: UNet
     vae: VAE
     text: TextEncoders
-    noise: NoiseConfig
+    noise: AnyNoise
     zeros_for_empty_negative: bool
     """Whether an empty negative prompt is zeros (as SDXL was trained) and not the encoding of an empty string."""
     source: str
@@ -47,7 +47,8 @@ class Model:
     files: dict[str, Path]
     """The weight files, by their paths relative to `source`."""
     decided_by: dict[str, str] = field(default_factory=dict)
-    """Which source decided what of `noise`: "option", "marker key …", "metadata …", "scheduler" or "default"."""
+    """Which source decided what of `noise`: "option", "marker key …", "metadata …", "scheduler" or "default"; by the
+    names of `noise.described()`."""
     loras: tuple[MergedLora, ...] = ()
 
     @cached_property

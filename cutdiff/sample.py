@@ -165,8 +165,9 @@ def _load(args: argparse.Namespace) -> Model:
     except FileNotFoundError as error:
         raise BadArgument(str(error)) from None
     except ValueError as error:
-        if str(error).startswith("config="):
-            raise BadArgument(f"--{str(error).replace('=', ' ', 1)}") from None
+        if str(error).startswith(("config=", "zero_terminal_snr=", "timestep_spacing=")):
+            with _errors_by_flag():
+                raise
         raise _Failure(str(error)) from None
 
 
@@ -178,10 +179,10 @@ def _tell(model: Model, *, everything: bool) -> None:
             print(f"cutdiff: weights {name} from {path}", file=sys.stderr)
         for lora in model.loras:
             print(f"cutdiff: LoRA {lora.path} times {lora.scale}", file=sys.stderr)
-    values = {"prediction_type": model.noise.prediction_type, "zero_terminal_snr": model.noise.rescale_betas_zero_snr}
-    for name, value in values.items():
-        if everything or model.decided_by[name].startswith("default,"):
-            print(f"cutdiff: {name}={value}, decided by: {model.decided_by[name]}", file=sys.stderr)
+    values = model.noise.described()
+    for name, source in model.decided_by.items():
+        if everything or source.startswith("default,"):
+            print(f"cutdiff: {name}={values[name]}, decided by: {source}", file=sys.stderr)
 
 
 def _draw(model: Model, args: argparse.Namespace, run: _Run, seed: int) -> Path:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
+from cutdiff.preconditioning import Coefficients, epsilon, velocity
 from cutdiff.settings import PREDICTION_TYPES, SPACINGS
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -59,6 +61,30 @@ class NoiseConfig:
             if type(value) is not int or not least <= value <= MAX_TIMESTEPS:
                 raise ValueError(f"{name}={value!r} must be a whole number from {least} to {MAX_TIMESTEPS}")
 
+    def described(self) -> dict[str, Any]:
+        """As records have it."""
+        return {
+            "prediction_type": self.prediction_type,
+            "zero_terminal_snr": self.rescale_betas_zero_snr,
+            "timestep_spacing": self.timestep_spacing,
+        }
+
+    def coefficients(self, sigma: float) -> Coefficients:
+        """How the network's output becomes an estimate of x0."""
+        return epsilon(sigma) if self.prediction_type == "epsilon" else velocity(sigma)
+
+
+class Timesteps(Protocol):
+    """What a network is told of noise."""
+
+    def timestep(self, sigma: float) -> float:
+        """Of any sigma that the model was trained on."""
+        ...
+
+    def fraction(self, timestep: float) -> float:
+        """From 0 where a timestep is the cleanest to 1 where it is the noisiest."""
+        ...
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -73,17 +99,21 @@ class Schedule:
     targets: tuple[float, ...]
     init_scale: float
     """What standard normal noise is multiplied by to begin."""
-    noise: NoiseTable
+    noise: Timesteps
 
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
 
     def timestep(self, sigma: float) -> float:
-        """What the network is told at a sigma: the timestep of that step, or, between steps, the noise table's."""
+        """What the network is told at a sigma: the timestep of that step, or, between steps, that of the training."""
         if sigma in self.sigmas[:-1]:
             return self.timesteps[self.sigmas.index(sigma)]
         return self.noise.timestep(sigma)
+
+    def fraction(self, sigma: float) -> float:
+        """Where a sigma stands in the noise of the training, from 0, the cleanest, to 1."""
+        return self.noise.fraction(self.timestep(sigma))
 
     def rescale(self, step: int) -> float:
         """The factor that reads the VP state of targets[step] as that of sigmas[step + 1]; 1 where they are equal."""
@@ -106,6 +136,10 @@ class NoiseTable:
         if sigma in self.sigmas:
             return float(self.sigmas.index(sigma))
         return float(np.interp(math.log(max(sigma, 1e-10)), np.log(self.sigmas), np.arange(len(self.sigmas))))
+
+    def fraction(self, timestep: float) -> float:
+        """The share of the timesteps that are cleaner."""
+        return timestep / len(self.sigmas)
 
 
 def alphas_cumprod(config: NoiseConfig) -> np.ndarray:

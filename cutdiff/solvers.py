@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cutdiff.edm import AnyNoise, EDMConfig, edm_schedule
 from cutdiff.schedule import NoiseConfig, Schedule, ddim_schedule, euler_schedule
 
 CanvasDenoiser = Callable[[Tensor, float, int], Tensor]
@@ -74,8 +75,12 @@ class NotFinite(FloatingPointError):
 class Solver:
     """How a run picks its sigmas and how much fresh noise a step adds (`eta`: 0 none, 1 as much as DDPM)."""
 
-    make_schedule: Callable[[NoiseConfig, int], Schedule]
+    beta_schedule: Callable[[NoiseConfig, int], Schedule]
     eta: float = 0.0
+
+    def make_schedule(self, noise: AnyNoise, num_steps: int) -> Schedule:
+        """The sigmas of a run; on an EDM model they are the same for every solver."""
+        return edm_schedule(noise, num_steps) if isinstance(noise, EDMConfig) else self.beta_schedule(noise, num_steps)
 
     def step(self, x: Tensor, denoised: Tensor, sigma: float, target: float, noise: Tensor | None = None) -> Tensor:
         """Take x (B, C, H, W) from sigma to target; `noise` is standard normal and needed where eta > 0."""

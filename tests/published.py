@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers.schedulers import scheduling_ddim, scheduling_euler_discrete
+from diffusers.schedulers import scheduling_ddim, scheduling_edm_euler, scheduling_euler_discrete
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
+from cutdiff.edm import EDMConfig
 from cutdiff.schedule import NoiseConfig
 
 
@@ -23,6 +26,10 @@ def published_ddim(config: NoiseConfig) -> DDIMScheduler:
     return DDIMScheduler(**_shared_options(config), set_alpha_to_one=config.set_alpha_to_one, clip_sample=False)
 
 
+def published_edm(config: EDMConfig) -> EDMEulerScheduler:
+    return EDMEulerScheduler(**asdict(config))
+
+
 @contextmanager
 def in_float64() -> Iterator[None]:
     """Schedulers made and run inside compute in float64 where their code says float32.
@@ -32,9 +39,10 @@ def in_float64() -> Iterator[None]:
     largest. Euler forms x + dx·dt, which cancels at a last step from sigma 4096 to 0, and casts its input to float32.
     DDIM's direction is the root of 1 - alpha - variance, which cancels where eta is near 1.
     """
-    with patch.object(scheduling_euler_discrete, "torch", _Float64Torch()):  # noqa: SIM117
-        with patch.object(scheduling_ddim, "torch", _Float64Torch()):
-            yield
+    with ExitStack() as patches:
+        for module in (scheduling_euler_discrete, scheduling_ddim, scheduling_edm_euler):
+            patches.enter_context(patch.object(module, "torch", _Float64Torch()))
+        yield
 
 
 class _Float64Torch:

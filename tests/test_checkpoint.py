@@ -540,8 +540,8 @@ class TestConfigs:
         [
             ("act_fn", "gelu"),
             ("shift_factor", 0.1),
-            ("latents_mean", [0.0, 0.1, 0.2, 0.3]),
-            ("latents_std", [1.0, 1.0, 1.0, 1.0]),
+            ("latents_mean", [0.0, 0.1, 0.2, "0.3"]),
+            ("latents_std", [1.0, 1.0, 1.0, None]),
             ("use_quant_conv", False),
             ("use_post_quant_conv", False),
             ("mid_block_add_attention", False),

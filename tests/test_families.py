@@ -329,7 +329,9 @@ class TestDecision:
         metadata: dict[str, str],
         expected: tuple[str, str],
     ) -> None:
-        noise, decided_by = decide_noise(NoiseOptions(option), scheduler, keys=keys, metadata=metadata)
+        noise, decided_by = decide_noise(
+            NoiseOptions(option), scheduler, tensors=dict.fromkeys(keys, torch.zeros(0)), metadata=metadata
+        )
         assert (noise.prediction_type, decided_by["prediction_type"]) == expected
 
     @pytest.mark.parametrize(
@@ -344,18 +346,15 @@ class TestDecision:
     def test_zero_terminal_snr(
         self, option: bool | None, scheduler: NoiseConfig | None, keys: list[str], expected: tuple[bool, str, str]
     ) -> None:
-        noise, decided_by = decide_noise(NoiseOptions(None, option), scheduler, keys=keys)
+        tensors = dict.fromkeys(keys, torch.zeros(0))
+        noise, decided_by = decide_noise(NoiseOptions(None, option), scheduler, tensors=tensors)
+        assert isinstance(noise, NoiseConfig)
         found = (noise.rescale_betas_zero_snr, decided_by["zero_terminal_snr"], noise.timestep_spacing)
         assert found == expected
 
     def test_timestep_spacing(self) -> None:
         noise, _ = decide_noise(NoiseOptions(timestep_spacing="trailing"), NoiseConfig())
         assert noise == NoiseConfig(timestep_spacing="trailing")
-
-    @pytest.mark.parametrize("key", ["edm_mean", "edm_vpred.sigma_max"])
-    def test_edm_is_refused(self, key: str) -> None:
-        with pytest.raises(ValueError, match=f"an EDM model, by its keys {key}"):
-            decide_noise(NoiseOptions(), None, keys=[key])
 
     def test_unknown_metadata(self) -> None:
         with pytest.raises(ValueError, match=r"modelspec\.prediction_type='flow' is not known"):

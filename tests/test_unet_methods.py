@@ -61,7 +61,7 @@ def make_run(
     denoiser = Denoiser(
         unet=make_unet(config).to(dtype),
         timestep=schedule.timestep,
-        prediction_type="epsilon",
+        coefficients=NoiseConfig().coefficients,
         positive=positive,
         negative=negative,
         guidance_scale=guidance_scale,

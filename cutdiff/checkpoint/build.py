@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.files import listed
+from cutdiff.edm import AnyNoise
 from cutdiff.model import MergedLora, Model
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.schedule import NoiseConfig
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -40,7 +40,7 @@ class Blueprint:
     tokenizer_2: CLIPTokenizer | None
     text_layer: int
     """Which of the encoders' layers is read, counted from the end: 1 is the last."""
-    noise: NoiseConfig
+    noise: AnyNoise
     zeros_for_empty_negative: bool
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NoReturn
 
+from cutdiff.edm import AnyNoise, EDMConfig
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.schedule import NoiseConfig
 
@@ -78,8 +79,6 @@ UNET_IGNORED = {"dropout", "addition_embed_type_num_heads", "upcast_attention"}
 VAE_FIXED: dict[str, Any] = {
     "act_fn": "silu",
     "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
@@ -95,6 +94,8 @@ VAE_DEFAULTS: dict[str, Any] = {
     "norm_num_groups": 32,
     "scaling_factor": 0.18215,
     "force_upcast": True,
+    "latents_mean": None,
+    "latents_std": None,
 }
 VAE_IGNORED = {"sample_size"}
 
@@ -156,6 +157,9 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 """The schedulers that are read, and where their defaults differ from NOISE_DEFAULTS."""
 CLIPPING = ("DDIM", "DDPM", "Heun", "LCM", "TCD")
 """How the names of schedulers begin that read `clip_sample`; in others it is a leftover without effect."""
+EDM_SCHEDULERS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
+"""Their defaults are those of `EDMConfig`."""
+EDM_FIXED: dict[str, Any] = {"thresholding": False, "final_sigmas_type": "zero"}
 
 
 def unet_config(config: Mapping[str, Any]) -> UNetConfig:
@@ -242,6 +246,8 @@ def vae_config(config: Mapping[str, Any]) -> VAEConfig:
         norm_groups=_integer(fields, "norm_num_groups"),
         scaling_factor=_positive(fields, "scaling_factor"),
         force_upcast=bool(fields["force_upcast"]),
+        latents_mean=_per_channel(fields, "latents_mean"),
+        latents_std=_per_channel(fields, "latents_std"),
     )
 
 
@@ -262,17 +268,22 @@ def vae_to_diffusers(config: VAEConfig, *, sample_size: int) -> dict[str, Any]:
         "sample_size": sample_size,
         "scaling_factor": config.scaling_factor,
         "force_upcast": config.force_upcast,
+        "latents_mean": config.latents_mean,
+        "latents_std": config.latents_std,
     }
 
 
-def noise_config(config: Mapping[str, Any]) -> NoiseConfig:
+def noise_config(config: Mapping[str, Any]) -> AnyNoise:
     """How noise was scheduled, from a scheduler_config.json; which solver it names makes no difference.
 
-    Raises ValueError naming a scheduler that has no betas, or a field that is not supported.
+    Raises ValueError naming a scheduler of models of another kind, or a field that is not supported.
     """
     name = str(config.get("_class_name"))
+    if name in EDM_SCHEDULERS:
+        _require(config, EDM_FIXED)
+        return EDMConfig(**{key: config[key] for key in asdict(EDMConfig()) if key in config})
     if name not in SCHEDULERS:
-        _unsupported("_class_name", name, f"one of {', '.join(sorted(SCHEDULERS))}")
+        _unsupported("_class_name", name, f"one of {', '.join(sorted([*SCHEDULERS, *EDM_SCHEDULERS]))}")
     _require(config, NOISE_FIXED)
     fields = {**NOISE_DEFAULTS, **SCHEDULERS[name], **config}
     if name.startswith(CLIPPING) and fields["clip_sample"]:
@@ -280,8 +291,10 @@ def noise_config(config: Mapping[str, Any]) -> NoiseConfig:
     return NoiseConfig(**{key: fields[key] for key in asdict(NoiseConfig())})
 
 
-def noise_to_diffusers(noise: NoiseConfig) -> dict[str, Any]:
+def noise_to_diffusers(noise: AnyNoise) -> dict[str, Any]:
     """A scheduler_config.json for Euler, with the fields that DDIM and PNDM read where a user turns it into those."""
+    if isinstance(noise, EDMConfig):
+        return {"_class_name": "EDMEulerScheduler", "_diffusers_version": DIFFUSERS_VERSION, **asdict(noise)}
     return {
         "_class_name": "EulerDiscreteScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -335,6 +348,15 @@ def _positive(fields: Mapping[str, Any], name: str) -> float:
     if type(value) not in (int, float) or not 0 < value < math.inf:
         _unsupported(name, value, "a positive number")
     return value
+
+
+def _per_channel(fields: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
+    value = fields[name]
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not all(type(n) in (int, float) and math.isfinite(n) for n in value):
+        _unsupported(name, value, "a list of finite numbers")
+    return tuple(value)
 
 
 def _integer(fields: Mapping[str, Any], name: str) -> int:

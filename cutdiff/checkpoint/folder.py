@@ -14,8 +14,8 @@ from cutdiff.checkpoint.build import Blueprint, Networks
 from cutdiff.checkpoint.configs import noise_config, unet_config, vae_config
 from cutdiff.checkpoint.keys import modern_vae
 from cutdiff.checkpoint.read import find_weights, read_json, read_tensors
+from cutdiff.edm import AnyNoise
 from cutdiff.models.config import UNetConfig
-from cutdiff.schedule import NoiseConfig
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
@@ -92,7 +92,7 @@ def _repaired_unet(fields: Mapping[str, Any]) -> UNetConfig:
     return replace(config, native_size=OLD_SIZE) if is_old and config.native_size < OLD_SIZE else config
 
 
-def _repaired_noise(fields: Mapping[str, Any]) -> NoiseConfig:
+def _repaired_noise(fields: Mapping[str, Any]) -> AnyNoise:
     return noise_config({**fields, **OLD_SCHEDULER})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,9 +13,9 @@ from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint
 from cutdiff.checkpoint.families import Family
 from cutdiff.checkpoint.single import Parts
+from cutdiff.edm import AnyNoise
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.text import CUT_DEPTH
-from cutdiff.schedule import NoiseConfig
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
@@ -24,7 +24,7 @@ HEAD_DIM = 64
 """Channels of an attention head, in the U-Nets of SDXL and SD 2.1 and in all text encoders; no shape tells it."""
 
 
-def infer_blueprint(parts: Parts, family: Family, noise: NoiseConfig, vae: VAEConfig | None = None) -> Blueprint:
+def infer_blueprint(parts: Parts, family: Family, noise: AnyNoise, vae: VAEConfig | None = None) -> Blueprint:
     """Sizes from keys and shapes, the family's constants for the rest, tokenizers from the local Hugging Face cache.
 
     `vae` is that of another file, where the file's own is not used.
@@ -104,14 +104,13 @@ def infer_vae(tensors: Mapping[str, Tensor], like: VAEConfig) -> VAEConfig:
     shapes = _Shapes("vae", tensors)
     level, layer = ("down", "block") if shapes.count("encoder.down.") else ("down_blocks", "resnets")
     levels = range(shapes.count(f"encoder.{level}."))
-    return VAEConfig(
+    return replace(
+        like,
         in_channels=shapes.of("encoder.conv_in.weight")[1],
         out_channels=shapes.of("decoder.conv_out.weight")[0],
         channels=tuple(shapes.of(f"encoder.{level}.{i}.{layer}.0.conv1.weight")[0] for i in levels),
         layers_per_block=shapes.count(f"encoder.{level}.0.{layer}."),
         latent_channels=shapes.of("post_quant_conv.weight")[0],
-        scaling_factor=like.scaling_factor,
-        force_upcast=like.force_upcast,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cutdiff.checkpoint import folder, lora, single
+from cutdiff.checkpoint import edm, folder, lora, single
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks, build_model, empty_networks
 from cutdiff.checkpoint.families import Family, family_of
@@ -64,7 +64,8 @@ def load(
         else epsilon.
     zero_terminal_snr: whether the noise that the model was trained with ends at zero SNR; None: likewise, else not.
     timestep_spacing: how a run picks its timesteps, "leading", "trailing" or "linspace"; None: as the scheduler does.
-        Few-step models (Lightning, Turbo) are made for "trailing", which a single file does not say.
+        Few-step models (Lightning, Turbo) are made for "trailing", which a single file does not say. An EDM model has
+        neither this nor the option before.
     loras: LoRA files (LoRA, LoCon, LoHa, LoKr) that are merged into the weights, each times its scale.
     check_weights: read all weights now and raise ValueError where one is NaN or infinite; a run that meets such a value
         names the weights in any case.
@@ -90,6 +91,7 @@ def load(
         found = _read_folder(source, vae, options)
     else:
         found = _read_single(source, vae, options, None if config is None else locate(config))
+    options.check_fit(found.blueprint.noise)
     weights, merged = lora.merge(found.weights, found.networks, loras, dtype=dtype)
     model = build_model(
         found.blueprint,
@@ -141,18 +143,19 @@ def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: 
         family = family_of(tensors, needs_vae=vae is None)
         parts = single.split(tensors, family)
         scheduler = configured.noise if configured else None
-        noise, decided_by = decide_noise(options, scheduler, keys=tensors, metadata=metadata)
+        noise, decided_by = decide_noise(options, scheduler, tensors=tensors, metadata=metadata)
         if decided_by["prediction_type"] == DEFAULT and family.is_ambiguous:
             decided_by["prediction_type"] = (
                 f"{DEFAULT}, {family.name} has both kinds: if the picture is noise, say the other"
             )
-    other = None if vae is None else read_vae(vae, configured.vae if configured else family.vae)
+        like = edm.marked_latents(tensors, configured.vae if configured else family.vae)
+    other = None if vae is None else read_vae(vae, like)
     with _named(source):
         if configured is None:
-            blueprint = infer_blueprint(parts, family, noise, other.config if other else None)
+            blueprint = infer_blueprint(parts, replace(family, vae=like), noise, other.config if other else None)
         else:
             _check_family(configured, family, config)
-            blueprint = replace(configured, noise=noise, vae=other.config if other else configured.vae)
+            blueprint = replace(configured, noise=noise, vae=other.config if other else like)
             if len(family.texts) == 1:
                 depth = blueprint.text_encoder.num_hidden_layers
                 parts["text_encoder"] = clip.cut_to_depth(parts["text_encoder"], depth)

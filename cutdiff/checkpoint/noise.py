@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
+from cutdiff.checkpoint import edm
+from cutdiff.edm import AnyNoise, EDMConfig
 from cutdiff.schedule import NoiseConfig
 from cutdiff.settings import PREDICTION_TYPES, SPACINGS, not_one_of
 
-MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.")
-"""How the marker keys begin: empty tensors that some trainers put beside the weights."""
-EDM = MARKS[2:]
+MARKS = ("v_pred", "ztsnr", *edm.LATENTS, *edm.SIGMAS)
+"""The marker keys that some trainers put beside the weights: empty tensors, and an EDM model's numbers."""
 DEFAULT = "default"
 """The source that is left where no other says anything."""
 METADATA = ("modelspec.prediction_type", "modelspec.predict_key")
@@ -34,30 +37,39 @@ class NoiseOptions:
             if value not in (None, *known):
                 raise ValueError(f"{name}={not_one_of(value, known)}")
 
+    def check_fit(self, noise: AnyNoise) -> None:
+        """Raise ValueError for what only betas and timesteps have, where a model has neither."""
+        for name in ("zero_terminal_snr", "timestep_spacing"):
+            value = getattr(self, name)
+            if isinstance(noise, EDMConfig) and value is not None:
+                raise ValueError(
+                    f"{name}={value} is not for an EDM model, whose sigmas go from {noise.sigma_max:g} "
+                    f"to {noise.sigma_min:g} whatever it says: leave it out"
+                )
+
 
 def decide_noise(
     options: NoiseOptions,
-    scheduler: NoiseConfig | None,
+    scheduler: AnyNoise | None,
     *,
-    keys: Collection[str] = (),
+    tensors: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> tuple[NoiseConfig, dict[str, str]]:
+) -> tuple[AnyNoise, dict[str, str]]:
     """The schedule of a model, and for each option the source that decided it, such as "marker key v_pred".
 
-    `keys` and `metadata` are a single file's. Without a scheduler the rest is SDXL's, which SD 1.5 and SD 2.1 share; if
-    the noise then ends at zero SNR, timesteps are spaced from the last one on ("trailing", Lin et al. 2023), or no step
-    would begin there. Raises ValueError for an EDM model, whose noise has no betas, and for metadata that are unknown.
+    `tensors` and `metadata` are a single file's. Without a scheduler the rest is SDXL's, which SD 1.5 and SD 2.1 share;
+    if the noise then ends at zero SNR, timesteps are spaced from the last one on ("trailing", Lin et al. 2023), or no
+    step would begin there. The marks of an EDM model say all of its noise, whatever stands beside them; options that it
+    has no use for are left to `check_fit`. Raises ValueError for metadata that are unknown and marks without numbers.
     """
-    edm = sorted(key for key in keys if key.startswith(EDM))
-    if edm:
-        raise ValueError(f"an EDM model, by its keys {', '.join(edm)}: only models with a beta schedule are built here")
+    keys, metadata, source = tensors or {}, metadata or {}, "scheduler" if scheduler else DEFAULT
+    if marked := edm.marked_noise(keys, scheduler):
+        (scheduler, source), keys, metadata = marked, {}, {}
     noise = scheduler or NoiseConfig()
-    fallback = "scheduler" if scheduler else DEFAULT
-    kind, kind_source = _prediction_type(options.prediction_type, keys, metadata or {}) or (
-        noise.prediction_type,
-        fallback,
-    )
-    zero, zero_source = _zero_terminal_snr(options.zero_terminal_snr, keys) or (noise.rescale_betas_zero_snr, fallback)
+    kind, kind_source = _prediction_type(options.prediction_type, keys, metadata) or (noise.prediction_type, source)
+    if isinstance(noise, EDMConfig):
+        return replace(noise, prediction_type=kind), {"prediction_type": kind_source, "edm": source}
+    zero, zero_source = _zero_terminal_snr(options.zero_terminal_snr, keys) or (noise.rescale_betas_zero_snr, source)
     spacing = "trailing" if zero and scheduler is None else noise.timestep_spacing
     spacing = options.timestep_spacing or spacing
     decided = replace(noise, prediction_type=kind, rescale_betas_zero_snr=zero, timestep_spacing=spacing)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.configs import DIFFUSERS_VERSION, noise_to_diffusers, unet_to_diffusers, vae_to_diffusers
+from cutdiff.edm import AnyNoise
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.schedule import NoiseConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ def save_folder(
     unet: UNet,
     vae: VAE,
     text: TextEncoders,
-    noise: NoiseConfig,
+    noise: AnyNoise,
     zeros_for_empty_negative: bool,
     dtype: torch.dtype = torch.float16,
 ) -> None:
@@ -62,10 +62,11 @@ def save_folder(
     if text.layer != layer:
         raise ValueError(f"text.layer={text.layer} cannot be saved: the folder's pipeline reads {layer} from the end")
     vae_fields = vae_to_diffusers(vae.config, sample_size=unet.config.native_size * vae.config.factor)
+    scheduler_fields = noise_to_diffusers(noise)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "scheduler": ["diffusers", scheduler_fields["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -87,7 +88,7 @@ def save_folder(
         tensors = clip.with_prefix(encoder.state_dict())
         _write_network(folder / f"text_encoder{suffix}", "model", tensors, _clip_fields(encoder), dtype)
         _write_tokenizer(folder / f"tokenizer{suffix}", tokenizer)
-    _write_json(folder / "scheduler" / "scheduler_config.json", noise_to_diffusers(noise))
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_fields)
     _write_json(folder / "model_index.json", index)
 
 

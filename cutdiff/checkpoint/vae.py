@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,11 +31,15 @@ def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
     """The VAE of a diffusers folder, its own or a whole model's, or of a file in either layout, alone or in a model's.
 
     A file says neither its scaling factor nor whether it overflows in float16: these are then as in `like`, the VAE
-    that is replaced. Raises ValueError where there is no VAE.
+    that is replaced. Statistics of the latents' channels belong to the U-Net that was trained on them: where `like` has
+    them and a folder says none, they stay, and their scaling factor with them. Raises ValueError where there is no VAE.
     """
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         config, files = parse(folder / "config.json", vae_config), find_weights(folder, STEMS["vae"])
+        if config.latents_mean is None and like.latents_mean is not None:
+            kept = {name: getattr(like, name) for name in ("latents_mean", "latents_std", "scaling_factor")}
+            config = replace(config, **kept)
         tensors = modern_vae({key: tensor for file in files for key, tensor in read_tensors(file).items()})
     else:
         files, found = [path], read_tensors(path)

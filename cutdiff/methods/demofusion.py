@@ -106,7 +106,7 @@ def _phase(run: Run, number: int, local: MakeLocal, interaction: str) -> Phase:
 
 def fade(run: Run, sigma: float) -> float:
     """From 1 at the noisiest timestep to 0 at the cleanest: half a cosine (section 3.3, before its power)."""
-    return (1 - math.cos(math.pi * run.schedule.timestep(sigma) / len(run.schedule.noise.sigmas))) / 2
+    return (1 - math.cos(math.pi * run.schedule.fraction(sigma))) / 2
 
 
 def gaussian_blur(canvas: Tensor, width: float, radius: int) -> Tensor:

@@ -66,8 +66,20 @@ class VAEConfig:
     scaling_factor: float = 0.13025
     force_upcast: bool = True
     """Whether the network overflows in float16 and therefore decodes in float32 there."""
+    latents_mean: tuple[float, ...] | None = None
+    """With `latents_std`, statistics of each channel of unscaled latents; scaled ones then have the mean 0 and the
+    deviation `scaling_factor`."""
+    latents_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        mean, std = self.latents_mean, self.latents_std
+        if (mean, std) != (None, None) and not len(mean or ()) == len(std or ()) == self.latent_channels:
+            raise ValueError(
+                f"latents_mean={mean} and latents_std={std} must have {self.latent_channels} numbers each, "
+                "or be left out"
+            )
+        if min(std or (1,)) <= 0:
+            raise ValueError(f"latents_std={std} must be positive")
         for channels in self.channels:
             if channels % self.norm_groups:
                 raise ValueError(f"{channels} channels do not divide into {self.norm_groups} norm groups")

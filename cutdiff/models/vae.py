@@ -157,8 +157,10 @@ class VAE(nn.Module):
         """
         pixels = images[:, 0].numel()
         mean, logvar = self._run(self._encode, images, pixels, banded).chunk(2, dim=1)
+        centre, spread = self._statistics(mean)
         scale = self.config.scaling_factor
-        return DiagonalGaussian(mean * scale, logvar.clamp(-30, 20) + 2 * math.log(scale))
+        scaled = (mean - centre) / spread * scale
+        return DiagonalGaussian(scaled, logvar.clamp(-30, 20) + 2 * (math.log(scale) - spread.log()))
 
     def decode(self, latents: Tensor, *, banded: bool | None = None) -> Tensor:
         """Scaled latents (B, 4, h, w) -> images (B, 3, h·factor, w·factor), about [-1, 1], not clamped.
@@ -167,7 +169,9 @@ class VAE(nn.Module):
         None: where the picture is large and nothing asks for gradients.
         """
         pixels = latents[:, 0].numel() * self.config.factor**2
-        return self._run(self._decode, latents / self.config.scaling_factor, pixels, banded)
+        centre, spread = self._statistics(latents)
+        unscaled = latents / self.config.scaling_factor * spread + centre
+        return self._run(self._decode, unscaled, pixels, banded)
 
     def _encode(self, images: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(images))
@@ -181,3 +185,9 @@ class VAE(nn.Module):
             trained = torch.is_grad_enabled() and (x.requires_grad or self.quant_conv.weight.requires_grad)
             banded = not trained and pixels * max(self.config.channels[:2]) * x.element_size() >= LARGE_BYTES
         return in_bands(network, x) if banded else network(x)
+
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel of unscaled latents, two of (C, 1, 1); 0 and 1 where none are given."""
+        channels = self.config.latent_channels
+        mean, std = self.config.latents_mean or (0.0,) * channels, self.config.latents_std or (1.0,) * channels
+        return latents.new_tensor(mean)[:, None, None], latents.new_tensor(std)[:, None, None]

@@ -1,0 +1,29 @@
+"""What stands around the network: c_skip·x + c_out·network(c_in·x) estimates x0, for a state x = x0 + sigma·noise.
+
+Source: Karras et al. 2022 (arXiv 2206.00364), equation 7; their table 1 has the formulations side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Coefficients(NamedTuple):
+    """At one sigma."""
+
+    c_in: float
+    c_skip: float
+    c_out: float
+
+
+def epsilon(sigma: float) -> Coefficients:
+    """Of a network that reads the VP state x / sqrt(1 + sigma²) and says the noise."""
+    return Coefficients(1 / math.hypot(sigma, 1), 1.0, -sigma)
+
+
+def velocity(sigma: float, sigma_data: float = 1.0) -> Coefficients:
+    """Of a network whose input and output have unit variance for data of deviation `sigma_data`: where that is 1, it
+    says v of the VP state (Salimans & Ho 2022, arXiv 2202.00512). EDM's own network says the negative."""
+    scale = math.hypot(sigma, sigma_data)
+    return Coefficients(1 / scale, sigma_data**2 / scale**2, -sigma * sigma_data / scale)
