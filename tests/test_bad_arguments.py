@@ -84,7 +84,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     ),
     "steps 0": (["--steps", "0"], "--steps 0 must be at least 1"),
     "steps -1": (["--steps", "-1"], "--steps -1 must be at least 1"),
-    "steps 1001": (["--steps", "1001"], "--steps 1001 "),
+    "steps 1001": (["--steps", "1001"], "--steps 1001 must be at most the 1000 timesteps"),
     "steps many": (["--steps", "many"], "argument --steps: invalid int value: 'many' (see --help)"),
     "guidance NaN": (["--guidance-scale", "nan"], "--guidance-scale nan must be a finite number"),
     "guidance inf": (["--guidance-scale", "inf"], "--guidance-scale inf must be a finite number"),
@@ -125,7 +125,7 @@ NAMES: dict[str, tuple[list[str], str]] = {
     "hub id": (["--model", "someone/nothing"], "someone/nothing is no file or folder, and no model in the local"),
     "model of two lines": (["--model", "a\nb"], "a b does not exist: pass a diffusers folder or a .safetensors file"),
     "configuration of a folder": (["--config", "nowhere"], "--config 'nowhere' is for single files"),
-    "LoRA": (["--lora", "x" * 5000], "argument --lora: xxxx"),
+    "LoRA": (["--lora", "x" * 5000], f"argument --lora: {'x' * 5000} is no file: give PATH or PATH:SCALE"),
 }
 REFUSED = {
     f"{section}: {name}": row
@@ -151,13 +151,11 @@ def test_refused_as_a_user_types_it(name: str, command_line: CommandLine) -> Non
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("size", [(64, 64), (8, 72)])
-def test_below_native_every_method_draws(method: str, size: tuple[int, int], tmp_path: Path) -> None:
-    width, height = size
-    sides = ["--width", str(width), "--height", str(height)]
+def test_below_native_every_method_draws(method: str, tmp_path: Path) -> None:
+    sides = ["--width", "8", "--height", "72"]
     assert main([*sides, "--steps", "1", "--method", method, "--out", str(tmp_path)]) == 0
-    with Image.open(tmp_path / f"{method}-{width}x{height}-seed0.png") as image:
-        assert image.size == size
+    with Image.open(tmp_path / f"{method}-8x72-seed0.png") as image:
+        assert image.size == (8, 72)
 
 
 @pytest.mark.parametrize(
