@@ -172,7 +172,8 @@ def _option(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     known = {field.name: field.default for field in fields(Settings) if field.name not in OWN}
     if not separator or name not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a name of {', '.join(known)}{nearest(name, known)}")
+        names = f"{', '.join(known)}{nearest(name, known)}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a name of {names}")
     try:
         return name, json.loads(value) if not isinstance(known[name], str) else value
     except json.JSONDecodeError:

@@ -75,7 +75,7 @@ def _runs(args: argparse.Namespace) -> list[_Run]:
     try:
         lines = read_lines(args.prompts)
     except OSError as error:
-        raise BadArgument(f"--prompts {args.prompts} cannot be read: {error.strerror}") from None
+        raise BadArgument(f"--prompts {args.prompts} cannot be read ({error.strerror}): give a text file") from None
     if not lines:
         raise BadArgument(f"--prompts {args.prompts} holds no prompt: give at least one line")
     runs = []

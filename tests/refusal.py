@@ -35,17 +35,18 @@ class CommandLine:
         before = self._files()
         found, printed, line = (_apart if apart else self._here)(["--out", str(self.out), *map(str, arguments)])
         assert (found, printed) == (status, ""), line
-        assert line.startswith("cutdiff: ")
-        assert line.removesuffix("\n").isprintable(), "not one line"
+        assert line.startswith("cutdiff: "), line
+        assert line.removesuffix("\n").isprintable(), f"not one line: {line}"
         for expected in words:
-            assert expected in line
-        assert self._files() == before
+            assert expected in line, line
+        assert self._files() == before, "something was written"
         return line.removeprefix("cutdiff: ").removesuffix("\n")
 
     def _here(self, arguments: list[str]) -> tuple[int, str, str]:
         with limits(MEMORY, SECONDS):
             status = main(arguments)
-        return status, *self.capsys.readouterr()
+        printed = self.capsys.readouterr()
+        return status, printed.out, printed.err
 
     def _files(self) -> dict[Path, int]:
         files = (path for path in self.out.parent.rglob("*") if not path.is_dir())

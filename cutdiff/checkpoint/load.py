@@ -55,8 +55,8 @@ def load(
         names the weights in any case.
 
     Weights stay memory-mapped where they need not be converted. Raises FileNotFoundError where there is nothing at
-    `path` or at another that is given; ValueError where it is no such model, is incomplete, does not fit its configuration, or
-    needs what is not built here; LoraError, a ValueError, where a LoRA cannot be merged into it.
+    `path` or another that is given; ValueError where it is no such model, is incomplete, does not fit its
+    configuration, or needs what is not built here; LoraError, a ValueError, where a LoRA cannot be merged into it.
     """
     if not dtype.is_floating_point:
         raise ValueError(

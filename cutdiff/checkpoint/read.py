@@ -57,7 +57,9 @@ def find_weights(folder: Path, stem: str) -> list[Path]:
             if (folder / index).exists():
                 return _shards(folder / index)
     pickled = any(folder.glob("*.bin"))
-    hint = "only pickled ones: save it with safe_serialization=True" if pickled else "the model is incomplete: download it"
+    hint = (
+        "only pickled ones: save it with safe_serialization=True" if pickled else "the model is incomplete: download it"
+    )
     raise ValueError(f"{folder} holds no {stem}.safetensors, {hint}")
 
 
