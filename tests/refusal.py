@@ -33,7 +33,8 @@ class CommandLine:
         imports are done; `apart`: as a user calls it, in a process of its own.
         """
         before = self._files()
-        found, printed, line = (_apart if apart else self._here)(["--out", str(self.out), *map(str, arguments)])
+        given = ["--out", str(self.out), "--device", "cpu", *map(str, arguments)]
+        found, printed, line = (_apart if apart else self._here)(given)
         assert (found, printed) == (status, ""), line
         assert line.startswith("cutdiff: "), line
         assert line.removesuffix("\n").isprintable(), f"not one line: {line}"
@@ -43,6 +44,7 @@ class CommandLine:
         return line.removeprefix("cutdiff: ").removesuffix("\n")
 
     def _here(self, arguments: list[str]) -> tuple[int, str, str]:
+        self.capsys.readouterr()  # what was printed before is none of it
         with limits(MEMORY, SECONDS):
             status = main(arguments)
         printed = self.capsys.readouterr()
