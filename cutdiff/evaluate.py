@@ -24,13 +24,14 @@ from tqdm import tqdm
 import cutdiff
 from cutdiff.images import save_json
 from cutdiff.model import Model
+from cutdiff.options import BadArgument, Parser
 from cutdiff.pipeline import plan
 from cutdiff.references import References, compare
 from cutdiff.scenes import score
 from cutdiff.scenes.cells import Cell, cost, draw, folder_of, picture_paths
 from cutdiff.scenes.report import save_sheet, table
 from cutdiff.scenes.testbed import Testbed, environment, row_of
-from cutdiff.settings import METHOD_NAMES, Settings
+from cutdiff.settings import METHOD_NAMES, Settings, nearest
 
 OWN = ("method", "height", "width", "num_steps", "guidance_scale", "seed")
 """Options of a run that have arguments of their own here."""
@@ -63,10 +64,10 @@ def measure_prompts(
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         rows = _measure(args, ["python", "-m", "cutdiff.evaluate", *(sys.argv[1:] if argv is None else argv)])
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (BadArgument, ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"cutdiff: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     print(table(rows))
@@ -134,7 +135,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     defaults = Settings()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m cutdiff.evaluate",
         description="Draw and measure methods against true renders, or images of your own.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -171,7 +172,8 @@ def _option(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     known = {field.name: field.default for field in fields(Settings) if field.name not in OWN}
     if not separator or name not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a name of {', '.join(known)}")
+        names = f"{', '.join(known)}{nearest(name, known)}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a name of {names}")
     try:
         return name, json.loads(value) if not isinstance(known[name], str) else value
     except json.JSONDecodeError:

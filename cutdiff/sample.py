@@ -7,8 +7,8 @@ arguments that cannot be used. torch is imported after the arguments are parsed,
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cutdiff.options import DEMO_PROMPT, BadArgument, parse
 from cutdiff.promptfile import parse_line, read_lines
-from cutdiff.settings import Settings
+from cutdiff.settings import WITHOUT_VIEWS, Settings
 
 if TYPE_CHECKING:
     from cutdiff.model import Model
@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     except _Failure as error:
         return _complain(str(error), 1)
     except KeyboardInterrupt:
+        # CPython remembers an interrupt that passed through an exec of text, which imports have, and would at last end
+        # by SIGINT although it was caught; the next such exec makes it forget.
+        exec("")
         return _complain("interrupted", 1)
     except Exception as error:  # the last line of defence: one line instead of a traceback
         return _complain(f"the run failed: {type(error).__name__}: {error}", 1)
@@ -72,7 +75,7 @@ def _runs(args: argparse.Namespace) -> list[_Run]:
     try:
         lines = read_lines(args.prompts)
     except OSError as error:
-        raise BadArgument(f"--prompts {args.prompts} cannot be read: {error.strerror}") from None
+        raise BadArgument(f"--prompts {args.prompts} cannot be read ({error.strerror}): give a text file") from None
     if not lines:
         raise BadArgument(f"--prompts {args.prompts} holds no prompt: give at least one line")
     runs = []
@@ -94,6 +97,8 @@ def _settings(prompt: str, args: argparse.Namespace) -> Settings:
     with _errors_by_flag():
         settings = Settings(**values)
         Settings(seed=settings.seed + args.num_images - 1)
+    if settings.stride is not None and settings.method in WITHOUT_VIEWS:
+        raise BadArgument(f"--stride {settings.stride} is for methods with views, not {settings.method}: leave it out")
     return settings
 
 
@@ -107,13 +112,18 @@ def _check_fit(model: Model, args: argparse.Namespace, run: _Run) -> None:
 
 @contextmanager
 def _errors_by_flag() -> Iterator[None]:
-    """Say of an option `name=value …` what its error says, by the command line's name: `--name value …`."""
+    """Say what an error says of an option by the command line's name."""
     try:
         yield
     except ValueError as error:
-        name, _, rest = str(error).partition("=")
-        flag = {"num_steps": "steps"}.get(name, name).replace("_", "-")
-        raise BadArgument(f"--{flag} {rest}") from None
+        raise _of_flag(error) from None
+
+
+def _of_flag(error: Exception) -> BadArgument:
+    """`name=value …` as `--name value …`."""
+    name, _, rest = str(error).partition("=")
+    flag = {"num_steps": "steps"}.get(name, name).replace("_", "-")
+    return BadArgument(f"--{flag} {rest}")
 
 
 @contextmanager
@@ -129,10 +139,9 @@ def _check_output(folder: Path) -> None:
     """Create the output folder now, so that a long run does not end at a closed door."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # the modes of a folder do not tell root, nor of a read-only disk
     except OSError as error:
-        raise BadArgument(f"--out {folder} cannot be created ({error.strerror}): choose another folder") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise BadArgument(f"--out {folder} cannot be written to: choose another folder")
+        raise BadArgument(f"--out {folder} cannot be written to ({error.strerror}): choose another folder") from None
 
 
 def _load(args: argparse.Namespace) -> Model:
@@ -162,13 +171,10 @@ def _load(args: argparse.Namespace) -> Model:
         )
     except LoraError as error:
         raise _Failure(f"--lora {error}") from None
-    except FileNotFoundError as error:
-        raise BadArgument(str(error)) from None
-    except ValueError as error:
-        if str(error).startswith(("config=", "zero_terminal_snr=", "timestep_spacing=")):
-            with _errors_by_flag():
-                raise
-        raise _Failure(str(error)) from None
+    except (FileNotFoundError, ValueError) as error:
+        if str(error).startswith(("config=", "vae=", "zero_terminal_snr=", "timestep_spacing=")):
+            raise _of_flag(error) from None
+        raise (BadArgument if isinstance(error, FileNotFoundError) else _Failure)(str(error)) from None
 
 
 def _tell(model: Model, *, everything: bool) -> None:

@@ -19,6 +19,8 @@ METHOD_NAMES = (
     "accdiffusion",
     "magnify",
 )
+WITHOUT_VIEWS = ("direct", "attention_scaling", "scalecrafter", "hidiffusion")
+"""The methods that take the canvas whole, so that a stride means nothing to them."""
 SOLVER_NAMES = ("euler", "ddim")
 INTERACTIONS = ("channel", "pixel", "none")
 SIZE_CONDITIONINGS = ("native", "target")

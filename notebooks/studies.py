@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from variants import (
 import cutdiff
 from cutdiff.images import save_json
 from cutdiff.methods import METHODS, attention_scaling, direct, hidiffusion, scalecrafter
+from cutdiff.options import BadArgument, Parser
 from cutdiff.scenes.cells import Cell, folder_of, picture_paths
 from cutdiff.scenes.report import save_sheet
 from cutdiff.scenes.testbed import Testbed, environment
@@ -156,8 +158,17 @@ def save(path: Path, result: dict[str, Any], testbed: Testbed) -> None:
     print(f"wrote {path.name}", flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw and measure studies of the testbed.")
+def main(argv: list[str] | None = None) -> int:
+    try:
+        _run(_parse(argv))
+    except (BadArgument, ValueError, FileNotFoundError) as error:
+        print(f"studies: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description="Draw and measure studies of the testbed.")
     parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
     parser.add_argument("--num", type=int, default=200, metavar="N", help="pictures of each cell (%(default)s)")
     parser.add_argument(
@@ -172,6 +183,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.model is not None and args.results.resolve() == RESULTS.resolve():
         parser.error("--model needs --results of its own: those here are the embedded model's")
+    return args
+
+
+def _run(args: argparse.Namespace) -> None:
     part, parts = args.part
     model = cutdiff.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
     judged = Testbed(model, BASE, args.num, args.out, args.batch)
@@ -193,4 +208,4 @@ def _part(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

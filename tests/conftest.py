@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
 
+from refusal import CommandLine
 from tiny import Tiny, random_model
 
 import cutdiff
@@ -69,6 +70,12 @@ def tiny_model() -> Model:
 def model() -> Model:
     """The embedded model."""
     return cutdiff.load()
+
+
+@pytest.fixture
+def command_line(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """That of the sampler, after all that it imports."""
+    return CommandLine(tmp_path / "out", capsys)
 
 
 @pytest.fixture(scope="session")

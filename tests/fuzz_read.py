@@ -162,21 +162,29 @@ def make_shards(folder: Path) -> None:
 
 
 @contextmanager
-def limits() -> Iterator[None]:
-    """At most MEMORY more than now, and a second of the processor."""
+def limits(memory: int = MEMORY, seconds: float = 1) -> Iterator[None]:
+    """At most so many bytes more than now, where the kernel tells how many that are, and seconds of the processor.
 
-    def stop(*_: object) -> NoReturn:
-        raise AssertionError("took more than a second")
+    A minute by the clock, too, in which what blocks is found, whatever else the machine does.
+    """
 
-    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGPROF, stop)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
-    signal.setitimer(signal.ITIMER_PROF, 1)
+    def stop(number: int, _: object) -> NoReturn:
+        raise AssertionError(f"took more than {seconds} s" if number == signal.SIGPROF else "hangs")
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, 60)}
+    handlers = {number: signal.signal(number, stop) for number in timers}
+    if (statm := Path("/proc/self/statm")).exists():
+        used = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory, before[1]))
+    for timer, most in timers.values():
+        signal.setitimer(timer, most)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, handler)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, handlers[number])
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 

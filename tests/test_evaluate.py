@@ -80,17 +80,20 @@ def test_pictures_that_were_drawn_otherwise_are_not_mixed_in(
         (["--caption-seed", "2000"], "caption_seed=2000"),
         (["--device", "nowhere"], "--device nowhere is not available"),
         (["--model", "nowhere"], "nowhere"),
+        (["--methods", "cutdifusion"], "did you mean 'cutdiffusion'? (see --help)"),
+        (["--dtype", "float23"], "did you mean 'float32'?"),
+        (["--metods", "direct"], "--metods is no option: did you mean '--methods'?"),
+        (["--set", "strid=4"], "did you mean 'stride'?"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    try:
-        status = run(tmp_path / "out", *arguments)
-    except SystemExit as exit:  # argparse's own
-        status = exit.code
-    assert status == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert run(tmp_path / "out", *arguments) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("cutdiff: ")
+    assert line.count("\n") == 1
+    assert message in line
     assert not (tmp_path / "out").exists()
 
 

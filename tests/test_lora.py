@@ -1,9 +1,8 @@
-"""LoRA files: every format against its formula and against diffusers, and every way a file can be wrong."""
+"""LoRA files: every format against its formula and against diffusers, merging, and the command line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,20 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loras import (
+    CONVOLUTION,
+    CORED,
+    CROSS,
+    FEED,
+    MLP,
+    QUERY,
+    SHAPES,
+    UNRANKED,
+    Tensors,
+    good,
+    random_change,
+    whole_lora,
+)
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -27,77 +40,12 @@ from cutdiff.checkpoint.families import SD15
 from cutdiff.checkpoint.keys import unet_keys
 from cutdiff.checkpoint.lora import merge
 from cutdiff.checkpoint.lora.file import read_changes
-from cutdiff.checkpoint.lora.metadata import KEY
 from cutdiff.checkpoint.lora.names import Target, flat, split_key, targets
 from cutdiff.model import MergedLora, Model, sha256
 from cutdiff.models.config import SD15_UNET, SDXL_UNET, SDXL_VAE
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.sample import main
-
-Tensors = dict[str, Tensor]
-CROSS = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
-FEED = "mid_block.attentions.0.transformer_blocks.1.ff.net.0.proj"
-CONVOLUTION = "up_blocks.0.resnets.0.conv1"
-SHORTCUT = "up_blocks.0.resnets.0.conv_shortcut"
-QUERY = "text_model.encoder.layers.1.self_attn.q_proj"
-MLP = "text_model.encoder.layers.0.mlp.fc1"
-
-SHAPES: dict[str, Callable[..., dict[str, tuple[int, ...]]]] = {
-    "LoRA": lambda o, i, k, r: {"lora_up.weight": (o, r, *(1 for _ in k)), "lora_down.weight": (r, i, *k)},
-    "LoCon with a core": lambda o, i, k, r: {
-        "lora_up.weight": (o, r, 1, 1),
-        "lora_mid.weight": (r, r, *k),
-        "lora_down.weight": (r, i, 1, 1),
-    },
-    "LoHa": lambda o, i, k, r: {
-        f"hada_w{half}_{side}": (o, r) if side == "a" else (r, i * torch.Size(k).numel())
-        for half in (1, 2)
-        for side in "ab"
-    },
-    "LoHa with a core": lambda o, i, k, r: {
-        name: shape
-        for half in (1, 2)
-        for name, shape in {
-            f"hada_w{half}_a": (r, o),
-            f"hada_w{half}_b": (r, i),
-            f"hada_t{half}": (r, r, *k),
-        }.items()
-    },
-    "LoKr": lambda o, i, k, r: {"lokr_w1": (2, 2), "lokr_w2": (o // 2, i // 2, *k)},
-    "LoKr, second in factors": lambda o, i, k, r: {
-        "lokr_w1": (2, 2),
-        "lokr_w2_a": (o // 2, r),
-        "lokr_w2_b": (r, i // 2 * torch.Size(k).numel()),
-    },
-    "LoKr, first in factors": lambda o, i, k, r: {
-        "lokr_w1_a": (2, r),
-        "lokr_w1_b": (r, 2),
-        "lokr_w2": (o // 2, i // 2, *k),
-    },
-    "LoKr, both in factors": lambda o, i, k, r: {
-        "lokr_w1_a": (2, r),
-        "lokr_w1_b": (r, 2),
-        "lokr_w2_a": (o // 2, r),
-        "lokr_w2_b": (r, i // 2 * torch.Size(k).numel()),
-    },
-    "LoKr with a core": lambda o, i, k, r: {
-        "lokr_w1": (2, 2),
-        "lokr_w2_a": (r, o // 2),
-        "lokr_w2_b": (r, i // 2),
-        "lokr_t2": (r, r, *k),
-    },
-    "difference": lambda o, i, k, r: {"diff": (o, i, *k)},
-}
-"""The factors in a file, by format, for a weight (o, i, *k) and rank r; o and i are even."""
-UNRANKED = {"LoKr", "difference"}
-CORED = {name for name in SHAPES if name.endswith("core")}
-
-
-def random_change(kind: str, shape: tuple[int, ...], rank: int, generator: torch.Generator) -> Tensors:
-    out, inner, *kernel = shape
-    sizes = SHAPES[kind](out, inner, kernel, rank)
-    return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
 
 
 def formula(factors: Tensors, shape: tuple[int, ...]) -> Tensor:
@@ -283,26 +231,6 @@ class TestNames:
         assert table[f"lora_unet_{name}"] is table["lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_k"]
 
 
-def whole_lora(model: Tiny, *, original: bool, seed: int = 0, alpha: float = 2.0) -> Tensors:
-    """A kohya LoRA of ranks 2 to 4 for every matrix and convolution of a model but its embeddings."""
-    generator, tensors = torch.Generator().manual_seed(seed), Tensors()
-    spelled = {ours: theirs for theirs, ours in unet_keys(model.unet).items()} if original else {}
-    prefixes = dict(
-        zip(networks(model), ("unet", "", "te1" if model.text.text_encoder_2 else "te", "te2"), strict=False)
-    )
-    for network, module in networks(model).items():
-        for key, weight in module.state_dict().items():
-            if network == "vae" or weight.ndim < 2 or "embeddings" in key or not key.endswith(".weight"):
-                continue
-            if network != "unet" and not key.startswith("text_"):
-                key = f"text_model.{key}"  # in files it has that, in some releases of transformers it has not
-            name = f"lora_{prefixes[network]}_{flat(spelled.get(key, key).removesuffix('.weight'))}"
-            factors = random_change("LoRA", tuple(weight.shape), 2 + len(tensors) % 3, generator)
-            tensors |= {f"{name}.{part}": 0.1 * factor for part, factor in factors.items()}
-            tensors[f"{name}.alpha"] = torch.tensor(alpha)
-    return tensors
-
-
 def by_diffusers(folder: Path, file: Path, scale: float) -> Any:
     """The pipeline with a LoRA fused into its weights."""
     is_sdxl = (folder / "text_encoder_2").exists()
@@ -471,228 +399,6 @@ class TestMerging:
             load(folder, loras=[(two[0], float("nan"))])
 
 
-def good(tiny: Tiny) -> Tensors:
-    """A file with a LoRA of four modules."""
-    modules = {"unet": (CROSS, FEED, CONVOLUTION), "te1": (QUERY,)}
-    names = {f"lora_{prefix}_{flat(module)}" for prefix, own in modules.items() for module in own}
-    return {key: tensor for key, tensor in whole_lora(tiny, original=False).items() if key.partition(".")[0] in names}
-
-
-LAYER, FILTER = (f"lora_unet_{flat(module)}" for module in (FEED, CONVOLUTION))
-DOWN, UP, ALPHA = (f"{LAYER}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha"))
-"""Keys of a matrix (512, 64)."""
-
-
-def put(**sizes: tuple[int, ...]) -> Callable[[Tensors], None]:
-    """Other factors of those shapes in the place of the layer's LoRA."""
-
-    def edit(tensors: Tensors) -> None:
-        for key in (DOWN, UP):
-            del tensors[key]
-        tensors.update({f"{LAYER}.{name}": torch.ones(size) for name, size in sizes.items()})
-
-    return edit
-
-
-def fill(key: str, value: float) -> Callable[[Tensors], None]:
-    return lambda tensors: tensors.update({key: torch.full_like(tensors[key], value)})
-
-
-def rename(*renamed: tuple[str, str]) -> Callable[[Tensors], None]:
-    def edit(tensors: Tensors) -> None:
-        for key in [*tensors]:
-            new = key
-            for old, other in renamed:
-                new = new.replace(old, other)
-            tensors[new] = tensors.pop(key)
-
-    return edit
-
-
-NAN, INF = float("nan"), float("inf")
-WRONG: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
-    "no up": (
-        lambda tensors: tensors.pop(UP),
-        ["1 incomplete changes", f"{LAYER} has alpha and lora_down where lora_down and lora_up belong"],
-    ),
-    "no down": (lambda tensors: tensors.pop(DOWN), ["has alpha and lora_up where lora_down and lora_up belong"]),
-    "nothing but alpha": (put(), ["has alpha where lora_down and lora_up belong"]),
-    "half a Hadamard product": (
-        put(hada_w1_a=(512, 2), hada_w1_b=(2, 64)),
-        ["has alpha and hada_w1_a and hada_w1_b where hada_w1_a and hada_w1_b and hada_w2_a and hada_w2_b belong"],
-    ),
-    "one core of two": (
-        put(hada_w1_a=(2, 512), hada_w1_b=(2, 64), hada_w2_a=(2, 512), hada_w2_b=(2, 64), hada_t1=(2, 2, 1, 1)),
-        ["has alpha and hada_t1 and hada_w1_a", "where hada_w1_a"],
-    ),
-    "half a Kronecker factor": (
-        put(lokr_w1=(2, 2), lokr_w2_a=(256, 2)),
-        ["where lokr_w1 and lokr_w2_a and lokr_w2_b belong"],
-    ),
-    "two kinds": (lambda tensors: tensors.update({f"{LAYER}.diff": torch.ones(512, 64)}), ["incomplete", "diff"]),
-    "alpha NaN": (fill(ALPHA, NAN), ["1 alphas that are no finite number", f"{ALPHA} is nan, torch.float32"]),
-    "alpha infinite": (fill(ALPHA, -INF), [f"{ALPHA} is -inf"]),
-    "alpha a list": (lambda tensors: tensors.update({ALPHA: torch.ones(2)}), [f"{ALPHA} is of shape (2,)"]),
-    "alpha of no dtype of numbers": (
-        lambda tensors: tensors.update({ALPHA: torch.tensor(True)}),
-        [f"{ALPHA} is True, torch.bool"],
-    ),
-    "factor NaN": (fill(UP, NAN), ["1 factors that are not finite", UP]),
-    "factor infinite": (fill(DOWN, INF), ["1 factors that are not finite", DOWN]),
-    "quantized": (
-        lambda tensors: tensors.update({DOWN: tensors[DOWN].to(torch.int8)}),
-        ["1 quantized factors", f"{DOWN} torch.int8"],
-    ),
-    "ranks that do not fit": (
-        lambda tensors: tensors.update({UP: torch.ones(512, 9)}),
-        ["1 changes of another shape", f"{LAYER} has", "lora_up (512, 9)", "where (512, 64) is to be changed"],
-    ),
-    "a layer of another size": (
-        lambda tensors: tensors.update({UP: torch.ones(256, len(tensors[DOWN]))}),
-        ["lora_up (256, ", "(512, 64)"],
-    ),
-    "a kernel of another size": (
-        lambda tensors: tensors.update({f"{FILTER}.lora_down.weight": torch.ones(3, 128, 1, 1)}),
-        ["(3, 128, 1, 1)", "where (64, 128, 3, 3) is to be changed"],
-    ),
-    "a vector": (lambda tensors: tensors.update({DOWN: torch.ones(64)}), ["lora_down (64,)", "(512, 64)"]),
-    "a number": (lambda tensors: tensors.update({UP: torch.ones(())}), ["lora_up ()", "(512, 64)"]),
-    "sizes that would broadcast": (
-        put(hada_w1_a=(512, 2), hada_w1_b=(2, 64), hada_w2_a=(1, 2), hada_w2_b=(2, 64)),
-        ["hada_w2_a (1, 2)", "(512, 64)"],
-    ),
-    "ranks that would broadcast": (
-        put(
-            hada_w1_a=(1, 512),
-            hada_w1_b=(2, 64),
-            hada_w2_a=(2, 512),
-            hada_w2_b=(2, 64),
-            hada_t1=(2, 2, 1, 1),
-            hada_t2=(2, 2, 1, 1),
-        ),
-        ["hada_w1_a (1, 512)", "(512, 64)"],
-    ),
-    "two ranks": (
-        put(lokr_w1_a=(2, 3), lokr_w1_b=(3, 2), lokr_w2_a=(256, 4), lokr_w2_b=(4, 32)),
-        ["1 changes without one rank", f"{LAYER} has 3 and 4"],
-    ),
-    "rank 0": (
-        lambda tensors: tensors.update({UP: torch.ones(512, 0), DOWN: torch.ones(0, 64)}),
-        ["1 changes without one rank", f"{LAYER} has 0"],
-    ),
-    "another model": (
-        rename(("lora_unet_", "transformer."), ("lora_te1_", "encoder.")),
-        ["is no LoRA for this model", "It has encoder.text_model_", "expected were such as lora_unet_", "or unet."],
-    ),
-    "nothing": (lambda tensors: tensors.clear(), ["is no LoRA for this model", "It has none"]),
-    "another family": (
-        lambda tensors: tensors.update({f"lora_unet_{flat(CROSS)}.lora_down.weight": torch.ones(2, 768)}),
-        ["reads text of width 768 (Stable Diffusion 1)", "this model's reads width 192: use a LoRA of"],
-    ),
-    "a few modules of another model": (
-        lambda tensors: tensors.update({f"lora_unet_odd_{i:02}.lora_up.weight": torch.ones(1, 1) for i in range(12)}),
-        ["12 keys of no module of this model: lora_unet_odd_00.lora_up.weight", "_09.lora_up.weight and 2 more"],
-    ),
-    "the same under two names": (
-        lambda tensors: tensors.update({f"unet.{FEED}.lora_A.weight": tensors[DOWN]}),
-        ["1 keys that repeat another", "lora"],
-    ),
-    "all that is wrong": (
-        lambda tensors: tensors.update({key: torch.ones(2) for key in (ALPHA, "odd", f"{LAYER}.w_norm")}),
-        ["1 keys of what is not supported", "; 1 keys of no module", "; 1 alphas"],
-    ),
-    **{
-        f"not supported: {part}": (
-            lambda tensors, part=part: tensors.update({f"{LAYER}.{part}": torch.ones(2, 2)}),
-            ["1 keys of what is not supported", f"{LAYER}.{part} ({kind})"],
-        )
-        for part, kind in {
-            "dora_scale": "DoRA",
-            "lora_magnitude_vector": "DoRA",
-            "oft_blocks": "OFT",
-            "oft_diag": "OFT",
-            "a1.weight": "GLoRA",
-            "on_input": "IA3",
-            "diff_b": "a bias",
-            "lora_B.bias": "a bias",
-            "w_norm": "a norm",
-            "b_norm": "a norm",
-        }.items()
-    },
-}
-"""How a good file is made a bad one, and what is said of it."""
-
-
-def refused(arguments: list[str], status: int, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> str:
-    """What the command line says in one line, drawing nothing."""
-    assert main([*arguments, "--out", str(tmp_path / "out")]) == status
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("cutdiff: ")
-    assert captured.err.count("\n") == 1
-    assert list(tmp_path.rglob("*.png")) == []
-    return captured.err
-
-
-class TestWrongFiles:
-    @pytest.mark.parametrize("name", WRONG)
-    def test_in_one_line(
-        self, tiny: Tiny, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-    ) -> None:
-        edit, expected = WRONG[name]
-        tensors, file = good(tiny), tmp_path / "lora.safetensors"
-        edit(tensors)
-        save_file({key: tensor.clone() for key, tensor in tensors.items()}, file)
-        line = refused(["--model", str(folder), "--lora", f"{file}:0.5"], 1, capsys, tmp_path)
-        assert str(file) in line
-        for words in expected:
-            assert words in line
-
-    @pytest.mark.parametrize(
-        ("metadata", "expected"),
-        [
-            ("[" * 10_000, "is no JSON object"),
-            ("[]", "is no JSON object"),
-            ('{"unet.lora_alpha": NaN}', "has unet.lora_alpha=nan: nan is no finite number"),
-            ('{"unet.lora_alpha": "4"}', "'4' is no finite number"),
-            (f'{{"unet.lora_alpha": 1{"0" * 400}}}', "is no finite number"),
-            ('{"unet.alpha_pattern": {"to_k": null}}', "None is no finite number"),
-            ('{"unet.alpha_pattern": {"attn.*to_k": 4}}', "only alphas by the names of modules"),
-        ],
-    )
-    def test_metadata(
-        self,
-        tiny: Tiny,
-        folder: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        metadata: str,
-        expected: str,
-    ) -> None:
-        file = tmp_path / "lora.safetensors"
-        save_file(good(tiny), file, metadata={KEY: metadata})
-        line = refused(["--model", str(folder), "--lora", str(file)], 1, capsys, tmp_path)
-        assert f"{file}: its metadata {KEY}" in line
-        assert expected in line
-
-    def test_no_safetensors_file(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        file = tmp_path / "lora.safetensors"
-        file.write_bytes(b"<!DOCTYPE html><html><body>Sign in</body></html>")
-        line = refused(["--model", str(folder), "--lora", str(file)], 1, capsys, tmp_path)
-        assert str(file) in line
-        assert "is a web page" in line
-
-    def test_nothing_is_merged_before_all_is_checked(
-        self, folder: Path, two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        tensors = load_file(two[1])
-        tensors.popitem()
-        save_file(tensors, two[1])
-        monkeypatch.setattr("cutdiff.checkpoint.lora.file.Change.times", None)
-        with pytest.raises(LoraError, match=r"two\.safetensors cannot be merged"):
-            load(folder, loras=[(two[0], 1), (two[1], 1)])
-
-
 class TestCommandLine:
     @pytest.fixture
     def file(self, model: Model, tmp_path: Path) -> Path:
@@ -719,33 +425,3 @@ class TestCommandLine:
         assert records[2] == [{"path": str(file), "scale": scale, "sha256": digest} for scale in (-0.5, 1.0)]
         assert "Loras" not in text
         assert ', Loras: "style:2: -0.5, style:2: 1.0", ' in text_with_loras
-
-    @pytest.mark.parametrize(
-        ("ending", "expected"),
-        [
-            (":nan", "has the scale 'nan': it must be a finite number"),
-            (":inf", "has the scale 'inf'"),
-            (":1e999", "has the scale '1e999'"),
-            (":strong", "has the scale 'strong'"),
-            (":", "has the scale ''"),
-            (".gone", "is no file: give PATH or PATH:SCALE"),
-            (".gone:0.5", "is no file"),
-        ],
-    )
-    def test_arguments(
-        self, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str, expected: str
-    ) -> None:
-        line = refused(["--lora", f"{file}{ending}"], 2, capsys, tmp_path)
-        assert f"--lora: {file}{ending} {expected}" in line
-
-    def test_a_folder_is_no_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert f"{tmp_path} is no file" in refused(["--lora", str(tmp_path)], 2, capsys, tmp_path)
-
-    @pytest.mark.parametrize("ending", ["", ":2"])
-    def test_a_file_whose_name_ends_like_a_scale(
-        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
-    ) -> None:
-        file = tmp_path / "style:0.5"
-        file.write_bytes(b"")
-        line = refused(["--model", str(folder), "--lora", f"{file}{ending}"], 1, capsys, tmp_path)
-        assert f"{file} is empty" in line

@@ -19,7 +19,7 @@ from cutdiff.methods.network import replaced
 from cutdiff.model import Model
 from cutdiff.models.unet import UNet
 from cutdiff.patches import GRAINS
-from cutdiff.settings import INTERACTIONS, METHOD_NAMES, SOLVER_NAMES
+from cutdiff.settings import INTERACTIONS, METHOD_NAMES, SOLVER_NAMES, WITHOUT_VIEWS
 from cutdiff.solvers import SOLVERS, Stage
 
 PROMPT = "a red house at night"
@@ -37,6 +37,12 @@ def test_the_command_line_knows_every_name() -> None:
     assert tuple(METHODS) == METHOD_NAMES
     assert tuple(SOLVERS) == SOLVER_NAMES
     assert GRAINS == INTERACTIONS
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_stride_means_nothing_to_methods_without_views(tiny_model: Model, method: str) -> None:
+    narrow, wide = (latents(tiny_model, method=method, num_steps=2, stride=stride) for stride in (2, 6))
+    assert torch.equal(narrow, wide) == (method in WITHOUT_VIEWS)
 
 
 @pytest.mark.parametrize("solver", SOLVER_NAMES)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -100,124 +98,8 @@ def test_the_record_repeats_the_picture_and_nothing_is_overwritten(
     assert pixels[0] != pixels[1]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--width", "100"], ["--width 100", "multiple of 8"]),
-        (["--height", "0"], ["--height 0"]),
-        (["--height", "-8"], ["--height -8"]),
-        (["--steps", "0"], ["--steps 0"]),
-        (["--steps", "1001"], ["--steps 1001", "1000"]),
-        (["--steps", "many"], ["--steps", "many"]),
-        (["--stride", "0"], ["--stride 0"]),
-        (["--stride", "17"], ["--stride 17", "16"]),
-        (["--structure-fraction", "1.5"], ["--structure-fraction 1.5"]),
-        (["--cosine-scales", "3", "1"], ["--cosine-scales", "3"]),
-        (["--cosine-scales", "3", "1", "-1"], ["--cosine-scales (3.0, 1.0, -1.0)"]),
-        (["--word-threshold", "2"], ["--word-threshold 2"]),
-        (["--guidance-scale", "nan"], ["--guidance-scale nan"]),
-        (["--seed", "-1"], ["--seed -1"]),
-        (["--seed", str(2**64)], ["--seed", str(2**64)]),
-        (["--width", "1000000"], ["--width 1000000", "at most 32768"]),
-        (["--steps", "1001"], ["--steps 1001", "1000 timesteps"]),
-        (["--structure-fraction", "nan"], ["--structure-fraction nan"]),
-        (["--view-batch-size", "0"], ["--view-batch-size 0"]),
-        (["--stride", "17"], ["--stride 17", "window of 16"]),
-        (["--method", "magic"], ["--method", "magic"]),
-        (["--method", "cutdifusion"], ["--method", "did you mean 'cutdiffusion'?"]),
-        (["--prompts", "/dev/zero"], ["--prompts /dev/zero cannot be read: it is no regular file"]),
-        (["--lora", "x" * 5000], ["--lora", "is no file"]),
-        (["--model", "a\nb"], ["a b does not exist"]),
-        (["--metod", "direct"], ["--metod is no option: did you mean '--method'?"]),
-        (["--solver", "heun"], ["--solver", "heun"]),
-        (["--dtype", "int8"], ["--dtype", "int8"]),
-        (["--device", "abacus"], ["--device abacus"]),
-        (["--device", "meta"], ["--device meta"]),
-        (["--config", "nowhere"], ["config"]),
-        (["a house \udcff"], ["UTF-8"]),
-        (["--num-images", "0"], ["--num-images 0"]),
-        (["--eta", "0.5"], ["--eta 0.5", "ddim"]),
-        (["--model", "nowhere"], ["nowhere", "does not exist"]),
-        (["--colour", "red"], ["--colour"]),
-    ],
-)
-def test_arguments_that_cannot_be_used_get_one_line_and_status_2(
-    arguments: list[str],
-    named: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("cutdiff: ")
-    assert captured.err.count("\n") == 1
-    for words in named:
-        assert words in captured.err
-    assert list(tmp_path.rglob("*.png")) == []
-
-
-def test_an_output_folder_that_cannot_be_written_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    assert main(["--out", str(tmp_path / "file" / "below")]) == 2
-    assert "--out" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_draws(dtype: str, tmp_path: Path) -> None:
     assert main([*QUICK, "--dtype", dtype, "--out", str(tmp_path)]) == 0
     record = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert record["dtype"] == dtype
-
-
-@pytest.mark.parametrize("limit", [0, 3000])
-def test_a_disk_that_is_full_leaves_nothing(limit: int, tmp_path: Path) -> None:
-    """A limit on the size of files stands for it: writing fails in the same place, in the middle of a file."""
-    code = (
-        "import resource, signal, sys; from cutdiff.sample import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, *QUICK, "--out", str(tmp_path / "pictures")]
-    child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert child.returncode == 1, child.stderr
-    assert child.stderr.count("\n") == 1
-    assert "File too large" in child.stderr
-    assert str(tmp_path / "pictures" / "cutdiffusion-128x128-seed0.png") in child.stderr
-    assert [*(tmp_path / "pictures").iterdir()] == []
-
-
-def test_killing_leaves_no_picture_and_the_next_run_is_fine(tmp_path: Path) -> None:
-    """Killed in the middle of a write, which waits for ever here."""
-    code = (
-        "import os, sys, time; import cutdiff.images as images; from cutdiff.sample import main;"
-        "images.os.replace = lambda *_: (print('writing', flush=True), time.sleep(600)); main(sys.argv[1:])"
-    )
-    arguments = [*QUICK, "--out", str(tmp_path)]
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "writing\n"
-        child.kill()
-    assert {path.suffix for path in tmp_path.iterdir()} <= {".part"}
-    assert main(arguments) == 0
-    assert len([*tmp_path.glob("*.png")]) == len([*tmp_path.glob("*.json")]) == 1
-
-
-def test_interrupting_leaves_no_half_written_file(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    command = [sys.executable, "-m", "cutdiff.sample", "--steps", "1000", "--width", "512", "--out", str(folder)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        while child.poll() is None and not folder.exists():  # it is made when the arguments have been checked
-            time.sleep(0.1)
-        time.sleep(5)
-        assert child.poll() is None, "the run was to last longer"
-        child.send_signal(signal.SIGINT)
-        _, errors = child.communicate(timeout=60)
-    assert child.returncode == 1, errors
-    assert errors.strip().splitlines()[-1].startswith("cutdiff: interrupted")
-    assert "Traceback" not in errors
-    assert list(folder.iterdir()) == []

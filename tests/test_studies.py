@@ -156,6 +156,13 @@ def _share(row: figures.Row) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def test_a_mistyped_study_is_told_of_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert studies.main(["table-2x2", "ablatoin"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("studies: argument STUDY: 'ablatoin' is not one of table-2x2, ")
+    assert line.endswith(": did you mean 'ablation'? (see --help)\n")
+
+
 def test_a_study_measures_what_is_missing(tmp_path: Path, model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     cells, results = [studies.cell("direct", 128, num_steps=1)], tmp_path / "results"
     testbed = Testbed(model, replace(studies.BASE, num_steps=1), 2, tmp_path / "pictures")

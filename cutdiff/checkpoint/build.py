@@ -180,7 +180,7 @@ def assign(
     }
     if any(problems.values()):
         found = "; ".join(f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys)
-        raise ValueError(f"{name}: the weights do not fit the network. Keys {found}")
+        raise ValueError(f"{name}: the weights do not fit the network: take both from one model. Keys {found}")
     network.load_state_dict({key: tensors[key].to(device, dtype) for key in expected}, strict=True, assign=True)
     clip.materialise_positions(network, device)
     network.eval().requires_grad_(False)

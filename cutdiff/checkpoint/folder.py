@@ -39,7 +39,7 @@ def read_blueprint(folder: Path) -> Blueprint:
     """
     index_path = folder / "model_index.json"
     if not index_path.exists():
-        raise ValueError(f"{folder} is no diffusers model: it has no model_index.json")
+        raise ValueError(f"{folder} is no diffusers model: it has no model_index.json: pass a folder that has one")
     index = read_json(index_path)
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:

@@ -71,8 +71,8 @@ def load(
         names the weights in any case.
 
     Weights stay memory-mapped where they need not be converted. Raises FileNotFoundError where there is nothing at
-    `path` or at that of a LoRA; ValueError where it is no such model, is incomplete, does not fit its configuration, or
-    needs what is not built here; LoraError, a ValueError, where a LoRA cannot be merged into it.
+    `path` or another that is given; ValueError where it is no such model, is incomplete, does not fit its
+    configuration, or needs what is not built here; LoraError, a ValueError, where a LoRA cannot be merged into it.
     """
     if not dtype.is_floating_point:
         raise ValueError(
@@ -81,7 +81,7 @@ def load(
     source, device = locate(path), torch.device(device)
     options, vae = (
         NoiseOptions(prediction_type, zero_terminal_snr, timestep_spacing),
-        None if vae is None else locate(vae),
+        None if vae is None else locate(vae, "vae"),
     )
     if source.is_dir():
         if config is not None:
@@ -90,7 +90,7 @@ def load(
             )
         found = _read_folder(source, vae, options)
     else:
-        found = _read_single(source, vae, options, None if config is None else locate(config))
+        found = _read_single(source, vae, options, None if config is None else locate(config, "config"))
     options.check_fit(found.blueprint.noise)
     weights, merged = lora.merge(found.weights, found.networks, loras, dtype=dtype)
     model = build_model(

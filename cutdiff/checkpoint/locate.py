@@ -9,12 +9,16 @@ EMBEDDED = "weights/scenes"
 PACKAGE = Path(__file__).parents[1]
 
 
-def locate(path: str | Path | None) -> Path:
-    """The folder or file that a path, a hub id or None stands for. Raises FileNotFoundError where there is none."""
+def locate(path: str | Path | None, option: str = "") -> Path:
+    """The folder or file that a path, a hub id or None stands for.
+
+    Raises FileNotFoundError where there is none, headed `option=` where one is given.
+    """
     if path is not None and os.path.exists(path):  # which takes any text for a path, as Path.exists does not
         return Path(path)
     if path is None or Path(path) == Path(EMBEDDED):
         return embedded(EMBEDDED)
+    named = f"{option}={path}" if option else path
     if isinstance(path, str) and path.count("/") == 1:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -23,10 +27,10 @@ def locate(path: str | Path | None) -> Path:
             return Path(snapshot_download(path, local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError):
             raise FileNotFoundError(
-                f"{path} is no file or folder, and no model in the local Hugging Face cache: check the path, or fetch "
+                f"{named} is no file or folder, and no model in the local Hugging Face cache: check the path, or fetch "
                 f"the model with `hf download {path}`"
             ) from None
-    raise FileNotFoundError(f"{path} does not exist: pass a diffusers folder or a .safetensors file")
+    raise FileNotFoundError(f"{named} does not exist: pass a diffusers folder or a .safetensors file")
 
 
 def embedded(folder: str) -> Path:

@@ -57,7 +57,9 @@ def find_weights(folder: Path, stem: str) -> list[Path]:
             if (folder / index).exists():
                 return _shards(folder / index)
     pickled = any(folder.glob("*.bin"))
-    hint = "only pickled ones: save it with safe_serialization=True" if pickled else "the model is incomplete"
+    hint = (
+        "only pickled ones: save it with safe_serialization=True" if pickled else "the model is incomplete: download it"
+    )
     raise ValueError(f"{folder} holds no {stem}.safetensors, {hint}")
 
 
@@ -110,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         text = read_text(path)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing, so the model is incomplete") from None
+        raise ValueError(f"{path} is missing, so the model is incomplete: download it") from None
     try:
         content = json.loads(text, object_pairs_hook=_without_duplicates)
         _check_depth(content)

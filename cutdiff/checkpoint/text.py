@@ -147,7 +147,9 @@ def read_tokenizer(folder: Path, max_length: int, pad_token: str | None = None) 
     from transformers import CLIPTokenizer
 
     if not _holds_tokenizer(folder):
-        raise ValueError(f"{folder} holds no tokenizer (vocab.json and merges.txt), so the model is incomplete")
+        raise ValueError(
+            f"{folder} holds no tokenizer (vocab.json and merges.txt), so the model is incomplete: download it"
+        )
     _check_tokenizer(folder)
     special: dict[str, Any] = {} if pad_token is None else {"pad_token": pad_token}
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special)

@@ -10,13 +10,17 @@ from torch import Tensor
 
 from cutdiff.checkpoint.configs import vae_config
 from cutdiff.checkpoint.families import VAE_PREFIX
+from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.folder import STEMS, parse
 from cutdiff.checkpoint.infer import infer_vae
 from cutdiff.checkpoint.keys import modern_vae
-from cutdiff.checkpoint.read import find_weights, read_tensors
+from cutdiff.checkpoint.read import find_weights, read_json, read_tensors
 from cutdiff.checkpoint.single import convert_vae
 from cutdiff.models.config import VAEConfig
 from cutdiff.models.vae import VAE
+
+KIND = "AutoencoderKL"
+REMEDY = "pass a VAE's folder or file, or a whole model's"
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
     them and a folder says none, they stay, and their scaling factor with them. Raises ValueError where there is no VAE.
     """
     if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
+        folder = _folder(path)
         config, files = parse(folder / "config.json", vae_config), find_weights(folder, STEMS["vae"])
         if config.latents_mean is None and like.latents_mean is not None:
             kept = {name: getattr(like, name) for name in ("latents_mean", "latents_std", "scaling_factor")}
@@ -48,7 +52,19 @@ def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
         try:
             config = infer_vae(tensors, like)
         except ValueError as error:
-            raise ValueError(f"{path} is no VAE: {error}") from None
+            raise ValueError(f"{path} is no VAE: {error}: {REMEDY}") from None
         with torch.device("meta"):
             tensors = modern_vae(convert_vae(tensors, VAE(config)))
     return OtherVAE(config, tensors, files)
+
+
+def _folder(path: Path) -> Path:
+    """The VAE's own folder: `path`, or its sub-folder where that is a whole model's. ValueError where it is none."""
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is no VAE: it has no config.json: {REMEDY}")
+    fields = read_json(folder / "config.json")
+    kind = fields.get("_class_name", fields.get("architectures", KIND))
+    if kind != KIND:
+        raise ValueError(f"{folder} is no VAE: its config.json is of {quoted(kind)} where {KIND!r} belongs: {REMEDY}")
+    return folder

@@ -74,7 +74,7 @@ def read_changes(path: Path, table: Mapping[str, Target], context_dim: int) -> d
         changes[target] = Change(factors, strength)
     if problems:
         found = "; ".join(f"{len(where)} {kind}: {listed(where)}" for kind, where in problems.items())
-        raise LoraError(f"{path} cannot be merged into this model: {found}")
+        raise LoraError(f"{path} cannot be merged into this model, so leave it out: {found}")
     return changes
 
 

@@ -1,0 +1,211 @@
+"""Bad input: what prompts and options can be. What cannot be used gets one line and status 2, and draws nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from refusal import CommandLine
+
+from cutdiff.sample import main
+
+QUICK = ["--steps", "1", "--width", "128", "--height", "128", "--method", "direct"]
+
+PROMPTS = {
+    "empty": "",
+    "a space": " ",
+    "10,000 tokens": "red " * 10_000,
+    "10,000 tokens in brackets": "(red " * 10_000,
+    "emoji": "🎈 a balloon, naïve — 气球 👩‍👩‍👧",
+    "(x:nan)": "(x:nan)",
+    "numbers without end": "(red:nan) (blue:1e400) (house:99999999999)",
+    "((((": "((((",
+    "))))": "))))",
+    "weight 0": "(red:0)",
+    "a backslash": "\\",
+    "breaks alone": "BREAK BREAK",
+    "looks like a path": "outputs/picture.png",
+    "looks like a path above": "../../picture",
+    "looks like an option": "--help",
+    "looks like a record": "a tent\nNegative prompt: a house",
+    "tokens by name": "<|endoftext|> a tent <|startoftext|>",
+    "unprintable": "\x07\x1b[31m red",
+}
+"""Prompts that are drawn."""
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_every_prompt_is_drawn_and_kept_as_typed(name: str, tmp_path: Path) -> None:
+    prompt = PROMPTS[name]
+    assert main([*QUICK, "--out", str(tmp_path / "out"), "--", prompt]) == 0
+    sidecar, picture = sorted((tmp_path / "out").iterdir())
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"], "no prompt is taken for a path"
+    with Image.open(picture) as image:
+        text = image.info["parameters"]
+    assert json.loads(sidecar.read_text())["prompt"] == prompt
+    assert text.startswith(prompt)
+
+
+REFUSED_PROMPTS: dict[str, tuple[list[str], str]] = {
+    "lone surrogate": (["a house \udcff"], r"the prompt 'a house \udcff' is not valid UTF-8: check the terminal's"),
+    "lone surrogate, negative": (["--negative-prompt", "\ud800"], r"the prompt '\ud800' is not valid UTF-8"),
+    "lone surrogate, second": (["--prompt-2", "\ud800"], r"the prompt '\ud800' is not valid UTF-8"),
+    "NUL": (["a\0b"], r"the prompt 'a\x00b' holds a NUL, which a PNG's text cannot hold: leave it out"),
+    "NUL, negative": (["--negative-prompt", "\0"], r"the prompt '\x00' holds a NUL"),
+    "second for one": (["--method", "accdiffusion", "--prompt-2", "a tent"], "--prompt-2 'a tent' is not for accdiff"),
+    "two places": (
+        ["a tent", "--prompts", "nowhere"],
+        "--prompts nowhere takes the place of PROMPT 'a tent': give one",
+    ),
+    "two places, empty": (["", "--prompts", "nowhere.txt"], "--prompts nowhere.txt takes the place of PROMPT ''"),
+    "file missing": (
+        ["--prompts", "nowhere.txt"],
+        "--prompts nowhere.txt cannot be read (No such file or directory): give a",
+    ),
+    "folder for a file": (["--prompts", "."], "--prompts . cannot be read (it is no regular file): give a text file"),
+    "device for a file": (
+        ["--prompts", "/dev/zero"],
+        "--prompts /dev/zero cannot be read (it is no regular file): give a text file",
+    ),
+}
+
+SAMPLING: dict[str, tuple[list[str], str]] = {
+    "size 0": (["--height", "0"], "--height 0 must be a positive multiple of 8, at most 32768"),
+    "size -8": (["--height", "-8"], "--height -8 must be a positive multiple of 8"),
+    "size 12": (["--height", "12"], "--height 12 must be a multiple of 8; try 8"),
+    "size 100": (["--width", "100"], "--width 100 must be a multiple of 8; try 96"),
+    "size 1,000,000": (["--width", "1000000"], "--width 1000000 must be a positive multiple of 8, at most 32768"),
+    "size 12.5": (["--width", "12.5"], "argument --width: invalid int value: '12.5' (see --help)"),
+    "stride 0": (["--stride", "0"], "--stride 0 must be at least 1"),
+    "stride -1": (["--stride", "-1"], "--stride -1 must be at least 1"),
+    "stride > window": (["--stride", "17"], "--stride 17 must not exceed the window of 16 latents"),
+    "stride without views": (
+        ["--stride", "8", "--method", "direct"],
+        "--stride 8 is for methods with views, not direct: leave it out",
+    ),
+    "steps 0": (["--steps", "0"], "--steps 0 must be at least 1"),
+    "steps -1": (["--steps", "-1"], "--steps -1 must be at least 1"),
+    "steps 1001": (["--steps", "1001"], "--steps 1001 must be between 1 and the 1000 timesteps"),
+    "steps many": (["--steps", "many"], "argument --steps: invalid int value: 'many' (see --help)"),
+    "guidance NaN": (["--guidance-scale", "nan"], "--guidance-scale nan must be a finite number"),
+    "guidance inf": (["--guidance-scale", "inf"], "--guidance-scale inf must be a finite number"),
+    "guidance -inf": (["--guidance-scale=-inf"], "--guidance-scale -inf must be a finite number"),
+    "guidance NaN, detail": (["--detail-guidance-scale", "nan"], "--detail-guidance-scale nan must be a finite"),
+    "eta > 1": (["--eta", "1.5", "--solver", "ddim"], "--eta 1.5 must lie in 0 … 1"),
+    "eta NaN": (["--eta", "nan", "--solver", "ddim"], "--eta nan must lie in 0 … 1"),
+    "eta without ddim": (["--eta", "0.5"], "--eta 0.5 needs solver='ddim', not 'euler'"),
+    "seed -1": (["--seed", "-1"], "--seed -1 must lie in 0 … 2⁶⁴ − 1"),
+    "seed 2^64": (["--seed", str(2**64)], f"--seed {2**64} must lie in 0 … 2⁶⁴ − 1"),
+    "seed 2^64 of the last": (["--seed", str(2**64 - 1), "--num-images", "2"], f"--seed {2**64} must lie in 0"),
+    "batch 0": (["--view-batch-size", "0"], "--view-batch-size 0 must be at least 1"),
+    "batch 0 of pictures": (["--num-images", "0"], "--num-images 0 must be at least 1"),
+    "structure fraction NaN": (["--structure-fraction", "nan"], "--structure-fraction nan must lie in 0 … 1"),
+    "structure fraction 1.5": (["--structure-fraction", "1.5"], "--structure-fraction 1.5 must lie in 0 … 1"),
+    "cosine scales, two": (["--cosine-scales", "3", "1"], "argument --cosine-scales: expected 3 arguments"),
+    "cosine scale -1": (["--cosine-scales", "3", "1", "-1"], "--cosine-scales (3.0, 1.0, -1.0) must be three finite"),
+    "word threshold 2": (["--word-threshold", "2"], "--word-threshold 2.0 must lie in 0 … 1"),
+    "clip skip 0": (["--clip-skip", "0"], "--clip-skip 0 must lie in 1 … 3"),
+    "clip skip 4": (["--clip-skip", "4"], "--clip-skip 4 must lie in 1 … 3"),
+    "clip skip two": (["--clip-skip", "two"], "argument --clip-skip: invalid int value: 'two'"),
+}
+NAMES: dict[str, tuple[list[str], str]] = {
+    "method": (["--method", "cutdifusion"], "did you mean 'cutdiffusion'? (see --help)"),
+    "method like none": (["--method", "zzz"], "argument --method: 'zzz' is not one of direct, "),
+    "solver": (["--solver", "eulr"], "argument --solver: 'eulr' is not one of euler, ddim: did you mean 'euler'?"),
+    "interaction": (["--interaction", "chanel"], "did you mean 'channel'?"),
+    "size conditioning": (["--size-conditioning", "nativ"], "did you mean 'native'?"),
+    "prediction type": (["--prediction-type", "epsilo"], "did you mean 'epsilon'?"),
+    "timestep spacing": (["--timestep-spacing", "trail"], "did you mean 'trailing'?"),
+    "backend": (["--backend", "tritn"], "did you mean 'triton'?"),
+    "dtype": (["--dtype", "float23"], "did you mean 'float32'?"),
+    "dtype of no network": (["--dtype", "int8"], "argument --dtype: 'int8' is not one of float32, bfloat16, float16"),
+    "device": (["--device", "abacus"], "--device abacus is not available here: use --device cpu"),
+    "device without values": (["--device", "meta"], "--device meta is not cpu or cuda"),
+    "option": (["--metod", "direct"], "--metod is no option: did you mean '--method'? (see --help)"),
+    "option like none": (["--colour", "red"], "--colour is no option"),
+    "hub id": (["--model", "someone/nothing"], "someone/nothing is no file or folder, and no model in the local"),
+    "model of two lines": (["--model", "a\nb"], "a b does not exist: pass a diffusers folder or a .safetensors file"),
+    "configuration of a folder": (["--config", "nowhere"], "--config 'nowhere' is for single files"),
+    "LoRA": (["--lora", "x" * 5000], f"argument --lora: {'x' * 5000} is no file: give PATH or PATH:SCALE"),
+}
+REFUSED = {
+    f"{section}: {name}": row
+    for section, rows in {"prompt": REFUSED_PROMPTS, "sampling": SAMPLING, "unknown name": NAMES}.items()
+    for name, row in rows.items()
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.usefixtures("empty_cache")
+def test_refused(name: str, tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, expected = REFUSED[name]
+    line = command_line.refuses(arguments, 2, expected)
+    assert line.startswith(expected) or expected.startswith("did you mean")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its arguments are UTF-8")
+@pytest.mark.parametrize("name", ["prompt: lone surrogate", "sampling: guidance NaN", "unknown name: method"])
+def test_refused_as_a_user_types_it(name: str, command_line: CommandLine) -> None:
+    arguments, expected = REFUSED[name]
+    command_line.refuses(arguments, 2, expected, apart=True)
+
+
+def test_below_native_is_drawn(tmp_path: Path) -> None:
+    assert main(["--width", "8", "--height", "72", "--steps", "1", "--out", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "cutdiffusion-8x72-seed0.png") as image:
+        assert image.size == (8, 72)
+
+
+LINES: dict[bytes, str] = {
+    b"{": "a line that begins with { must be a JSON object (Expecting",
+    b"{red|blue} house": "a line that begins with { must be a JSON object (Expecting",
+    b'{"prompt": "a"} b': "a line that begins with { must be a JSON object (Extra data",
+    b'{"a":' + b"[" * 100_000: "a line that begins with { must be a JSON object (",
+    b'{"width": 256}': 'an object needs "prompt", a text',
+    b'{"prompt": 5}': 'an object needs "prompt", a text',
+    b'{"prompt": "a", "widht": 256}': "'widht' is no option of a prompt: did you mean 'width'?",
+    b'{"prompt": "a", "guidance": 3}': "'guidance' is no option of a prompt: did you mean 'guidance_scale'?",
+    b'{"prompt": "a", "zzz": 3}': "'zzz' is no option of a prompt, only prompt, negative_prompt, ",
+    b'{"prompt": "a", "out": "elsewhere"}': "'out' is no option of a prompt",
+    b'{"prompt": "a", "steps": 3, "num_steps": 3}': "num_steps is given twice",
+    b'{"prompt": "a", "width": "many"}': "argument --width: invalid int value: 'many'",
+    b'{"prompt": "a", "width": 256.5}': "argument --width: invalid int value: '256.5'",
+    b'{"prompt": "a", "width": null}': "width must be a text or a number, not None",
+    b'{"prompt": "a", "width": true}': "width must be a text or a number, not True",
+    b'{"prompt": "a", "width": [256]}': "width must be a text or a number, not [256]",
+    b'{"prompt": "a", "cosine_scales": 3}': "cosine_scales must be a list of numbers, not 3",
+    b'{"prompt": "a", "cosine_scales": [1, "--help", 3]}': "cosine_scales must be a list of numbers",
+    b'{"prompt": "a", "cosine_scales": [1, 2]}': "argument --cosine-scales: expected 3 arguments",
+    b'{"prompt": "a", "width": 100}': "--width 100 must be a multiple of 8",
+    b'{"prompt": "a", "steps": 0}': "--steps 0 must be at least 1",
+    b'{"prompt": "a", "guidance_scale": NaN}': "--guidance-scale nan must be a finite number",
+    b'{"prompt": "a", "method": "magic"}': "argument --method: 'magic' is not one of direct, ",
+    b'{"prompt": "a", "clip_skip": 9}': "--clip-skip 9 must lie in 1 … 3",
+    b'{"prompt": "\\ud800"}': r"the prompt '\ud800' is not valid UTF-8",
+    b'{"prompt": "a", "negative_prompt": "\\u0000"}': r"the prompt '\x00' holds a NUL",
+    b"a \xff house": "byte 3 is not UTF-8",
+}
+"""Lines of a file of prompts, and what is said of them."""
+LATE = ("multiple of 8", "clip-skip")
+"""What is known only when the model is."""
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_line_of_a_file_of_prompts(line: bytes, tmp_path: Path, command_line: CommandLine) -> None:
+    """It is named before anything is drawn."""
+    file = tmp_path / "prompts.txt"
+    last = b"" if any(words in LINES[line] for words in LATE) else b"\n{"
+    file.write_bytes(b"a tent\n\n" + line + last)
+    said = command_line.refuses(["--prompts", file, *QUICK], 2)
+    assert said.startswith(f"{file}, line 3: {LINES[line]}")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n# nothing\n"])
+def test_file_without_prompts(content: bytes, tmp_path: Path, command_line: CommandLine) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    command_line.refuses(["--prompts", file], 2, f"--prompts {file} holds no prompt: give at least one line")
