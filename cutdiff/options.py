@@ -31,7 +31,7 @@ class BadArgument(Exception):
     """An argument that cannot be used; its message is the line that the user sees."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Errors are raised, and name what was most likely meant."""
 
     def error(self, message: str) -> NoReturn:
@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str] | None, given: argparse.Namespace | None = None) -> argparse.Namespace:
     """The arguments; what they leave out is as `given`, or the default."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m cutdiff.sample",
         usage="%(prog)s [PROMPT] [options]",
         description="Draw a picture past the size that a diffusion model was trained at.",
