@@ -26,6 +26,7 @@ import torch
 from cutdiff_kernels.bench import hardware
 from tqdm import trange
 
+import cutdiff
 from cutdiff.bench.measure import Contestant, Ours, Timing, count_flops, matmul_peak, now, timed
 from cutdiff.bench.parity import NotEqual, prove, prove_again
 from cutdiff.bench.random_model import cast, random_model
@@ -38,10 +39,11 @@ from cutdiff.pipeline import peak_memory
 from cutdiff.settings import BACKENDS, Settings
 
 SMALL_UNET = UNetConfig(
-    channels=(64, 128, 256),
-    transformer_layers=(0, 1, 2),
-    mid_transformer_layers=2,
-    num_heads=(1, 2, 4),
+    channels=(64, 128),
+    layers_per_block=1,
+    transformer_layers=(0, 1),
+    mid_transformer_layers=1,
+    num_heads=(1, 2),
     context_dim=256,
     pooled_dim=128,
     size_embedding_dim=32,
@@ -70,7 +72,8 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     """Compare, then time by turns; what was found is saved after every round."""
     baselines = _baselines()
     unet, vae = (SMALL_UNET, SMALL_VAE) if args.small else (SDXL_UNET, SDXL_VAE)
-    settings, device, dtype = _settings(args, unet, vae), torch.device(args.device), getattr(torch, args.dtype)
+    settings, dtype = _settings(args, unet, vae), getattr(torch, args.dtype)
+    device = torch.empty(0, device=args.device).device
     size = settings.canvas_size(unet.native_size, vae.factor)
 
     _say("making random weights, and comparing the networks in float32")
@@ -92,7 +95,7 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     flops, peak_flops = count_flops(unet, vae, size, args.steps), matmul_peak(device, dtype, args.matmul)
     result: dict[str, Any] = {
         "command": command,
-        "hardware": hardware(device) | {name: version(name) for name in ("cutdiff", "diffusers")},
+        "hardware": hardware(device) | {"cutdiff": cutdiff.__version__, "diffusers": version("diffusers")},
         "precision": {
             "dtype": args.dtype,
             "float32_products": torch.get_float32_matmul_precision(),
