@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -90,6 +91,19 @@ def test_all_run_in_low_precision(small: Model, dtype: torch.dtype) -> None:
     assert theirs.vae.dtype == (torch.float32 if dtype == torch.float16 else dtype)
 
 
+def test_the_compiled_loop_is_captured_whole_and_ends_in_the_same_latents(
+    small: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As dynamo captures it; what a backend makes of it is not ours."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    loops = make_baselines(small, ["c", "d"], SIZE)
+    (*_, (_, plain)), (*_, (_, compiled)) = (loop.steps(2) for loop in loops.values())
+    assert ((compiled - plain).norm() / plain.norm()).item() < 1e-4
+    assert loops["d"].unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert small.unet.conv_in.weight.is_contiguous()
+
+
 @pytest.mark.parametrize("num_steps", [4, 5])
 def test_flops_are_those_of_the_evaluations_that_a_run_takes(small: Model, num_steps: int) -> None:
     flops = count_flops(UNET, VAE_TINY, SIZE, num_steps)
@@ -110,6 +124,7 @@ def test_flops_of_sdxl_are_those_of_its_layers_with_attention() -> None:
 class Fake:
     """A contestant whose latents are given."""
 
+    what = "fake"
     unet = vae = nn.Identity()
 
     def __init__(self, latents: Tensor) -> None:

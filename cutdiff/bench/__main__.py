@@ -32,6 +32,7 @@ from cutdiff.bench.parity import NotEqual, prove, prove_again
 from cutdiff.bench.random_model import cast, random_model
 from cutdiff.bench.report import OURS, heading, summary, table
 from cutdiff.images import save_json
+from cutdiff.model import Model
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.options import DTYPES, BadArgument, Parser
 from cutdiff.patches import check_backend, grid_for
@@ -72,52 +73,64 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     """Compare, then time by turns; what was found is saved after every round."""
     baselines = _baselines()
     unet, vae = (SMALL_UNET, SMALL_VAE) if args.small else (SDXL_UNET, SDXL_VAE)
-    settings, dtype = _settings(args, unet, vae), getattr(torch, args.dtype)
-    device = torch.empty(0, device=args.device).device
+    settings, device = _settings(args, unet, vae), torch.empty(0, device=args.device).device
     size = settings.canvas_size(unet.native_size, vae.factor)
 
     _say("making random weights, and comparing the networks in float32")
     model = random_model(unet, vae, device)
     parity = prove(model, Ours(model, settings), baselines.make_baselines(model, ["a"], size)["a"])
-    model = cast(model, dtype)
-    ours, others = Ours(model, settings), baselines.make_baselines(model, args.only, size)
-    contestants: dict[str, Contestant] = {OURS: ours, **others}
-    rows = 2 * min(settings.view_batch_size, math.prod(grid_for(size, unet.native_size)))
-    about: dict[str, dict[str, Any]] = {}
-    for name, contestant in contestants.items():
-        what = baselines.VARIANTS[name].what if name in others else OURS
-        _say(f"first run of {what}")
-        began = now(device)
-        difference = prove_again(model, name, ours, contestant, rows)
-        timed(contestant, 2, device)
-        about[name] = {"what": what, "difference": difference, "first_run_s": now(device) - began}
-
-    flops, peak_flops = count_flops(unet, vae, size, args.steps), matmul_peak(device, dtype, args.matmul)
-    result: dict[str, Any] = {
+    model = cast(model, getattr(torch, args.dtype))
+    contestants = {OURS: Ours(model, settings), **baselines.make_baselines(model, args.only, size)}
+    first = _first_runs(contestants, model, min(settings.view_batch_size, math.prod(grid_for(size, unet.native_size))))
+    result = {
         "command": command,
-        "hardware": hardware(device) | {"cutdiff": cutdiff.__version__, "diffusers": version("diffusers")},
-        "precision": {
-            "dtype": args.dtype,
-            "float32_products": torch.get_float32_matmul_precision(),
-            "tf32_convolutions": torch.backends.cudnn.allow_tf32,
-        },
+        **_environment(args, device),
         "model": "small" if args.small else "SDXL",
         "settings": settings.described(),
         "parity": parity,
         "matmul_side": args.matmul,
-        "peak_flops_per_s": peak_flops,
-        "flops": flops,
+        "peak_flops_per_s": matmul_peak(device, model.dtype, args.matmul),
+        "flops": count_flops(unet, vae, size, args.steps),
     }
     timings: dict[str, list[Timing]] = {name: [] for name in contestants}
     for _ in trange(args.repeats, desc="rounds", disable=None):
         for name, contestant in contestants.items():
             timings[name].append(timed(contestant, args.steps, device))
-        found = summary(timings, flops, peak_flops)
+        found = summary(timings, result["flops"], result["peak_flops_per_s"])
+        result["contestants"] = {name: first[name] | found[name] for name in contestants}
         result["resident_peak_bytes"] = peak_memory(torch.device("cpu"))
-        result["contestants"] = {name: about[name] | found[name] for name in contestants}
         if args.json is not None:
             save_json(args.json, result)
     return result
+
+
+def _first_runs(contestants: dict[str, Contestant], model: Model, num_patches: int) -> dict[str, dict[str, Any]]:
+    """Of each contestant its name, how far its U-Net is from ours, and the seconds of all that happens once.
+
+    Compared is a batch of as many guidance pairs as patches, so that a compiler sees no shape that a run does not.
+    """
+    found = {}
+    for name, contestant in contestants.items():
+        _say(f"first run of {contestant.what}")
+        began = now(model.device)
+        difference = prove_again(model, name, contestants[OURS], contestant, 2 * num_patches)
+        timed(contestant, 2, model.device)
+        found[name] = {
+            "what": contestant.what,
+            "difference": difference,
+            "first_run_s": now(model.device) - began,
+        }
+    return found
+
+
+def _environment(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    versions = {"cutdiff": cutdiff.__version__, "diffusers": version("diffusers")}
+    precision = {
+        "dtype": args.dtype,
+        "float32_products": torch.get_float32_matmul_precision(),
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+    }
+    return {"hardware": hardware(device) | versions, "precision": precision}
 
 
 def _baselines() -> ModuleType:
@@ -132,7 +145,7 @@ def _settings(args: argparse.Namespace, unet: UNetConfig, vae: VAEConfig) -> Set
     native = unet.native_size * vae.factor
     if args.size < native or args.size % native:
         raise BadArgument(f"--size {args.size} must be a multiple of {native}, the native size: so the loop has it")
-    for name, least in (("steps", 2), ("repeats", 1), ("view_batch_size", 1)):
+    for name, least in (("steps", 2), ("repeats", 1), ("matmul", 1), ("view_batch_size", 1)):
         if getattr(args, name) < least:
             raise BadArgument(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -157,12 +170,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description="Time the sampler beside the published CutDiffusion loop on diffusers' modules.",
     )
     parser.add_argument("--small", action="store_true", help="a small network, for a CPU")
-    for name, kind, what in (
-        ("size", int, "side of the picture, in pixels"),
-        ("steps", int, "of each run"),
-        ("matmul", int, "side of the matrices whose product is the floor's rate"),
+    for name, what in (
+        ("size", "side of the picture, in pixels"),
+        ("steps", "of each run"),
+        ("matmul", "side of the matrices whose product is the floor's rate"),
     ):
-        parser.add_argument(f"--{name}", type=kind, metavar="N", help=f"{what}{_defaults(name)}")
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what}{_defaults(name)}")
     parser.add_argument("--dtype", choices=DTYPES, help=f"of the networks{_defaults('dtype')}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="none: cuda where there is one")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds (5)")

@@ -101,6 +101,7 @@ class VectorisedDraws(PublishedDraws):
 class PublishedLoop:
     """The loop for one picture, with guidance."""
 
+    what: str
     unet: Any
     """diffusers' network, or that compiled."""
     vae: AutoencoderKL
@@ -284,6 +285,7 @@ def make_baselines(model: Model, names: Sequence[str], size: Size, seed: int = 0
             unet = with_weights_of(model.unet, model.dtype).to(memory_format=torch.channels_last)
             unet = torch.compile(unet, fullgraph=True, dynamic=False)
         made[name] = PublishedLoop(
+            what=variant.what,
             unet=unet,
             vae=vae,
             context=torch.cat([negative.context, positive.context]),

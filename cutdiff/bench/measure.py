@@ -22,13 +22,16 @@ from cutdiff.models.vae import VAE
 from cutdiff.patches import grid_for, view_grid
 from cutdiff.settings import Settings
 
-STAGES = ("structure", "detail")
+STAGES: tuple[str, ...] = ("structure", "detail")
 PARTS = (*STAGES, "network", "decode")
 """What has a time of its own; "network" is both stages."""
 
 
 class Contestant(Protocol):
     """What is timed: a sampler for one picture, with its weights."""
+
+    @property
+    def what(self) -> str: ...
 
     @property
     def unet(self) -> Any: ...
@@ -55,6 +58,7 @@ class Ours:
 
     model: Model
     settings: Settings
+    what: str = "cutdiff"
 
     @property
     def unet(self) -> nn.Module:
@@ -98,7 +102,7 @@ def timed(contestant: Contestant, num_steps: int, device: torch.device) -> Timin
         seconds[stage] += ended - began
         began, latents = ended, state
     seconds["network"] = sum(seconds.values())
-    peaks = {"network": memory.peak(contestant.unet)}
+    peaks: dict[str, int | None] = {"network": memory.peak(contestant.unet)}
     if not latents.isfinite().all():
         raise FloatingPointError("latents that were timed hold NaN or infinity")
     memory, began = Memory(device), now(device)
@@ -144,14 +148,14 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, side: int, repeats: in
 
 
 def count_flops(unet: UNetConfig, vae: VAEConfig, size: tuple[int, int], num_steps: int) -> dict[str, float]:
-    """Of each part, for one picture of `size` latents with guidance; attention included."""
-    rows, switch = unet_flops(unet), math.ceil(STRUCTURE_FRACTION * num_steps)
+    """Of each part, for one picture of `size` latents, no smaller than native, with guidance; attention included."""
+    switch = math.ceil(STRUCTURE_FRACTION * num_steps)
     patches = math.prod(grid_for(size, unet.native_size))
-    window = (min(unet.native_size, size[0]), min(unet.native_size, size[1]))
-    views = len(view_grid(size, window, (unet.native_size // 2,) * 2))
-    structure, detail = 2 * rows * patches * switch, 2 * rows * views * (num_steps - switch)
-    network = structure + detail
-    return {"structure": structure, "detail": detail, "network": network, "decode": vae_flops(vae, size)}
+    window, stride = unet.native_size, unet.native_size // 2
+    views = len(view_grid(size, (window, window), (stride, stride)))
+    pair = 2 * unet_flops(unet)
+    structure, detail = pair * patches * switch, pair * views * (num_steps - switch)
+    return {"structure": structure, "detail": detail, "network": structure + detail, "decode": vae_flops(vae, size)}
 
 
 @torch.no_grad()

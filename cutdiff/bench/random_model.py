@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cutdiff.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
-from cutdiff.models.text import TextEncoders, TextStates
+from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.schedule import NoiseConfig
@@ -21,19 +21,14 @@ TOKENS = 77
 """Of a prompt, as CLIP's encoders pad it."""
 
 
-class GivenText(TextEncoders):
-    """One prompt's states (1, L, D) in the place of encoders: every prompt has them, and costs no time."""
+@dataclass(frozen=True)
+class GivenText:
+    """In the place of a model's `TextEncoders`: every prompt has the same states (1, L, D), at no cost."""
 
     states: TextStates
+    encoders: tuple[()] = ()
 
-    def __init__(self, states: TextStates) -> None:
-        object.__setattr__(self, "states", states)
-
-    @property
-    def encoders(self) -> list[Any]:
-        return []
-
-    def skipping(self, clip_skip: int | None) -> TextEncoders:
+    def skipping(self, clip_skip: int | None) -> GivenText:
         return self
 
     def length(self, prompt: str) -> int:
@@ -53,14 +48,14 @@ def random_model(unet: UNetConfig, vae: VAEConfig, device: torch.device, seed: i
     rng = torch.Generator(device).manual_seed(seed + 1)
     context = torch.randn(1, TOKENS, unet.context_dim, generator=rng, device=device)
     pooled = torch.randn(1, unet.pooled_dim, generator=rng, device=device)
-    text = GivenText(TextStates(context, pooled))
+    text: Any = GivenText(TextStates(context, pooled))
     return Model(*networks, text, NoiseConfig(), zeros_for_empty_negative=True, source="random weights", files={})
 
 
 def cast(model: Model, dtype: torch.dtype) -> Model:
     """The model in another dtype; its networks are changed in place."""
     states = model.text.encode([""])
-    text = GivenText(TextStates(states.context.to(dtype), states.pooled.to(dtype)))
+    text: Any = GivenText(TextStates(states.context.to(dtype), states.pooled.to(dtype)))
     return replace(model, unet=model.unet.to(dtype), vae=model.vae.to(dtype), text=text)
 
 
