@@ -5,7 +5,7 @@ weights of SDXL's sizes: (a) as its README runs it, (b) with view batch 16, (c) 
 torch.compile and channels_last. First the networks are compared, in float32 and then in the dtype of the run. Then
 everyone draws once with two steps, which compiles what is compiled, and then by turns, --repeats times. Seconds are of
 each stage, with all that surrounds the network, and of the VAE apart; ratios are medians over the rounds. The floor is
-the FLOPs of the network's evaluations at the rate of a large matrix product in the same run.
+the FLOPs of the network's evaluations at the best rate that a large matrix product has in any round.
 
 Peak memory is told for each on a GPU, its weights included; of the process, which holds the weights of all, on any.
 Exit status: 0, 1 where networks differ or a run failed, 2 for arguments that cannot be used.
@@ -52,7 +52,7 @@ SMALL_UNET = UNetConfig(
 )
 SMALL_VAE = VAEConfig(channels=(32, 64, 64, 64), layers_per_block=1)
 FULL = {"size": 2048, "steps": 50, "dtype": "bfloat16", "matmul": 8192}
-SMALL = {"size": 256, "steps": 4, "dtype": "float32", "matmul": 1024}
+SMALL = {"size": 256, "steps": 4, "dtype": "float32", "matmul": 512}
 BASELINES = ("a", "b", "c", "d")
 
 
@@ -89,11 +89,13 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
         "settings": settings.described(),
         "parity": parity,
         "matmul_side": args.matmul,
-        "peak_flops_per_s": matmul_peak(device, model.dtype, args.matmul),
+        "peak_flops_per_s": 0.0,
         "flops": count_flops(unet, vae, size, args.steps),
     }
     timings: dict[str, list[Timing]] = {name: [] for name in contestants}
     for _ in trange(args.repeats, desc="rounds", disable=None):
+        rate = matmul_peak(device, model.dtype, args.matmul)
+        result["peak_flops_per_s"] = max(result["peak_flops_per_s"], rate)
         for name, contestant in contestants.items():
             timings[name].append(timed(contestant, args.steps, device))
         found = summary(timings, result["flops"], result["peak_flops_per_s"])
