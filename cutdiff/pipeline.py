@@ -245,7 +245,7 @@ def _record(
         "view_batch_halved": prepared.denoiser.view_batch_size != _view_batch_size(model, prepared.settings),
         "network_evaluations": prepared.denoiser.evaluations,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-        "peak_memory_bytes": _peak_memory(model.device),
+        "peak_memory_bytes": peak_memory(model.device),
         "versions": {
             "cutdiff": cutdiff.__version__,
             **{name: version(name) for name in ("torch", "transformers")},
@@ -265,7 +265,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Of the accelerator in this run, or of the process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

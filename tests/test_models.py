@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from cutdiff.bench.baselines import published_unet, published_vae
+from cutdiff.bench.random_model import randomise
 from cutdiff.models.config import SD15_UNET, SD21_UNET, SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.unet import UNet
@@ -32,50 +34,11 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@torch.no_grad()
-def randomise(network: nn.Module, seed: int) -> None:
-    """Give every parameter random values, norms and biases too, so that none can be left out unnoticed."""
-    rng = generator(seed)
-    for name, parameter in network.named_parameters():
-        parameter.normal_(generator=rng)
-        if parameter.ndim > 1:
-            parameter /= math.sqrt(parameter[0].numel())
-        else:
-            parameter *= 0.2
-            parameter += 1.0 if name.endswith("weight") else 0.0  # the weight of a norm
-    network.eval()
-
-
 def shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
 # ---- U-Net
-
-
-def published_unet(config: UNetConfig) -> UNet2DConditionModel:
-    """diffusers' network of the same shape, as its SDXL configuration files spell it."""
-    attended = [layers > 0 for layers in config.transformer_layers]
-    return UNet2DConditionModel(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attended),
-        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)),
-        block_out_channels=config.channels,
-        layers_per_block=config.layers_per_block,
-        norm_num_groups=config.norm_groups,
-        cross_attention_dim=config.context_dim,
-        # It takes the middle block's depth from the last level, whose own is not read where it has no attention.
-        transformer_layers_per_block=(
-            *(max(n, 1) for n in config.transformer_layers[:-1]),
-            config.mid_transformer_layers,
-        ),
-        attention_head_dim=config.num_heads,  # its name for the number of heads
-        use_linear_projection=config.linear_projections,
-        addition_embed_type="text_time" if config.added_dim else None,
-        addition_time_embed_dim=config.size_embedding_dim or None,
-        projection_class_embeddings_input_dim=config.added_dim or None,
-    )
 
 
 @st.composite
@@ -268,21 +231,6 @@ def test_vae_compiles_without_a_graph_break_at_fixed_and_changing_sizes() -> Non
 
 
 # ---- VAE
-
-
-def published_vae(config: VAEConfig) -> AutoencoderKL:
-    levels = len(config.channels)
-    return AutoencoderKL(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.channels,  # type: ignore[arg-type]  # annotated as a tuple of one
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.norm_groups,
-        scaling_factor=config.scaling_factor,
-    )
 
 
 @st.composite

@@ -1,25 +1,24 @@
-"""CutDiffusion against its published loop: state as a list of patches, diffusers' scheduler, averages after its step.
-
-The loop below is written anew from what the published code computes (github.com/lmbxmu/CutDiffusion), with all views in
-one batch; there the scheduler's step index is wrong for every further view batch. It shares nothing with cutdiff but
-the network and the text states, and its draws are handed to cutdiff through `Draws`.
+"""CutDiffusion against its published loop, which lives with the bench: state as a list of patches, diffusers' networks
+and scheduler, averages after its step. It shares nothing with cutdiff but weights and text states, and its draws are
+handed to cutdiff through `Draws`.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from diffusers import EulerDiscreteScheduler
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import cutdiff
+from cutdiff.bench.baselines import PublishedDraws, VectorisedDraws, make_baselines
 from cutdiff.draws import Draws
 from cutdiff.model import Model
-from cutdiff.models.text import TextStates
 
 WINDOW, STRIDE, GUIDANCE = 8, 4, 7.5
 
@@ -56,56 +55,21 @@ class PublishedRun:
         ]
 
 
-def published_latents(model: Model, run: PublishedRun, positive: TextStates, negative: TextStates) -> Tensor:
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
-    )
-    scheduler.set_timesteps(run.num_steps)
-    (rows, columns), reach = run.grid, (WINDOW - STRIDE) // 4
-    height, width = rows * WINDOW, columns * WINDOW
+class Given(PublishedDraws):
+    """A published run's draws, given to the loop."""
 
-    def predict(batch: Tensor, t: Tensor, crops: Tensor) -> Tensor:
-        scheduler._step_index = None
-        scaled = scheduler.scale_model_input(batch, t).repeat_interleave(2, dim=0)
-        sizes = torch.tensor([8.0 * height, 8.0 * width])
-        size_ids = torch.cat([sizes.expand(len(batch), 2), crops, sizes.expand(len(batch), 2)], dim=1)
-        output = model.unet(
-            scaled,
-            t.expand(len(scaled)),
-            torch.cat([negative.context, positive.context]).repeat(len(batch), 1, 1),
-            torch.cat([negative.pooled, positive.pooled]).repeat(len(batch), 1),
-            size_ids.repeat_interleave(2, dim=0),
-        )
-        unconditional, conditional = output[::2], output[1::2]
-        return unconditional + GUIDANCE * (conditional - unconditional)
+    def __init__(self, run: PublishedRun) -> None:
+        super().__init__(torch.device("cpu"))
+        self.run = run
 
-    def step(prediction: Tensor, t: Tensor, sample: Tensor) -> Tensor:
-        scheduler._step_index = None
-        return scheduler.step(prediction, t, sample, return_dict=False)[0]
+    def noise(self, shape: Any) -> Tensor:
+        return self.run.noise
 
-    state = run.noise * scheduler.init_noise_sigma
-    for i, t in enumerate(scheduler.timesteps):
-        if i < run.num_steps / 2:
-            index = run.index[i]
-            prediction = predict(state.gather(0, index), t, torch.zeros(run.num_patches, 2))
-            state = step(prediction.gather(0, index.argsort(0)), t, state)
-            continue
-        if len(state) > 1:
-            canvas = torch.empty(1, 4, height, width)
-            for patch, (r, c) in zip(state, ((r, c) for r in range(rows) for c in range(columns)), strict=True):
-                canvas[0, :, r::rows, c::columns] = patch
-            state = canvas
-        padded = F.pad(state, (reach,) * 4)
-        windows = run.windows[i]
-        batch = torch.cat([padded[:, :, y : y + WINDOW, x : x + WINDOW] for y, x in windows])
-        stepped = step(predict(batch, t, torch.tensor(windows) * 8.0), t, batch)
-        value, count = torch.zeros_like(padded), torch.zeros_like(padded)
-        for view, (y, x) in zip(stepped, windows, strict=True):
-            value[0, :, y : y + WINDOW, x : x + WINDOW] += view
-            count[0, :, y : y + WINDOW, x : x + WINDOW] += 1
-        inner = (..., slice(reach, reach + height), slice(reach, reach + width))
-        state = value[inner] / count[inner]
-    return state
+    def permutation(self, step: int, shape: Any) -> tuple[Tensor, Tensor]:
+        return self.run.index[step], self.run.index[step].argsort(0)
+
+    def windows(self, step: int, size: Any, window: int, stride: int) -> list[tuple[int, int]]:
+        return self.run.windows[step]
 
 
 class Replayed(Draws):
@@ -131,24 +95,53 @@ class Replayed(Draws):
         return torch.tensor(self.run.windows[step]) - (WINDOW - STRIDE) // 4
 
 
-@pytest.mark.parametrize(("grid", "num_steps"), [((2, 2), 10), ((2, 3), 6), ((3, 3), 4)])
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+@pytest.mark.parametrize(("grid", "num_steps"), [((2, 2), 10), ((2, 3), 6), ((3, 3), 3)])
 @torch.no_grad()
-def test_the_published_run_is_repeated_draw_by_draw(tiny_model: Model, grid: tuple[int, int], num_steps: int) -> None:
-    prompt = "a red house with mountains over a meadow at sunset"
+def test_the_published_run_is_repeated_draw_by_draw(
+    tiny_model: Model, grid: tuple[int, int], num_steps: int, name: str
+) -> None:
     run = PublishedRun(grid, num_steps, seed=3)
-    positive = tiny_model.text.encode([prompt])
-    expected = published_latents(tiny_model, run, positive, TextStates.zeros_like(positive))
-    steps = cutdiff.denoise(
+    size = (grid[0] * WINDOW, grid[1] * WINDOW)
+    loop = replace(make_baselines(tiny_model, [name], size)[name], draws=lambda *_: Given(run))
+    *_, (stage, expected) = loop.steps(num_steps)
+    *_, last = cutdiff.denoise(
         tiny_model,
-        prompt,
-        height=grid[0] * WINDOW * 8,
-        width=grid[1] * WINDOW * 8,
+        "",
+        height=size[0] * 8,
+        width=size[1] * 8,
         num_steps=num_steps,
         stride=STRIDE,
         guidance_scale=GUIDANCE,
         size_conditioning="target",
         draws=Replayed(run),
     )
-    final = list(steps)[-1].latents
-    assert math.isfinite(final.norm().item())
-    assert ((final - expected).norm() / expected.norm()).item() < 1e-4
+    assert last.stage == stage == "detail"
+    assert math.isfinite(last.latents.norm().item())
+    assert ((last.latents - expected).norm() / expected.norm()).item() < 1e-4
+    pictures = loop.decode(expected), cutdiff.decode(tiny_model, expected)
+    assert torch.equal(*pictures)
+
+
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 9), side=st.integers(1, 4))
+@pytest.mark.parametrize("draws", [PublishedDraws, VectorisedDraws])
+def test_its_permutations_are_permutations_with_their_inverses(
+    draws: type[PublishedDraws], seed: int, count: int, side: int
+) -> None:
+    index, inverse = draws(torch.device("cpu"), seed).permutation(0, (count, 4, side, side))
+    places = torch.arange(count)[:, None, None, None].expand(count, 4, side, side)
+    assert torch.equal(index.sort(dim=0).values, places)
+    assert torch.equal(index.gather(0, inverse), places)
+    assert torch.equal(inverse.gather(0, index), places)
+
+
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 4), columns=st.integers(1, 4))
+def test_its_windows_cover_the_canvas_and_stay_on_what_is_padded(seed: int, rows: int, columns: int) -> None:
+    size, reach = (rows * WINDOW, columns * WINDOW), (WINDOW - STRIDE) // 4
+    windows = PublishedDraws(torch.device("cpu"), seed).windows(0, size, WINDOW, STRIDE)
+    assert len(windows) == (2 * rows - 1) * (2 * columns - 1)
+    count = torch.zeros(size[0] + 2 * reach, size[1] + 2 * reach)
+    for y, x in windows:
+        assert count[y : y + WINDOW, x : x + WINDOW].shape == (WINDOW, WINDOW)
+        count[y : y + WINDOW, x : x + WINDOW] += 1
+    assert count[reach : reach + size[0], reach : reach + size[1]].min() > 0

@@ -1,0 +1,176 @@
+"""Runs by the clock: seconds of each stage, peak memory; and what the device could do at best."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cutdiff
+from cutdiff.bench.random_model import TOKENS
+from cutdiff.methods.cutdiffusion import STRUCTURE_FRACTION
+from cutdiff.model import Model
+from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.models.unet import UNet
+from cutdiff.models.vae import VAE
+from cutdiff.patches import grid_for, view_grid
+from cutdiff.settings import Settings
+
+STAGES: tuple[str, ...] = ("structure", "detail")
+PARTS = (*STAGES, "network", "decode")
+"""What has a time of its own; "network" is both stages."""
+
+
+class Contestant(Protocol):
+    """What is timed: a sampler for one picture, with its weights."""
+
+    @property
+    def what(self) -> str: ...
+
+    @property
+    def unet(self) -> Any: ...
+
+    @property
+    def vae(self) -> nn.Module: ...
+
+    def predict(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
+        """The network alone: the arguments are those of `UNet.forward`, with one timestep ()."""
+        ...
+
+    def steps(self, num_steps: int) -> Iterator[tuple[str, Tensor]]:
+        """A run: after every step the name of its stage and the state, in the end a canvas (1, C, H, W)."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (1, C, h, w) -> an image (1, 3, H, W), float32 in [0, 1], on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ours:
+    """The sampler of this package, through the functions that its users call."""
+
+    model: Model
+    settings: Settings
+    what: str = "cutdiff"
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.model.unet
+
+    @property
+    def vae(self) -> nn.Module:
+        return self.model.vae
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
+        return self.model.unet(x, timesteps.expand(len(x)), context, pooled, size_ids)
+
+    def steps(self, num_steps: int) -> Iterator[tuple[str, Tensor]]:
+        for step in cutdiff.denoise(self.model, "", self.settings, num_steps=num_steps):
+            yield step.stage, step.latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return cutdiff.decode(self.model, latents)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One run."""
+
+    seconds: dict[str, float]
+    """Of each stage with all that surrounds the network, of both ("network"), and to "decode"."""
+    peak_bytes: dict[str, int | None]
+    """In both stages and to "decode", weights included; None on a CPU."""
+
+
+def timed(contestant: Contestant, num_steps: int, device: torch.device) -> Timing:
+    """Draw one picture by the clock, which waits for the device after every step.
+
+    FloatingPointError where it is not finite: such numbers may take other time.
+    """
+    seconds, latents = dict.fromkeys(STAGES, 0.0), torch.empty(0)
+    memory, began = Memory(device), now(device)
+    for stage, state in contestant.steps(num_steps):
+        ended = now(device)
+        seconds[stage] += ended - began
+        began, latents = ended, state
+    seconds["network"] = sum(seconds.values())
+    peaks: dict[str, int | None] = {"network": memory.peak(contestant.unet)}
+    if not latents.isfinite().all():
+        raise FloatingPointError("latents that were timed hold NaN or infinity")
+    memory, began = Memory(device), now(device)
+    contestant.decode(latents)
+    seconds["decode"] = now(device) - began
+    return Timing(seconds, peaks | {"decode": memory.peak(contestant.vae)})
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock that waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Memory:
+    """Peak memory of an accelerator from now on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.held = device, 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.held = torch.cuda.memory_allocated(device)
+
+    def peak(self, network: nn.Module) -> int | None:
+        """Bytes beyond those that were held, and the weights of `network`, which were among them; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        weights = sum(parameter.numel() * parameter.itemsize for parameter in network.parameters())
+        return torch.cuda.max_memory_allocated(self.device) - self.held + weights
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, side: int, repeats: int = 10, launches: int = 5) -> float:
+    """FLOP/s of a square matrix product of random numbers: the best of several."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out, best = torch.mm(a, b), math.inf
+    for _ in range(repeats):
+        began = now(device)
+        for _ in range(launches):
+            torch.mm(a, b, out=out)
+        best = min(best, (now(device) - began) / launches)
+    return 2 * side**3 / best
+
+
+def count_flops(unet: UNetConfig, vae: VAEConfig, size: tuple[int, int], num_steps: int) -> dict[str, float]:
+    """Of each part, for one picture of `size` latents, no smaller than native, with guidance; attention included."""
+    switch = math.ceil(STRUCTURE_FRACTION * num_steps)
+    patches = math.prod(grid_for(size, unet.native_size))
+    window, stride = unet.native_size, unet.native_size // 2
+    views = len(view_grid(size, (window, window), (stride, stride)))
+    pair = 2 * unet_flops(unet)
+    structure, detail = pair * patches * switch, pair * views * (num_steps - switch)
+    return {"structure": structure, "detail": detail, "network": structure + detail, "decode": vae_flops(vae, size)}
+
+
+@torch.no_grad()
+def unet_flops(config: UNetConfig) -> float:
+    """Of one evaluation at native size; nothing is computed."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        latents = torch.empty(1, config.in_channels, config.native_size, config.native_size)
+        text = torch.empty(1, TOKENS, config.context_dim), torch.empty(1, config.pooled_dim)
+        UNet(config)(latents, torch.empty(1), *text, torch.empty(1, 6))
+    return float(counter.get_total_flops())
+
+
+@torch.no_grad()
+def vae_flops(config: VAEConfig, size: tuple[int, int]) -> float:
+    """To decode latents of `size`; nothing is computed."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        VAE(config).decode(torch.empty(1, config.latent_channels, *size), banded=False)
+    return float(counter.get_total_flops())

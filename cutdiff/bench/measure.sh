@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The whole sampler on a GPU, in one call of under 9 minutes: 2048², bfloat16, five rounds, SDXL's sizes. So that it fits,
+# the loops without a compiler run at 10 steps beside ours, and the compiled one at 50.
+# Usage: cutdiff/bench/measure.sh FOLDER. Writes loops.txt, loops.json, compiled.txt and compiled.json there; needs
+# diffusers, but no installation of cutdiff. A run that is cut short leaves its rounds in the JSON.
+set -euo pipefail
+out=$(realpath -m "${1:?usage: cutdiff/bench/measure.sh FOLDER}")
+cd "$(dirname "$0")/../.."
+mkdir -p "$out"
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+python3 -c 'import torch; assert torch.cuda.is_available(), "no CUDA or ROCm device here"'
+status=0
+bench() { # NAME SECONDS ARGUMENT…
+    timeout "$2" python3 -m cutdiff.bench --device cuda --json "$out/$1.json" "${@:3}" | tee "$out/$1.txt" || status=1
+}
+bench loops 180 --steps 10 --only a b c
+bench compiled 345 --steps 50 --only d
+exit "$status"

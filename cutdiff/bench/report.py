@@ -1,0 +1,95 @@
+"""What was measured, as JSON and as a table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cutdiff.bench.measure import PARTS, Timing
+
+OURS = "cutdiff"
+
+
+def summary(timings: dict[str, list[Timing]], flops: dict[str, float], peak_flops: float) -> dict[str, dict[str, Any]]:
+    """Of each contestant medians with the least and the most, how much longer than ours each part took, and all runs.
+
+    Runs are paired by their round, and a ratio is the median of those of the pairs.
+    """
+    found = {}
+    for name, runs in timings.items():
+        seconds, ratios = {}, {}
+        for part in PARTS:
+            own, ours = ([run.seconds[part] for run in some] for some in (runs, timings[OURS]))
+            seconds[part] = _spread(own)
+            ratios[part] = _spread([a / b for a, b in zip(own, ours, strict=True)])
+        network = seconds["network"]["median"]
+        found[name] = {
+            "seconds": seconds,
+            "times_ours": ratios,
+            "flops_per_s": flops["network"] / network,
+            "times_floor": network / (flops["network"] / peak_flops),
+            "runs": [asdict(run) for run in runs],
+        }
+    return found
+
+
+def heading(result: dict[str, Any]) -> str:
+    """What was run on what, and what was proven."""
+    settings, precision, parity = (result[name] for name in ("settings", "precision", "parity"))
+    others = [f"{name} {row['difference']:.1e}" for name, row in result["contestants"].items() if name != OURS]
+    rounds = len(result["contestants"][OURS]["runs"])
+    products, convolutions = precision["float32_products"], precision["tf32_convolutions"]
+    lines = [
+        f"{result['model']} network, random weights; {settings['height']}² px, {settings['num_steps']} steps, "
+        f"{rounds} rounds; {precision['dtype']} (float32 products: {products}, TF32 in convolutions: {convolutions})",
+        ", ".join(f"{key} {value}" for key, value in result["hardware"].items()),
+        f"difference from diffusers' in float32: U-Net {parity['unet']:.1e}, VAE {parity['vae']:.1e}",
+        f"difference of U-Nets from ours in {precision['dtype']}: {', '.join(others) or 'none'}",
+        f"product of matrices of {result['matmul_side']}²: {result['peak_flops_per_s'] / 1e12:.3g} TFLOP/s",
+        f"peak resident memory of this process: {result['resident_peak_bytes'] / 1e9:.1f} GB",
+    ]
+    return "\n".join(lines)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: a row for each contestant, and one for the floor."""
+    lines = [
+        "| | structure s | detail s | both s [least – most] | times cutdiff [least – most] | TFLOP/s | times floor "
+        "| decode s | peak GB | peak GB, decode | first run s |",
+        "|---" * 11 + "|",
+    ]
+    for name, row in result["contestants"].items():
+        seconds = row["seconds"]
+        cells = [
+            row["what"] if name == OURS else f"{name}: {row['what']}",
+            f"{seconds['structure']['median']:.2f}",
+            f"{seconds['detail']['median']:.2f}",
+            _cell(seconds["network"]),
+            _cell(row["times_ours"]["network"]),
+            f"{row['flops_per_s'] / 1e12:.3g}",
+            f"{row['times_floor']:.2f}",
+            f"{seconds['decode']['median']:.2f}",
+            *(_peak_memory(row["runs"], part) for part in ("network", "decode")),
+            f"{row['first_run_s']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    floor = {part: f"{flops / result['peak_flops_per_s']:.2f}" for part, flops in result["flops"].items()}
+    peak = f"{result['peak_flops_per_s'] / 1e12:.3g}"
+    cells = [floor["structure"], floor["detail"], floor["network"], "–", peak, "1", floor["decode"], "–", "–", "–"]
+    lines.append(f"| floor | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _peak_memory(runs: list[dict[str, Any]], part: str) -> str:
+    peaks = [run["peak_bytes"][part] for run in runs]
+    return "–" if None in peaks else f"{max(peaks) / 1e9:.2f}"
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def _cell(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} [{spread['least']:.2f} – {spread['most']:.2f}]"

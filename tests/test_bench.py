@@ -1,0 +1,234 @@
+"""The bench: what it proves before it times, what it counts, and its command line. The baselines' arithmetic is in
+test_published_loop.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cutdiff
+from cutdiff.bench import __main__ as command
+from cutdiff.bench.baselines import PublishedLoop, make_baselines
+from cutdiff.bench.measure import PARTS, STAGES, Ours, Timing, count_flops, timed, unet_flops
+from cutdiff.bench.parity import NotEqual, prove, prove_again
+from cutdiff.bench.random_model import cast, random_model
+from cutdiff.bench.report import summary, table
+from cutdiff.model import Model
+from cutdiff.models.config import SDXL_UNET, UNetConfig, VAEConfig
+from cutdiff.settings import Settings
+
+CPU = torch.device("cpu")
+UNET = UNetConfig(
+    channels=(16, 32),
+    layers_per_block=1,
+    transformer_layers=(0, 1),
+    mid_transformer_layers=1,
+    num_heads=(2, 4),
+    context_dim=24,
+    pooled_dim=12,
+    size_embedding_dim=8,
+    norm_groups=4,
+    native_size=8,
+)
+VAE_TINY = VAEConfig(channels=(8, 8, 8, 16), layers_per_block=1, norm_groups=4)
+SIZE = (16, 16)
+SETTINGS = Settings(height=128, width=128)
+
+
+@pytest.fixture
+def small() -> Model:
+    return random_model(UNET, VAE_TINY, CPU)
+
+
+def pair(model: Model) -> tuple[Ours, PublishedLoop]:
+    return Ours(model, SETTINGS), make_baselines(model, ["a"], SIZE)["a"]
+
+
+def test_both_sides_hold_the_same_weights_once_and_compute_the_same(small: Model) -> None:
+    ours, theirs = pair(small)
+    pairs = zip(small.unet.parameters(), small.unet.state_dict(), strict=True)
+    others = dict(theirs.unet.named_parameters())
+    assert all(weight.data_ptr() == others[name].data_ptr() for weight, name in pairs)
+    assert max(prove(small, ours, theirs).values()) <= 1e-5
+
+
+def test_one_wrong_weight_is_caught_whichever_it_is(small: Model) -> None:
+    ours, theirs = pair(small)
+    unread = ("encoder", "quant_conv", "decoder.mid_block.attentions.0.to_k.bias")  # the last cancels in the softmax
+    decoding = [weight for name, weight in theirs.vae.named_parameters() if not name.startswith(unread)]
+    for weight in [*theirs.unet.parameters(), *decoding]:
+        right = weight.data
+        weight.data = right + 0.1 * torch.randn(right.shape, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(NotEqual, match=r"in float32 differs from diffusers' by .*: nothing was timed"):
+            prove(small, ours, theirs)
+        weight.data = right
+
+
+def test_an_output_that_is_not_a_number_is_no_parity(small: Model) -> None:
+    ours, theirs = pair(small)
+    theirs.unet.conv_out.bias = nn.Parameter(torch.full((4,), math.nan))
+    with pytest.raises(NotEqual, match="unet in float32 differs"):
+        prove(small, ours, theirs)
+    with pytest.raises(NotEqual, match="unet of a in float32 differs"):
+        prove_again(small, "a", ours, theirs, rows=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_run_in_low_precision(small: Model, dtype: torch.dtype) -> None:
+    """float16 decodes in float32, as SDXL's VAE must."""
+    ours, theirs = pair(cast(small, dtype))
+    assert prove_again(small, "a", ours, theirs, rows=2) < 1e-2
+    for contestant in (ours, theirs):
+        assert min(timed(contestant, 2, CPU).seconds.values()) > 0
+    assert theirs.vae.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+
+
+def test_the_compiled_loop_is_captured_whole_and_ends_in_the_same_latents(
+    small: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As dynamo captures it; what a backend makes of it is not ours."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    loops = make_baselines(small, ["c", "d"], SIZE)
+    (*_, (_, plain)), (*_, (_, compiled)) = (loop.steps(2) for loop in loops.values())
+    assert ((compiled - plain).norm() / plain.norm()).item() < 1e-4
+    assert loops["d"].unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert small.unet.conv_in.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("num_steps", [4, 5])
+def test_flops_are_those_of_the_evaluations_that_a_run_takes(small: Model, num_steps: int) -> None:
+    flops = count_flops(UNET, VAE_TINY, SIZE, num_steps)
+    record = cutdiff.generate(small, "", SETTINGS, num_steps=num_steps).record
+    assert flops["network"] == sum(flops[stage] for stage in STAGES)
+    assert flops["network"] == record["network_evaluations"] * unet_flops(UNET)
+
+
+def test_flops_of_sdxl_are_those_of_its_layers_with_attention() -> None:
+    """Without attention's two products it is known to take 5.98 TFLOP at 1024²."""
+    scores = 0.0
+    for level, blocks in ((1, 5 * 2), (2, 5 * 10 + 10)):
+        tokens, width = (SDXL_UNET.native_size >> level) ** 2, SDXL_UNET.channels[level]
+        scores += blocks * 4 * width * tokens * (tokens + 77)
+    assert (unet_flops(SDXL_UNET) - scores) / 1e12 == pytest.approx(5.98, abs=0.02)
+
+
+class Fake:
+    """A contestant whose latents are given."""
+
+    what = "fake"
+    unet = vae = nn.Identity()
+
+    def __init__(self, latents: Tensor) -> None:
+        self.latents = latents
+
+    def predict(self, *inputs: Tensor) -> Tensor:
+        return inputs[0]
+
+    def steps(self, num_steps: int) -> Iterator[tuple[str, Tensor]]:
+        for i in range(num_steps):
+            yield STAGES[2 * i // num_steps], self.latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+def test_latents_that_are_not_finite_are_not_timed() -> None:
+    timed(Fake(torch.zeros(1, 4, 8, 8)), 2, CPU)
+    with pytest.raises(FloatingPointError, match="latents that were timed hold NaN or infinity"):
+        timed(Fake(torch.full((1, 4, 8, 8), math.nan)), 2, CPU)
+
+
+def timing(structure: float, detail: float) -> Timing:
+    seconds = {"structure": structure, "detail": detail, "network": structure + detail, "decode": 1.0}
+    return Timing(seconds, {"network": None, "decode": None})
+
+
+def test_ratios_are_medians_over_the_rounds_and_the_floor_is_flops_at_the_peak() -> None:
+    """A slow round, in which everyone took thrice as long, changes no ratio."""
+    ours = [timing(1, 1), timing(3, 3), timing(1, 1)]
+    others = [timing(2, 3), timing(6, 9), timing(4, 4)]
+    flops = {"structure": 10.0, "detail": 10.0, "network": 20.0, "decode": 5.0}
+    found = summary({"cutdiff": ours, "a": others}, flops, peak_flops=40.0)
+    assert found["a"]["times_ours"]["network"] == {"median": 2.5, "least": 2.5, "most": 4.0}
+    assert found["a"]["times_ours"]["structure"]["median"] == 2.0
+    assert found["cutdiff"]["seconds"]["network"] == {"median": 2, "least": 2, "most": 6}
+    assert found["cutdiff"]["flops_per_s"] == 10.0
+    assert found["cutdiff"]["times_floor"] == 4.0
+    about = {name: {"what": name, "first_run_s": 1.0, **row} for name, row in found.items()}
+    lines = table({"contestants": about, "flops": flops, "peak_flops_per_s": 40.0}).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["cutdiff", "a: a", "floor"]
+    assert "| 2.50 [2.50 – 4.00] |" in lines[3]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+SMALLEST = ["--small", "--size", "128", "--steps", "2", "--repeats", "2", "--matmul", "64", "--device", "cpu"]
+
+
+def test_the_command_line_compares_times_and_writes_all_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bench.json"
+    assert command.main([*SMALLEST, "--only", "a", "c", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert list(found["contestants"]) == ["cutdiff", "a", "c"]
+    for row in found["contestants"].values():
+        assert [set(run["seconds"]) for run in row["runs"]] == [set(PARTS)] * 2
+        assert min(run["seconds"][part] for run in row["runs"] for part in PARTS) > 0
+        assert row["difference"] <= 1e-5
+        assert row["first_run_s"] > 0
+    assert max(found["parity"].values()) <= 1e-5
+    assert found["command"][:4] == ["python", "-m", "cutdiff.bench", "--small"]
+    assert {"cpu", "torch", "python", "cutdiff", "diffusers"} <= set(found["hardware"])
+    assert found["precision"]["dtype"] == "float32"
+    assert (found["peak_flops_per_s"] > 0) & (found["resident_peak_bytes"] > 0)
+    out = capsys.readouterr().out
+    assert "small network, random weights; 128² px, 2 steps, 2 rounds; float32" in out
+    assert "| c: b, vectorised draw, cache kept |" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "200"], "--size 200 must be a multiple of 128, the native size: so the loop has it"),
+        (["--steps", "1"], "--steps 1 must be at least 2"),
+        (["--repeats", "0"], "--repeats 0 must be at least 1"),
+        (["--view-batch-size", "0"], "--view-batch-size 0 must be at least 1"),
+        (["--only", "e"], "argument --only: 'e' is not one of a, b, c, d (see --help)"),
+        (["--sizes", "2048"], "--sizes is no option: did you mean '--size'? (see --help)"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert command.main([*SMALLEST, *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"cutdiff: {message}")
+    assert told.count("\n") == 1
+
+
+def test_without_diffusers_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> ModuleType:
+        raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
+
+    monkeypatch.setattr(command, "import_module", missing)
+    assert command.main(SMALLEST) == 1
+    assert capsys.readouterr().err == 'cutdiff: the baselines need diffusers: pip install -e ".[bench]"\n'
+
+
+def test_networks_that_differ_end_the_run_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cutdiff.bench.parity.TOLERANCE", -1.0)
+    assert command.main([*SMALLEST, "--only"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("past -1e+00: nothing was timed")
