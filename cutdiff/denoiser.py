@@ -43,6 +43,8 @@ class Denoiser:
     """Pixels of an image for one latent, on each axis."""
     view_batch_size: int | None
     """None: all at once."""
+    compiled: Callable[..., Tensor] | None = None
+    """What takes the place of the U-Net's forward pass where it was compiled."""
     backend: str = "auto"
     """Of the operators around the network: "auto", "triton" or "reference"."""
     evaluations: int = field(default=0, init=False)
@@ -126,7 +128,7 @@ class Denoiser:
 
     def evaluate(self, inputs: Inputs) -> Tensor:
         """One pass of the U-Net over the rows, which are counted."""
-        prediction = self.unet(*inputs)
+        prediction = (self.compiled or self.unet)(*inputs)
         self.evaluations += len(inputs[0])
         return prediction
 

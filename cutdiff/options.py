@@ -172,6 +172,7 @@ def _add_run(group: Group, defaults: Settings) -> None:
         "--view-batch-size", type=int, metavar="V",
         help="patches or views that go through the network at once; none: 16 on a CPU, all of a step on a GPU",
     )  # fmt: skip
+    group.add_argument("--compile", action="store_true", help="compile the network first, which takes minutes")
     group.add_argument(
         "--backend", default=defaults.backend, choices=BACKENDS, help="of the operators around the network"
     )

@@ -23,6 +23,7 @@ from cutdiff.finite import explained
 from cutdiff.methods import METHODS, Run
 from cutdiff.methods.common import guided_between
 from cutdiff.model import Model, dtype_name
+from cutdiff.models.compiled import compiled
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
 from cutdiff.patches import check_backend
@@ -159,6 +160,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         negative=negative,
         guidance_scale=settings.guidance_scale,
         factor=model.factor,
+        compiled=compiled(model.unet) if settings.compile else None,
         view_batch_size=_view_batch_size(model, settings),
         backend=settings.backend,
     )

@@ -21,6 +21,8 @@ METHOD_NAMES = (
 )
 WITHOUT_VIEWS = ("direct", "attention_scaling", "scalecrafter", "hidiffusion")
 """The methods that take the canvas whole, so that a stride means nothing to them."""
+CHANGING_THE_NETWORK = ("attention_scaling", "scalecrafter", "hidiffusion", "accdiffusion")
+"""The methods that look into the U-Net or change its inside, for some steps."""
 SOLVER_NAMES = ("euler", "ddim")
 INTERACTIONS = ("channel", "pixel", "none")
 SIZE_CONDITIONINGS = ("native", "target")
@@ -88,6 +90,8 @@ class Settings:
     view_batch_size: int | None = None
     """Patches or views that go through the network at once; halved where memory does not suffice. None: 16 on a CPU,
     all of a step on a GPU."""
+    compile: bool = False
+    """Whether the network goes through torch.compile, which takes minutes once; not for methods that change it."""
     backend: str = "auto"
     """Of the operators around the network: "triton", "reference" (plain torch), or "auto", which is Triton on a GPU."""
 
@@ -116,6 +120,8 @@ class Settings:
             raise ValueError(f"eta={self.eta} must lie in 0 … 1")
         if self.eta and self.solver != "ddim":
             raise ValueError(f"eta={self.eta} needs solver='ddim', not {self.solver!r}")
+        if self.compile and self.method in CHANGING_THE_NETWORK:
+            raise ValueError(f"compile={self.compile} is not for {self.method}, which changes the network on the way")
         if self.method == "accdiffusion" and self.prompt_2 is not None:
             raise ValueError(
                 f"prompt_2={self.prompt_2!r} is not for accdiffusion, whose views are told words of one prompt"

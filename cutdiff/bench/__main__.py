@@ -163,6 +163,7 @@ def _settings(args: argparse.Namespace, unet: UNetConfig, vae: VAEConfig) -> Set
         width=args.size,
         num_steps=args.steps,
         view_batch_size=args.view_batch_size,
+        compile=args.compile,
         backend=args.backend,
     )
 
@@ -185,6 +186,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds (5)")
     parser.add_argument("--only", nargs="*", choices=BASELINES, default=BASELINES, help="baselines (all)")
     parser.add_argument("--view-batch-size", type=int, metavar="V", help="of ours; none: as sampling chooses it")
+    parser.add_argument("--compile", action="store_true", help="ours too")
     parser.add_argument("--backend", default=defaults.backend, choices=BACKENDS, help="of ours")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
     args = parser.parse_args(argv)

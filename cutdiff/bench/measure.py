@@ -16,6 +16,7 @@ import cutdiff
 from cutdiff.bench.random_model import TOKENS
 from cutdiff.methods.cutdiffusion import STRUCTURE_FRACTION
 from cutdiff.model import Model
+from cutdiff.models.compiled import compiled
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
@@ -70,7 +71,8 @@ class Ours:
 
     @torch.no_grad()
     def predict(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
-        return self.model.unet(x, timesteps.expand(len(x)), context, pooled, size_ids)
+        unet = compiled(self.model.unet) if self.settings.compile else self.model.unet
+        return unet(x, timesteps.expand(len(x)), context, pooled, size_ids)
 
     def steps(self, num_steps: int) -> Iterator[tuple[str, Tensor]]:
         for step in cutdiff.denoise(self.model, "", self.settings, num_steps=num_steps):

@@ -1,0 +1,31 @@
+"""The U-Net through torch.compile: kernels of its own for a device, after minutes of compiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cutdiff.models.layers import TextContext
+from cutdiff.models.unet import Context, UNet
+
+BACKEND = "inductor"
+
+
+def compiled(unet: UNet) -> Callable[..., Tensor]:
+    """`unet.forward`, compiled as one graph when it is first called; what was compiled serves later runs too.
+
+    The number of rows stays open, so that the stages of a run and its last, smaller batches do not each compile anew.
+    What is changed inside of `unet` afterwards is not always seen: hooks are not.
+    """
+    run = torch.compile(unet, fullgraph=True, backend=BACKEND)
+
+    def forward(x: Tensor, timesteps: Tensor, context: Context, pooled: Tensor, size_ids: Tensor) -> Tensor:
+        timesteps = timesteps.contiguous()
+        by_row = (x, timesteps, context.rows if isinstance(context, TextContext) else context, pooled, size_ids)
+        for values in by_row:
+            torch._dynamo.maybe_mark_dynamic(values, 0)
+        return run(x, timesteps, context, pooled, size_ids)
+
+    return forward
