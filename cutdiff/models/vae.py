@@ -21,6 +21,7 @@ from cutdiff.models.layers import Attention, Downsample, ResnetBlock, TextContex
 EPS = 1e-6
 SCORE_BYTES = 1 << 30  # of attention at once, in float32: all scores of an image of 1024²
 LARGE_BYTES = 256 << 20  # of the widest activation, as of an SDXL image of 512² in float32: from here on in bands
+CPU_LARGE_BYTES = 32 << 20  # likewise, in float32 on a CPU, where bands take a third less time (in 16 bits more)
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ class VAE(nn.Module):
         """`pixels` are those of all images."""
         if banded is None:
             trained = torch.is_grad_enabled() and (x.requires_grad or self.quant_conv.weight.requires_grad)
-            banded = not trained and pixels * max(self.config.channels[:2]) * x.element_size() >= LARGE_BYTES
+            large = CPU_LARGE_BYTES if x.device.type == "cpu" and x.dtype == torch.float32 else LARGE_BYTES
+            banded = not trained and pixels * max(self.config.channels[:2]) * x.element_size() >= large
         return in_bands(network, x) if banded else network(x)
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
