@@ -20,14 +20,14 @@ MULTIPLE = 16
 
 
 class FP8Linear(nn.Module):
-    """A linear layer's place taken under its name: (..., in) -> (..., out), in the dtype of the input.
+    """A linear layer made of another: (..., in) -> (..., out), in the dtype of the input.
 
-    It holds half the bytes of 16 bits, and not the weight that it was made of: a model with such layers is not saved.
+    It does not keep the weight that it was made of, so a model with such layers cannot be saved.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight, scale = quantize(linear.weight.detach().flatten(1))  # one of a 1×1 convolution is (out, in, 1, 1)
+        weight, scale = quantize(linear.weight.detach().flatten(1))  # a PixelwiseLinear's is (out, in, 1, 1)
         self.weight = nn.Buffer(weight)  # (out, in)
         self.weight_scale = nn.Buffer(scale, persistent=False)  # (out, 1)
         self.bias = linear.bias
@@ -51,9 +51,9 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 def scaled_product(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """x (M, K) · weight (N, K) transposed + bias (N,) -> (M, N), by the tensor cores; all but bfloat16 is not for every
-    card."""
-    return torch._scaled_mm(
+    """x (M, K) · weight (N, K) transposed + bias (N,) -> (M, N) by the tensor cores, whose fast accumulators hold some
+    14 bits: little beside the format's 4. RuntimeError where the device cannot; bfloat16 can be had most widely."""
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         x, weight.t(), scale_a=x_scale, scale_b=weight_scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
     )
 
@@ -61,7 +61,7 @@ def scaled_product(
 def scaled_product_reference(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The same in float32, rounded once at the end."""
+    """The same on any device: float32, rounded once at the end."""
     product = x.float() @ (weight.float() * weight_scale).t() * x_scale
     return (product if bias is None else product + bias).to(dtype)
 
@@ -71,12 +71,11 @@ def quantize_transformers(unet: UNet) -> None:
 
     Left as they are: keys and values of the text, made once a prompt, and layers whose sides are no multiples of 16.
     """
-    for transformer in unet.modules():
-        if not isinstance(transformer, Transformer):
-            continue
+    for transformer in [module for module in unet.modules() if isinstance(module, Transformer)]:
         for name, layer in list(transformer.named_modules()):
-            fits = isinstance(layer, nn.Linear) and not any(side % MULTIPLE for side in layer.weight.shape[:2])
-            if fits and not name.endswith(("attn2.to_k", "attn2.to_v")):
+            if not isinstance(layer, nn.Linear) or name.endswith(("attn2.to_k", "attn2.to_v")):
+                continue
+            if layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0:
                 transformer.set_submodule(name, FP8Linear(layer))
 
 
