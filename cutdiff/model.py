@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cutdiff.edm import AnyNoise
+from cutdiff.models.fp8 import FP8Linear
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 
@@ -66,6 +67,11 @@ class Model:
         return self.unet.conv_in.weight.dtype
 
     @property
+    def fp8(self) -> bool:
+        """Whether the U-Net's transformers multiply in 8 bits."""
+        return any(isinstance(module, FP8Linear) for module in self.unet.modules())
+
+    @property
     def vae_dtype(self) -> torch.dtype:
         """What the VAE decodes in: its weights' dtype, or float32 where its configuration says that it overflows."""
         own = self.vae.post_quant_conv.weight.dtype
@@ -79,7 +85,7 @@ class Model:
             f"{name}: {key}"
             for name, network in networks.items()
             for key, weight in network.state_dict().items()
-            if weight.is_floating_point() and not weight.isfinite().all()
+            if weight.is_floating_point() and not (weight if weight.itemsize > 1 else weight.float()).isfinite().all()
         ]
         more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
         return f"weights hold NaN or infinity, {', '.join(bad[:LISTED])}{more}: download them again" if bad else ""

@@ -169,6 +169,10 @@ def _add_run(group: Group, defaults: Settings) -> None:
     group.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
     group.add_argument("--dtype", default="float32", choices=DTYPES, help="of the networks")
     group.add_argument(
+        "--fp8", action="store_true",
+        help="multiply the transformers' linear layers in 8 bits; with bfloat16, on a GPU (Ada, Hopper or later)",
+    )  # fmt: skip
+    group.add_argument(
         "--view-batch-size", type=int, metavar="V",
         help="patches or views that go through the network at once; none: 16 on a CPU, all of a step on a GPU",
     )  # fmt: skip

@@ -242,6 +242,7 @@ def _record(
         "draws": {"class": type(prepared.draws).__qualname__, "seeds": seeds},
         "device": _device_name(model.device),
         "dtype": dtype_name(model.dtype),
+        "fp8": model.fp8,
         "vae_dtype": dtype_name(model.vae_dtype),
         "view_batch_size": prepared.denoiser.view_batch_size,
         "view_batch_halved": prepared.denoiser.view_batch_size != _view_batch_size(model, prepared.settings),

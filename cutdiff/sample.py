@@ -120,10 +120,10 @@ def _errors_by_flag() -> Iterator[None]:
 
 
 def _of_flag(error: Exception) -> BadArgument:
-    """`name=value …` as `--name value …`."""
+    """`name=value …` as `--name value …`, and `name=True …` as `--name …`."""
     name, _, rest = str(error).partition("=")
     flag = {"num_steps": "steps"}.get(name, name).replace("_", "-")
-    return BadArgument(f"--{flag} {rest}")
+    return BadArgument(f"--{flag} {rest.removeprefix('True ')}")
 
 
 @contextmanager
@@ -168,11 +168,12 @@ def _load(args: argparse.Namespace) -> Model:
             timestep_spacing=args.timestep_spacing,
             loras=args.loras,
             check_weights=args.check_weights,
+            fp8=args.fp8,
         )
     except LoraError as error:
         raise _Failure(f"--lora {error}") from None
     except (FileNotFoundError, ValueError) as error:
-        if str(error).startswith(("config=", "vae=", "zero_terminal_snr=", "timestep_spacing=")):
+        if str(error).startswith(("config=", "vae=", "zero_terminal_snr=", "timestep_spacing=", "fp8=")):
             raise _of_flag(error) from None
         raise (BadArgument if isinstance(error, FileNotFoundError) else _Failure)(str(error)) from None
 

@@ -9,6 +9,6 @@ export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERE
 
 python3 -c 'import torch; assert torch.cuda.is_available(), "no CUDA or ROCm device here"'
 status=0
-timeout 230 python3 -m pytest -m gpu tests/test_kernels.py 2>&1 | tee "$out/gpu-tests.txt" || status=1
+timeout 230 python3 -m pytest -m gpu tests/test_kernels.py tests/test_fp8.py 2>&1 | tee "$out/gpu-tests.txt" || status=1
 timeout 240 python3 -m cutdiff_kernels.bench --json "$out/bench.json" 2>&1 | tee "$out/bench.txt" || status=1
 exit "$status"

@@ -377,7 +377,7 @@ class TestDecision:
         ("flags", "message"),
         [
             (["--timestep-spacing", "trailing"], "--timestep-spacing trailing is not for an EDM model"),
-            (["--zero-terminal-snr"], "--zero-terminal-snr True is not for an EDM model"),
+            (["--zero-terminal-snr"], "--zero-terminal-snr is not for an EDM model"),
             (["--no-zero-terminal-snr"], "--zero-terminal-snr False is not for an EDM model"),
         ],
     )

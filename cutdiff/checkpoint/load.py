@@ -21,6 +21,7 @@ from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
 from cutdiff.checkpoint.read import read_tensors_and_metadata
 from cutdiff.checkpoint.vae import read_vae
 from cutdiff.model import Model
+from cutdiff.models.fp8 import check_fp8, quantize_transformers
 
 
 @contextmanager
@@ -49,6 +50,7 @@ def load(
     timestep_spacing: str | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     check_weights: bool = False,
+    fp8: bool = False,
 ) -> Model:
     """Read a model of the families SDXL, SD 1.5 and SD 2.1.
 
@@ -69,6 +71,9 @@ def load(
     loras: LoRA files (LoRA, LoCon, LoHa, LoKr) that are merged into the weights, each times its scale.
     check_weights: read all weights now and raise ValueError where one is NaN or infinite; a run that meets such a value
         names the weights in any case.
+    fp8: multiply the linear layers of the U-Net's transformers in 8 bits, LoRAs merged before; ValueError where `dtype`
+        is not bfloat16 or the device cannot. `models.fp8.quantize_transformers` does the same to a loaded model on any
+        device, on a CPU for measuring: it is slower there.
 
     Weights stay memory-mapped where they need not be converted. Raises FileNotFoundError where there is nothing at
     `path` or another that is given; ValueError where it is no such model, is incomplete, does not fit its
@@ -79,6 +84,8 @@ def load(
             f"dtype={dtype} is no floating-point type: pass torch.float32, torch.bfloat16 or torch.float16"
         )
     source, device = locate(path), torch.device(device)
+    if fp8:
+        check_fp8(device, dtype)
     options, vae = (
         NoiseOptions(prediction_type, zero_terminal_snr, timestep_spacing),
         None if vae is None else locate(vae, "vae"),
@@ -107,6 +114,8 @@ def load(
     )
     if check_weights and (bad := model.bad_weights()):
         raise ValueError(f"{source}: {bad}")
+    if fp8:
+        quantize_transformers(model.unet)
     return model
 
 

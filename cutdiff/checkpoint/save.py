@@ -53,8 +53,8 @@ def save_folder(
     """Write a model as `load` and diffusers' pipeline of its family read it, weights in `dtype`.
 
     Every file appears whole or not at all; files of the same name are replaced. Raises ValueError for a weight that is
-    not finite in `dtype`, a U-Net or a layer of text states that the layout cannot express, or a tokenizer with tokens
-    beside its vocabulary.
+    not finite in `dtype` or has 8 bits, a U-Net or a layer of text states that the layout cannot express, or a
+    tokenizer with tokens beside its vocabulary.
     """
     folder = Path(folder)
     unet_fields = unet_to_diffusers(unet.config)
@@ -95,6 +95,9 @@ def save_folder(
 def _write_network(
     folder: Path, stem: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], dtype: torch.dtype
 ) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize < 2:
+            raise ValueError(f"{folder.name}: {key} is quantized, {tensor.dtype}: save the model loaded without fp8")
     converted = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
     for key, tensor in converted.items():
         if not tensor.isfinite().all():

@@ -1,0 +1,93 @@
+"""Linear layers in 8-bit floats (E4M3), scaled by rows: a weight by its output rows, once; an input by its tokens, in
+every pass.
+
+Format: Micikevicius et al. 2022 (arXiv 2209.05433).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cutdiff.models.unet import Transformer, UNet
+
+FORMAT = torch.float8_e4m3fn
+LARGEST = torch.finfo(FORMAT).max
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""Of a row of zeros, which has none of its own."""
+MULTIPLE = 16
+"""Of which the hardware's product wants both sides of a weight."""
+
+
+class FP8Linear(nn.Module):
+    """A linear layer made of another: (..., in) -> (..., out), in the dtype of the input.
+
+    It does not keep the weight that it was made of, so a model with such layers cannot be saved.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, scale = quantize(linear.weight.detach().flatten(1))  # a PixelwiseLinear's is (out, in, 1, 1)
+        self.weight = nn.Buffer(weight)  # (out, in)
+        self.weight_scale = nn.Buffer(scale, persistent=False)  # (out, 1)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scale = quantize(x.flatten(0, -2))
+        product = scaled_product if x.is_cuda else scaled_product_reference
+        return product(rows, scale, self.weight, self.weight_scale, self.bias, x.dtype).unflatten(0, x.shape[:-1])
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (M, K) as row-major E4M3 (M, K) and float32 scales (M, 1), whose product they are.
+
+    The largest of a row becomes the largest of the format. Each element is off by at most 2^-4 of itself or 2^-10 of
+    the scale. A row that holds NaN or infinity has a scale that is not finite, so that no product of it is.
+    """
+    scale = (x.abs().amax(dim=1, keepdim=True).float() / LARGEST).clamp(min=SMALLEST_SCALE)
+    return (x / scale).to(FORMAT).contiguous(), scale
+
+
+def scaled_product(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """x (M, K) · weight (N, K) transposed + bias (N,) -> (M, N) by the tensor cores, whose fast accumulators hold some
+    14 bits: little beside the format's 4. RuntimeError where the device cannot; bfloat16 can be had most widely."""
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        x, weight.t(), scale_a=x_scale, scale_b=weight_scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
+    )
+
+
+def scaled_product_reference(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The same on any device: float32, rounded once at the end."""
+    product = x.float() @ (weight.float() * weight_scale).t() * x_scale
+    return (product if bias is None else product + bias).to(dtype)
+
+
+def quantize_transformers(unet: UNet) -> None:
+    """Put `FP8Linear` in the place of the linear layers of a network's transformers, under their names.
+
+    Left as they are: keys and values of the text, made once a prompt, and layers whose sides are no multiples of 16.
+    """
+    for transformer in [module for module in unet.modules() if isinstance(module, Transformer)]:
+        for name, layer in list(transformer.named_modules()):
+            if not isinstance(layer, nn.Linear) or name.endswith(("attn2.to_k", "attn2.to_v")):
+                continue
+            if layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0:
+                transformer.set_submodule(name, FP8Linear(layer))
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError where a network of `dtype` on `device` cannot have such layers; a product on the device tells."""
+    if device.type == "cpu":
+        raise ValueError("fp8=True needs a GPU (Ada, Hopper or later), and the device is cpu: leave it out")
+    if dtype != torch.bfloat16:
+        raise ValueError(f"fp8=True goes with bfloat16, not {dtype}: choose that dtype")
+    rows = quantize(torch.ones(MULTIPLE, MULTIPLE, dtype=dtype, device=device))
+    try:
+        scaled_product(*rows, *rows, None, dtype)
+    except (RuntimeError, ValueError) as error:
+        cause = str(error).partition("\n")[0]
+        raise ValueError(f"fp8=True is not for {torch.cuda.get_device_name(device)}: leave it out ({cause})") from None
