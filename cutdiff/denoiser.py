@@ -51,11 +51,12 @@ class Denoiser:
     """Items evaluated so far, a guidance pair counted as two."""
     guided: bool = field(default=True, init=False)
     """Whether guidance is on; where it is off, only the prompt is evaluated."""
+    keeps_text: bool = field(default=True, init=False)
+    """Whether keys and values of the prompt are made once: not where a method changes `to_k` or `to_v` of `attn2`."""
     network: Network | None = field(default=None, init=False)
     """What a method puts in the place of one pass of the U-Net, made of calls of `evaluate`."""
-    _rows: tuple[TextStates | None, int, Context, Tensor] = field(
-        default_factory=lambda: (None, 0, torch.empty(0), torch.empty(0)), init=False, repr=False
-    )
+    _read: dict[int, tuple[tuple[object, ...], Context, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    """What was last read of the prompt, by `copies`: from which states and network, and each row's text."""
 
     @property
     def native_size(self) -> int:
@@ -161,22 +162,22 @@ class Denoiser:
         return self.network(rows // (num_rows // len(self.positive.context)), part)
 
     def _text(self, num_rows: int, positive: TextStates) -> tuple[Context, Tensor]:
-        """Context and pooled states of every row; made anew where they are not those of the last call."""
-        known, copies, context, pooled = self._rows
-        if known is not positive or copies != self.copies or len(context) != num_rows:
+        """Context and pooled states of every row. What layers make of the prompt, which all items of an image share at
+        every step, is kept; of a view's own states, it is not."""
+        sources = (positive, self.negative, self.unet)
+        known, context, pooled = self._read.get(self.copies, ((), torch.empty(0), torch.empty(0)))
+        same = len(known) == len(sources) and all(a is b for a, b in zip(known, sources, strict=True))
+        if not same or not self.keeps_text:
             negative = self.negative.repeat(len(positive.context) // len(self.negative.context))
             states = [negative, positive][-self.copies :]
-            context, pooled = (
-                torch.stack(values, dim=1).flatten(0, 1)
-                for values in ([s.context for s in states], [s.pooled for s in states])
-            )
-            rows = torch.arange(len(pooled), device=pooled.device).unflatten(0, (-1, self.copies))
-            rows = rows.repeat_interleave(num_rows // len(pooled), dim=0).flatten()
-            # The prompt's states are read at every step, by all items of an image; those of a view by that view alone.
-            context = self.unet.read(context, rows) if positive is self.positive else context[rows]
-            pooled = pooled[rows]
-            self._rows = (positive, self.copies, context, pooled)
-        return context, pooled
+            context = torch.stack([s.context for s in states], dim=1).flatten(0, 1)
+            pooled = torch.stack([s.pooled for s in states], dim=1).flatten(0, 1)
+            if self.keeps_text and positive is self.positive:
+                context = self.unet.read(context)
+                self._read[self.copies] = (sources, context, pooled)
+        rows = torch.arange(len(pooled), device=pooled.device).unflatten(0, (-1, self.copies))
+        rows = rows.repeat_interleave(num_rows // len(pooled), dim=0).flatten()
+        return context[rows], pooled[rows]
 
 
 def _size_ids(

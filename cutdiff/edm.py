@@ -17,6 +17,8 @@ from cutdiff.schedule import NoiseConfig, Schedule
 from cutdiff.settings import PREDICTION_TYPES
 
 SIGMA_SCHEDULES = ("karras", "exponential")
+MAX_STEPS = 1000
+"""As many as models with timesteps have of them."""
 LEAST, MOST = 1e-6, 1e6
 """Between which all sigmas lie, with room for every model that there is."""
 
@@ -83,8 +85,8 @@ AnyNoise = NoiseConfig | EDMConfig
 
 def edm_schedule(config: EDMConfig, num_steps: int) -> Schedule:
     """Sigmas, and what the network is told, as the published EDMEulerScheduler picks them."""
-    if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps} must be at least 1")
+    if not 1 <= num_steps <= MAX_STEPS:
+        raise ValueError(f"num_steps={num_steps} must be between 1 and {MAX_STEPS}")
     sigmas = config.sigmas(num_steps)
     timesteps = tuple(config.timestep(sigma) for sigma in sigmas)
     # As there, noise is scaled as if a picture lay beneath it.

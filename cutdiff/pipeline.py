@@ -90,16 +90,16 @@ def generate(
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     prepared = _prepare(model, prompt, settings, draws)
-    latents, seconds, began = torch.empty(0), {}, _now(model.device)
+    latents, seconds, began = torch.empty(0), {}, now(model.device)
     for step in prepared.steps:
         latents = step.latents
         if on_step is not None:
             on_step(step, prepared.num_steps)
-        now = _now(model.device)
-        seconds[step.stage] = seconds.get(step.stage, 0.0) + now - began
-        began = now
+        ended = now(model.device)
+        seconds[step.stage] = seconds.get(step.stage, 0.0) + ended - began
+        began = ended
     images, dtype = _decode(model, latents)
-    seconds["decode"] = _now(model.device) - began
+    seconds["decode"] = now(model.device) - began
     return Result(images, latents, _record(model, prompt, prepared, seconds) | {"decoded_in": dtype_name(dtype)})
 
 
@@ -257,7 +257,7 @@ def _record(
     }
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds on a clock that waits for the device, so that each stage is charged with its own work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

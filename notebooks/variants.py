@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -108,22 +109,25 @@ def deep_reused_direct(k: int) -> Method:
 
 
 def _reusing(run: Run, k: int, stage: Stage) -> CanvasDenoiser:
-    unet, kept = run.denoiser.unet, []
+    unet = run.denoiser.unet
+    kept: dict[int, Tensor] = {}  # by the number of a pass in its step
 
     def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
         whole = (step - stage.steps.start) % k == 0
-        if whole:
-            kept.clear()
-        known = iter(kept)
+        passes = count()
 
         def network(_images: Tensor, rows: Inputs) -> Tensor:
-            if not whole:
-                return _finest(unet, next(known), *rows)
-            hook = unet.up_blocks[-2].register_forward_hook(lambda _module, _args, output: kept.append(output))
+            number = next(passes)
+            if not whole and number in kept and len(kept[number]) == len(rows[0]):
+                return _finest(unet, kept[number], *rows)
+            found: list[Any] = []
+            hook = unet.up_blocks[-2].register_forward_hook(lambda _module, _args, output: found.append(output))
             try:
-                return run.denoiser.evaluate(rows)
+                prediction = run.denoiser.evaluate(rows)
             finally:
                 hook.remove()
+            kept[number] = found[0]
+            return prediction
 
         with replaced(run.denoiser, network=network):
             return stage.denoise(latents, sigma, step)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -22,37 +21,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cutdiff.bench.baselines import published_vae
+from cutdiff.bench.random_model import randomise
 from cutdiff.models.config import SDXL_VAE
 from cutdiff.models.vae import VAE
 
 WAYS = ("cutdiff", "cutdiff in bands", "diffusers", "diffusers in tiles")
 
 
-def random_vae() -> VAE:
-    vae, generator = VAE(SDXL_VAE), torch.Generator().manual_seed(0)
-    for name, parameter in vae.requires_grad_(False).named_parameters():
-        parameter.normal_(generator=generator)
-        parameter *= 1 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.2
-        parameter += parameter.ndim == 1 and name.endswith("weight")  # of a norm
-    return vae
-
-
 def make_decode(way: str) -> Callable[[Tensor], Tensor]:
-    vae = random_vae()
+    vae = VAE(SDXL_VAE).requires_grad_(False)
+    randomise(vae, seed=0)
     if way.startswith("cutdiff"):
         return lambda latents: vae.decode(latents, banded=way.endswith("bands"))
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
     with torch.device("meta"):
-        theirs = AutoencoderKL(
-            block_out_channels=SDXL_VAE.channels,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=SDXL_VAE.layers_per_block,
-            sample_size=512,
-        )
+        theirs = published_vae(SDXL_VAE)
     theirs.load_state_dict(vae.state_dict(), assign=True)
-    theirs.use_tiling = way.endswith("tiles")
+    theirs.use_tiling, theirs.tile_sample_min_size, theirs.tile_latent_min_size = way.endswith("tiles"), 512, 64
     return lambda latents: theirs.decode(latents / SDXL_VAE.scaling_factor).sample
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import cutdiff
 from cutdiff.draws import Draws
-from cutdiff.methods import METHODS, Run
+from cutdiff.methods import METHODS, Run, direct
 from cutdiff.methods.network import replaced
 from cutdiff.model import Model
 from cutdiff.models.unet import UNet
@@ -128,29 +130,79 @@ def test_without_structure_cutdiffusion_is_multidiffusion_with_jitter(tiny_model
     assert torch.equal(cut, latents(tiny_model, method="multidiffusion", **options))
 
 
-def test_a_batch_that_memory_does_not_hold_is_halved_until_it_does(tiny_model: Model) -> None:
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_batch_that_memory_does_not_hold_is_halved_until_it_does(tiny_model: Model, method: str) -> None:
+    """Memory runs out at the end of a pass, after all that a method may note of it."""
+    last, seen = tiny_model.unet.conv_out, []
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError
+        return nn.Conv2d.forward(last, x)
+
+    options = {"num_steps": 2, "height": 128, "width": 128, "method": method}
+    whole = cutdiff.generate(tiny_model, [PROMPT, "a blue tent"], **options)
+    with replaced(last, forward=forward):
+        held = cutdiff.generate(tiny_model, [PROMPT, "a blue tent"], **options)
+    assert max(seen) > 2
+    assert (held.record["view_batch_size"], held.record["view_batch_halved"]) == (1, True)
+    assert (whole.record["view_batch_size"], whole.record["view_batch_halved"]) == (16, False)
+    assert held.record["network_evaluations"] == whole.record["network_evaluations"]
+    assert relative_error(held.latents, whole.latents) < 1e-4
+
+
+def test_halving_goes_on_where_it_is_and_ends_at_one(tiny_model: Model) -> None:
     seen: list[int] = []
 
     def forward(x: Tensor, *args: Any) -> Tensor:
         seen.append(len(x))
-        if len(x) > 6:
+        if len(x) > most:
             raise torch.OutOfMemoryError
         return UNet.forward(tiny_model.unet, x, *args)
 
     options = {"num_steps": 2, "structure_fraction": 0.0}
-    whole = cutdiff.generate(tiny_model, PROMPT, **options)
     with replaced(tiny_model.unet, forward=forward):
-        held = cutdiff.generate(tiny_model, PROMPT, **options)
-    assert seen == [18, 8, *[4] * 4, 2, *[4] * 4, 2], "9 views with guidance, halved to 4 and to 2"
-    assert (held.record["view_batch_size"], held.record["view_batch_halved"]) == (2, True)
-    assert (whole.record["view_batch_size"], whole.record["view_batch_halved"]) == (16, False)
-    assert held.record["network_evaluations"] == whole.record["network_evaluations"] == 2 * 18
-    assert relative_error(held.latents, whole.latents) < 1e-4
-    with (
-        replaced(tiny_model.unet, forward=lambda *args: forward(torch.empty(7))),
-        pytest.raises(torch.OutOfMemoryError),
-    ):
+        most = 6
         latents(tiny_model, **options)
+        assert seen == [18, 8, *[4] * 4, 2, *[4] * 4, 2], "9 views with guidance, halved to 4 and to 2"
+        most = 1
+        with pytest.raises(torch.OutOfMemoryError):
+            latents(tiny_model, **options)
+
+
+def test_the_text_is_read_once_and_anew_where_it_changes(tiny_model: Model) -> None:
+    read: list[int] = []
+
+    def counted(states: Tensor) -> Any:
+        read.append(len(states))
+        return UNet.read(tiny_model.unet, states)
+
+    with replaced(tiny_model.unet, read=counted):
+        latents(tiny_model, method="demofusion", num_steps=3, height=192, width=192)
+        assert read == [2], "views and patches read the same, at every step and size"
+        latents(tiny_model, num_steps=4, guidance_interval=(0.25, 0.75))
+        assert read[1:] == [1, 2], "without guidance and with it"
+
+    def changed(run: Run, when: Callable[[int], bool], **changes: Any) -> list[Stage]:
+        (stage,) = direct(run)
+
+        def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
+            with replaced(run.denoiser, **changes if when(step) else {}):
+                return stage.denoise(x, sigma, step)
+
+        return [replace(stage, denoise=denoise)]
+
+    def negative_later(run: Run) -> list[Stage]:
+        return changed(run, lambda step: step == 1, negative=run.denoiser.positive)
+
+    plain = latents(tiny_model, method="direct", num_steps=2)
+    assert relative_error(latents(tiny_model, method=negative_later, num_steps=2), plain) > 1e-3
+
+    def never_kept(run: Run) -> list[Stage]:
+        return changed(run, lambda step: True, keeps_text=False)
+
+    assert relative_error(latents(tiny_model, method=never_kept, num_steps=2), plain) < 1e-5
 
 
 def test_guidance_1_evaluates_the_prompt_alone(tiny_model: Model) -> None:

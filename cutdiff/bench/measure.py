@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.patches import grid_for, view_grid
+from cutdiff.pipeline import now
 from cutdiff.settings import Settings
 
 STAGES: tuple[str, ...] = ("structure", "detail")
@@ -111,13 +111,6 @@ def timed(contestant: Contestant, num_steps: int, device: torch.device) -> Timin
     contestant.decode(latents)
     seconds["decode"] = now(device) - began
     return Timing(seconds, peaks | {"decode": memory.peak(contestant.vae)})
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a clock that waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 class Memory:

@@ -35,13 +35,14 @@ def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
     """The VAE of a diffusers folder, its own or a whole model's, or of a file in either layout, alone or in a model's.
 
     A file says neither its scaling factor nor whether it overflows in float16: these are then as in `like`, the VAE
-    that is replaced. Statistics of the latents' channels belong to the U-Net that was trained on them: where `like` has
-    them and a folder says none, they stay, and their scaling factor with them. Raises ValueError where there is no VAE.
+    that is replaced. Statistics of the latents' channels belong to the U-Net that was trained on them: where a folder
+    says others than `like`, or none, those of `like` stay, and its scaling factor with them. Raises ValueError where
+    there is no VAE.
     """
     if path.is_dir():
         folder = _folder(path)
         config, files = parse(folder / "config.json", vae_config), find_weights(folder, STEMS["vae"])
-        if config.latents_mean is None and like.latents_mean is not None:
+        if (config.latents_mean, config.latents_std) != (like.latents_mean, like.latents_std):
             kept = {name: getattr(like, name) for name in ("latents_mean", "latents_std", "scaling_factor")}
             config = replace(config, **kept)
         tensors = modern_vae({key: tensor for file in files for key, tensor in read_tensors(file).items()})

@@ -18,10 +18,16 @@ class AttentionMaps:
 
     def __init__(self) -> None:
         self._seen: defaultdict[Attention, list[Tensor]] = defaultdict(list)
+        self._pending: dict[Attention, Tensor] = {}
 
     def add(self, layer: Attention, args: tuple[Tensor, Context], output: Tensor) -> None:
         """A forward hook of `layer`, whose arguments were x and the context."""
-        self._seen[layer].append(layer.weights(*args).mean(dim=1))
+        self._pending[layer] = layer.weights(*args).mean(dim=1)
+
+    def keep(self, *_: object) -> None:
+        """A forward hook of the U-Net: a pass that fails on the way, and is taken again, leaves nothing."""
+        for layer, weights in self._pending.items():
+            self._seen[layer].append(weights)
 
     def mean(self) -> Tensor:
         """The mean over the layers: (items, h·w, tokens), float32, items in the order in which they were seen."""
@@ -38,7 +44,7 @@ def recorded_attention(unet: UNet) -> Iterator[AttentionMaps]:
     maps = AttentionMaps()
     blocks = [unet.down_blocks[level], unet.up_blocks[-1 - level]]
     layers = [module for block in blocks for name, module in block.named_modules() if name.endswith("attn2")]
-    hooks = [layer.register_forward_hook(maps.add) for layer in layers]
+    hooks = [layer.register_forward_hook(maps.add) for layer in layers] + [unet.register_forward_hook(maps.keep)]
     try:
         yield maps
     finally:

@@ -48,7 +48,7 @@ def in_bands(network: Callable[[Tensor], Tensor], x: Tensor, limits: Limits | No
     """`network(x)`, to rounding, for pictures x (B, C, H, W); without gradients.
 
     The network may use the `FUNCTIONS` below, and sums that are the last to read their left term. Raises
-    NotImplementedError where it uses others.
+    NotImplementedError where it calls another function of torch; other operators and methods a `Banded` has not.
     """
     limits = limits or Limits(CPU_BAND_BYTES if x.device.type == "cpu" else GPU_BAND_BYTES)
     picture = Banded(x.shape, x.dtype, limits, _rows_of(x))

@@ -100,7 +100,7 @@ class TextContext:
     """What each attention layer makes of the text, computed once for the P distinct rows that B items read.
 
     It stands wherever a context (B, M, context_dim) may, and is cut into parts in the same way. What was changed in a
-    layer's `to_k` and `to_v` since then, it does not show.
+    layer's `to_k` and `to_v` since then, it does not show: `Denoiser.keeps_text`.
     """
 
     kept: Mapping[Attention, tuple[Tensor, Tensor]]
@@ -111,7 +111,7 @@ class TextContext:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, part: slice) -> TextContext:
+    def __getitem__(self, part: slice | Tensor) -> TextContext:
         return TextContext(self.kept, self.rows[part])
 
     def keys_and_values(self, layer: Attention) -> tuple[Tensor, Tensor]:

@@ -210,10 +210,11 @@ class UNet(nn.Module):
             x = level(x, own, time, context, size)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def read(self, states: Tensor, rows: Tensor) -> TextContext:
-        """What all layers make of text states (P, L, context_dim), to be given as the context of items that read
-        `rows` (B,) of them: for when many items read the same text, or the same items at many steps."""
+    def read(self, states: Tensor) -> TextContext:
+        """What all layers make of text states (P, L, context_dim). Indexed by rows (B,), it is the context of B items:
+        for when many items read the same text, or the same items at many steps."""
         blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
+        rows = torch.arange(len(states), device=states.device)
         return TextContext({block.attn2: block.attn2.keys_and_values(states) for block in blocks}, rows)
 
     def embed_conditions(self, timesteps: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:

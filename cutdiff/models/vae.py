@@ -183,7 +183,8 @@ class VAE(nn.Module):
     def _run(self, network: Callable[[Tensor], Tensor], x: Tensor, pixels: int, banded: bool | None) -> Tensor:
         """`pixels` are those of all images."""
         if banded is None:
-            trained = torch.is_grad_enabled() and (x.requires_grad or self.quant_conv.weight.requires_grad)
+            asked = x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+            trained = torch.is_grad_enabled() and asked
             large = CPU_LARGE_BYTES if x.device.type == "cpu" and x.dtype == torch.float32 else LARGE_BYTES
             banded = not trained and pixels * max(self.config.channels[:2]) * x.element_size() >= large
         return in_bands(network, x) if banded else network(x)
