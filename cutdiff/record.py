@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -44,11 +45,7 @@ def describe(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         "device": _device_name(model.device),
         "dtype": dtype_name(model.dtype),
         "vae_dtype": dtype_name(model.vae_dtype),
-        "versions": {
-            "cutdiff": cutdiff.__version__,
-            **{name: version(name) for name in ("torch", "transformers")},
-            "python": platform.python_version(),
-        },
+        "versions": {"cutdiff": cutdiff.__version__, **_versions(), "python": platform.python_version()},
     }
 
 
@@ -71,6 +68,11 @@ def _determining(described: dict[str, Any]) -> dict[str, Any]:
     kept["model"] = {"sha256": model.get("sha256"), "loras": loras, "configuration": model.get("configuration")}
     kept["versions"] = described.get("versions", {}).get("cutdiff")
     return json.loads(json.dumps(kept, default=str))
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers")}  # each reads the metadata of a package
 
 
 def _digest(value: Any) -> str:

@@ -73,10 +73,9 @@ def _run(argv: list[str] | None) -> None:
     _draw_all(model, args, plan_pictures(model, args, requests))
     if bad or unfit:
         lines = sorted(error.line for error in (*bad, *unfit))
-        named = ", ".join(map(str, lines[:LISTED])) + (
-            f" and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
-        )
-        raise _Failure(f"{args.prompts}: left out line {named}: correct and start again")
+        more = f" and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
+        named = ", ".join(map(str, lines[:LISTED]))
+        raise _Failure(f"{args.prompts}, left out: {named}{more}; correct these lines and start again")
 
 
 def _leave_out(args: argparse.Namespace, bad: list[BadLine], *, everything: bool) -> None:
@@ -212,7 +211,7 @@ class _Progress:
         self.began = time.perf_counter()
         self.bar = tqdm(
             total=num_pictures,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             smoothing=0,  # the time left follows from the mean of the run
             miniters=0,
             leave=False,
