@@ -166,7 +166,7 @@ def _add_method(group: Group, defaults: Settings) -> None:
 
 def _add_run(group: Group, defaults: Settings) -> None:
     group.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
-    group.add_argument("--overwrite", action="store_true", help="draw again what is finished, over what is there")
+    group.add_argument("--overwrite", action="store_true", help="draw over other pictures of the same names")
     group.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
     group.add_argument("--dtype", default="float32", choices=DTYPES, help="of the networks")
     group.add_argument(

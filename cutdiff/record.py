@@ -66,7 +66,7 @@ def _determining(described: dict[str, Any]) -> dict[str, Any]:
     model = described.get("model", {})
     loras = [(lora["sha256"], lora["scale"]) for lora in model.get("loras", ())]
     kept["model"] = {"sha256": model.get("sha256"), "loras": loras, "configuration": model.get("configuration")}
-    kept["versions"] = described.get("versions", {}).get("cutdiff")
+    kept["cutdiff"] = kept.pop("versions", {}).get("cutdiff")
     return json.loads(json.dumps(kept, default=str))
 
 

@@ -114,16 +114,18 @@ def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed
     stem = f"{settings.method_name}-{width}x{height}-seed{seed}"
     stem = f"{request.line:04}-{stem}" if request.line else stem
     picture = Picture(request.prompt, settings, request.line, args.out / f"{stem}.png", finished=False)
-    if args.overwrite or not picture.path.exists():
+    if not picture.path.exists():
         return picture
     described = describe(model, request.prompt, settings, Draws((seed,)))
     for path in takewhile(Path.exists, numbered(args.out, stem)):
         record = read_record(path)
         if record.get("fingerprint") == fingerprint(described):
             return replace(picture, path=path, finished=True)
+        if args.overwrite:
+            break
         if is_set(args):
             raise BadArgument(
-                f"{path} {_difference(described, record)}: pass --overwrite to draw it again, or choose another --out"
+                f"{path} {_difference(described, record)}: pass --overwrite to draw over it, or choose another --out"
             )
     return picture
 

@@ -153,7 +153,7 @@ def _draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture]) -
 
     missing = [picture for picture in pictures if not picture.finished]
     if len(missing) < len(pictures):
-        _tell(f"{len(pictures) - len(missing)} of {len(pictures)} pictures are finished: --overwrite draws them again")
+        _tell(f"{len(pictures) - len(missing)} of {len(pictures)} pictures are finished already")
     remove_parts(args.out, {picture.path.stem for picture in missing})
     told: set[str] = set()
     with _Progress(len(missing)) as progress:
@@ -234,7 +234,7 @@ class _Progress:
 
 
 def _tell(message: str) -> None:
-    _print(f"cutdiff: {message}", sys.stderr)
+    _print(f"cutdiff: {' '.join(message.split())}", sys.stderr)
 
 
 def _print(line: str, file: TextIO | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +87,7 @@ def test_started_again_it_draws_what_is_missing(
     assert main([*run, "--out", str(out), "--view-batch-size", "1"]) == 0, "how many at once does not matter"
     again = capsys.readouterr()
     assert again.out == first.out
-    assert again.err == "cutdiff: 2 of 4 pictures are finished: --overwrite draws them again\n"
+    assert again.err == "cutdiff: 2 of 4 pictures are finished already\n"
     (out / ".another.png.a1b2_c3d.part").unlink()
     after = contents(out)
     assert after.keys() == before.keys()
@@ -145,11 +147,15 @@ def test_changed_options_are_told(
     printed = capsys.readouterr()
     assert (printed.out, printed.err.count("\n")) == ("", 1)
     assert told in printed.err
-    assert printed.err.endswith("pass --overwrite to draw it again, or choose another --out\n")
+    assert printed.err.endswith("pass --overwrite to draw over it, or choose another --out\n")
     assert contents(out) == before
     assert main([*changed, "--overwrite"]) == 0
-    assert main(changed) == 0, "all is finished"
-    assert "4 of 4 pictures are finished" in capsys.readouterr().err
+    (out / f"{NAMES[2]}.png").unlink()
+    capsys.readouterr()
+    assert main([*changed, "--overwrite"]) == 0, "what is drawn over goes on, too"
+    assert main(changed) == 0
+    finished = [f"cutdiff: {number} of 4 pictures are finished already" for number in (3, 4)]
+    assert capsys.readouterr().err.splitlines() == finished
     assert contents(out).keys() == {*before, f"{NAMES[3]}.png"}
 
 
@@ -179,7 +185,7 @@ def test_one_prompt_keeps_what_is_there(folder: Path, tmp_path: Path, capsys: py
         printed = capsys.readouterr()
         return Path(printed.out.strip()).name, printed.err
 
-    finished = "cutdiff: 1 of 1 pictures are finished: --overwrite draws them again\n"
+    finished = "cutdiff: 1 of 1 pictures are finished already\n"
     assert drawn("a") == ("direct-64x64-seed0.png", "")
     assert drawn("b") == ("direct-64x64-seed0-1.png", "")
     assert drawn("c") == ("direct-64x64-seed0-2.png", "")
@@ -237,7 +243,7 @@ def test_a_bad_line_of_a_thousand_and_flat_memory(folder: Path, tmp_path: Path) 
     prompts.write_bytes(b"\n".join(lines))
     command = [sys.executable, "-m", "cutdiff.sample", "--model", str(folder), "--prompts", str(prompts), *QUICK]
     command += ["--out", str(out), "--guidance-scale", "1"]
-    resident = {}
+    resident, number = {}, 0
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stderr is not None
@@ -361,8 +367,23 @@ def test_encoders_are_copied_only_where_they_are_not(model: Model) -> None:
         }
 
 
+def test_a_copy_of_the_encoders_is_gone_when_it_was_used(model: Model) -> None:
+    """At once, and not when garbage is next collected: a GPU would hold it until then."""
+    copied = model.text.on(torch.device("cpu"))
+    seen = [weakref.ref(encoder) for encoder in copied.encoders]
+    gc.disable()
+    try:
+        copied.encode(["a red house"])
+        del copied
+        assert [encoder() for encoder in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_offloaded_encoders_say_the_same(model: Model) -> None:
-    one = replace(model.text, encodes_on=torch.device("cpu")).encode(["a red house"])
+    offloaded = model.text.offloaded()
+    assert offloaded.encodes_on == torch.device("cpu")
+    one = offloaded.encode(["a red house"])
     other = model.text.encode(["a red house"])
     assert torch.equal(one.context, other.context)
     assert torch.equal(one.pooled, other.pooled)
@@ -373,10 +394,10 @@ def test_offloaded_encoders_leave_the_gpu() -> None:
     model = cutdiff.load(device="cuda")
     states = model.text.encode(["a red house"])
     held = torch.cuda.memory_allocated()
-    text = model.text.offloaded()
+    model = replace(model, text=model.text.offloaded())
     freed = torch.cuda.memory_allocated()
     assert freed < held
-    again = text.encode(["a red house"])
+    again = model.text.encode(["a red house"])
     assert torch.equal(again.context, states.context)
     del again
     assert torch.cuda.memory_allocated() == freed

@@ -69,11 +69,8 @@ class TextEncoders:
         return self.text_encoder.device
 
     def offloaded(self) -> TextEncoders:
-        """The same encoders, moved to the CPU, of which `encode` makes a passing copy where they were."""
-        device = self.device
-        for encoder in self.encoders:
-            encoder.to("cpu")
-        return replace(self, encodes_on=device)
+        """Copies that rest on the CPU, of which `encode` in turn makes a passing copy where these encoders are."""
+        return replace(self.on(torch.device("cpu")), encodes_on=self.device)
 
     def on(self, device: torch.device) -> TextEncoders:
         """A copy whose weights are on `device`; those that are there already are shared."""
