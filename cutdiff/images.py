@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,14 +23,15 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.cpu().numpy()))
 
 
-def save_image(image: Tensor, record: dict[str, Any], folder: Path, stem: str) -> Path:
+def save_image(image: Tensor, record: dict[str, Any], folder: Path, stem: str, *, overwrite: bool = False) -> Path:
     """Write an image (3, H, W) in [0, 1] as `stem`.png with its record as `stem`.json; returns the PNG's path.
 
-    Where the name is taken, a number is added. ValueError where the record is of several prompts.
+    Where the name is taken, a number is added, or with `overwrite` the picture takes the other's place. The PNG comes
+    last and the old one goes first, so that a PNG is never seen beside another's record. ValueError where the record is
+    of several prompts.
     """
-    path, number = folder / f"{stem}.png", 1
-    while path.exists() or path.with_suffix(".json").exists():
-        path, number = folder / f"{stem}-{number}.png", number + 1
+    paths = numbered(folder, stem)
+    path = next(paths) if overwrite else next(path for path in paths if not path.exists())
     text = PngInfo()
     text.add_text("parameters", parameters_text(record))
     sidecar = json.dumps(record, indent=2).encode() + b"\n"
@@ -36,12 +39,37 @@ def save_image(image: Tensor, record: dict[str, Any], folder: Path, stem: str) -
     try:
         parts.append((_fill(path.with_suffix(".json"), lambda file: file.write(sidecar)), path.with_suffix(".json")))
         parts.append((_fill(path, lambda file: to_pil(image).save(file, format="PNG", pnginfo=text)), path))
+        if overwrite:
+            path.unlink(missing_ok=True)
         for part, target in parts:
             os.replace(part, target)
     finally:
         for part, _ in parts:
             Path(part).unlink(missing_ok=True)
     return path
+
+
+def numbered(folder: Path, stem: str) -> Iterator[Path]:
+    """The names that a picture may get, the first without a number."""
+    yield folder / f"{stem}.png"
+    yield from (folder / f"{stem}-{number}.png" for number in count(1))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record beside a PNG; empty where there is none that can be read."""
+    try:
+        record = json.loads(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def remove_parts(folder: Path, stems: Collection[str]) -> None:
+    """Remove what a killed process left of pictures of these names."""
+    for part in folder.glob(".*.part"):
+        name = re.fullmatch(r"\.(.+?)(-\d+)?\.(png|json)\.\w+\.part", part.name)
+        if name and name[1] in stems:
+            part.unlink(missing_ok=True)
 
 
 def parameters_text(record: dict[str, Any]) -> str:
@@ -88,6 +116,8 @@ def _fill(path: Path, write: Callable[[BinaryIO], object]) -> str:
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # a name must not reach the disk before its contents, nor a full disk be told late
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(part, 0o666 & ~umask)

@@ -166,12 +166,16 @@ def _add_method(group: Group, defaults: Settings) -> None:
 
 def _add_run(group: Group, defaults: Settings) -> None:
     group.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
+    group.add_argument("--overwrite", action="store_true", help="draw over other pictures of the same names")
     group.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
     group.add_argument("--dtype", default="float32", choices=DTYPES, help="of the networks")
     group.add_argument(
         "--fp8", action="store_true",
         help="multiply the transformers' linear layers in 8 bits; with bfloat16, on a GPU (Ada, Hopper or later)",
     )  # fmt: skip
+    group.add_argument(
+        "--offload", action="store_true", help="keep the text encoders off the GPU but for the time of encoding"
+    )
     group.add_argument(
         "--view-batch-size", type=int, metavar="V",
         help="patches or views that go through the network at once; none: 16 on a CPU, all of a step on a GPU",
@@ -180,6 +184,7 @@ def _add_run(group: Group, defaults: Settings) -> None:
     group.add_argument(
         "--backend", default=defaults.backend, choices=BACKENDS, help="of the operators around the network"
     )
+    group.add_argument("--log-json", action="store_true", help="print a JSON object for each picture, not its path")
     group.add_argument("-v", "--verbose", action="store_true", help="tell what was read and what it cost")
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import cutdiff
 from cutdiff.denoiser import Denoiser
 from cutdiff.draws import Draws
 from cutdiff.finite import explained
@@ -27,6 +24,7 @@ from cutdiff.models.compiled import compiled
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
 from cutdiff.patches import check_backend
+from cutdiff.record import describe, fingerprint
 from cutdiff.schedule import Schedule
 from cutdiff.settings import Settings
 from cutdiff.solvers import Solver, Step, make_solver, solve
@@ -52,8 +50,6 @@ class _Prepared:
     settings: Settings
     denoiser: Denoiser
     draws: Draws
-    size: tuple[int, int]
-    """Of the finished picture, in latents."""
     num_steps: int
     """Of all phases."""
     steps: Iterator[Step]
@@ -190,7 +186,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         raise ValueError(f"draws.noise gave {tuple(noise.shape)} where {shape} is needed")
     steps = solve(stages, noise * schedule.init_scale, schedule, solver, draws.noise)
     num_steps = sum(len(stage.steps) for stage in stages)
-    return _Prepared(settings, denoiser, draws, size, num_steps, explained(steps, denoiser, model))
+    return _Prepared(settings, denoiser, draws, num_steps, explained(steps, denoiser, model))
 
 
 def _view_batch_size(model: Model, settings: Settings) -> int | None:
@@ -224,36 +220,15 @@ def _encode(
 def _record(
     model: Model, prompt: str | Sequence[str], prepared: _Prepared, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    height, width = (side * model.factor for side in prepared.size)
-    seeds = list(getattr(prepared.draws, "seeds", ()))  # draws of one's own may have none
+    described = describe(model, prompt, prepared.settings, prepared.draws)
     return {
-        "prompt": prompt if isinstance(prompt, str) else list(prompt),
-        **prepared.settings.described(),
-        "height": height,
-        "width": width,
-        "model": {
-            "source": model.source,
-            "sha256": model.hashes,
-            "loras": [vars(lora) for lora in model.loras],
-            "decided_by": model.decided_by,
-        },
-        **model.noise.described(),
-        "seed": seeds[0] if seeds else None,
-        "draws": {"class": type(prepared.draws).__qualname__, "seeds": seeds},
-        "device": _device_name(model.device),
-        "dtype": dtype_name(model.dtype),
-        "fp8": model.fp8,
-        "vae_dtype": dtype_name(model.vae_dtype),
+        **described,
+        "fingerprint": fingerprint(described),
         "view_batch_size": prepared.denoiser.view_batch_size,
         "view_batch_halved": prepared.denoiser.view_batch_size != _view_batch_size(model, prepared.settings),
         "network_evaluations": prepared.denoiser.evaluations,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_memory_bytes": peak_memory(model.device),
-        "versions": {
-            "cutdiff": cutdiff.__version__,
-            **{name: version(name) for name in ("torch", "transformers")},
-            "python": platform.python_version(),
-        },
     }
 
 
@@ -262,10 +237,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,26 +1,32 @@
 """The command line: `python -m cutdiff.sample "a red house at night"`.
 
 No module below it prints or exits. Exit status: 0, 1 for a run that failed or a model whose files are no good, 2 for
-arguments that cannot be used. torch is imported after the arguments are parsed, so that --help answers at once.
+arguments that cannot be used, 143 for one that was terminated. torch is imported after the arguments are parsed, so
+that --help answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from cutdiff.options import DEMO_PROMPT, BadArgument, parse
-from cutdiff.promptfile import parse_line, read_lines
-from cutdiff.settings import WITHOUT_VIEWS, Settings
+from cutdiff.options import BadArgument, parse
+from cutdiff.runs import BadLine, Picture, check_fit, is_set, of_flag, plan_pictures, read_requests
 
 if TYPE_CHECKING:
     from cutdiff.model import Model
-    from cutdiff.pipeline import Result
+    from cutdiff.solvers import Step
+
+LISTED = 5
+"""How many lines of a file of prompts the last message names before it only counts them."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,103 +42,50 @@ def main(argv: list[str] | None = None) -> int:
         # by SIGINT although it was caught; the next such exec makes it forget.
         exec("")
         return _complain("interrupted", 1)
+    except _Terminated:
+        return _complain("terminated", 128 + signal.SIGTERM)
     except Exception as error:  # the last line of defence: one line instead of a traceback
         return _complain(f"the run failed: {type(error).__name__}: {error}", 1)
     return 0
-
-
-def _run(argv: list[str] | None) -> None:
-    args = parse(argv)
-    runs = _runs(args)
-    _check_output(args.out)
-    model = _load(args)
-    _tell(model, everything=args.verbose)
-    for run in runs:
-        _check_fit(model, args, run)
-    for run in runs:
-        for index in range(args.num_images):
-            print(_draw(model, args, run, run.settings.seed + index), flush=True)
-
-
-class _Run(NamedTuple):
-    """What a prompt asks for."""
-
-    prompt: str
-    settings: Settings
-    line: int = 0
-    """In the file of prompts, counted from 1; 0 where there is none."""
 
 
 class _Failure(Exception):
     """What a file turns out to be, or a disk; its message is the line that the user sees."""
 
 
-def _runs(args: argparse.Namespace) -> list[_Run]:
-    """What is to be drawn: the prompt, or those of the file, each checked."""
-    if args.prompts is None:
-        prompt = DEMO_PROMPT if args.prompt is None else args.prompt
-        return [_Run(prompt, _settings(prompt, args))]
-    try:
-        lines = read_lines(args.prompts)
-    except OSError as error:
-        raise BadArgument(f"--prompts {args.prompts} cannot be read ({error.strerror}): give a text file") from None
-    if not lines:
-        raise BadArgument(f"--prompts {args.prompts} holds no prompt: give at least one line")
-    runs = []
-    for number, line in lines:
-        with _errors_by_line(args, number):
-            prompt, own = parse_line(line)
-            runs.append(_Run(prompt, _settings(prompt, parse(own, args)), number))
-    return runs
+class _Terminated(BaseException):
+    """SIGTERM, which drops the picture that is being drawn, as an interrupt does."""
 
 
-def _settings(prompt: str, args: argparse.Namespace) -> Settings:
-    """The arguments that are options of the run, checked."""
-    values = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
-    for text in (prompt, *(value for value in values.values() if isinstance(value, str))):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise BadArgument(f"the prompt {text!r} is not valid UTF-8: check the terminal's encoding")
-        if "\0" in text:
-            raise BadArgument(f"the prompt {text!r} holds a NUL, which a PNG's text cannot hold: leave it out")
-    with _errors_by_flag():
-        settings = Settings(**values)
-        Settings(seed=settings.seed + args.num_images - 1)
-    if settings.stride is not None and settings.method in WITHOUT_VIEWS:
-        raise BadArgument(f"--stride {settings.stride} is for methods with views, not {settings.method}: leave it out")
-    return settings
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
 
 
-def _check_fit(model: Model, args: argparse.Namespace, run: _Run) -> None:
-    """Whether this model can draw with these settings."""
-    from cutdiff.pipeline import plan
-
-    with _errors_by_line(args, run.line), _errors_by_flag():
-        plan(model, run.settings)
-
-
-@contextmanager
-def _errors_by_flag() -> Iterator[None]:
-    """Say what an error says of an option by the command line's name."""
-    try:
-        yield
-    except ValueError as error:
-        raise _of_flag(error) from None
-
-
-def _of_flag(error: Exception) -> BadArgument:
-    """`name=value …` as `--name value …`, and `name=True …` as `--name …`."""
-    name, _, rest = str(error).partition("=")
-    flag = {"num_steps": "steps"}.get(name, name).replace("_", "-")
-    return BadArgument(f"--{flag} {rest.removeprefix('True ')}")
+def _run(argv: list[str] | None) -> None:
+    args = parse(argv)
+    requests, bad = read_requests(args)
+    _leave_out(args, bad, everything=not requests)
+    _check_output(args.out)
+    model = _load(args)
+    _tell_model(model, everything=args.verbose)
+    requests, unfit = check_fit(model, args, requests)
+    _leave_out(args, unfit, everything=not requests)
+    _draw_all(model, args, plan_pictures(model, args, requests))
+    if bad or unfit:
+        lines = sorted(error.line for error in (*bad, *unfit))
+        more = f" and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
+        named = ", ".join(map(str, lines[:LISTED]))
+        raise _Failure(f"{args.prompts}, left out: {named}{more}; correct these lines and start again")
 
 
-@contextmanager
-def _errors_by_line(args: argparse.Namespace, line: int) -> Iterator[None]:
-    """Say of an error in which line of the file of prompts it is, where there is one."""
-    try:
-        yield
-    except (ValueError, BadArgument) as error:
-        raise BadArgument(f"{args.prompts}, line {line}: {error}" if line else str(error)) from None
+def _leave_out(args: argparse.Namespace, bad: list[BadLine], *, everything: bool) -> None:
+    """Tell of lines that cannot be drawn; where there are no others, the first ends the run."""
+    if everything:
+        raise bad[0]
+    for error in bad:
+        _tell(f"{error}; the other lines are drawn")
+        if args.log_json:
+            _print(json.dumps({"line": error.line, "state": "left out", "error": str(error)}))
 
 
 def _check_output(folder: Path) -> None:
@@ -156,8 +109,10 @@ def _load(args: argparse.Namespace) -> Model:
             raise BadArgument(f"--device {device} is not cpu or cuda")
     except (RuntimeError, AssertionError):
         raise BadArgument(f"--device {device} is not available here: use --device cpu") from None
+    if args.offload and torch.device(device).type == "cpu":
+        raise BadArgument("--offload moves the text encoders to the CPU, where this run is: leave it out")
     try:
-        return cutdiff.load(
+        model = cutdiff.load(
             args.model,
             device=device,
             dtype=getattr(torch, args.dtype),
@@ -174,58 +129,121 @@ def _load(args: argparse.Namespace) -> Model:
         raise _Failure(f"--lora {error}") from None
     except (FileNotFoundError, ValueError) as error:
         if str(error).startswith(("config=", "vae=", "zero_terminal_snr=", "timestep_spacing=", "fp8=")):
-            raise _of_flag(error) from None
+            raise of_flag(error) from None
         raise (BadArgument if isinstance(error, FileNotFoundError) else _Failure)(str(error)) from None
+    return replace(model, text=model.text.offloaded()) if args.offload else model
 
 
-def _tell(model: Model, *, everything: bool) -> None:
+def _tell_model(model: Model, *, everything: bool) -> None:
     """Which model was read, and who decided what it predicts; without `everything` only what may be wrong."""
     if everything:
-        print(f"cutdiff: {model.source}, native size {model.native_size * model.factor} px", file=sys.stderr)
+        _tell(f"{model.source}, native size {model.native_size * model.factor} px")
         for name, path in model.files.items():
-            print(f"cutdiff: weights {name} from {path}", file=sys.stderr)
+            _tell(f"weights {name} from {path}")
         for lora in model.loras:
-            print(f"cutdiff: LoRA {lora.path} times {lora.scale}", file=sys.stderr)
+            _tell(f"LoRA {lora.path} times {lora.scale}")
     values = model.noise.described()
     for name, source in model.decided_by.items():
         if everything or source.startswith("default,"):
-            print(f"cutdiff: {name}={values[name]}, decided by: {source}", file=sys.stderr)
+            _tell(f"{name}={values[name]}, decided by: {source}")
 
 
-def _draw(model: Model, args: argparse.Namespace, run: _Run, seed: int) -> Path:
-    from dataclasses import replace
+def _draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture]) -> None:
+    """Draw what is not finished, and print of each picture, in order, where it is."""
+    from cutdiff.images import remove_parts
 
-    from tqdm import tqdm
+    missing = [picture for picture in pictures if not picture.finished]
+    if len(missing) < len(pictures):
+        _tell(f"{len(pictures) - len(missing)} of {len(pictures)} pictures are finished already")
+    remove_parts(args.out, {picture.path.stem for picture in missing})
+    told: set[str] = set()
+    with _Progress(len(missing)) as progress:
+        for picture in pictures:
+            path, record = (picture.path, {}) if picture.finished else _draw(model, args, picture, progress)
+            for notice in _notices(record):
+                if notice not in told:
+                    _tell(notice)
+                told.add(notice)
+            _print(_entry(picture, path, record) if args.log_json else str(path))
 
+
+def _draw(model: Model, args: argparse.Namespace, picture: Picture, progress: _Progress) -> tuple[Path, dict[str, Any]]:
+    """Where the picture was saved, and its record."""
     import cutdiff
     from cutdiff.images import save_image
 
-    settings = replace(run.settings, seed=seed)
-    with tqdm(total=settings.num_steps, unit="step", leave=False, disable=None) as bar:
-
-        def on_step(step: cutdiff.Step, num_steps: int) -> None:
-            bar.total = num_steps
-            bar.set_description(step.stage, refresh=False)
-            bar.update()
-
-        result: Result = cutdiff.generate(model, run.prompt, settings, on_step=on_step)
+    result = cutdiff.generate(model, picture.prompt, picture.settings, on_step=progress.step)
     record = result.record
-    if record["decoded_in"] != record["vae_dtype"]:
-        print(f"cutdiff: the VAE overflowed in {record['vae_dtype']}, so it decoded in float32", file=sys.stderr)
-    if record["view_batch_halved"]:
-        held = record["view_batch_size"]
-        print(f"cutdiff: memory holds {held} patches or views at once: pass --view-batch-size {held}", file=sys.stderr)
     if args.verbose:
         seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in record["seconds"].items())
-        print(f"cutdiff: {record['network_evaluations']} network evaluations; {seconds}", file=sys.stderr)
-    stem = f"{settings.method_name}-{record['width']}x{record['height']}-seed{seed}"
-    stem = f"{run.line:04}-{stem}" if run.line else stem
+        _tell(f"{record['network_evaluations']} network evaluations; {seconds}")
+    overwrite = args.overwrite or is_set(args)
     try:
-        return save_image(result.images[0], record, args.out, stem)
+        return save_image(result.images[0], record, args.out, picture.path.stem, overwrite=overwrite), record
     except OSError as error:
-        raise _Failure(
-            f"{args.out / stem}.png cannot be written ({error.strerror}): free space, or change --out"
-        ) from None
+        raise _Failure(f"{picture.path} cannot be written ({error.strerror}): free space, or change --out") from None
+
+
+def _notices(record: dict[str, Any]) -> Iterator[str]:
+    """What a run should be told once, whichever picture it was seen at."""
+    if record and record["decoded_in"] != record["vae_dtype"]:
+        yield f"the VAE overflowed in {record['vae_dtype']}, so it decoded in float32"
+    if record and record["view_batch_halved"]:
+        held = record["view_batch_size"]
+        yield f"memory holds {held} patches or views at once: pass --view-batch-size {held}"
+
+
+def _entry(picture: Picture, path: Path, record: dict[str, Any]) -> str:
+    """What --log-json prints of a picture."""
+    entry = {"line": picture.line or None, "seed": picture.settings.seed, "path": str(path)}
+    if picture.finished:
+        return json.dumps({**entry, "state": "finished"})
+    seconds = round(sum(record["seconds"].values()), 3)
+    evaluations = record["network_evaluations"]
+    return json.dumps({**entry, "state": "drawn", "seconds": seconds, "network_evaluations": evaluations})
+
+
+class _Progress:
+    """A bar that counts the pictures of the run, where standard error is a terminal."""
+
+    def __init__(self, num_pictures: int) -> None:
+        from tqdm import tqdm
+
+        self.began = time.perf_counter()
+        self.bar = tqdm(
+            total=num_pictures,
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            smoothing=0,  # the time left follows from the mean of the run
+            miniters=0,
+            leave=False,
+            disable=None if num_pictures else True,
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self, step: Step, num_steps: int) -> None:
+        """Count a step of a picture that takes `num_steps`."""
+        picture = int(self.bar.n + 1e-6) + 1  # shares of steps add up to a picture but for rounding
+        per_hour = 3600 * (self.bar.n + 1 / num_steps) / (time.perf_counter() - self.began)
+        self.bar.set_description(f"{picture} of {self.bar.total}, {step.stage}", refresh=False)
+        self.bar.set_postfix_str(f"{per_hour:.3g} pictures/h", refresh=False)
+        self.bar.update(1 / num_steps)
+
+
+def _tell(message: str) -> None:
+    _print(f"cutdiff: {' '.join(message.split())}", sys.stderr)
+
+
+def _print(line: str, file: TextIO | None = None) -> None:
+    """A line above the bar."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file):
+        print(line, file=file, flush=True)
 
 
 def _complain(message: str, status: int) -> int:
@@ -234,4 +252,5 @@ def _complain(message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,6 +53,8 @@ class TextEncoders:
     text_encoder_2: CLIPTextModelWithProjection | None
     layer: int = 2
     """Which layer's states are read, counted from the end: 1 is the last."""
+    encodes_on: torch.device | None = None
+    """Where encoders that rest elsewhere are copied for the time of encoding; None: they stay where they are."""
 
     @property
     def tokenizers(self) -> list[PreTrainedTokenizerBase]:
@@ -64,6 +67,17 @@ class TextEncoders:
     @property
     def device(self) -> torch.device:
         return self.text_encoder.device
+
+    def offloaded(self) -> TextEncoders:
+        """Copies that rest on the CPU, of which `encode` in turn makes a passing copy where these encoders are."""
+        return replace(self.on(torch.device("cpu")), encodes_on=self.device)
+
+    def on(self, device: torch.device) -> TextEncoders:
+        """A copy whose weights are on `device`; those that are there already are shared."""
+        weights = [tensor for encoder in self.encoders for tensor in (*encoder.parameters(), *encoder.buffers())]
+        moved = {id(tensor): _moved(tensor, device) for tensor in weights}
+        first, second = deepcopy((self.text_encoder, self.text_encoder_2), moved)
+        return replace(self, text_encoder=first, text_encoder_2=second, encodes_on=None)
 
     def skipping(self, clip_skip: int | None) -> TextEncoders:
         """The same encoders read at another layer, counted from the end as A1111 does: 1 is the last; None: this one.
@@ -135,6 +149,9 @@ class TextEncoders:
         comma_window: int = COMMA_WINDOW,
     ) -> TextStates:
         """Prompts -> text states of len(prompts) rows; the arguments are those of `tokenize`."""
+        if self.encodes_on is not None:
+            awake = self.on(self.encodes_on)
+            return awake.encode(prompts, prompt_2, min_length=min_length, comma_window=comma_window)
         chunks = self.tokenize(prompts, prompt_2, min_length=min_length, comma_window=comma_window)
         states = [self._encode_chunk(chunk) for chunk in chunks]
         return TextStates(torch.cat([chunk.context for chunk in states], dim=1), states[0].pooled)
@@ -145,6 +162,11 @@ class TextEncoders:
         contexts = states.context.split([encoder.config.hidden_size for encoder in self.encoders], dim=2)
         context = [weighted(part, tokens.weights) for part, tokens in zip(contexts, read, strict=True)]
         return TextStates(torch.cat(context, dim=2), states.pooled)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor.to(device)
+    return nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
 def weighted(states: Tensor, weights: Tensor) -> Tensor:
