@@ -169,10 +169,15 @@ def _draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture]) -
 
 def _draw(model: Model, args: argparse.Namespace, picture: Picture, progress: _Progress) -> tuple[Path, dict[str, Any]]:
     """Where the picture was saved, and its record."""
+    import torch
+
     import cutdiff
     from cutdiff.images import save_image
 
-    result = cutdiff.generate(model, picture.prompt, picture.settings, on_step=progress.step)
+    try:
+        result = cutdiff.generate(model, picture.prompt, picture.settings, on_step=progress.step)
+    except torch.OutOfMemoryError:
+        raise _Failure("memory does not hold the network on one item: try --dtype bfloat16, or --device cpu") from None
     record = result.record
     if args.verbose:
         seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in record["seconds"].items())

@@ -88,8 +88,8 @@ class Settings:
     word_threshold: float = 0.3
     """Share of a view that a word must fill to stand in its prompt (AccDiffusion's c)."""
     view_batch_size: int | None = None
-    """Patches or views that go through the network at once; halved where memory does not suffice. None: 16 on a CPU,
-    all of a step on a GPU."""
+    """Patches or views that go through the network at once; halved where a GPU's memory does not suffice. None: 16 on a
+    CPU, all of a step on a GPU."""
     compile: bool = False
     """Whether the network goes through torch.compile, which takes minutes once; not for methods that change it."""
     backend: str = "auto"
@@ -106,6 +106,9 @@ class Settings:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.structure_fraction is not None and not 0 <= self.structure_fraction <= 1:
             raise ValueError(f"structure_fraction={self.structure_fraction} must lie in 0 … 1")
+        for name in ("cosine_scales", "guidance_interval"):
+            if not isinstance(getattr(self, name), tuple | list):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a list of numbers")
         if len(self.cosine_scales) != 3 or not all(0 <= scale < math.inf for scale in self.cosine_scales):
             raise ValueError(f"cosine_scales={self.cosine_scales} must be three finite numbers, none below 0")
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:

@@ -106,6 +106,11 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     "structure fraction 1.5": (["--structure-fraction", "1.5"], "--structure-fraction 1.5 must lie in 0 … 1"),
     "cosine scales, two": (["--cosine-scales", "3", "1"], "argument --cosine-scales: expected 3 arguments"),
     "cosine scale -1": (["--cosine-scales", "3", "1", "-1"], "--cosine-scales (3.0, 1.0, -1.0) must be three finite"),
+    "guidance interval, reversed": (
+        ["--guidance-interval", "0.6", "0.4"],
+        "--guidance-interval (0.6, 0.4) must be two shares, 0 ≤ from ≤ to ≤ 1",
+    ),
+    "guidance interval NaN": (["--guidance-interval", "0", "nan"], "--guidance-interval (0.0, nan) must be two shares"),
     "word threshold 2": (["--word-threshold", "2"], "--word-threshold 2.0 must lie in 0 … 1"),
     "clip skip 0": (["--clip-skip", "0"], "--clip-skip 0 must lie in 1 … 3"),
     "clip skip 4": (["--clip-skip", "4"], "--clip-skip 4 must lie in 1 … 3"),

@@ -102,8 +102,9 @@ def test_the_schedule_is_the_published_one(config: EDMConfig, num_steps: int) ->
 def test_one_step_begins_at_the_noisiest_sigma(sigma_schedule: str) -> None:
     """The published exponential schedule begins it at sigma_min, with noise of sigma_max."""
     assert edm_schedule(EDMConfig(sigma_schedule=sigma_schedule), 1).sigmas == (pytest.approx(80), 0)
-    with pytest.raises(ValueError, match="num_steps=0 must be at least 1"):
-        edm_schedule(EDMConfig(), 0)
+    for num_steps in (0, 1001):
+        with pytest.raises(ValueError, match=f"num_steps={num_steps} must be between 1 and 1000"):
+            edm_schedule(EDMConfig(), num_steps)
 
 
 @given(configs(), st.integers(2, 50))
@@ -321,6 +322,13 @@ class TestSingleFiles:
         config = cutdiff.load(tmp_path / "model.safetensors", vae=other).vae.config
         assert config.scaling_factor == 0.5
         assert config.latents_mean == pytest.approx(MEAN)
+
+    def test_the_vae_of_a_model_with_statistics_brings_none_of_them(
+        self, tiny: Tiny, folder: Path, tmp_path: Path
+    ) -> None:
+        vae = VAE(replace(VAE_TINY, latents_mean=MEAN, latents_std=STD, scaling_factor=0.5))
+        other = Tiny(tiny.unet, vae, tiny.text).save(tmp_path / "folder", noise=PLAYGROUND)
+        assert cutdiff.load(folder, vae=other).vae.config == cutdiff.load(folder).vae.config
 
     @pytest.mark.parametrize(
         ("marks", "message"),

@@ -273,6 +273,7 @@ def test_ddim_with_eta_draws_its_noise_from_draws(tiny_model: Model) -> None:
         ("cosine_scales", (3.0, 1.0, -1.0)),
         ("cosine_scales", (3.0, 1.0, float("nan"))),
         ("guidance_interval", (0.2,)),
+        ("guidance_interval", 0.5),
         ("guidance_interval", (0.6, 0.4)),
         ("guidance_interval", (0.0, float("nan"))),
         ("word_threshold", 1.1),

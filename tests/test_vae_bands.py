@@ -205,6 +205,8 @@ def test_what_is_trained_runs_whole(monkeypatch: pytest.MonkeyPatch, banded_size
     vae = make_vae(SMALL)
     latents = torch.randn(1, 4, 3, 3, generator=generator(1))
     assert vae.decode(latents.clone().requires_grad_()).requires_grad
+    vae.decoder.requires_grad_(True)
+    assert vae.decode(latents).requires_grad
     assert vae.requires_grad_(True).decode(latents).requires_grad
     assert not banded_sizes
     with torch.no_grad():

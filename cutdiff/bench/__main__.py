@@ -37,7 +37,10 @@ from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.options import DTYPES, BadArgument, Parser
 from cutdiff.patches import check_backend, grid_for
 from cutdiff.pipeline import peak_memory
+from cutdiff.runs import of_flag
+from cutdiff.schedule import NoiseConfig
 from cutdiff.settings import BACKENDS, Settings
+from cutdiff.solvers import make_solver
 
 SMALL_UNET = UNetConfig(
     channels=(64, 128),
@@ -65,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(error, 2)
     except (NotEqual, FloatingPointError, RuntimeError, OSError) as error:
         return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain(Exception("interrupted"), 1)
     print(f"{heading(result)}\n\n{table(result)}")
     return 0
 
@@ -158,14 +163,21 @@ def _settings(args: argparse.Namespace, unet: UNetConfig, vae: VAEConfig) -> Set
         check_backend(args.backend, torch.device(args.device))
     except ValueError as error:
         raise BadArgument(f"--{str(error).replace('=', ' ', 1)}") from None
-    return Settings(
-        height=args.size,
-        width=args.size,
-        num_steps=args.steps,
-        view_batch_size=args.view_batch_size,
-        compile=args.compile,
-        backend=args.backend,
-    )
+    if args.json is not None and not args.json.parent.is_dir():
+        raise BadArgument(f"--json {args.json} cannot be written, its folder does not exist: create it")
+    try:
+        settings = Settings(
+            height=args.size,
+            width=args.size,
+            num_steps=args.steps,
+            view_batch_size=args.view_batch_size,
+            compile=args.compile,
+            backend=args.backend,
+        )
+        make_solver(settings.solver).make_schedule(NoiseConfig(), settings.num_steps)
+    except ValueError as error:
+        raise of_flag(error) from None
+    return settings
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
