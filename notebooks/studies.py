@@ -83,7 +83,7 @@ STUDIES: dict[str, list[Cell]] = {
     ],
     "approximations": [
         cell(),
-        *(cell(guidance_interval=interval) for interval in ((0.2, 1.0), (0.0, 0.8), (0.2, 0.8))),
+        *(cell(guidance_interval=interval) for interval in ((0.2, 1.0), (0.0, 0.8))),
         cell(deep_reused(2, "structure")),
         cell(deep_reused(2, "detail")),
         cell("direct", 128),
