@@ -55,8 +55,10 @@ class Denoiser:
     """Whether keys and values of the prompt are made once: not where a method changes `to_k` or `to_v` of `attn2`."""
     network: Network | None = field(default=None, init=False)
     """What a method puts in the place of one pass of the U-Net, made of calls of `evaluate`."""
-    _read: dict[int, tuple[tuple[object, ...], Context, Tensor]] = field(default_factory=dict, init=False, repr=False)
-    """What was last read of the prompt, by `copies`: from which states and network, and each row's text."""
+    _read: dict[int, tuple[tuple[object, ...], Context, Tensor, dict[int, tuple[Context, Tensor]]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    """What was last read of the prompt, by `copies`: from which states and network, its text, and that of each row."""
 
     @property
     def native_size(self) -> int:
@@ -146,7 +148,7 @@ class Denoiser:
             rows = slice(start, start + num_items * self.copies)
             part = (inputs[rows], timestep[rows], context[rows], pooled[rows], size_ids[rows])
             try:
-                parts.append(self._pass(part, torch.arange(rows.start, rows.stop, device=inputs.device), len(inputs)))
+                parts.append(self._pass(part, start, len(inputs)))
             except torch.OutOfMemoryError:
                 if num_items == 1:
                     raise
@@ -155,29 +157,33 @@ class Denoiser:
                 start = rows.stop
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _pass(self, part: Inputs, rows: Tensor, num_rows: int) -> Tensor:
-        """One pass over the `rows` (n,) of all `num_rows`, as a method may have it."""
+    def _pass(self, part: Inputs, start: int, num_rows: int) -> Tensor:
+        """One pass over the rows from `start` on, of all `num_rows`, as a method may have it."""
         if self.network is None:
             return self.evaluate(part)
+        rows = torch.arange(start, start + len(part[0]), device=part[0].device)
         return self.network(rows // (num_rows // len(self.positive.context)), part)
 
     def _text(self, num_rows: int, positive: TextStates) -> tuple[Context, Tensor]:
         """Context and pooled states of every row. What layers make of the prompt, which all items of an image share at
         every step, is kept; of a view's own states, it is not."""
         sources = (positive, self.negative, self.unet)
-        known, context, pooled = self._read.get(self.copies, ((), torch.empty(0), torch.empty(0)))
+        known, context, pooled, cut = self._read.get(self.copies, ((), torch.empty(0), torch.empty(0), {}))
         same = len(known) == len(sources) and all(a is b for a, b in zip(known, sources, strict=True))
         if not same or not self.keeps_text:
             negative = self.negative.repeat(len(positive.context) // len(self.negative.context))
             states = [negative, positive][-self.copies :]
             context = torch.stack([s.context for s in states], dim=1).flatten(0, 1)
             pooled = torch.stack([s.pooled for s in states], dim=1).flatten(0, 1)
+            cut = {}
             if self.keeps_text and positive is self.positive:
                 context = self.unet.read(context)
-                self._read[self.copies] = (sources, context, pooled)
-        rows = torch.arange(len(pooled), device=pooled.device).unflatten(0, (-1, self.copies))
-        rows = rows.repeat_interleave(num_rows // len(pooled), dim=0).flatten()
-        return context[rows], pooled[rows]
+                self._read[self.copies] = (sources, context, pooled, cut)
+        if num_rows not in cut:
+            rows = torch.arange(len(pooled), device=pooled.device).unflatten(0, (-1, self.copies))
+            rows = rows.repeat_interleave(num_rows // len(pooled), dim=0).flatten()
+            cut[num_rows] = context[rows], pooled[rows]
+        return cut[num_rows]
 
 
 def _size_ids(

