@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,17 @@ Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor]
 
 Network = Callable[[Tensor, Inputs], Tensor]
 """(the image of each row (n,), the rows) -> prediction (n, C, h, w); of a guidance pair, the negative row is first."""
+
+
+class _Read(NamedTuple):
+    """The text of the distinct rows, and what it was read from."""
+
+    sources: tuple[TextStates, TextStates, UNet]
+    """Positive and negative states, and the network."""
+    context: Context
+    pooled: Tensor
+    cut: dict[int, tuple[Context, Tensor]]
+    """The text of every row, by their number."""
 
 
 @dataclass
@@ -55,10 +67,8 @@ class Denoiser:
     """Whether keys and values of the prompt are made once: not where a method changes `to_k` or `to_v` of `attn2`."""
     network: Network | None = field(default=None, init=False)
     """What a method puts in the place of one pass of the U-Net, made of calls of `evaluate`."""
-    _read: dict[int, tuple[tuple[object, ...], Context, Tensor, dict[int, tuple[Context, Tensor]]]] = field(
-        default_factory=dict, init=False, repr=False
-    )
-    """What was last read of the prompt, by `copies`: from which states and network, its text, and that of each row."""
+    _read: dict[int, _Read] = field(default_factory=dict, init=False, repr=False)
+    """By `copies`."""
 
     @property
     def native_size(self) -> int:
@@ -168,22 +178,20 @@ class Denoiser:
         """Context and pooled states of every row. What layers make of the prompt, which all items of an image share at
         every step, is kept; of a view's own states, it is not."""
         sources = (positive, self.negative, self.unet)
-        known, context, pooled, cut = self._read.get(self.copies, ((), torch.empty(0), torch.empty(0), {}))
-        same = len(known) == len(sources) and all(a is b for a, b in zip(known, sources, strict=True))
-        if not same or not self.keeps_text:
+        read = self._read.get(self.copies)
+        if read is None or not self.keeps_text or any(a is not b for a, b in zip(read.sources, sources, strict=True)):
             negative = self.negative.repeat(len(positive.context) // len(self.negative.context))
             states = [negative, positive][-self.copies :]
             context = torch.stack([s.context for s in states], dim=1).flatten(0, 1)
             pooled = torch.stack([s.pooled for s in states], dim=1).flatten(0, 1)
-            cut = {}
+            read = _Read(sources, context, pooled, {})
             if self.keeps_text and positive is self.positive:
-                context = self.unet.read(context)
-                self._read[self.copies] = (sources, context, pooled, cut)
-        if num_rows not in cut:
-            rows = torch.arange(len(pooled), device=pooled.device).unflatten(0, (-1, self.copies))
-            rows = rows.repeat_interleave(num_rows // len(pooled), dim=0).flatten()
-            cut[num_rows] = context[rows], pooled[rows]
-        return cut[num_rows]
+                read = self._read[self.copies] = read._replace(context=self.unet.read(context))
+        if num_rows not in read.cut:
+            rows = torch.arange(len(read.pooled), device=read.pooled.device).unflatten(0, (-1, self.copies))
+            rows = rows.repeat_interleave(num_rows // len(read.pooled), dim=0).flatten()
+            read.cut[num_rows] = read.context[rows], read.pooled[rows]
+        return read.cut[num_rows]
 
 
 def _size_ids(

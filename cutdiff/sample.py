@@ -57,8 +57,13 @@ class _Terminated(BaseException):
     """SIGTERM, which drops the picture that is being drawn, as an interrupt does."""
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise _Terminated
+_caught: list[BaseException] = []
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """The handler of signals. Python drops what it raises inside of a finaliser: then the next step raises it again."""
+    _caught.append(KeyboardInterrupt() if number == signal.SIGINT else _Terminated())
+    raise _caught[-1]
 
 
 def _run(argv: list[str] | None) -> None:
@@ -232,6 +237,8 @@ class _Progress:
 
     def step(self, step: Step, num_steps: int) -> None:
         """Count a step of a picture that takes `num_steps`."""
+        if _caught:
+            raise _caught[-1]
         picture = int(self.bar.n + 1e-6) + 1  # shares of steps add up to a picture but for rounding
         per_hour = 3600 * (self.bar.n + 1 / num_steps) / (time.perf_counter() - self.began)
         self.bar.set_description(f"{picture} of {self.bar.total}, {step.stage}", refresh=False)
@@ -257,5 +264,6 @@ def _complain(message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     sys.exit(main())

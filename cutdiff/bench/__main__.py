@@ -27,7 +27,7 @@ from cutdiff_kernels.bench import hardware
 from tqdm import trange
 
 import cutdiff
-from cutdiff.bench.measure import Contestant, Ours, Timing, count_flops, matmul_peak, now, timed
+from cutdiff.bench.measure import Contestant, Ours, Timing, count_flops, matmul_peak, timed
 from cutdiff.bench.parity import NotEqual, prove, prove_again
 from cutdiff.bench.random_model import cast, random_model
 from cutdiff.bench.report import OURS, heading, summary, table
@@ -36,7 +36,7 @@ from cutdiff.model import Model
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.options import DTYPES, BadArgument, Parser
 from cutdiff.patches import check_backend, grid_for
-from cutdiff.pipeline import peak_memory
+from cutdiff.pipeline import now, peak_memory
 from cutdiff.runs import of_flag
 from cutdiff.schedule import NoiseConfig
 from cutdiff.settings import BACKENDS, Settings
