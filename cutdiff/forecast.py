@@ -230,13 +230,16 @@ def decoding(model: Model, size: Size) -> Taken:
     FLOPs are those of the whole at once, a·n + b·n² for n latents, the square in the attention; bands spare some and
     compute some anew: 0.85 to 1.3 times as many were counted beside the attention.
     """
-    vae = model.vae if model.vae_dtype == model.vae.post_quant_conv.weight.dtype else _cast(model.vae, model.vae_dtype)
-    weights = weight_bytes(model) + (0 if vae is model.vae else _bytes(vae))
+    dtype = model.vae_dtype
+    weights, vae = weight_bytes(model), model.vae
+    if vae.post_quant_conv.weight.dtype != dtype:
+        vae = deepcopy(vae).to(dtype)
+        weights += _bytes(vae)
     (n, flops), (m, more) = ((side * side, _decoded(vae, (side, side), banded=False).flops) for side in (8, 16))
     b = (more * n - flops * m) // (n * m * (m - n))
     a = (flops - b * n * n) // n
     num_latents, c = math.prod(size), vae.config.channels
-    pixel_bytes = model.factor**2 * num_latents * model.vae_dtype.itemsize
+    pixel_bytes = model.factor**2 * num_latents * dtype.itemsize
     if c[0] * pixel_bytes <= KEPT_BYTES:
         num_bytes = _decoded(vae, size).peak_bytes
     else:  # as `models.bands` has it: the last level, and the one before at half the size
@@ -251,10 +254,6 @@ def _decoded(vae: VAE, size: Size, *, banded: bool | None = None) -> Taken:
         return meter.aside(lambda: vae.decode(latents, banded=banded))
 
 
-def _cast(vae: VAE, dtype: torch.dtype) -> VAE:
-    return deepcopy(vae).to(dtype)
-
-
 def weight_bytes(model: Model) -> int:
     """Of all networks of a model."""
     return sum(_bytes(network) for network in (model.unet, model.vae, *model.text.encoders))
@@ -264,18 +263,27 @@ def _bytes(network: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in network.parameters())
 
 
-def sized_model(
-    unet: UNetConfig = SDXL_UNET,
-    vae: VAEConfig = SDXL_VAE,
-    encoders: Sequence[nn.Module] = (),
-    dtype: torch.dtype = torch.bfloat16,
-) -> Model:
-    """A model of these shapes on the meta device, SDXL-base where they are left out; its one prompt has 77 tokens."""
+def outline(path: str | None, dtype: str, config: str | None = None) -> Model:
+    """The model at `path`, or SDXL-base where that is None, on the meta device, with a prompt of 77 tokens."""
+    kind: torch.dtype = getattr(torch, dtype)
+    if path is None:
+        return sized(SDXL_UNET, SDXL_VAE, kind)
+    from cutdiff.checkpoint.load import load_outline
+
+    model = load_outline(path, dtype=kind, config=config)
+    return replace(model, text=_text(model.unet.config, kind, tuple(model.text.encoders)))
+
+
+def sized(unet: UNetConfig, vae: VAEConfig, dtype: torch.dtype) -> Model:
+    """A model of these shapes on the meta device, with SDXL's text encoders."""
     with torch.device("meta"):
-        if unet == SDXL_UNET and not encoders:
-            encoders = [nn.Linear(SDXL_TEXT_WEIGHTS, 1, bias=False)]
-        states = TextStates(torch.empty(1, TOKENS, unet.context_dim), torch.empty(1, unet.pooled_dim))
-        networks = [network.to(dtype).requires_grad_(False) for network in (UNet(unet), VAE(vae), *encoders)]
-    states = TextStates(states.context.to(dtype), states.pooled.to(dtype))
-    text: Any = GivenText(states, tuple(networks[2:]))
-    return Model(networks[0], networks[1], text, NoiseConfig(), zeros_for_empty_negative=True, source="", files={})
+        encoders = nn.Linear(SDXL_TEXT_WEIGHTS, 1, bias=False, dtype=dtype)
+        networks = UNet(unet).to(dtype).requires_grad_(False), VAE(vae).to(dtype).requires_grad_(False)
+    text = _text(unet, dtype, (encoders,))
+    return Model(*networks, text, NoiseConfig(), zeros_for_empty_negative=True, source="SDXL-base", files={})
+
+
+def _text(unet: UNetConfig, dtype: torch.dtype, encoders: tuple[nn.Module, ...]) -> Any:
+    with torch.device("meta"):
+        states = torch.empty(1, TOKENS, unet.context_dim, dtype=dtype), torch.empty(1, unet.pooled_dim, dtype=dtype)
+    return GivenText(TextStates(*states), encoders)

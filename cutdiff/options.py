@@ -31,6 +31,13 @@ class BadArgument(Exception):
     """An argument that cannot be used; its message is the line that the user sees."""
 
 
+def of_flag(error: Exception) -> BadArgument:
+    """What an error says of `name=value …`, said of `--name value …`."""
+    name, _, rest = str(error).partition("=")
+    flag = {"num_steps": "steps"}.get(name, name).replace("_", "-")
+    return BadArgument(f"--{flag} {rest}")
+
+
 class Parser(argparse.ArgumentParser):
     """Raises BadArgument, which names what was most likely meant."""
 
@@ -56,7 +63,7 @@ def parse(argv: list[str] | None, given: argparse.Namespace | None = None) -> ar
     for add, title in (
         (_add_prompt, "what to draw"),
         (_add_model, "the model"),
-        (_add_method, "how"),
+        (add_method, "how"),
         (_add_run, "where"),
     ):
         add(parser.add_argument_group(title), Settings())
@@ -123,7 +130,7 @@ def _add_model(group: Group, defaults: Settings) -> None:
     group.add_argument("--check-weights", action="store_true", help="read all weights first, and name NaN among them")
 
 
-def _add_method(group: Group, defaults: Settings) -> None:
+def add_method(group: Group, defaults: Settings) -> None:
     group.add_argument(
         "--method", default=defaults.method, choices=METHOD_NAMES, metavar="NAME", help=", ".join(METHOD_NAMES)
     )

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cutdiff.options import DEMO_PROMPT, BadArgument, parse
+from cutdiff.options import DEMO_PROMPT, BadArgument, of_flag, parse
 from cutdiff.promptfile import parse_line, read_lines
 from cutdiff.settings import WITHOUT_VIEWS, Settings
 
@@ -116,14 +116,7 @@ def _errors_by_flag() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise _of_flag(error) from None
-
-
-def _of_flag(error: Exception) -> BadArgument:
-    """`name=value …` as `--name value …`."""
-    name, _, rest = str(error).partition("=")
-    flag = {"num_steps": "steps"}.get(name, name).replace("_", "-")
-    return BadArgument(f"--{flag} {rest}")
+        raise of_flag(error) from None
 
 
 @contextmanager
@@ -173,7 +166,7 @@ def _load(args: argparse.Namespace) -> Model:
         raise _Failure(f"--lora {error}") from None
     except (FileNotFoundError, ValueError) as error:
         if str(error).startswith(("config=", "vae=", "zero_terminal_snr=", "timestep_spacing=")):
-            raise _of_flag(error) from None
+            raise of_flag(error) from None
         raise (BadArgument if isinstance(error, FileNotFoundError) else _Failure)(str(error)) from None
 
 
