@@ -68,9 +68,10 @@ class Meter(TorchDispatchMode):
         formula = flop_registry.get(function._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
-        for value in tree_leaves(out):
-            if isinstance(value, Tensor):
-                self._hold(value.untyped_storage())
+        given = {storage._cdata for storage in _storages((args, kwargs))}  # a view of a weight is not made inside
+        for storage in _storages(out):
+            if storage._cdata not in given:
+                self._hold(storage)
         return out
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -83,6 +84,10 @@ class Meter(TorchDispatchMode):
     def _release(self, storage: int, num_bytes: int) -> None:
         self._storages.remove(storage)
         self.live_bytes -= num_bytes
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -228,9 +228,7 @@ def _encode(
     return positive, text.encode(negative, settings.negative_prompt_2, min_length=length)
 
 
-def _record(
-    model: Model, prompt: str | Sequence[str], prepared: Prepared, seconds: dict[str, float]
-) -> dict[str, Any]:
+def _record(model: Model, prompt: str | Sequence[str], prepared: Prepared, seconds: dict[str, float]) -> dict[str, Any]:
     height, width = (side * model.factor for side in prepared.size)
     seeds = list(getattr(prepared.draws, "seeds", ()))  # draws of one's own may have none
     return {

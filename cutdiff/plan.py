@@ -1,4 +1,4 @@
-"""The command line: `python -m cutdiff.plan --width 4096 --height 4096 --devices 8`: what a run takes, before it is run.
+"""The command line: `python -m cutdiff.plan --width 4096 --height 4096 --devices 8` tells what a run takes.
 
 Network evaluations and FLOPs are counted on the method itself (`cutdiff.forecast`), those of text encoders left out.
 The floor is the busiest device's FLOPs at --tflops; expected is the floor over --utilisation, and what the device is

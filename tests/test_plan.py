@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -57,9 +58,9 @@ def sdxl() -> Model:
 
 
 CASES: list[tuple[int, int, dict[str, Any]]] = [
-    (128, 128, {"num_steps": 6}),
-    (200, 104, {"num_steps": 5, "guidance_scale": 1.0}),
-    (256, 200, {"num_steps": 7, "guidance_interval": (0.2, 0.6)}),
+    (128, 128, {"num_steps": 4}),
+    (200, 104, {"num_steps": 4, "guidance_interval": (0.2, 0.7)}),
+    (72, 128, {"num_steps": 2, "guidance_scale": 1.0}),
     (64, 64, {"num_steps": 1}),
 ]
 
@@ -79,7 +80,7 @@ def test_counts_of_every_step_are_those_of_the_run(
     planned = walk(sizes_of(small), settings)
     costs = [cost for stage in planned.stages for cost in stage.steps]
     assert [stage.name for stage in planned.stages for _ in stage.steps] == stages
-    assert [cost.flops for cost in costs] == [b - a for a, b in zip(flops, flops[1:], strict=False)]
+    assert [cost.flops for cost in costs] == [b - a for a, b in pairwise(flops)]
     record = cutdiff.generate(small, "", settings).record
     assert sum(cost.evaluations for cost in costs) == record["network_evaluations"]
 
@@ -120,12 +121,11 @@ def test_flops_of_decoding_are_counted(size: tuple[int, int], small: Model) -> N
 # ---- Memory
 
 
-@pytest.mark.parametrize("view_batch_size", [2, 16])
 @pytest.mark.parametrize("method", METHOD_NAMES)
-def test_memory_is_within_15_percent_of_what_lives_in_a_run(method: str, view_batch_size: int) -> None:
+def test_memory_is_within_15_percent_of_what_lives_in_a_run(method: str) -> None:
     """Beside the weights: on a CPU, whose operators hold more than kernels do."""
     model = random_model(SMALL_UNET, VAE_TINY, CPU)
-    settings = Settings(method=method, height=256, width=384, num_steps=3, view_batch_size=view_batch_size)
+    settings = Settings(method=method, height=256, width=192, num_steps=2, view_batch_size=4)
     with Meter() as meter:
         for _ in cutdiff.denoise(model, "", settings):
             pass
@@ -212,7 +212,11 @@ def test_the_table_says_what_the_json_says(capsys: pytest.CaptureFixture[str], f
     assert head.startswith("cutdiffusion, ")
     assert head.endswith("4 devices of 790 TFLOP/s: computed, not measured")
     assert columns.split()[:3] == ["stage", "steps", "evaluations"]
-    assert [row.split()[:3] for row in rows] == [["structure", "2", "16"], ["detail", "2", "36"], ["network", "4", "52"]]
+    assert [row.split()[:3] for row in rows] == [
+        ["structure", "2", "16"],
+        ["detail", "2", "36"],
+        ["network", "4", "52"],
+    ]
     assert decode.startswith("decode")
     assert memory.startswith("memory of a device: ")
 
