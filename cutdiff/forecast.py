@@ -48,10 +48,10 @@ LIVE_BANDS = 7
 class Cost(NamedTuple):
     """Of one step."""
 
-    evaluations: int
+    evaluations: int = 0
     """Rows that went through the network, a guidance pair counted as two."""
-    flops: int
-    received_bytes: int
+    flops: int = 0
+    received_bytes: int = 0
     """What one device is sent of the others' predictions."""
 
 

@@ -85,7 +85,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
 def table(plan: dict[str, Any]) -> str:
     """The plan in aligned columns, and a line on memory."""
     columns = ("stage", "steps", "evaluations", "TFLOP", "floor s", "expected s", "received MB")
-    rows = [columns]
+    rows: list[tuple[str, ...]] = [columns]
     for part in (*plan["stages"], plan["network"]):
         counts = (f"{part[name]:,}" for name in ("steps", "evaluations"))
         seconds = (f"{part[name]:,.2f}" for name in ("floor_s", "expected_s"))
