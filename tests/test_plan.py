@@ -226,8 +226,8 @@ def test_the_table_says_what_the_json_says(capsys: pytest.CaptureFixture[str], f
 def test_the_largest_size_on_many_devices(capsys: pytest.CaptureFixture[str]) -> None:
     plan = json.loads(told(capsys, "--width", "32768", "--height", "32768", "--devices", "64", "--json"))
     assert plan["network"]["evaluations"] == 50 * (32**2 + 63**2)
-    lines = told(capsys, "--width", "16384", "--height", "8192", "--method", "direct").splitlines()
-    assert lines[-1].endswith("; more than the 141 GB that it has")
+    lines = told(capsys, "--width", "16384", "--height", "8192", "--method", "direct", "--memory", "40").splitlines()
+    assert lines[-1].endswith("; more than the 40 GB that it has")
 
 
 @pytest.mark.parametrize(
