@@ -31,6 +31,17 @@ class BadArgument(Exception):
     """An argument that cannot be used; its message is the line that the user sees."""
 
 
+def of_flag(error: Exception) -> BadArgument:
+    """`name=value …` as `--name value …`, and `name=True …` as `--name …`."""
+    name, _, rest = str(error).partition("=")
+    return BadArgument(f"{flag_of(name)} {rest.removeprefix('True ')}")
+
+
+def flag_of(name: str) -> str:
+    """The option of the command line for a setting."""
+    return "--" + {"num_steps": "steps"}.get(name, name).replace("_", "-")
+
+
 class Parser(argparse.ArgumentParser):
     """Raises BadArgument, which names what was most likely meant."""
 
@@ -56,7 +67,7 @@ def parse(argv: list[str] | None, given: argparse.Namespace | None = None) -> ar
     for add, title in (
         (_add_prompt, "what to draw"),
         (_add_model, "the model"),
-        (_add_method, "how"),
+        (add_method, "how"),
         (_add_run, "where"),
     ):
         add(parser.add_argument_group(title), Settings())
@@ -123,7 +134,7 @@ def _add_model(group: Group, defaults: Settings) -> None:
     group.add_argument("--check-weights", action="store_true", help="read all weights first, and name NaN among them")
 
 
-def _add_method(group: Group, defaults: Settings) -> None:
+def add_method(group: Group, defaults: Settings) -> None:
     group.add_argument(
         "--method", default=defaults.method, choices=METHOD_NAMES, metavar="NAME", help=", ".join(METHOD_NAMES)
     )

@@ -27,7 +27,7 @@ from cutdiff.patches import check_backend
 from cutdiff.record import describe, fingerprint
 from cutdiff.schedule import Schedule
 from cutdiff.settings import Settings
-from cutdiff.solvers import Solver, Step, make_solver, solve
+from cutdiff.solvers import Phase, Solver, Stage, Step, make_solver, solve
 
 CPU_VIEW_BATCH = 16
 """Patches or views at once where nobody says; more are not faster there."""
@@ -44,12 +44,16 @@ class Result:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A run that is ready to start: everything was checked, only the prompts were encoded."""
 
     settings: Settings
     denoiser: Denoiser
     draws: Draws
+    size: tuple[int, int]
+    """Of the finished picture, in latents."""
+    schedule: Schedule
+    stages: list[Stage | Phase]
     num_steps: int
     """Of all phases."""
     steps: Iterator[Step]
@@ -68,7 +72,7 @@ def denoise(
     A sequence of prompts makes one image each; `draws` replaces the draws that the seeds would make. Prompts of more
     than 75 tokens pad the shorter ones beside them with empty chunks, which these images show.
     """
-    return _prepare(model, prompt, replace(settings or Settings(), **changes), draws).steps
+    return prepare(model, prompt, replace(settings or Settings(), **changes), draws).steps
 
 
 def generate(
@@ -85,7 +89,7 @@ def generate(
     settings = replace(settings or Settings(), **changes)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    prepared = _prepare(model, prompt, settings, draws)
+    prepared = prepare(model, prompt, settings, draws)
     latents, seconds, began = torch.empty(0), {}, now(model.device)
     for step in prepared.steps:
         latents = step.latents
@@ -139,7 +143,14 @@ def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Solver, Sch
     return settings.canvas_size(model.native_size, model.factor), solver, schedule
 
 
-def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draws: Draws | None) -> _Prepared:
+def prepare(
+    model: Model,
+    prompt: str | Sequence[str],
+    settings: Settings,
+    draws: Draws | None,
+    make_denoiser: Callable[..., Denoiser] = Denoiser,
+) -> Prepared:
+    """Check everything and encode the prompts: a run whose first step was not taken. Arguments as of `generate`."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("prompt is an empty list: give at least one prompt")
@@ -148,7 +159,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         draws = Draws(tuple(settings.seed + i for i in range(len(prompts))), model.device)
     text = model.text.skipping(settings.clip_skip)
     positive, negative = _encode(text, prompts, settings, model.zeros_for_empty_negative)
-    denoiser = Denoiser(
+    denoiser = make_denoiser(
         unet=model.unet,
         timestep=schedule.timestep,
         coefficients=model.noise.coefficients,
@@ -186,7 +197,7 @@ def _prepare(model: Model, prompt: str | Sequence[str], settings: Settings, draw
         raise ValueError(f"draws.noise gave {tuple(noise.shape)} where {shape} is needed")
     steps = solve(stages, noise * schedule.init_scale, schedule, solver, draws.noise)
     num_steps = sum(len(stage.steps) for stage in stages)
-    return _Prepared(settings, denoiser, draws, num_steps, explained(steps, denoiser, model))
+    return Prepared(settings, denoiser, draws, size, schedule, stages, num_steps, explained(steps, denoiser, model))
 
 
 def _view_batch_size(model: Model, settings: Settings) -> int | None:
@@ -217,9 +228,7 @@ def _encode(
     return positive, text.encode(negative, settings.negative_prompt_2, min_length=length)
 
 
-def _record(
-    model: Model, prompt: str | Sequence[str], prepared: _Prepared, seconds: dict[str, float]
-) -> dict[str, Any]:
+def _record(model: Model, prompt: str | Sequence[str], prepared: Prepared, seconds: dict[str, float]) -> dict[str, Any]:
     described = describe(model, prompt, prepared.settings, prepared.draws)
     return {
         **described,

@@ -16,7 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cutdiff.options import DEMO_PROMPT, BadArgument, parse
+from cutdiff.options import DEMO_PROMPT, BadArgument, flag_of, of_flag, parse
 from cutdiff.promptfile import parse_line, read_lines
 from cutdiff.settings import WITHOUT_VIEWS, Settings
 
@@ -138,7 +138,7 @@ def _difference(described: dict[str, Any], record: dict[str, Any]) -> str:
         return "has no record of how it was drawn"
     told = []
     for name, (then, now) in changes(described, record).items():
-        label = _flag(name) if name in Settings.__dataclass_fields__ or name == "dtype" else name
+        label = flag_of(name) if name in Settings.__dataclass_fields__ or name == "dtype" else name
         told.append(f"{label} {reprlib.repr(then)} (now {reprlib.repr(now)})" if name != "model" else "another model")
     return f"was drawn with {', '.join(told) or 'what its record does not tell'}"
 
@@ -166,13 +166,3 @@ def errors_by_flag() -> Iterator[None]:
         yield
     except ValueError as error:
         raise of_flag(error) from None
-
-
-def of_flag(error: Exception) -> BadArgument:
-    """`name=value …` as `--name value …`, and `name=True …` as `--name …`."""
-    name, _, rest = str(error).partition("=")
-    return BadArgument(f"{_flag(name)} {rest.removeprefix('True ')}")
-
-
-def _flag(name: str) -> str:
-    return "--" + {"num_steps": "steps"}.get(name, name).replace("_", "-")

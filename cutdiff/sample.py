@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from cutdiff.options import BadArgument, parse
-from cutdiff.runs import BadLine, Picture, check_fit, is_set, of_flag, plan_pictures, read_requests
+from cutdiff.options import BadArgument, of_flag, parse
+from cutdiff.runs import BadLine, Picture, check_fit, is_set, plan_pictures, read_requests
 
 if TYPE_CHECKING:
     from cutdiff.model import Model

@@ -15,7 +15,7 @@ from cutdiff.methods import Run, magnify
 from cutdiff.methods.common import guided
 from cutdiff.methods.magnify import held
 from cutdiff.model import Model
-from cutdiff.pipeline import _prepare
+from cutdiff.pipeline import prepare
 from cutdiff.settings import Settings
 from cutdiff.solvers import Phase
 
@@ -35,7 +35,7 @@ def run(tiny_model: Model) -> Run:
         found.append(run)
         return magnify(run)
 
-    _prepare(tiny_model, PROMPT, Settings(method=spy, num_steps=4, height=128, width=128), None)
+    prepare(tiny_model, PROMPT, Settings(method=spy, num_steps=4, height=128, width=128), None)
     return found[0]
 
 

@@ -198,6 +198,25 @@ def test_views_read_zeros_outside_and_drop_what_they_write_there() -> None:
     assert average(values, origins, (4, 4)).eq(5).all()
 
 
+@given(size=sides, window=sides, seed=st.integers(0, 1000), num_views=st.integers(1, 12))
+def test_cover_is_what_laying_the_views_out_shows(
+    size: tuple[int, int], window: tuple[int, int], seed: int, num_views: int
+) -> None:
+    """Of two images, with views that reach past the canvas or miss it."""
+    low, high = -torch.tensor(window) - 1, torch.tensor(size) + 2
+    rng = torch.Generator().manual_seed(seed)
+    origins = low + (torch.rand(2, num_views, 2, generator=rng) * (high - low)).long()
+    shown = torch.zeros(2, *size)
+    for image, at in zip(shown, origins.tolist(), strict=True):
+        for y, x in at:
+            image[max(y, 0) : max(y + window[0], 0), max(x, 0) : max(x + window[1], 0)] = 1
+    if shown.all():
+        reference.check_cover(origins, window, size)
+    else:
+        with pytest.raises(ValueError, match="uncovered"):
+            reference.check_cover(origins, window, size)
+
+
 def test_an_uncovered_pixel_is_an_error() -> None:
     with pytest.raises(ValueError, match="uncovered"):
         average(torch.ones(2, 1, 2, 2), torch.tensor([[0, 0], [2, 2]]), (4, 4))

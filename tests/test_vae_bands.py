@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -15,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_models import SEEDS, generator, randomise, relative_error, vae_configs
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import cutdiff
+from cutdiff.meter import Meter
 from cutdiff.model import Model
 from cutdiff.models.bands import GPU_BAND_BYTES, Limits, in_bands
 from cutdiff.models.config import SDXL_VAE, VAEConfig
@@ -117,29 +114,10 @@ def test_attention_in_chunks_of_queries_is_attention(
 # ---- Memory
 
 
-class Live(TorchDispatchMode):
-    """The bytes of all tensors that were made inside and still live, and the most that they were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.sizes.pop, storage._cdata)
-                self.peak = max(self.peak, sum(self.sizes.values()))
-        return out
-
-
 def peak_bytes(run: Callable[[], object]) -> int:
-    with Live() as live:
+    with Meter() as meter:
         run()
-    return live.peak
+    return meter.peak_bytes
 
 
 @pytest.mark.parametrize("method", ["decode", "encode"])

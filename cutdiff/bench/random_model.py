@@ -26,7 +26,7 @@ class GivenText:
     """In the place of a model's `TextEncoders`: every prompt has the same states (1, L, D), at no cost."""
 
     states: TextStates
-    encoders: tuple[()] = ()
+    encoders: tuple[nn.Module, ...] = ()
     layer: int = 1
 
     def skipping(self, clip_skip: int | None) -> GivenText:
@@ -34,6 +34,9 @@ class GivenText:
 
     def length(self, prompt: str) -> int:
         return self.states.context.shape[1]
+
+    def words(self, prompt: str) -> list[tuple[str, list[int]]]:
+        return []
 
     def encode(self, prompts: Sequence[str], *args: Any, **options: Any) -> TextStates:
         return self.states.repeat(len(prompts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -128,16 +128,18 @@ def build_model(
     for name, network in networks.named().items():
         where = vae_source if name == "vae" and vae_source else source
         assign(network, weights[name], name=f"{where}: {name}", device=device, dtype=dtype)
+    return model_of(blueprint, networks, source=source, files=files, decided_by=decided_by, loras=loras)
+
+
+def model_of(blueprint: Blueprint, networks: Networks, **origin: Any) -> Model:
+    """The networks as a model; `origin` is what a `Model` tells of where they came from."""
     return Model(
         unet=networks.unet,
         vae=networks.vae,
         text=_text_encoders(blueprint, networks),
         noise=blueprint.noise,
         zeros_for_empty_negative=blueprint.zeros_for_empty_negative,
-        source=source,
-        files=files,
-        decided_by=decided_by,
-        loras=loras,
+        **origin,
     )
 
 

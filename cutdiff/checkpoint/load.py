@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cutdiff.checkpoint import edm, folder, lora, single
 from cutdiff.checkpoint import text as clip
-from cutdiff.checkpoint.build import Blueprint, Networks, build_model, empty_networks
+from cutdiff.checkpoint.build import Blueprint, Networks, build_model, empty_networks, model_of
 from cutdiff.checkpoint.families import Family, family_of
 from cutdiff.checkpoint.infer import infer_blueprint
 from cutdiff.checkpoint.locate import locate
@@ -117,6 +117,19 @@ def load(
     if fp8:
         quantize_transformers(model.unet)
     return model
+
+
+def load_outline(path: str | Path | None, *, dtype: torch.dtype, config: str | Path | None = None) -> Model:
+    """The model without its weights, on the meta device: its sizes and its noise. Arguments and errors are `load`'s."""
+    source = locate(path)
+    if source.is_dir():
+        found = _read_folder(source, None, NoiseOptions())
+    else:
+        found = _read_single(source, None, NoiseOptions(), None if config is None else locate(config, "config"))
+    networks = found.networks
+    for network in networks.named().values():
+        network.to(dtype).eval().requires_grad_(False)
+    return model_of(found.blueprint, networks, source=str(source), files=found.files, decided_by=found.decided_by)
 
 
 @dataclass(frozen=True)

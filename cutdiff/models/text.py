@@ -14,12 +14,15 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from cutdiff.models.tokens import COMMA_WINDOW, Tokens, frame, tokenize, words
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 CUT_DEPTH = 23
 """Of SD 2.1's encoder in a diffusers folder, which leaves out the last of 24 layers because the one before is read."""

@@ -315,12 +315,17 @@ def check_canvas(canvas: Tensor | None, shape: Sequence[int]) -> None:
 
 def check_cover(origins: Tensor, window: tuple[int, int], size: tuple[int, int]) -> None:
     """ValueError where views of `window` at origins (B, V, 2) leave a pixel of the canvas uncovered."""
-    rows, columns = (
-        ((pixel := torch.arange(size[axis], device=origins.device)) >= (low := origins[:, :, axis, None]))
-        & (pixel < low + window[axis])
-        for axis in (0, 1)
-    )  # (B, V, H), (B, V, W)
-    if not bool((rows.float().mT @ columns.float() > 0).all()):
+    # Each view adds 1 from its first row and column on and takes it back from its ends on: the sums count what covers.
+    ends = [
+        torch.stack([low, low + window[axis]], dim=2).clamp(0, size[axis])  # (B, V, 2)
+        for axis, low in enumerate(origins.unbind(2))
+    ]
+    corners = ends[0][:, :, :, None] * (size[1] + 1) + ends[1][:, :, None, :]  # (B, V, 2, 2)
+    signs = torch.tensor([[1, -1], [-1, 1]], dtype=torch.int32, device=origins.device).expand(corners.shape)
+    steps = torch.zeros(len(origins), (size[0] + 1) * (size[1] + 1), dtype=torch.int32, device=origins.device)
+    steps = steps.scatter_add_(1, corners.flatten(1), signs.flatten(1)).unflatten(1, (size[0] + 1, size[1] + 1))
+    covering = steps[:, :-1].cumsum(1, dtype=torch.int32)[:, :, :-1].cumsum(2, dtype=torch.int32)  # (B, H, W)
+    if not bool((covering > 0).all()):
         raise ValueError(f"views of {window} at these origins leave pixels of the {size} canvas uncovered")
 
 

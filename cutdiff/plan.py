@@ -1,0 +1,154 @@
+"""The command line: `python -m cutdiff.plan --width 4096 --height 4096 --devices 8` tells what a run takes.
+
+Network evaluations and FLOPs are counted on the method itself (`cutdiff.forecast`), those of text encoders left out.
+The floor is the busiest device's FLOPs at --tflops; expected is the floor over --utilisation, and what the device is
+sent at --bandwidth. One device decodes; no time is expected of that, as its attention runs in float32. Memory is that
+of tensors; what kernels and the allocator take beside comes on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from typing import Any
+
+from cutdiff.options import DTYPES, BadArgument, Parser, add_method, of_flag
+from cutdiff.settings import WITHOUT_VIEWS, Settings
+
+TFLOPS = 790.0
+"""What a plain bfloat16 product of large matrices reaches on an H200."""
+UTILISATION = 0.5
+"""The share of that rate which this network is aimed at: MLPerf's best entries reach 0.8, with FP8."""
+BANDWIDTH = 50.0
+"""A network card of 400 Gbit/s for each device. Within a machine NVLink has 450."""
+MEMORY = 141.0
+"""Of an H200."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 1 for a model that is no good, 2 for arguments of no use."""
+    try:
+        args = _parse(argv)
+        plan = make_plan(args)
+    except (BadArgument, ValueError, OSError) as error:
+        print(f"cutdiff: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, BadArgument | FileNotFoundError) else 1
+    print(json.dumps(plan, indent=1) if args.json else table(plan))
+    return 0
+
+
+def make_plan(args: argparse.Namespace) -> dict[str, Any]:
+    """What --json prints; sizes in pixels, memory in bytes, times in seconds."""
+    from cutdiff.forecast import decoding, outline, walk
+
+    settings = _settings(args)
+    model = outline(args.model, args.dtype, args.config)
+    try:
+        size = settings.canvas_size(model.native_size, model.factor)
+        rank = walk(model, settings, args.devices, args.memory * 1e9)
+        whole = rank if args.devices == 1 else walk(model, settings)
+    except ValueError as error:
+        raise of_flag(error) from None
+    decode = decoding(model, size)
+    stages = []
+    for all_of_it, own in zip(whole.stages, rank.stages, strict=True):
+        total, mine = all_of_it.total, own.total
+        floor_s = mine.flops / (args.tflops * 1e12)
+        stages.append(
+            {
+                "stage": own.name,
+                "steps": len(own.steps),
+                "evaluations": total.evaluations,
+                "flops": total.flops,
+                "floor_s": floor_s,
+                "expected_s": floor_s / args.utilisation + mine.received_bytes / (args.bandwidth * 1e9),
+                "received_bytes": mine.received_bytes,
+            }
+        )
+    hardware = ("devices", "tflops", "utilisation", "bandwidth", "memory", "dtype")
+    return {
+        "model": model.source,
+        "settings": settings.described(),
+        "height": size[0] * model.factor,
+        "width": size[1] * model.factor,
+        **{name: getattr(args, name) for name in hardware},
+        "stages": stages,
+        "network": {"stage": "network"} | {name: sum(stage[name] for stage in stages) for name in [*stages[0]][1:]},
+        "decode": {"flops": decode.flops, "floor_s": decode.flops / (args.tflops * 1e12)},
+        "view_batch_size": rank.view_batch_size,
+        "peak_bytes": {"network": rank.peak_bytes, "decode": decode.peak_bytes},
+    }
+
+
+def table(plan: dict[str, Any]) -> str:
+    """The plan in aligned columns, and a line on memory."""
+    columns = ("stage", "steps", "evaluations", "TFLOP", "floor s", "expected s", "received MB")
+    rows: list[tuple[str, ...]] = [columns]
+    for part in (*plan["stages"], plan["network"]):
+        counts = (f"{part[name]:,}" for name in ("steps", "evaluations"))
+        seconds = (f"{part[name]:,.2f}" for name in ("floor_s", "expected_s"))
+        rows.append((part["stage"], *counts, _tera(part), *seconds, f"{part['received_bytes'] / 1e6:,.0f}"))
+    rows.append(("decode", "", "", _tera(plan["decode"]), f"{plan['decode']['floor_s']:,.2f}", "", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    settings, batch = plan["settings"], plan["view_batch_size"]
+    devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)} of {plan['tflops']:g} TFLOP/s"
+    head = f"{settings['method']}, {plan['width']}×{plan['height']}, {settings['num_steps']} steps, {plan['dtype']}"
+    memory = [f"{taken / 1e9:.1f} GB for the {part}" for part, taken in plan["peak_bytes"].items()]
+    line = f"memory of a device: {', '.join(memory)}; views at once: {batch or 'all'}"
+    if max(plan["peak_bytes"].values()) > plan["memory"] * 1e9:
+        line += f"; more than the {plan['memory']:g} GB that it has"
+    return "\n".join([f"{head}, on {devices}: computed, not measured", *lines, line])
+
+
+def _tera(part: dict[str, Any]) -> str:
+    return f"{part['flops'] / 1e12:,.0f}" if part["flops"] >= 1e13 else f"{part['flops'] / 1e12:.3g}"
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    for name in ("tflops", "bandwidth", "memory", "devices", "utilisation"):
+        value = getattr(args, name)
+        if not 0 < value < math.inf or (name == "utilisation" and value > 1):
+            raise BadArgument(f"--{name} {value} must be above 0{', at most 1' * (name == 'utilisation')}")
+    values = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
+    for name in ("cosine_scales", "guidance_interval"):
+        values[name] = tuple(values[name])
+    try:
+        settings = Settings(**values)
+    except ValueError as error:
+        raise of_flag(error) from None
+    if settings.stride is not None and settings.method in WITHOUT_VIEWS:
+        raise BadArgument(f"--stride {settings.stride} is for methods with views, not {settings.method}: leave it out")
+    return settings
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m cutdiff.plan",
+        description="Tell what drawing a picture takes, without drawing it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
+    parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
+    parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: SDXL-base's sizes")
+    parser.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the networks")
+    parser.add_argument(
+        "--view-batch-size", type=int, metavar="V",
+        help="patches or views at once; none: all of a step that a device has, halved until memory suffices",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON in the place of the table")
+    add_method(parser.add_argument_group("how"), Settings())
+    on = parser.add_argument_group("on what")
+    on.add_argument("--devices", type=int, default=1, metavar="N", help="that share the patches or views of a step")
+    on.add_argument("--tflops", type=float, default=TFLOPS, metavar="T", help="of a device; that of an H200")
+    on.add_argument("--utilisation", type=float, default=UTILISATION, metavar="U", help="of --tflops, as expected")
+    on.add_argument("--bandwidth", type=float, default=BANDWIDTH, metavar="B", help="GB/s into a device")
+    on.add_argument("--memory", type=float, default=MEMORY, metavar="GB", help="of a device")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""What a plan tells is what a run takes: evaluations and FLOPs exactly, memory within 15%."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from test_bench import VAE_TINY
+from tiny import Tiny
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import cutdiff
+from cutdiff.bench.__main__ import SMALL_UNET
+from cutdiff.bench.random_model import random_model
+from cutdiff.forecast import decoding, outline, sized, walk, weight_bytes
+from cutdiff.meter import Meter
+from cutdiff.model import Model
+from cutdiff.models.config import UNetConfig
+from cutdiff.plan import main
+from cutdiff.settings import METHOD_NAMES, Settings
+
+UNET = UNetConfig(
+    channels=(16, 32, 32),
+    layers_per_block=1,
+    transformer_layers=(0, 1, 3),
+    mid_transformer_layers=2,
+    num_heads=(2, 4, 4),
+    context_dim=24,
+    pooled_dim=12,
+    size_embedding_dim=8,
+    norm_groups=4,
+    native_size=8,
+)
+CPU = torch.device("cpu")
+
+
+def sizes_of(model: Model) -> Model:
+    """The same on the meta device."""
+    return sized(model.unet.config, model.vae.config, model.dtype)
+
+
+@pytest.fixture(scope="module")
+def small() -> Model:
+    return random_model(UNET, VAE_TINY, CPU)
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> Model:
+    return outline(None, "bfloat16")
+
+
+# ---- Counts
+
+
+CASES: list[tuple[int, int, dict[str, Any]]] = [
+    (128, 128, {"num_steps": 3}),
+    (200, 104, {"num_steps": 3, "guidance_interval": (0.2, 0.7)}),
+    (72, 128, {"num_steps": 2, "guidance_scale": 1.0}),
+    (64, 64, {"num_steps": 1}),
+]
+
+
+@pytest.mark.parametrize(("height", "width", "options"), CASES)
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_counts_of_every_step_are_those_of_the_run(
+    method: str, height: int, width: int, options: dict[str, Any], small: Model
+) -> None:
+    """Attention by its formula, since torch's counter does not know the CPU's kernel."""
+    settings = Settings(method=method, height=height, width=width, **options)
+    flops, stages = [0], []
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+
+        def hear(step: cutdiff.Step, _num_steps: int) -> None:
+            flops.append(counter.get_total_flops())
+            stages.append(step.stage)
+
+        record = cutdiff.generate(small, "", settings, on_step=hear).record
+    planned = walk(sizes_of(small), settings)
+    costs = [cost for stage in planned.stages for cost in stage.steps]
+    assert [stage.name for stage in planned.stages for _ in stage.steps] == stages
+    assert [cost.flops for cost in costs] == [b - a for a, b in pairwise(flops)]
+    assert sum(cost.evaluations for cost in costs) == record["network_evaluations"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "magnify", "detail_guidance_scale": 4.0, "structure_fraction": 0.5},
+        {"method": "cutdiffusion", "structure_fraction": 0.0, "stride": 2},
+        {"method": "accdiffusion", "guidance_interval": (0.0, 0.5)},
+    ],
+)
+def test_evaluations_are_those_of_a_run_with_prompts(options: dict[str, Any], tiny_model: Model) -> None:
+    settings = Settings(height=128, width=192, num_steps=4, **options)
+    record = cutdiff.generate(tiny_model, "a red house at night", settings).record
+    planned = walk(sizes_of(tiny_model), settings)
+    assert sum(stage.total.evaluations for stage in planned.stages) == record["network_evaluations"]
+
+
+@pytest.mark.parametrize(
+    ("method", "side", "seconds"),
+    [("cutdiffusion", 2048, 5.6), ("cutdiffusion", 4096, 27.8), ("direct", 2048, 4.6), ("demofusion", 2048, 12.0)],
+)
+def test_sdxl_takes_what_arithmetic_on_its_layers_says(method: str, side: int, seconds: float, sdxl: Model) -> None:
+    """At 790 TFLOP/s; keys and values of the text, computed once, spare 0.8%."""
+    planned = walk(sdxl, Settings(method=method, height=side, width=side))
+    assert sum(stage.total.flops for stage in planned.stages) / 790e12 == pytest.approx(seconds, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 24), (5, 7)])
+def test_flops_of_decoding_are_counted(size: tuple[int, int], small: Model) -> None:
+    latents = torch.zeros(1, 4, *size)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        small.vae.decode(latents)
+    assert decoding(sizes_of(small), size).flops == counter.get_total_flops()
+
+
+# ---- Memory
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_memory_is_within_15_percent_of_what_lives_in_a_run(method: str) -> None:
+    """Beside the weights: on a CPU, whose operators hold more than kernels do."""
+    model = random_model(SMALL_UNET, VAE_TINY, CPU)
+    settings = Settings(method=method, height=256, width=192, num_steps=2, view_batch_size=4)
+    with Meter() as meter:
+        for _ in cutdiff.denoise(model, "", settings):
+            pass
+    planned = walk(sizes_of(model), settings).peak_bytes - weight_bytes(sizes_of(model))
+    assert planned == pytest.approx(meter.peak_bytes, rel=0.15)
+
+
+@torch.no_grad()
+def test_memory_of_decoding_is_what_lives(small: Model) -> None:
+    sizes, latents = sizes_of(small), torch.zeros(1, 4, 32, 48)
+    with Meter() as meter:
+        small.vae.decode(latents)
+    assert decoding(sizes, (32, 48)).peak_bytes - weight_bytes(sizes) == pytest.approx(meter.peak_bytes, rel=0.15)
+
+
+@torch.no_grad()
+def test_memory_of_decoding_in_bands_is_what_lives(sdxl: Model) -> None:
+    latents = torch.empty(1, 4, 384, 384, dtype=torch.bfloat16, device="meta")
+    with Meter() as meter:
+        sdxl.vae.decode(latents)
+    assert decoding(sdxl, (384, 384)).peak_bytes - weight_bytes(sdxl) == pytest.approx(meter.peak_bytes, rel=0.03)
+
+
+def test_weights_are_those_of_the_networks(sdxl: Model) -> None:
+    """6.94 GB of SDXL-base in 16 bits."""
+    assert weight_bytes(sdxl) == pytest.approx(6.94e9, rel=1e-3)
+    float16 = outline(None, "float16")
+    assert float16.vae_dtype == torch.float32
+    vae = sum(parameter.numel() for parameter in float16.vae.parameters())
+    assert decoding(float16, (8, 8)).peak_bytes > weight_bytes(float16) + 4 * vae
+
+
+def test_what_memory_does_not_hold_is_halved_as_a_run_halves_it(small: Model) -> None:
+    model, settings = sizes_of(small), Settings(height=192, width=192, num_steps=4)
+    whole = walk(model, settings)
+    assert whole.view_batch_size is None
+    memory = weight_bytes(model) + 0.6 * (whole.peak_bytes - weight_bytes(model))
+    halved = walk(model, settings, memory=memory)
+    assert halved.view_batch_size == 25 // 2
+    assert halved.peak_bytes <= memory
+    assert [stage.total for stage in halved.stages] == [stage.total for stage in whole.stages]
+    assert walk(model, settings, memory=1).view_batch_size == 1
+
+
+# ---- Devices
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16])
+def test_the_busiest_device_has_its_share_and_is_sent_the_rest(devices: int, small: Model) -> None:
+    """Nine views: 9, 5, 3, 2, and 1 each, with more devices than views too."""
+    settings = Settings(method="multidiffusion", height=128, width=128, num_steps=2)
+    (stage,) = walk(sizes_of(small), settings, devices).stages
+    mine, item_bytes = math.ceil(9 / devices), 2 * 4 * 8 * 8 * 4
+    assert [cost.evaluations for cost in stage.steps] == [2 * mine] * 2
+    assert [cost.received_bytes for cost in stage.steps] == [(9 - mine) * item_bytes] * 2
+
+
+def test_devices_share_what_has_a_prompt_of_its_own(small: Model) -> None:
+    settings = Settings(method="accdiffusion", height=128, width=128, num_steps=2)
+    one, four = (walk(sizes_of(small), settings, devices).stages[1].steps[1] for devices in (1, 4))
+    assert (one.evaluations, four.evaluations) == (2 * (9 + 4), 2 * (3 + 1))
+    assert four.flops < one.flops / 3
+
+
+# ---- The command line
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main([*arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_table_says_what_the_json_says(capsys: pytest.CaptureFixture[str], folder: Any, tiny: Tiny) -> None:
+    arguments = ("--model", str(folder), "--dtype", "float32", "--devices", "4", "--steps", "4", "--bandwidth", "1e-6")
+    plan = json.loads(told(capsys, *arguments, "--json"))
+    network, (structure, detail) = plan["network"], plan["stages"]
+    assert (structure["evaluations"], detail["evaluations"]) == (2 * 4 * 2, 2 * 9 * 2)
+    for name in ("steps", "evaluations", "flops", "expected_s"):
+        assert network[name] == structure[name] + detail[name]
+    assert detail["expected_s"] == pytest.approx(detail["floor_s"] / 0.5 + detail["received_bytes"] / 1e3)
+    held = sum(p.nbytes for network in (tiny.unet, tiny.vae, *tiny.text.encoders) for p in network.parameters())
+    assert held < plan["peak_bytes"]["network"] < 1e9
+    head, columns, *rows, decode, memory = told(capsys, *arguments).splitlines()
+    assert head.startswith("cutdiffusion, ")
+    assert head.endswith("4 devices of 790 TFLOP/s: computed, not measured")
+    assert columns.split()[:3] == ["stage", "steps", "evaluations"]
+    assert [row.split()[:3] for row in rows] == [
+        ["structure", "2", "16"],
+        ["detail", "2", "36"],
+        ["network", "4", "52"],
+    ]
+    assert decode.startswith("decode")
+    assert memory.startswith("memory of a device: ")
+
+
+def test_the_largest_size_on_many_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = json.loads(told(capsys, "--width", "32768", "--height", "32768", "--devices", "64", "--json"))
+    assert plan["network"]["evaluations"] == 50 * (32**2 + 63**2)
+    lines = told(capsys, "--width", "16384", "--height", "8192", "--method", "direct", "--memory", "40").splitlines()
+    assert lines[-1].endswith("; more than the 40 GB that it has")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--width", "100"], 2, "--width 100 must be a multiple of 8"),
+        (["--steps", "0"], 2, "--steps 0 must be at least 1"),
+        (["--steps", "2000"], 2, "--steps 2000 must be between 1 and the 1000 timesteps"),
+        (["--devices", "0"], 2, "--devices 0 must be above 0"),
+        (["--utilisation", "2"], 2, "--utilisation 2.0 must be above 0, at most 1"),
+        (["--tflops", "nan"], 2, "--tflops nan must be above 0"),
+        (["--method", "magnfy"], 2, "did you mean 'magnify'?"),
+        (["--method", "direct", "--stride", "8"], 2, "--stride 8 is for methods with views"),
+        (["--model", "nowhere"], 2, "nowhere does not exist"),
+        (["--model", "README.md"], 1, "README.md is no safetensors file"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(
+    arguments: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    if arguments[-1] == "README.md":
+        arguments = [arguments[0], str(request.config.rootpath / "README.md")]
+    assert main(arguments) == status
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("cutdiff: ")
+    assert printed.err.count("\n") == 1
+    assert words in printed.err
