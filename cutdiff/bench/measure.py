@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import cutdiff
 from cutdiff.bench.random_model import TOKENS
+from cutdiff.meter import Meter
 from cutdiff.methods.cutdiffusion import STRUCTURE_FRACTION
 from cutdiff.model import Model
 from cutdiff.models.compiled import compiled
@@ -156,16 +156,16 @@ def count_flops(unet: UNetConfig, vae: VAEConfig, size: tuple[int, int], num_ste
 @torch.no_grad()
 def unet_flops(config: UNetConfig) -> float:
     """Of one evaluation at native size; nothing is computed."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), Meter() as meter:
         latents = torch.empty(1, config.in_channels, config.native_size, config.native_size)
         text = torch.empty(1, TOKENS, config.context_dim), torch.empty(1, config.pooled_dim)
         UNet(config)(latents, torch.empty(1), *text, torch.empty(1, 6))
-    return float(counter.get_total_flops())
+    return float(meter.flops)
 
 
 @torch.no_grad()
 def vae_flops(config: VAEConfig, size: tuple[int, int]) -> float:
     """To decode latents of `size`; nothing is computed."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), Meter() as meter:
         VAE(config).decode(torch.empty(1, config.latent_channels, *size), banded=False)
-    return float(counter.get_total_flops())
+    return float(meter.flops)

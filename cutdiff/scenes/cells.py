@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from cutdiff.images import save_json, to_pil, write_atomically
+from cutdiff.meter import Meter
 from cutdiff.model import Model, dtype_name
 from cutdiff.pipeline import generate
 from cutdiff.settings import Settings
@@ -77,9 +77,9 @@ def _draw_batch(model: Model, settings: Settings, captions: Sequence[str], first
     flops = None
     began = time.perf_counter()
     if first == 0:
-        with FlopCounterMode(display=False) as counter:
+        with Meter() as meter:
             result = generate(model, captions, settings)
-        flops = counter.get_total_flops() / len(captions)
+        flops = meter.flops / len(captions)
     else:
         result = generate(model, captions, settings)
     seconds = time.perf_counter() - began
