@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from cutdiff.models.text import TextStates
 from cutdiff.models.unet import Context, UNet
 from cutdiff.patches import Operator, Patches, upload
 from cutdiff.preconditioning import Coefficients
+from cutdiff.ranks import ALONE, Ranks
 
 Size = tuple[int, int]
 """Height, width."""
@@ -39,8 +41,9 @@ class _Read(NamedTuple):
 class Denoiser:
     """`denoise(latents, sigma)` for a batch of patches or views of B images, whatever their number.
 
-    The batch is ordered image first; every image's items share its row of the text states. A large batch is split
-    into parts of `view_batch_size` items (a guidance pair is one item), which is halved where memory does not suffice.
+    The batch is ordered image first; every image's items share its row of the text states. It is divided among the
+    `ranks`, and split into parts of `view_batch_size` items (a guidance pair is one item), which is halved where memory
+    does not suffice.
     """
 
     unet: UNet
@@ -57,12 +60,19 @@ class Denoiser:
     """None: all at once."""
     compiled: Callable[..., Tensor] | None = None
     """What takes the place of the U-Net's forward pass where it was compiled."""
+    ranks: Ranks = ALONE
+    """The processes that each compute their share of a batch."""
+    items_of_a_call: int | None = None
+    """Ranks share whole calls of so many items, as one process makes them, which gives the same bits; None: they share
+    the rows evenly, those of a guidance pair too."""
     backend: str = "auto"
     """Of the operators around the network: "auto", "triton" or "reference"."""
     evaluations: int = field(default=0, init=False)
-    """Items evaluated so far, a guidance pair counted as two."""
+    """Rows evaluated so far by this rank, a guidance pair counted as two; what all evaluate is the first rank's."""
     guided: bool = field(default=True, init=False)
     """Whether guidance is on; where it is off, only the prompt is evaluated."""
+    divided: bool = field(default=True, init=False)
+    """Whether ranks share the rows; where a method looks into the network, every rank may have to evaluate all."""
     keeps_text: bool = field(default=True, init=False)
     """Whether keys and values of the prompt are made once: not where a method changes `to_k` or `to_v` of `attn2`."""
     network: Network | None = field(default=None, init=False)
@@ -142,30 +152,42 @@ class Denoiser:
     def evaluate(self, inputs: Inputs) -> Tensor:
         """One pass of the U-Net over the rows, which are counted."""
         prediction = (self.compiled or self.unet)(*inputs)
-        self.evaluations += len(inputs[0])
+        if self.divided or self.ranks.leads:
+            self.evaluations += len(inputs[0])
         return prediction
 
     def predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, positive: TextStates) -> Tensor:
-        """The network's output for (items·copies, C, h, w), evaluated in parts of `view_batch_size` items.
+        """The network's output for all rows (items·copies, C, h, w), of which this rank evaluates its share.
 
-        Raises torch.OutOfMemoryError where memory does not suffice for a single one.
+        Raises torch.OutOfMemoryError where memory does not suffice for a single item.
         """
         context, pooled = self._text(len(inputs), positive)
         timestep = torch.full((1,), self.timestep(sigma), device=inputs.device).expand(len(inputs))
-        parts, start = [], 0
-        while start < len(inputs):
-            num_items = min(self.view_batch_size or len(inputs), (len(inputs) - start) // self.copies)
-            rows = slice(start, start + num_items * self.copies)
+        ranks = self.ranks if self.divided else ALONE
+        starts = self.shares(len(inputs), ranks)
+        start, end = starts[ranks.rank : ranks.rank + 2]
+        # what a method has in the network's place may give float32 where latents are shorter
+        prediction = inputs.new_empty(inputs.shape, dtype=inputs.dtype if self.network is None else torch.float32)
+        while start < end:
+            rows = slice(start, min(start + (self.view_batch_size or len(inputs)) * self.copies, end))
             part = (inputs[rows], timestep[rows], context[rows], pooled[rows], size_ids[rows])
             try:
-                parts.append(self._pass(part, start, len(inputs)))
+                prediction[rows] = self._pass(part, start, len(inputs))
             except torch.OutOfMemoryError:
-                if num_items == 1:
+                if len(part[0]) <= self.copies:
                     raise
-                self.view_batch_size = num_items // 2
+                self.view_batch_size = max(len(part[0]) // self.copies // 2, 1)
             else:
                 start = rows.stop
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        ranks.gather(prediction, starts)
+        return prediction
+
+    def shares(self, num_rows: int, ranks: Ranks) -> list[int]:
+        """Where the rows of each rank begin, and where the last ones end."""
+        together = 1 if self.network is None else self.copies  # a method may want both rows of a pair
+        if self.items_of_a_call is not None:
+            together = self.items_of_a_call * self.copies
+        return [min(start * together, num_rows) for start in ranks.starts(math.ceil(num_rows / together))]
 
     def _pass(self, part: Inputs, start: int, num_rows: int) -> Tensor:
         """One pass over the rows from `start` on, of all `num_rows`, as a method may have it."""

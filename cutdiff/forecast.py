@@ -35,6 +35,7 @@ from cutdiff.models.unet import Transformer, TransformerBlock, UNet
 from cutdiff.models.vae import VAE
 from cutdiff.patches import Operator, Patches, Views
 from cutdiff.pipeline import prepare
+from cutdiff.ranks import Ranks
 from cutdiff.schedule import NoiseConfig
 from cutdiff.settings import Settings
 from cutdiff.solvers import Phase, Stage
@@ -78,15 +79,19 @@ class Walk:
 def walk(model: Model, settings: Settings, devices: int = 1, memory: float = math.inf) -> Walk:
     """Go through a run of one picture on the meta device, as the busiest of `devices` with `memory` bytes each.
 
-    Every step's items, patches or views with their guidance pair, are divided among the devices, and what the network
-    says of them is gathered by all. A single item is taken even where memory does not suffice. ValueError where the
+    The rows of every step are divided among the devices as `Denoiser` does it, and what the network says of them is
+    gathered by all. A single item is taken even where memory does not suffice. ValueError where the
     model cannot do it.
     """
     meter, weights = Meter(), weight_bytes(model)
-    rank_of = partial(Rank, meter=meter, devices=devices, free_bytes=memory - weights)
+    ranks = CountingRanks(devices - 1, devices)  # none has more to do than the last
+
+    def rank_of(**fields: Any) -> Rank:
+        return Rank(**fields | {"ranks": ranks, "meter": meter, "free_bytes": memory - weights})
+
     stages = []
     with torch.no_grad(), meter, one_block_for_all(model.unet, meter):
-        run = prepare(model, "", settings, SizedDraws((0,), "meta"), rank_of)
+        run = prepare(model, "", settings, SizedDraws((0,), "meta"), make_denoiser=rank_of)
         rank = cast(Rank, run.denoiser)
         x = torch.empty(1, model.unet.config.in_channels, *(run.stages[0].size or run.size), device="meta")
         for part in run.stages:
@@ -94,10 +99,10 @@ def walk(model: Model, settings: Settings, devices: int = 1, memory: float = mat
 
             @cache
             def cost(step: int, x: Tensor = x, stage: Stage = stage) -> Cost:
-                before = rank.evaluations, meter.flops, rank.received_bytes
+                before = rank.evaluations, meter.flops, ranks.received_bytes
                 sigma = run.schedule.sigmas[step % run.schedule.num_steps]
                 stage.denoise(x if stage.before is None else stage.before(x, sigma, step), sigma, step)
-                after = rank.evaluations, meter.flops, rank.received_bytes
+                after = rank.evaluations, meter.flops, ranks.received_bytes
                 return Cost(*(a - b for a, b in zip(after, before, strict=True)))
 
             stages.append(StageCost(stage.name, _of_all(cost, stage.steps, settings)))
@@ -122,10 +127,8 @@ class Rank(Denoiser):
     """One of the devices that share the items of every step; it counts and computes nothing."""
 
     meter: Meter
-    devices: int
     free_bytes: float
     """Beside the weights."""
-    received_bytes: int = field(default=0, init=False)
     _by_row: dict[Any, Taken] = field(default_factory=dict, init=False, repr=False)
     _taken: Taken | None = field(default=None, init=False)
     """By a row of the present batch."""
@@ -138,18 +141,10 @@ class Rank(Denoiser):
         self, operator: Operator, canvas: Tensor, sigma: float, *, positive: TextStates | None = None, **told: Any
     ) -> Tensor:
         items, size = _items(operator, canvas)
-        mine = math.ceil(items / self.devices)
-        shape = (self.copies, canvas.shape[1], *size)
-        inputs = canvas.new_empty((mine * shape[0], *shape[1:]), dtype=self.unet.conv_in.weight.dtype)
-        if positive is None:
-            positive = self.positive
-        elif mine < items:
-            positive = TextStates(positive.context[:mine], positive.pooled[:mine])
+        shape = (items * self.copies, canvas.shape[1], *size)
+        inputs = canvas.new_empty(shape, dtype=self.unet.conv_in.weight.dtype)
         self._taken = None
-        prediction = self.predict(inputs, sigma, canvas.new_empty(len(inputs), 6), positive)
-        if mine < items:
-            prediction = prediction.new_empty((items * shape[0], *shape[1:]))
-            self.received_bytes += (items - mine) * prediction[: self.copies].nbytes
+        self.predict(inputs, sigma, canvas.new_empty(len(inputs), 6), self.positive if positive is None else positive)
         return torch.empty_like(canvas)
 
     def evaluate(self, inputs: Inputs) -> Tensor:
@@ -171,6 +166,14 @@ class Rank(Denoiser):
             taken = self.meter.aside(lambda: self.unet(*inputs))
             self._by_row[kind] = Taken(taken.flops // len(x), math.ceil(taken.peak_bytes / len(x)))
         return self._by_row[kind]
+
+
+class CountingRanks(Ranks):
+    """One of them that is alone, and counts what it would be sent."""
+
+    def gather(self, whole: Tensor, starts: Sequence[int], dim: int = 0) -> None:
+        own = starts[self.rank + 1] - starts[self.rank]
+        self.received_bytes += whole.nbytes // whole.shape[dim] * (whole.shape[dim] - own)
 
 
 def _state(module: nn.Module) -> Any:

@@ -24,6 +24,7 @@ from cutdiff.models.compiled import compiled
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
 from cutdiff.patches import check_backend
+from cutdiff.ranks import ALONE, Ranks, SharedText
 from cutdiff.record import describe, fingerprint
 from cutdiff.schedule import Schedule
 from cutdiff.settings import Settings
@@ -65,14 +66,16 @@ def denoise(
     settings: Settings | None = None,
     *,
     draws: Draws | None = None,
+    ranks: Ranks = ALONE,
     **changes: Any,
 ) -> Iterator[Step]:
     """Run step by step: yields a `Step` after each. Options are those of `Settings`, given as one or by name.
 
     A sequence of prompts makes one image each; `draws` replaces the draws that the seeds would make. Prompts of more
-    than 75 tokens pad the shorter ones beside them with empty chunks, which these images show.
+    than 75 tokens pad the shorter ones beside them with empty chunks, which these images show. `ranks` that share the
+    work all call this with the same arguments, and get the same steps.
     """
-    return prepare(model, prompt, replace(settings or Settings(), **changes), draws).steps
+    return prepare(model, prompt, replace(settings or Settings(), **changes), draws, ranks).steps
 
 
 def generate(
@@ -81,6 +84,7 @@ def generate(
     settings: Settings | None = None,
     *,
     draws: Draws | None = None,
+    ranks: Ranks = ALONE,
     on_step: Callable[[Step, int], None] | None = None,
     **changes: Any,
 ) -> Result:
@@ -89,8 +93,9 @@ def generate(
     settings = replace(settings or Settings(), **changes)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    prepared = prepare(model, prompt, settings, draws)
+    prepared = prepare(model, prompt, settings, draws, ranks)
     latents, seconds, began = torch.empty(0), {}, now(model.device)
+    received_before = ranks.received_bytes
     for step in prepared.steps:
         latents = step.latents
         if on_step is not None:
@@ -98,9 +103,11 @@ def generate(
         ended = now(model.device)
         seconds[step.stage] = seconds.get(step.stage, 0.0) + ended - began
         began = ended
-    images, dtype = _decode(model, latents)
+    received = ranks.received_bytes - received_before
+    images, dtype = _decode(model, latents, ranks)
     seconds["decode"] = now(model.device) - began
-    return Result(images, latents, _record(model, prompt, prepared, seconds) | {"decoded_in": dtype_name(dtype)})
+    record = _record(model, prompt, prepared, seconds)
+    return Result(images, latents, record | {"received_bytes": received, "decoded_in": dtype_name(dtype)})
 
 
 def decode(model: Model, latents: Tensor) -> Tensor:
@@ -113,22 +120,22 @@ def decode(model: Model, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _decode(model: Model, latents: Tensor) -> tuple[Tensor, torch.dtype]:
+def _decode(model: Model, latents: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, torch.dtype]:
     """The images, and the dtype that they were decoded in."""
     dtype = model.vae_dtype
-    images = _decoded(model.vae, dtype, latents)
+    images = _decoded(model.vae, dtype, latents, ranks)
     if not images.isfinite().all() and dtype != torch.float32:
         dtype = torch.float32
-        images = _decoded(model.vae, dtype, latents)
+        images = _decoded(model.vae, dtype, latents, ranks)
     if not images.isfinite().all():
         raise FloatingPointError(f"the VAE gave NaN or infinity; {model.bad_weights() or 'all weights are finite'}")
     return (images / 2 + 0.5).clamp(0, 1), dtype
 
 
-def _decoded(vae: VAE, dtype: torch.dtype, latents: Tensor) -> Tensor:
+def _decoded(vae: VAE, dtype: torch.dtype, latents: Tensor, ranks: Ranks) -> Tensor:
     if vae.post_quant_conv.weight.dtype != dtype:
         vae = deepcopy(vae).to(dtype)
-    return torch.cat([vae.decode(image[None].to(dtype)).float().cpu() for image in latents])
+    return torch.cat([vae.decode(image[None].to(dtype), ranks=ranks).float().cpu() for image in latents])
 
 
 def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Solver, Schedule]:
@@ -148,6 +155,7 @@ def prepare(
     prompt: str | Sequence[str],
     settings: Settings,
     draws: Draws | None,
+    ranks: Ranks = ALONE,
     make_denoiser: Callable[..., Denoiser] = Denoiser,
 ) -> Prepared:
     """Check everything and encode the prompts: a run whose first step was not taken. Arguments as of `generate`."""
@@ -157,7 +165,9 @@ def prepare(
     size, solver, schedule = plan(model, settings)
     if draws is None:
         draws = Draws(tuple(settings.seed + i for i in range(len(prompts))), model.device)
-    text = model.text.skipping(settings.clip_skip)
+    text: TextEncoders | SharedText = model.text.skipping(settings.clip_skip)
+    if ranks.size > 1:
+        text = SharedText(text, ranks, model.device, model.dtype)
     positive, negative = _encode(text, prompts, settings, model.zeros_for_empty_negative)
     denoiser = make_denoiser(
         unet=model.unet,
@@ -169,6 +179,8 @@ def prepare(
         factor=model.factor,
         compiled=compiled(model.unet) if settings.compile else None,
         view_batch_size=_view_batch_size(model, settings),
+        ranks=ranks,
+        items_of_a_call=settings.view_batch_size,
         backend=settings.backend,
     )
     run = Run(
@@ -216,7 +228,7 @@ def _check_stages(stages: Any, settings: Settings) -> None:
 
 
 def _encode(
-    text: TextEncoders, prompts: list[str], settings: Settings, zeros_for_empty_negative: bool
+    text: TextEncoders | SharedText, prompts: list[str], settings: Settings, zeros_for_empty_negative: bool
 ) -> tuple[TextStates, TextStates]:
     """The states of the prompts and of their negative prompt, equally long: a guidance pair is one batch."""
     others = (settings.negative_prompt, settings.prompt_2, settings.negative_prompt_2)
@@ -235,7 +247,8 @@ def _record(model: Model, prompt: str | Sequence[str], prepared: Prepared, secon
         "fingerprint": fingerprint(described),
         "view_batch_size": prepared.denoiser.view_batch_size,
         "view_batch_halved": prepared.denoiser.view_batch_size != _view_batch_size(model, prepared.settings),
-        "network_evaluations": prepared.denoiser.evaluations,
+        "network_evaluations": prepared.denoiser.ranks.sum(prepared.denoiser.evaluations),
+        "ranks": prepared.denoiser.ranks.size,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_memory_bytes": peak_memory(model.device),
     }

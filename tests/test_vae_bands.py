@@ -152,7 +152,7 @@ def banded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The sizes of what runs in bands from here on."""
     sizes: list[tuple[int, ...]] = []
 
-    def watched(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def watched(network: Callable[[Tensor], Tensor], x: Tensor, _: Limits) -> Tensor:
         sizes.append(tuple(x.shape[2:]))
         return in_bands(network, x, Limits(GPU_BAND_BYTES))
 

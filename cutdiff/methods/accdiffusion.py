@@ -26,6 +26,7 @@ from cutdiff.denoiser import Size
 from cutdiff.methods.common import Run
 from cutdiff.methods.demofusion import cascade, denoise_picture
 from cutdiff.methods.multidiffusion import denoise_at
+from cutdiff.methods.network import replaced
 from cutdiff.models.attention import map_level, recorded_attention
 from cutdiff.patches import views
 from cutdiff.solvers import CanvasDenoiser, Phase, Stage
@@ -60,7 +61,7 @@ def record(run: Run, maps: WordMaps) -> CanvasDenoiser:
     height, width = (-(-side // scale) for side in run.size)
 
     def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
-        with recorded_attention(run.denoiser.unet) as recorded:
+        with replaced(run.denoiser, divided=False), recorded_attention(run.denoiser.unet) as recorded:
             denoised = denoise_whole(latents, sigma, step)
         copies = run.denoiser.copies
         prompted = recorded.mean()[copies - 1 :: copies]  # (B, h·w, tokens)

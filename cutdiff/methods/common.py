@@ -12,6 +12,7 @@ from cutdiff.denoiser import Denoiser, Size
 from cutdiff.draws import Draws
 from cutdiff.methods.network import replaced
 from cutdiff.models.text import TextEncoders
+from cutdiff.ranks import SharedText
 from cutdiff.schedule import Schedule
 from cutdiff.solvers import CanvasDenoiser, Phase, Stage
 
@@ -28,7 +29,7 @@ class Run:
     """Of the finished picture: that of the canvas, but on the way to it in a cascade of sizes."""
     schedule: Schedule
     prompts: list[str]
-    text: TextEncoders
+    text: TextEncoders | SharedText
     stride: int | None = None
     """Between views, in latents; half of the window where it is None."""
     structure_fraction: float | None = None

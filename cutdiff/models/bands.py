@@ -10,6 +10,9 @@ computed anew in each pass where it is not: here the upsampled input and the fir
 always kept, in the place of its left term where that was kept. So at most 128 channels of the full and 256 of half the
 size live at once, 192 values for each pixel or 6.4 GB, and a few bands: 7.1 GB with the weights.
 
+Ranks share the bands of every pass, and each gets the rows that the others computed of a picture that is kept: the
+pictures are those of one process, to the bit.
+
 Time: bands stay in the cache, and a 3×3 convolution of a doubled picture is one transposed convolution of the picture
 itself, with 4 products for each output where there were 9.
 """
@@ -19,11 +22,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cutdiff.ranks import ALONE, Ranks
 
 KEPT_BYTES = 2 << 30
 CPU_BAND_BYTES = 16 << 20  # what a cache holds, and malloc gives again without new pages from the system
@@ -35,12 +41,19 @@ Rows = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is held at once."""
+    """How much is held at once, and by whom."""
 
     band_bytes: int
     """Of a band; it has at least one row."""
     kept_bytes: int = KEPT_BYTES
     """Of the largest picture that is kept after its statistics were taken."""
+    ranks: Ranks = ALONE
+    """The processes that share the bands."""
+
+    @staticmethod
+    def on(device: torch.device, ranks: Ranks = ALONE) -> Limits:
+        """What keeps a device busy."""
+        return Limits(CPU_BAND_BYTES if device.type == "cpu" else GPU_BAND_BYTES, ranks=ranks)
 
 
 @torch.no_grad()
@@ -50,17 +63,19 @@ def in_bands(network: Callable[[Tensor], Tensor], x: Tensor, limits: Limits | No
     The network may use the `FUNCTIONS` below, and sums that are the last to read their left term. Raises
     NotImplementedError where it calls another function of torch; other operators and methods a `Banded` has not.
     """
-    limits = limits or Limits(CPU_BAND_BYTES if x.device.type == "cpu" else GPU_BAND_BYTES)
-    picture = Banded(x.shape, x.dtype, limits, _rows_of(x))
+    picture = Banded(x.shape, x.dtype, x.device, limits or Limits.on(x.device), _rows_of(x))
     return cast(Banded, network(cast(Tensor, picture))).whole().contiguous()
 
 
 class Banded:
     """A picture (B, C, H, W) whose rows are computed when they are asked for, each time anew until it is kept."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, limits: Limits, rows: Rows) -> None:
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, limits: Limits, rows: Rows
+    ) -> None:
         self.shape = torch.Size(shape)
         self.dtype = dtype
+        self.device = device
         self.limits = limits
         self.rows = rows
         self.widest = self.num_bytes  # of the pictures that its rows are computed from
@@ -91,7 +106,7 @@ class Banded:
     def into(self, rows: Rows, channels: int | None = None, size: Sequence[int] | None = None) -> Banded:
         """What `rows` makes of this picture; its channels and its size are the same where they are not given."""
         shape = (self.shape[0], channels or self.shape[1], *(size or self.shape[2:]))
-        made = Banded(shape, self.dtype, self.limits, rows)
+        made = Banded(shape, self.dtype, self.device, self.limits, rows)
         made.widest = max(made.widest, self.widest)
         return made
 
@@ -99,17 +114,29 @@ class Banded:
     def num_bytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
-    def bands(self) -> Iterator[tuple[int, int]]:
-        """The first row of each band, from top to bottom, and the row after its last."""
+    def edges(self) -> list[int]:
+        """The first row of each band, from top to bottom, and the height."""
         height = self.shape[2]
         step = max(1, self.limits.band_bytes * height // self.widest)
-        return ((top, min(top + step, height)) for top in range(0, height, step))
+        return [*range(0, height, step), height]
+
+    def bands(self) -> Iterator[tuple[int, int]]:
+        """The first row of each band that is this rank's, and the row after its last."""
+        edges, ranks = self.edges(), self.limits.ranks
+        first, end = ranks.starts(len(edges) - 1)[ranks.rank : ranks.rank + 2]
+        return pairwise(edges[first : end + 1])
 
     def scan(self) -> Iterator[Tensor]:
-        """All bands. A picture that is small enough is kept on the way."""
+        """This rank's bands. A picture that is small enough is kept on the way."""
         if self.kept is None and self.num_bytes <= self.limits.kept_bytes:
             return self._keeping()
         return (self.rows(top, bottom) for top, bottom in self.bands())
+
+    def fill(self, whole: Tensor) -> None:
+        """Fill in the bands of other ranks."""
+        edges = self.edges()
+        starts = [edges[start] for start in self.limits.ranks.starts(len(edges) - 1)]
+        self.limits.ranks.gather(whole.permute(0, 2, 3, 1), starts, dim=1)  # as it lies in memory
 
     def whole(self) -> Tensor:
         """The picture as a tensor, which is kept."""
@@ -123,14 +150,13 @@ class Banded:
         self.widest = self.num_bytes
 
     def _keeping(self) -> Iterator[Tensor]:
-        whole = None
+        whole = torch.empty(self.shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
         for top, bottom in self.bands():
             band = self.rows(top, bottom)
-            if whole is None:
-                whole = torch.empty(self.shape, dtype=self.dtype, device=band.device, memory_format=torch.channels_last)
             whole[:, :, top:bottom] = band
             yield band
-        self.keep(cast(Tensor, whole))
+        self.fill(whole)
+        self.keep(whole)
 
 
 def _rows_of(x: Tensor) -> Rows:
@@ -164,6 +190,7 @@ def _overwritten(x: Banded, total: Banded) -> Tensor:
             tensor[:, :, first:last] = band
     for top, bottom, band in waiting:
         tensor[:, :, top:bottom] = band
+    total.fill(tensor)
     x.rows = gone
     return tensor
 
@@ -218,14 +245,15 @@ def _conv2d_of_doubled(x: Banded, weight: Tensor, bias: Tensor | None) -> Banded
 
 def _group_norm(x: Banded, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Banded:
     """Statistics in float32 at least, of each channel in each band, from which those of a group follow."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    means, squares, counts = [], [], []
-    for band in x.scan():
-        mean = band.mean((2, 3), dtype=dtype)  # (B, C)
-        means.append(mean)
-        squares.append((band - mean[:, :, None, None]).square_().sum((2, 3)))
-        counts.append(band.shape[2] * band.shape[3])
-    mean, square = (torch.stack(part).unflatten(2, (num_groups, -1)) for part in (means, squares))  # (bands, B, G, C/G)
+    dtype, ranks = torch.promote_types(x.dtype, torch.float32), x.limits.ranks
+    counts = [x.shape[3] * (bottom - top) for top, bottom in pairwise(x.edges())]
+    starts = ranks.starts(len(counts))
+    found = torch.empty(len(counts), 2, *x.shape[:2], dtype=dtype, device=x.device)  # mean and sum of squares (B, C)
+    for band, part in zip(x.scan(), found[starts[ranks.rank] :], strict=False):  # the scan goes to its end
+        torch.mean(band, (2, 3), dtype=dtype, out=part[0])
+        torch.sum((band - part[0, :, :, None, None]).square_(), (2, 3), out=part[1])
+    ranks.gather(found, starts)
+    mean, square = found.unflatten(3, (num_groups, -1)).unbind(1)  # (bands, B, G, C/G)
     count = torch.tensor(counts).to(mean)[:, None, None, None]
     total = sum(counts) * mean.shape[3]
     center = (count * mean).sum((0, 3), keepdim=True) / total  # (1, B, G, 1)

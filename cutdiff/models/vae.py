@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cutdiff.models.bands import in_bands
+from cutdiff.models.bands import Limits, in_bands
 from cutdiff.models.config import VAEConfig
 from cutdiff.models.layers import Attention, Downsample, ResnetBlock, TextContext, Upsample
+from cutdiff.ranks import ALONE, Ranks
 
 EPS = 1e-6
 SCORE_BYTES = 1 << 30  # of attention at once, in float32: all scores of an image of 1024²
@@ -51,20 +52,28 @@ class SpatialAttention(Attention):
     def __init__(self, channels: int, *, norm_groups: int) -> None:
         super().__init__(channels, num_heads=1, bias=True)
         self.group_norm = nn.GroupNorm(norm_groups, channels, eps=EPS)
+        self.ranks = ALONE
 
     def forward(self, x: Tensor, context: Tensor | TextContext | None = None) -> Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h·w, C)
         return x + super().forward(tokens, context).transpose(1, 2).unflatten(2, x.shape[2:])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """In chunks of queries where all scores would be large: no fused kernel is sure to take so wide a head."""
-        chunk = SCORE_BYTES // (4 * q.shape[0] * k.shape[2])
-        if chunk >= q.shape[2]:
+        """In chunks of queries where all scores would be large: no fused kernel is sure to take so wide a head. Ranks
+        share the chunks."""
+        num_queries, chunk = q.shape[2], SCORE_BYTES // (4 * q.shape[0] * k.shape[2])
+        if chunk >= num_queries:
             return super().attend(q, k, v)
         dtype = torch.promote_types(q.dtype, torch.float32)
         keys, values = k.mT.to(dtype), v.to(dtype)
-        parts = [((self.scale * part.to(dtype)) @ keys).softmax(3) @ values for part in q.split(max(chunk, 1), dim=2)]
-        return torch.cat([part.to(q.dtype) for part in parts], dim=2)
+        edges = [*range(0, num_queries, max(chunk, 1)), num_queries]
+        starts = self.ranks.starts(len(edges) - 1)
+        out = torch.empty_like(q)
+        for i in range(*starts[self.ranks.rank : self.ranks.rank + 2]):
+            part = slice(edges[i], edges[i + 1])
+            out[:, :, part] = ((self.scale * q[:, :, part].to(dtype)) @ keys).softmax(3) @ values
+        self.ranks.gather(out, [edges[start] for start in starts], dim=2)
+        return out
 
 
 class MidBlock(nn.Module):
@@ -163,16 +172,16 @@ class VAE(nn.Module):
         scaled = (mean - centre) / spread * scale
         return DiagonalGaussian(scaled, logvar.clamp(-30, 20) + 2 * (math.log(scale) - spread.log()))
 
-    def decode(self, latents: Tensor, *, banded: bool | None = None) -> Tensor:
+    def decode(self, latents: Tensor, *, banded: bool | None = None, ranks: Ranks = ALONE) -> Tensor:
         """Scaled latents (B, 4, h, w) -> images (B, 3, h·factor, w·factor), about [-1, 1], not clamped.
 
         `banded`: in bands of rows, in bounded memory, with the same result to rounding but no gradients (see `bands`);
-        None: where the picture is large and nothing asks for gradients.
+        None: where the picture is large and nothing asks for gradients. `ranks` share the bands; all get the images.
         """
         pixels = latents[:, 0].numel() * self.config.factor**2
         centre, spread = self._statistics(latents)
         unscaled = latents / self.config.scaling_factor * spread + centre
-        return self._run(self._decode, unscaled, pixels, banded)
+        return self._run(self._decode, unscaled, pixels, banded, ranks)
 
     def _encode(self, images: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(images))
@@ -180,14 +189,24 @@ class VAE(nn.Module):
     def _decode(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))
 
-    def _run(self, network: Callable[[Tensor], Tensor], x: Tensor, pixels: int, banded: bool | None) -> Tensor:
+    def _run(
+        self,
+        network: Callable[[Tensor], Tensor],
+        x: Tensor,
+        pixels: int,
+        banded: bool | None,
+        ranks: Ranks = ALONE,
+    ) -> Tensor:
         """`pixels` are those of all images."""
         if banded is None:
             asked = x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
             trained = torch.is_grad_enabled() and asked
             large = CPU_LARGE_BYTES if x.device.type == "cpu" and x.dtype == torch.float32 else LARGE_BYTES
             banded = not trained and pixels * max(self.config.channels[:2]) * x.element_size() >= large
-        return in_bands(network, x) if banded else network(x)
+        for layer in self.modules():
+            if isinstance(layer, SpatialAttention):
+                layer.ranks = ranks
+        return in_bands(network, x, Limits.on(x.device, ranks)) if banded else network(x)
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each channel of unscaled latents, two of (C, 1, 1); 0 and 1 where none are given."""
