@@ -179,6 +179,14 @@ def _add_run(group: Group, defaults: Settings) -> None:
     group.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
     group.add_argument("--overwrite", action="store_true", help="draw over other pictures of the same names")
     group.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+    group.add_argument(
+        "--data-parallel", type=int, default=1, metavar="D",
+        help="groups of torchrun's processes that draw different pictures; those of a group share the work of each",
+    )  # fmt: skip
+    group.add_argument(
+        "--rank-timeout", type=_seconds, default=1800.0, metavar="S",
+        help="seconds after which the run ends where one process hangs and others wait for it",
+    )  # fmt: skip
     group.add_argument("--dtype", default="float32", choices=DTYPES, help="of the networks")
     group.add_argument(
         "--fp8", action="store_true",
@@ -197,6 +205,16 @@ def _add_run(group: Group, defaults: Settings) -> None:
     )
     group.add_argument("--log-json", action="store_true", help="print a JSON object for each picture, not its path")
     group.add_argument("-v", "--verbose", action="store_true", help="tell what was read and what it cost")
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
 
 
 def _lora(text: str) -> tuple[str, float]:

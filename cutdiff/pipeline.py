@@ -107,7 +107,11 @@ def generate(
     images, dtype = _decode(model, latents, ranks)
     seconds["decode"] = now(model.device) - began
     record = _record(model, prompt, prepared, seconds)
-    return Result(images, latents, record | {"received_bytes": received, "decoded_in": dtype_name(dtype)})
+    return Result(
+        images,
+        latents,
+        record | {"received_bytes_per_step": received / prepared.num_steps, "decoded_in": dtype_name(dtype)},
+    )
 
 
 def decode(model: Model, latents: Tensor) -> Tensor:
@@ -241,14 +245,14 @@ def _encode(
 
 
 def _record(model: Model, prompt: str | Sequence[str], prepared: Prepared, seconds: dict[str, float]) -> dict[str, Any]:
-    described = describe(model, prompt, prepared.settings, prepared.draws)
+    described, ranks = describe(model, prompt, prepared.settings, prepared.draws), prepared.denoiser.ranks
     return {
         **described,
         "fingerprint": fingerprint(described),
         "view_batch_size": prepared.denoiser.view_batch_size,
         "view_batch_halved": prepared.denoiser.view_batch_size != _view_batch_size(model, prepared.settings),
-        "network_evaluations": prepared.denoiser.ranks.sum(prepared.denoiser.evaluations),
-        "ranks": prepared.denoiser.ranks.size,
+        "network_evaluations": sum(ranks.values(prepared.denoiser.evaluations)),
+        "ranks": ranks.size,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_memory_bytes": peak_memory(model.device),
     }

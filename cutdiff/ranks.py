@@ -7,7 +7,7 @@ no result depends on their number but through the size of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ class Ranks:
     size: int = 1
     group: Any = None
     """Of torch.distributed; None: all of its ranks."""
+    before_meeting: Callable[[], None] | None = None
+    """Called where this rank has done its part, and may have to wait for the others."""
     received_bytes: int = field(default=0, init=False)
     """What the others sent to this one."""
 
@@ -50,6 +52,8 @@ class Ranks:
         """Fill in what other ranks have: of `whole`, along `dim`, rank r has those from starts[r] to starts[r + 1]."""
         if self.size == 1:
             return
+        if self.before_meeting is not None:
+            self.before_meeting()
         parts = [whole.narrow(dim, start, end - start) for start, end in pairwise(starts)]
         sent = [(part, part.contiguous()) for part in parts]
         try:
@@ -72,12 +76,12 @@ class Ranks:
         """Give all ranks what the first has; in the others, `tensor` has its shape only."""
         self.gather(tensor, [0, *[len(tensor)] * self.size])
 
-    def sum(self, value: int) -> int:
-        """Of the values of all ranks."""
+    def values(self, value: int) -> list[int]:
+        """What each rank has."""
         values = torch.zeros(self.size, dtype=torch.int64)
         values[self.rank] = value
         self.gather(values, range(self.size + 1))
-        return int(values.sum())
+        return values.tolist()
 
 
 ALONE = Ranks()
