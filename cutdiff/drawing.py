@@ -106,7 +106,7 @@ def _entry(picture: Picture, path: Path, record: dict[str, Any]) -> str:
 
 
 class Progress:
-    """A bar that counts the pictures of the run, where standard error is a terminal; other ranks may ask where it is."""
+    """A bar that counts the pictures of the run, where standard error is a terminal; and what other ranks may ask."""
 
     def __init__(self, num_pictures: int, launch: Launch) -> None:
         from tqdm import tqdm

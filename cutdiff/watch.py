@@ -54,16 +54,25 @@ class Watch:
     def moved(self, where: str | None = None) -> None:
         """The process has come a step further, all ranks in the same steps; `where` says what it does now."""
         self.moves += 1
-        self.where = where or self.where
         self.since = time.monotonic()
+        if where is not None:
+            self.where = where
+            self._tell()
 
     def _watch(self) -> None:
-        while not self.left.is_set():
-            self.store.set(str(self.rank), f"{self.moves} {self.where}")
+        while not self.left.is_set() and self._tell():
             if select.select([self.signals], [], [], min(PERIOD, self.limit / 4))[0]:
                 self._end_by(set(self.signals.recv(64)))
             if time.monotonic() - self.since > self.limit:
                 self._end_the_run()
+
+    def _tell(self) -> bool:
+        """Whether the store has heard: it may be the first rank's, and gone with it, as this one will find."""
+        try:
+            self.store.set(str(self.rank), f"{self.moves} {self.where}")
+        except RuntimeError:
+            return False
+        return True
 
     def _end_by(self, signals: set[int]) -> None:
         """After the grace, end a process that a signal did not reach."""
@@ -71,18 +80,16 @@ class Watch:
             os._exit(128 + signal.SIGTERM if signal.SIGTERM in signals else 1)
 
     def _end_the_run(self) -> None:
+        """Where some are behind, the first of those that wait for them says so, and all end."""
         told = [self._told(rank) for rank in range(self.size)]
-        least = min(moves for moves, _ in told)
-        behind = [rank for rank, (moves, _) in enumerate(told) if moves == least]
+        behind = [rank for rank, (moves, _) in enumerate(told) if moves == min(told)[0]]
         ahead = [rank for rank in range(self.size) if rank not in behind]
-        if self.rank == (ahead or behind)[0]:
+        if not ahead:
+            return
+        if self.rank == ahead[0]:
             names = ", ".join(f"rank {rank} hangs {told[rank][1]}" for rank in behind)
-            print(
-                f"cutdiff: {names if ahead else f'no rank moves {told[0][1]}'}: nothing for {self.limit:g} s "
-                "(--rank-timeout); start again to draw what is missing",
-                file=sys.stderr,
-                flush=True,
-            )
+            told_why = f"nothing for {self.limit:g} s (--rank-timeout); start again to draw what is missing"
+            print(f"cutdiff: {names}: {told_why}", file=sys.stderr, flush=True)
         elif self.left.wait(GRACE):
             return
         os._exit(1)

@@ -19,6 +19,7 @@ from refusal import CommandLine
 from tiny import Tiny, random_model
 
 import cutdiff
+from cutdiff.checkpoint import save_folder
 from cutdiff.checkpoint.families import SDXL
 from cutdiff.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
@@ -64,6 +65,21 @@ def tiny_model() -> Model:
         source="random",
         files={},
     )
+
+
+@pytest.fixture(scope="session")
+def quick_folder(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model that draws in hundredths of a second."""
+    folder = tmp_path_factory.mktemp("models") / "quick"
+    save_folder(
+        folder,
+        unet=tiny_model.unet,
+        vae=tiny_model.vae,
+        text=tiny_model.text,
+        noise=tiny_model.noise,
+        zeros_for_empty_negative=True,
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

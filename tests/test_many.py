@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import json
-import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,57 +15,32 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from processes import ENVIRONMENT, contents
 from tiny import edit_tensors
 
 import cutdiff
-from cutdiff.checkpoint import save_folder
 from cutdiff.model import Model
 from cutdiff.sample import main
 
-COST = ("seconds", "peak_memory_bytes")
-"""What the record of a picture that is drawn again may say anew."""
 QUICK = ["--method", "direct", "--steps", "1", "--width", "64", "--height", "64"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """All files by their names, hidden ones too; of a record what does not tell of cost."""
-    found: dict[str, Any] = {}
-    for path in folder.iterdir():
-        if path.suffix == ".json":
-            record = json.loads(path.read_text())
-            found[path.name] = {name: value for name, value in record.items() if name not in COST}
-        else:
-            found[path.name] = path.read_bytes()
-    return found
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model that draws in hundredths of a second."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_folder(
-        folder,
-        unet=tiny_model.unet,
-        vae=tiny_model.vae,
-        text=tiny_model.text,
-        noise=tiny_model.noise,
-        zeros_for_empty_negative=True,
-    )
-    return folder
 
 
 @pytest.fixture
-def run(folder: Path, tmp_path: Path) -> list[str]:
+def copy(quick_folder: Path, tmp_path: Path) -> Path:
+    """A copy of its folder to change."""
+    return Path(shutil.copytree(quick_folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def run(quick_folder: Path, tmp_path: Path) -> list[str]:
     """Three prompts, the last in two sizes: four pictures of a tiny model."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('a\n{"prompt": "red", "seed": 5}\n\nb\n{"prompt": "b", "width": 128}\n')
-    return ["--model", str(folder), "--prompts", str(prompts), *QUICK]
+    return ["--model", str(quick_folder), "--prompts", str(prompts), *QUICK]
 
 
 NAMES = ["0001-direct-64x64-seed0", "0002-direct-64x64-seed5", "0004-direct-64x64-seed0", "0005-direct-128x64-seed0"]
@@ -177,11 +152,11 @@ def test_what_is_no_picture_of_ours_is_kept(run: list[str], tmp_path: Path, caps
         assert own.read_bytes() == b"mine"
 
 
-def test_one_prompt_keeps_what_is_there(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_prompt_keeps_what_is_there(quick_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A number is added to a name that another picture has; the same picture is drawn once."""
 
     def drawn(prompt: str, *options: str) -> tuple[str, str]:
-        assert main([prompt, "--model", str(folder), *QUICK, *options, "--out", str(tmp_path)]) == 0
+        assert main([prompt, "--model", str(quick_folder), *QUICK, *options, "--out", str(tmp_path)]) == 0
         printed = capsys.readouterr()
         return Path(printed.out.strip()).name, printed.err
 
@@ -194,7 +169,7 @@ def test_one_prompt_keeps_what_is_there(folder: Path, tmp_path: Path, capsys: py
     assert drawn("c", "--overwrite") == ("direct-64x64-seed0.png", "")
     prompts = [json.loads(path.read_text())["prompt"] for path in sorted(tmp_path.glob("*.json"))]
     assert prompts == ["b", "c", "c"]
-    set_of_two = ["a", "--model", str(folder), *QUICK, "--num-images", "2", "--out", str(tmp_path)]
+    set_of_two = ["a", "--model", str(quick_folder), *QUICK, "--num-images", "2", "--out", str(tmp_path)]
     assert main(set_of_two) == 2, "pictures of a set take no other names"
 
 
@@ -235,13 +210,13 @@ def test_one_bar_for_the_run(run: list[str], tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_a_bad_line_of_a_thousand_and_flat_memory(folder: Path, tmp_path: Path) -> None:
+def test_a_bad_line_of_a_thousand_and_flat_memory(quick_folder: Path, tmp_path: Path) -> None:
     """The others are drawn, and the process does not grow with them."""
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     lines = [b"a b c"] * 1005
     lines[499] = b"a \xff"
     prompts.write_bytes(b"\n".join(lines))
-    command = [sys.executable, "-m", "cutdiff.sample", "--model", str(folder), "--prompts", str(prompts), *QUICK]
+    command = [sys.executable, "-m", "cutdiff.sample", "--model", str(quick_folder), "--prompts", str(prompts), *QUICK]
     command += ["--out", str(out), "--guidance-scale", "1"]
     resident, number = {}, 0
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
@@ -283,15 +258,15 @@ def test_a_line_that_the_model_cannot_draw(run: list[str], tmp_path: Path, capsy
 
 def test_killed_anywhere_and_started_again(run: list[str], tmp_path: Path) -> None:
     """Twenty times, at seeded moments: no half a file has a name, and the folder ends as an undisturbed run's."""
-    script = Path(__file__).with_name("killed.py")
-    command = [sys.executable, str(script), str(tmp_path), "20", *run, "--steps", "2"]
+    script = Path(__file__).with_name("processes.py")
+    command = [sys.executable, str(script), str(tmp_path), "20", "1", *run, "--steps", "2"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    left = [line.split()[1:] for line in done.stdout.splitlines() if not line.startswith(str(tmp_path))]
+    left = json.loads((tmp_path / "left.json").read_text())
     assert len(left) == 20
-    assert len({len(names) for _, *names in left}) > 1, "all were killed at the same picture"
-    assert sum(status == str(-signal.SIGKILL) for status, *_ in left) >= 10
-    for _, *names in left:
+    assert len({len(names) for _, names in left}) > 1, "all were killed at the same picture"
+    assert sum(status == [-signal.SIGKILL] for status, _ in left) >= 10
+    for _, names in left:
         pictures, records = ({name for name in names if name.endswith(end)} for end in (".png", ".json"))
         assert pictures | records == set(names)
         assert {name.replace(".png", ".json") for name in pictures} <= records

@@ -1,0 +1,116 @@
+"""Starts of the sampler in processes of their own, one or several as torchrun starts them, each a fork of this one.
+
+This one has done the imports and computed nothing: threads do not survive a fork. `python processes.py FOLDER SEEDS
+RANKS ARGUMENTS` kills starts at seeded moments, and starts them again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import runpy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cutdiff.checkpoint
+import cutdiff.images
+import cutdiff.pipeline
+import cutdiff.scenes.vocabulary  # noqa: F401  an import is all it takes here
+
+COST = ("seconds", "peak_memory_bytes", "ranks", "received_bytes_per_step")
+"""What the record of a picture that is drawn again may say anew."""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All files by their names, hidden ones too; of a record what does not tell of cost."""
+    found: dict[str, Any] = {}
+    for path in folder.iterdir():
+        if path.suffix == ".json":
+            record = json.loads(path.read_text())
+            found[path.name] = {name: value for name, value in record.items() if name not in COST}
+        else:
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(run: Callable[[], object], size: int = 1, prints_to: Path | None = None) -> list[int]:
+    """`run` in `size` forks with the environment of torchrun's ranks; their ids.
+
+    What rank r prints goes to `prints_to`/r.out and r.err.
+    """
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            if prints_to is not None:
+                for number, name in ((1, "out"), (2, "err")):
+                    os.dup2(os.open(prints_to / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
+            _run(run)
+        children.append(child)
+    return children
+
+
+def _run(run: Callable[[], object]) -> None:
+    status = 70
+    try:
+        run()
+    except SystemExit as error:
+        status = int(error.code or 0)
+    finally:
+        os._exit(status)
+
+
+def sampler(arguments: Sequence[str]) -> Callable[[], object]:
+    """`python -m cutdiff.sample`."""
+
+    def run() -> None:
+        sys.argv[1:] = arguments
+        runpy.run_module("cutdiff.sample", run_name="__main__", alter_sys=True)
+
+    return run
+
+
+def statuses(children: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def kill_and_start_again(
+    folder: Path, num_seeds: int, size: int, arguments: Sequence[str]
+) -> list[tuple[list[int], list[str]]]:
+    """Draw into `folder`/whole, and for each seed into `folder`/seed N, where one process is killed at the first start.
+
+    Returns the statuses of that start, and what it left but for hidden files.
+    """
+    began = time.monotonic()
+    assert statuses(start(sampler([*arguments, "--out", str(folder / "whole")]), size)) == [0] * size
+    seconds = time.monotonic() - began
+    left = []
+    for seed in range(num_seeds):
+        out, rng = folder / f"seed {seed}", random.Random(seed)
+        children = start(sampler([*arguments, "--out", str(out)]), size)
+        time.sleep(rng.uniform(0.1, 1) * seconds)
+        os.kill(children[rng.randrange(size)], signal.SIGKILL)
+        left.append((statuses(children), sorted(path.name for path in out.glob("[!.]*"))))
+        assert statuses(start(sampler([*arguments, "--out", str(out)]), size)) == [0] * size
+    return left
+
+
+if __name__ == "__main__":
+    folder, num_seeds, size, *arguments = sys.argv[1:]
+    left = kill_and_start_again(Path(folder), int(num_seeds), int(size), arguments)
+    (Path(folder) / "left.json").write_text(json.dumps(left))

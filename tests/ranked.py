@@ -1,0 +1,119 @@
+"""What several ranks do, for tests to look at: `python ranked.py methods|runs MODEL FOLDER`; forks, as in `processes`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from processes import kill_and_start_again, sampler, start, statuses
+
+import cutdiff
+import cutdiff.models.bands
+import cutdiff.models.vae
+from cutdiff.launch import joined
+from cutdiff.settings import METHOD_NAMES, WITHOUT_VIEWS, Settings
+
+SIZES = (1, 2, 5)
+VIEW_BATCHES = (1, 3, None)
+QUICK = ["--method", "multidiffusion", "--steps", "3", "--width", "128", "--height", "64"]
+
+
+def methods(model: Path, folder: Path) -> None:
+    """Every method on `SIZES` ranks, decoded in small bands: `folder`/SIZE-RANK.pt has what each rank has."""
+    cutdiff.models.vae.CPU_LARGE_BYTES = 0
+    cutdiff.models.vae.SCORE_BYTES = 4096
+    cutdiff.models.bands.CPU_BAND_BYTES = 20_000
+    for size in SIZES:
+        assert statuses(start(partial(draw_all, model, folder), size)) == [0] * size
+
+
+def draw_all(model: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    with joined("cpu", 1, 60.0) as launch:
+        loaded, found = cutdiff.load(model), {}
+        for method in METHOD_NAMES:
+            stride = None if method in WITHOUT_VIEWS else 2
+            settings = Settings(method=method, height=128, width=96, num_steps=2, stride=stride)
+            for items in VIEW_BATCHES:
+                result = cutdiff.generate(
+                    loaded, ["a red house", "b"], settings, ranks=launch.group, view_batch_size=items
+                )
+                found[method, items] = result.latents, result.images, result.record["network_evaluations"]
+        torch.save(found, folder / f"{launch.world.size}-{launch.world.rank}.pt")
+    sys.exit(0)
+
+
+def runs(model: Path, folder: Path) -> None:
+    """Runs of the command line that are disturbed: `folder`/NAME has what each rank printed, and their statuses."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join("abcdefg"))
+    common = ["--model", str(model), *QUICK, "--view-batch-size", "1"]
+    several = [*common, "--prompts", str(prompts)]
+    out = folder / "groups"
+    grouped = [*several, "--log-json", "--out", str(out)]
+    run(folder / "two groups", 4, [*grouped, "--data-parallel", "2"])
+    shutil.copytree(out, folder / "groups before")
+    for number in (2, 5, 6):
+        next(out.glob(f"000{number}-*.png")).unlink()
+    run(folder / "three groups", 3, [*grouped, "--data-parallel", "3"])
+    prompts.write_text("\n".join("abcd"))
+    left = kill_and_start_again(folder / "killed", 20, 2, several)
+    (folder / "killed" / "left.json").write_text(json.dumps(left))
+    run(folder / "no model", 2, ["a", "--model", str(folder / "none"), "--out", str(folder / "nothing")])
+    run(folder / "no such group", 3, [*common, "a", "--data-parallel", "2", "--out", str(folder / "nothing")])
+    run(folder / "one device", 2, [*common, "a", "--device", "cuda:0", "--out", str(folder / "nothing")])
+    for name, disturb in DISTURBED.items():
+        endless = ["a", *common, "--num-images", "1000", "--out", str(folder / name / "pictures")]
+        run(folder / name, 2, [*endless, "--rank-timeout", "3"], disturb)
+
+
+def run(folder: Path, size: int, arguments: Sequence[str], disturb: Callable[[list[int]], None] | None = None) -> None:
+    """`disturb` the ranks after the first picture, and wait for the first, or for all where nothing disturbs them."""
+    folder.mkdir()
+    children = start(sampler(arguments), size, folder)
+    first = folder / "0.out"
+    while disturb is not None and not (first.exists() and first.stat().st_size):
+        time.sleep(0.05)
+    began = time.monotonic()
+    if disturb is not None:
+        disturb(children)
+    ended = statuses(children[:1])
+    seconds = time.monotonic() - began
+    for child in children[1:] if disturb in STOPPING else ():
+        os.kill(child, signal.SIGKILL)
+    (folder / "ended.json").write_text(json.dumps({"status": ended + statuses(children[1:]), "seconds": seconds}))
+
+
+def send(number: signal.Signals, children: list[int]) -> None:
+    for child in children:
+        os.kill(child, number)
+
+
+def stop_the_second(children: list[int]) -> None:
+    os.kill(children[1], signal.SIGSTOP)
+
+
+def stop_the_second_and_terminate_the_first(children: list[int]) -> None:
+    stop_the_second(children)
+    time.sleep(1)
+    os.kill(children[0], signal.SIGTERM)
+
+
+STOPPING = (stop_the_second, stop_the_second_and_terminate_the_first)
+DISTURBED = {
+    "terminated": partial(send, signal.SIGTERM),
+    "interrupted": partial(send, signal.SIGINT),
+    "hangs": stop_the_second,
+    "waits": stop_the_second_and_terminate_the_first,
+}
+
+if __name__ == "__main__":
+    {"methods": methods, "runs": runs}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

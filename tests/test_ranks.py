@@ -1,0 +1,196 @@
+"""Runs of several processes: the same pictures as of one, and an end with a reason whatever happens to one of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import ENVIRONMENT, contents, free_port
+from ranked import QUICK, SIZES
+from torch import Tensor
+
+from cutdiff.ranks import Ranks
+from cutdiff.sample import main
+from cutdiff.settings import METHOD_NAMES
+
+Drawn = dict[tuple[str, int | None], tuple[Tensor, Tensor, int]]
+
+
+@given(num=st.integers(0, 100), size=st.integers(1, 20))
+def test_all_have_a_part_and_none_more_than_one_unit_more(num: int, size: int) -> None:
+    starts = Ranks(0, size).starts(num)
+    parts = [b - a for a, b in pairwise(starts)]
+    assert (starts[0], starts[-1], len(parts)) == (0, num, size)
+    assert set(parts) <= {num // size, -(-num // size)}
+    assert parts[-1] == max(parts)
+
+
+def look_at(what: str, model: Path, folder: Path) -> Path:
+    script = Path(__file__).with_name("ranked.py")
+    command = [sys.executable, str(script), what, str(model), str(folder)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+# ---- The same picture
+
+
+@pytest.fixture(scope="module")
+def drawn(quick_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Drawn]]:
+    """By the number of ranks, what each of them has of every method and view batch."""
+    out = look_at("methods", quick_folder, tmp_path_factory.mktemp("methods"))
+    return {size: [torch.load(out / f"{size}-{rank}.pt") for rank in range(size)] for size in SIZES}
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_every_rank_has_the_picture_of_one_process(size: int, method: str, drawn: dict[int, list[Drawn]]) -> None:
+    """To the bit where network calls have the same items. Two pictures of one phase are fewer items than five ranks."""
+    alone, ranks = drawn[1][0], drawn[size]
+    for items in (1, 3):
+        latents, images, _ = alone[method, items]
+        for rank in ranks:
+            assert torch.equal(rank[method, items][0], latents)
+            assert torch.equal(rank[method, items][1], images)
+    latents, images, _ = alone[method, None]
+    for rank in ranks:
+        torch.testing.assert_close(rank[method, None][0], latents, rtol=1e-4, atol=1e-4 * latents.abs().max().item())
+        assert torch.equal(rank[method, None][0], ranks[0][method, None][0])
+        assert torch.equal(rank[method, None][1], ranks[0][method, None][1])
+        assert all(rank[method, items][2] == alone[method, items][2] for items in (1, 3, None))
+
+
+def test_two_launchers_draw_one_picture(quick_folder: Path, tmp_path: Path) -> None:
+    """torchrun's, as on two machines. Only the first rank prints and writes."""
+    nodes = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    run = ["-m", "cutdiff.sample", "a", "--model", str(quick_folder), *QUICK, "--view-batch-size", "1", "-v", "--out"]
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *nodes, *run, str(tmp_path / "two")],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    printed = [launcher.communicate(timeout=120) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], printed
+    paths, told = ("".join(streams) for streams in zip(*printed, strict=True))
+    assert paths.splitlines() == [str(tmp_path / "two" / "multidiffusion-128x64-seed0.png")]
+    # Of three views with two rows of 4×8×8 values each, the first rank evaluates one: the ideal.
+    assert re.findall(r"2 ranks, ([\d.]+) kB a step into the first", told) == [f"{2 * 2 * 4 * 8 * 8 * 4 / 1e3:.1f}"]
+    subprocess.run([sys.executable, *run, str(tmp_path / "one")], env=ENVIRONMENT, check=True, capture_output=True)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+# ---- Sets of pictures, and faults
+
+
+@pytest.fixture(scope="module")
+def runs(quick_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return look_at("runs", quick_folder, tmp_path_factory.mktemp("runs"))
+
+
+def ended(folder: Path) -> tuple[list[int], list[str], list[str], float]:
+    """Statuses, what each rank printed, and its errors; and the seconds until the first ended."""
+    end = json.loads((folder / "ended.json").read_text())
+    out, err = ([path.read_text() for path in sorted(folder.glob(f"*.{kind}"))] for kind in ("out", "err"))
+    return end["status"], out, err, end["seconds"]
+
+
+def test_groups_take_different_prompts(runs: Path) -> None:
+    status, printed, told, _ = ended(runs / "two groups")
+    assert (status, told) == ([0] * 4, [""] * 4)
+    assert printed[1] == printed[3] == ""
+    lines = [json.loads(line) for line in "".join(printed).splitlines()]
+    assert Counter((line["line"], line["state"]) for line in lines) == {(n, "drawn"): 1 for n in range(1, 8)}
+
+
+def test_another_number_of_groups_draws_what_is_missing(runs: Path) -> None:
+    status, printed, told, _ = ended(runs / "three groups")
+    assert (status, told) == ([0] * 3, ["cutdiff: 4 of 7 pictures are finished already\n", "", ""])
+    lines = [json.loads(line) for line in "".join(printed).splitlines()]
+    states = {n: "drawn" if n in (2, 5, 6) else "finished" for n in range(1, 8)}
+    assert Counter((line["line"], line["state"]) for line in lines) == Counter(states.items())
+    assert contents(runs / "groups") == contents(runs / "groups before")
+
+
+def test_killed_anywhere_and_started_again(runs: Path) -> None:
+    """One of two ranks, at twenty seeded moments: the other ends, and the folder as an undisturbed run's."""
+    left = json.loads((runs / "killed" / "left.json").read_text())
+    assert len(left) == 20
+    assert len({len(names) for _, names in left}) > 1, "all were killed at the same picture"
+    killed = [sorted(status) for status, _ in left]
+    assert sum(status == [-signal.SIGKILL, 1] for status in killed) >= 10
+    assert {tuple(status) for status in killed} <= {(-signal.SIGKILL, 1), (-signal.SIGKILL, 0), (0, 0)}
+    whole = contents(runs / "killed" / "whole")
+    assert len(whole) == 8
+    for seed in range(20):
+        assert contents(runs / "killed" / f"seed {seed}") == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "told"),
+    [("terminated", 143, "cutdiff: terminated\n"), ("interrupted", 1, "cutdiff: interrupted\n")],
+)
+def test_signals(name: str, status: int, told: str, runs: Path) -> None:
+    found, _, errors, seconds = ended(runs / name)
+    assert (found, errors) == ([status] * 2, [told, ""])
+    assert seconds < 10
+    assert {path.suffix for path in (runs / name / "pictures").iterdir()} == {".png", ".json"}
+
+
+def test_a_rank_that_hangs_is_named_with_its_step(runs: Path) -> None:
+    status, _, errors, _ = ended(runs / "hangs")
+    assert status == [1, -signal.SIGKILL]
+    where = r"(after step \d of 3 \(views\)|before the first step) of multidiffusion-128x64-seed\d+\.png"
+    remedy = re.escape(": nothing for 3 s (--rank-timeout); start again to draw what is missing\n")
+    assert re.fullmatch(f"cutdiff: rank 1 hangs {where}{remedy}", errors[0]), errors
+
+
+def test_a_signal_reaches_a_rank_that_waits(runs: Path) -> None:
+    status, _, errors, seconds = ended(runs / "waits")
+    assert (status, errors) == ([143, -signal.SIGKILL], ["", ""])
+    assert seconds < 10
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "told"),
+    [
+        ("no model", [2, 1], "none does not exist"),
+        ("no such group", [2, 1, 1], "--data-parallel 2 does not divide the 3 processes of this run: start a multiple"),
+        ("one device", [2, 1], "--device cuda:0 is one for all processes: give --device cuda, and each takes its own"),
+    ],
+)
+def test_what_all_find_the_first_says(name: str, status: list[int], told: str, runs: Path) -> None:
+    found, _, errors, _ = ended(runs / name)
+    assert found == status
+    assert told in errors[0]
+    assert errors[0].count("\n") == 1
+    assert set(errors[1:]) == {""}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--data-parallel", "0"], "--data-parallel 0 does not divide the 1 processes of this run: start a multiple"),
+        (["--rank-timeout", "0"], "argument --rank-timeout: '0' is no number of seconds above 0"),
+        (["--rank-timeout", "nan"], "argument --rank-timeout: 'nan' is no number of seconds above 0"),
+    ],
+)
+def test_arguments(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
