@@ -1,4 +1,4 @@
-"""What several ranks do, for tests to look at: `python ranked.py methods|runs MODEL FOLDER`; forks, as in `processes`."""
+"""What several ranks do, for tests to look at: `python ranked.py methods|runs MODEL FOLDER`. Forks, as in processes."""
 
 from __future__ import annotations
 
