@@ -2,8 +2,8 @@
 
 Network evaluations and FLOPs are counted on the method itself (`cutdiff.forecast`), those of text encoders left out.
 The floor is the busiest device's FLOPs at --tflops; expected is the floor over --utilisation, and what the device is
-sent at --bandwidth. One device decodes; no time is expected of that, as its attention runs in float32. Memory is that
-of tensors; what kernels and the allocator take beside comes on top.
+sent at --bandwidth. No time is expected of decoding, whose attention runs in float32. Memory is that of tensors; what
+kernels and the allocator take beside comes on top.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from torch import Tensor
 from cutdiff.ranks import ALONE, Ranks
 
 KEPT_BYTES = 2 << 30
-CPU_BAND_BYTES = 16 << 20  # what a cache holds, and malloc gives again without new pages from the system
+CPU_BAND_BYTES = 4 << 20  # what a core's cache holds some of, and malloc gives again without new pages from the system
 GPU_BAND_BYTES = 64 << 20  # enough pixels to fill it
 
 Rows = Callable[[int, int], Tensor]

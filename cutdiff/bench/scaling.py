@@ -1,0 +1,129 @@
+"""A picture by one process and by all, in alternation: `torchrun --nproc-per-node=2 -m cutdiff.bench.scaling`.
+
+Both in the same processes with the same weights, so that a ratio does not depend on what else the machine does. While
+the first draws alone, the others wait without computing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import cutdiff
+from cutdiff.images import save_json
+from cutdiff.launch import alike, joined
+from cutdiff.options import BadArgument, Parser, of_flag
+from cutdiff.pipeline import Result, now
+from cutdiff.ranks import Ranks
+from cutdiff.settings import METHOD_NAMES, Settings
+
+PROMPT = "a red house at sunset"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        with alike():
+            args = _parse(argv)
+            settings = _settings(args)
+        with joined(args.device, 1, 1800.0) as launch:
+            result = measure(settings, args.device, args.repeats, launch.world)
+    except BadArgument as error:
+        print(f"cutdiff: {error}", file=sys.stderr)
+        return 2
+    if launch.world.leads:
+        print(table(result))
+        if args.json is not None:
+            save_json(args.json, result)
+    return 0
+
+
+def measure(settings: Settings, device: str, repeats: int, ranks: Ranks) -> dict[str, Any]:
+    """Seconds of each picture, after one of each that does not count. Called by all ranks."""
+    model = cutdiff.load(device=device if device == "cpu" else f"cuda:{ranks.rank}")
+
+    def timed(draw: Callable[[], Result]) -> tuple[dict[str, float], Result]:
+        ranks.values(0)  # all begin together
+        began = now(model.device)
+        drawn = draw()
+        return drawn.record["seconds"] | {"whole": now(model.device) - began}, drawn
+
+    def alone() -> Result:
+        return cutdiff.generate(model, PROMPT, settings)
+
+    def together() -> Result:
+        return cutdiff.generate(model, PROMPT, settings, ranks=ranks)
+
+    seconds: dict[str, list[dict[str, float]]] = {"alone": [], "together": []}
+    one = both = together()
+    for turn in range(repeats + 1):
+        if ranks.leads:
+            times, one = timed(alone)
+            seconds["alone"] += [times] * (turn > 0)
+        else:
+            ranks.values(0)
+        times, both = timed(together)
+        seconds["together"] += [times] * (turn > 0)
+    difference = (both.latents - one.latents).norm() / one.latents.norm()
+    rows = both.record["network_evaluations"]
+    row_bytes = model.native_size**2 * model.unet.config.in_channels * model.dtype.itemsize
+    return {
+        "ranks": ranks.size,
+        "device": both.record["device"],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "settings": settings.described(),
+        "seconds": seconds,
+        "difference": difference.item(),
+        "received_bytes_per_step": both.record["received_bytes_per_step"],
+        "ideal_bytes_per_step": rows * row_bytes * (ranks.size - 1) / ranks.size / both.record["num_steps"],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Medians of each part, their ratio, and how much of the ideal one it is."""
+    lines = [f"{result['ranks']} ranks of {result['threads']} thread(s), {result['device']}, torch {result['torch']}"]
+    for part in result["seconds"]["alone"][0]:
+        alone, together = (median(times[part] for times in result["seconds"][who]) for who in ("alone", "together"))
+        ratios = [
+            a[part] / b[part] for a, b in zip(result["seconds"]["alone"], result["seconds"]["together"], strict=True)
+        ]
+        faster = f"{median(ratios):.2f} times [{min(ratios):.2f} – {max(ratios):.2f}]"
+        lines.append(f"{part:10}{alone:8.2f} s alone {together:8.2f} s together   {faster}")
+    received, ideal = (result[f"{name}_bytes_per_step"] / 1e3 for name in ("received", "ideal"))
+    lines.append(f"{received:.1f} kB a step into each rank, {received / ideal if ideal else 1:.2f} of the ideal")
+    lines.append(f"relative difference of the latents: {result['difference']:.1e}")
+    return "\n".join(lines)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    try:
+        return Settings(method=args.method, height=args.size, width=args.size, num_steps=args.steps)
+    except ValueError as error:
+        raise of_flag(error) from None
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m cutdiff.bench.scaling", description="Time one process and all that torchrun started."
+    )
+    parser.add_argument("--method", default="cutdiffusion", choices=METHOD_NAMES, help="of the picture")
+    parser.add_argument("--size", type=int, metavar="PX", help="of its side; none: twice the native size")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of the picture")
+    parser.add_argument("--repeats", type=int, default=5, metavar="R", help="pairs that are timed")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of all ranks")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where all of it goes")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        raise BadArgument(f"--repeats {args.repeats} must be at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
