@@ -208,7 +208,7 @@ class UNet(nn.Module):
             skips, own = skips[:-joined], skips[-joined:]
             size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else None
             x = level(x, own, time, context, size)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
 
     def read(self, states: Tensor) -> TextContext:
         """What all layers make of text states (P, L, context_dim). Indexed by rows (B,), it is the context of B items:
