@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from cutdiff.settings import (
     BACKENDS,
     INTERACTIONS,
+    MAX_FLOAT32,
     METHOD_NAMES,
     PREDICTION_TYPES,
     SIZE_CONDITIONINGS,
@@ -228,6 +229,6 @@ def _lora(text: str) -> tuple[str, float]:
         value = float(scale)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} has the scale {scale!r}: it must be a finite number")
+    if not abs(value) <= MAX_FLOAT32:
+        raise argparse.ArgumentTypeError(f"{text} has the scale {scale!r}: it must be a finite number (of float32)")
     return path, value

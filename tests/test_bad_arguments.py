@@ -92,6 +92,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     "steps many": (["--steps", "many"], "argument --steps: invalid int value: 'many' (see --help)"),
     "guidance NaN": (["--guidance-scale", "nan"], "--guidance-scale nan must be a finite number"),
     "guidance inf": (["--guidance-scale", "inf"], "--guidance-scale inf must be a finite number"),
+    "guidance past float32": (["--guidance-scale", "1e39"], "--guidance-scale 1e+39 must be a finite number (of float"),
     "guidance -inf": (["--guidance-scale=-inf"], "--guidance-scale -inf must be a finite number"),
     "guidance NaN, detail": (["--detail-guidance-scale", "nan"], "--detail-guidance-scale nan must be a finite"),
     "eta > 1": (["--eta", "1.5", "--solver", "ddim"], "--eta 1.5 must lie in 0 … 1"),
@@ -132,6 +133,13 @@ NAMES: dict[str, tuple[list[str], str]] = {
     "option": (["--metod", "direct"], "--metod is no option: did you mean '--method'? (see --help)"),
     "option like none": (["--colour", "red"], "--colour is no option"),
     "hub id": (["--model", "someone/nothing"], "someone/nothing is no file or folder, and no model in the local"),
+    **{
+        f"path: {path}": (
+            ["--model", path],
+            f"{path or repr(path)} does not exist: pass a diffusers folder or a .safete",
+        )
+        for path in ("", "models/sdxl.safetensors", "/nope.safetensors", "/sdxl", "../x", "./x")
+    },
     "model of two lines": (["--model", "a\nb"], "a b does not exist: pass a diffusers folder or a .safetensors file"),
     "configuration of a folder": (["--config", "nowhere"], "--config 'nowhere' is for single files"),
     "LoRA": (["--lora", "x" * 5000], f"argument --lora: {'x' * 5000} is no file: give PATH or PATH:SCALE"),

@@ -216,7 +216,7 @@ CONFIGS: dict[str, tuple[dict[str, object] | None, str]] = {
     },
     **{
         name: ({"lora_alpha": 8, name: value}, f"{{beside}} has {name}={value!r}, which is not supported: merge")
-        for name, value in {"layer_replication": [[0, 2]], "use_qalora": True, "kasa_config": {"beta": 1}}.items()
+        for name, value in {"layer_replication": [[0, 2]], "use_qalora": True, "use_bdlora": [1]}.items()
     },
 }
 """What stands beside a file that PEFT wrote, and what is said of it."""
@@ -238,6 +238,7 @@ def test_adapter_config(name: str, folder: Path, tmp_path: Path, command_line: C
         ("style.safetensors:nan", "has the scale 'nan': it must be a finite number"),
         ("style.safetensors:inf", "has the scale 'inf'"),
         ("style.safetensors:1e999", "has the scale '1e999'"),
+        ("style.safetensors:1e39", "has the scale '1e39'"),
         ("style.safetensors:strong", "has the scale 'strong'"),
         ("style.safetensors:", "has the scale ''"),
         ("gone.safetensors", "is no file: give PATH or PATH:SCALE"),

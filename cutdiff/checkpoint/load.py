@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cutdiff.checkpoint import edm, folder, lora, single
 from cutdiff.checkpoint import text as clip
-from cutdiff.checkpoint.build import Blueprint, Networks, build_model, empty_networks, model_of
+from cutdiff.checkpoint.build import Blueprint, Networks, build_model, check_inputs, empty_networks, model_of
 from cutdiff.checkpoint.families import Family, family_of
-from cutdiff.checkpoint.infer import infer_blueprint
+from cutdiff.checkpoint.infer import infer_blueprint, unet_channels
 from cutdiff.checkpoint.locate import locate
 from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
 from cutdiff.checkpoint.read import read_tensors_and_metadata
@@ -159,11 +159,13 @@ def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Foun
 
 
 def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: Path | None) -> _Found:
-    configured = None if config is None else folder.read_blueprint(config)
     tensors, metadata = read_tensors_and_metadata(source)
     with _named(source):
         family = family_of(tensors, needs_vae=vae is None)
         parts = single.split(tensors, family)
+        check_inputs(*unet_channels(parts["unet"]))
+    configured = None if config is None else folder.read_blueprint(config)
+    with _named(source):
         scheduler = configured.noise if configured else None
         noise, decided_by = decide_noise(options, scheduler, tensors=tensors, metadata=metadata)
         if decided_by["prediction_type"] == DEFAULT and family.is_ambiguous:
