@@ -18,6 +18,8 @@ from cutdiff.settings import (
     SIZE_CONDITIONINGS,
     SOLVER_NAMES,
     SPACINGS,
+    STAGED,
+    WITHOUT_VIEWS,
     Settings,
     nearest,
     not_one_of,
@@ -43,14 +45,31 @@ def flag_of(name: str) -> str:
     return "--" + {"num_steps": "steps"}.get(name, name).replace("_", "-")
 
 
+def check_used(settings: Settings) -> None:
+    """BadArgument for an option that the method has no use for."""
+    if settings.stride is not None and settings.method in WITHOUT_VIEWS:
+        raise BadArgument(f"--stride {settings.stride} is for methods with views, not {settings.method}: leave it out")
+    if settings.structure_fraction is not None and settings.method not in STAGED:
+        raise BadArgument(
+            f"--structure-fraction {settings.structure_fraction} is for {' and '.join(STAGED)}, not {settings.method}: "
+            "leave it out"
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """Raises BadArgument, which names what was most likely meant."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments:.*?(--[\w-]+)", message)
+        unknown = re.search(r"unrecognized arguments:(?: | .* )(-[^ ]+)", message)
+        hint = ""
         if unknown:
-            message = f"{unknown[1]} is no option{nearest(unknown[1], self._option_string_actions)}"
-        raise BadArgument(f"{message} (see --help)")
+            meant = nearest(unknown[1], self._option_string_actions) if unknown[1].startswith("--") else ""
+            message = f"{unknown[1]} is no option{meant}"
+        if unknown or "ignored explicit argument" in message:
+            hint = '; a prompt that begins with - comes last, after --: -- "-…"'
+        elif option := re.search(r"(--[\w-]+): expected one argument", message):
+            hint = f"; a value that begins with - is given as {option[1]}=-…"
+        raise BadArgument(f"{message} (see --help{hint})")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

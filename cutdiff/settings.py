@@ -21,6 +21,8 @@ METHOD_NAMES = (
 )
 WITHOUT_VIEWS = ("direct", "attention_scaling", "scalecrafter", "hidiffusion")
 """The methods that take the canvas whole, so that a stride means nothing to them."""
+STAGED = ("cutdiffusion", "magnify")
+"""The methods whose detail stage begins where `structure_fraction` says."""
 CHANGING_THE_NETWORK = ("attention_scaling", "scalecrafter", "hidiffusion", "accdiffusion")
 """The methods that look into the U-Net or change its inside, for some steps."""
 SOLVER_NAMES = ("euler", "ddim")

@@ -61,6 +61,19 @@ REFUSED_PROMPTS: dict[str, tuple[list[str], str]] = {
         "--prompts nowhere takes the place of PROMPT 'a tent': give one",
     ),
     "two places, empty": (["", "--prompts", "nowhere.txt"], "--prompts nowhere.txt takes the place of PROMPT ''"),
+    "looks like an option": (
+        ["--foo"],
+        "--foo is no option: did you mean '--out'? (see --help; a prompt that begins with - comes last, after --",
+    ),
+    "looks like a short option": (["-x"], "-x is no option (see --help; a prompt that begins with -"),
+    "looks like two short options": (
+        ["-hat"],
+        "argument -h/--help: ignored explicit argument 'at' (see --help; a prompt that begins",
+    ),
+    "looks like an option, negative": (
+        ["--negative-prompt", "-ugly"],
+        "argument --negative-prompt: expected one argument (see --help; a value that begins with -",
+    ),
     "file missing": (
         ["--prompts", "nowhere.txt"],
         "--prompts nowhere.txt cannot be read (No such file or directory): give a",
@@ -85,6 +98,10 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     "stride without views": (
         ["--stride", "8", "--method", "direct"],
         "--stride 8 is for methods with views, not direct: leave it out",
+    ),
+    "structure fraction without a detail stage": (
+        ["--structure-fraction", "0.5", "--method", "direct"],
+        "--structure-fraction 0.5 is for cutdiffusion and magnify, not direct: leave it out",
     ),
     "steps 0": (["--steps", "0"], "--steps 0 must be at least 1"),
     "steps -1": (["--steps", "-1"], "--steps -1 must be at least 1"),
@@ -130,7 +147,7 @@ NAMES: dict[str, tuple[list[str], str]] = {
     "dtype of no network": (["--dtype", "int8"], "argument --dtype: 'int8' is not one of float32, bfloat16, float16"),
     "device": (["--device", "abacus"], "--device abacus is not available here: use --device cpu"),
     "device without values": (["--device", "meta"], "--device meta is not cpu or cuda"),
-    "option": (["--metod", "direct"], "--metod is no option: did you mean '--method'? (see --help)"),
+    "option": (["--metod", "direct"], "--metod is no option: did you mean '--method'? (see --help; a prompt"),
     "option like none": (["--colour", "red"], "--colour is no option"),
     "hub id": (["--model", "someone/nothing"], "someone/nothing is no file or folder, and no model in the local"),
     **{
@@ -215,6 +232,25 @@ def test_line_of_a_file_of_prompts(line: bytes, tmp_path: Path, command_line: Co
     file.write_bytes(b"# a tent\n\n" + line + last)
     said = command_line.refuses(["--prompts", file, *QUICK], 2)
     assert said.startswith(f"{file}, line 3: {LINES[line]}")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b'[\n  {"prompt": "a tent"}\n]\n', "one JSON value, where each prompt's object has a line of its own"),
+        (b'["a tent", "a house"]', "one JSON value"),
+        (b'{\n  "prompt": "a tent"\n}', "one JSON value"),
+        (b"<!DOCTYPE html>\n<html><body>a tent</body></html>", "a web page or XML"),
+    ],
+)
+def test_another_format_for_a_file_of_prompts(
+    content: bytes, what: str, tmp_path: Path, command_line: CommandLine
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    command_line.refuses(
+        ["--prompts", file], 2, f"--prompts {file} cannot be read (it is {what}", "): give a text file"
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n# nothing\n"])

@@ -145,7 +145,7 @@ FILES: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
     **{
         f"answer: {answer.partition(' ')[0]}": (
             answer.encode(),
-            f"is text ({answer.strip()!r}), a server's answer perhaps: download the file itself",
+            f"is no safetensors file but text ({answer.strip()!r}), a server's answer perhaps: download",
         )
         for answer in (
             "Entry not found",

@@ -107,7 +107,7 @@ def _what_is_wrong(start: bytes, length: int, size: int) -> str | None:
             "weights themselves"
         )
     if text := _as_text(start):
-        return f"is text ({quoted(text)}), a server's answer perhaps: download the file itself"
+        return f"is no safetensors file but text ({quoted(text)}), a server's answer perhaps: download the file itself"
     if size < 8:
         return f"is no safetensors file, or cut off after {size} of the 8 bytes of its length: download it again"
     if length > MAX_HEADER:
