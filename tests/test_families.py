@@ -361,6 +361,8 @@ class TestDecision:
             (None, None, [], (False, "default", "leading")),
             (None, None, ["ztsnr"], (True, "marker key ztsnr", "trailing")),
             (None, NoiseConfig(rescale_betas_zero_snr=True), [], (True, "scheduler", "leading")),
+            (None, NoiseConfig(), ["ztsnr"], (True, "marker key ztsnr", "trailing")),
+            (True, NoiseConfig(), [], (True, "option", "trailing")),
             (False, None, ["ztsnr"], (False, "option", "leading")),
         ],
     )
@@ -372,6 +374,17 @@ class TestDecision:
         assert isinstance(noise, NoiseConfig)
         found = (noise.rescale_betas_zero_snr, decided_by["zero_terminal_snr"], noise.timestep_spacing)
         assert found == expected
+        spaced_by = decided_by["timestep_spacing"]
+        assert spaced_by == (f"zero_terminal_snr, {expected[1]}" if expected[2] == "trailing" else spaced_by)
+        said, decided_by = decide_noise(NoiseOptions(None, option, "linspace"), scheduler, tensors=tensors)
+        assert isinstance(said, NoiseConfig)
+        assert (said.timestep_spacing, decided_by["timestep_spacing"]) == ("linspace", "option")
+
+    def test_metadata_that_contradict_each_other(self) -> None:
+        metadata = {"modelspec.prediction_type": "epsilon", "modelspec.predict_key": "v"}
+        with pytest.raises(ValueError, match="predict_key='v' contradict each other: pass --prediction-type"):
+            decide_noise(NoiseOptions(), None, metadata=metadata)
+        assert decide_noise(NoiseOptions("epsilon"), None, metadata=metadata)[1]["prediction_type"] == "option"
 
     def test_timestep_spacing(self) -> None:
         noise, _ = decide_noise(NoiseOptions(timestep_spacing="trailing"), NoiseConfig())

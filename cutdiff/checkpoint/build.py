@@ -69,8 +69,11 @@ class Blueprint:
             if ours != theirs:
                 raise ValueError(f"{what} differ, {ours} and {theirs}: the parts are not of one text-to-image model")
         for tokenizer, encoder in ((self.tokenizer, first), (self.tokenizer_2, second)):
-            if tokenizer and encoder and len(tokenizer) > encoder.vocab_size:
-                raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, its encoder only {encoder.vocab_size}")
+            if tokenizer and encoder and (last := max(tokenizer.get_vocab().values())) >= encoder.vocab_size:
+                raise ValueError(
+                    f"the tokenizer has ids to {last}, its encoder only {encoder.vocab_size} tokens: "
+                    "take both from one model"
+                )
         lengths = [tokenizer.model_max_length for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer]
         if len({*lengths}) > 1:
             raise ValueError(f"the tokenizers cut prompts at different lengths, {lengths[0]} and {lengths[1]} tokens")
