@@ -151,7 +151,11 @@ def _add_model(group: Group, defaults: Settings) -> None:
         "--clip-skip", type=int, metavar="N",
         help="the layer of the text encoders that is read, 1 the last; none: as the model was trained",
     )  # fmt: skip
-    group.add_argument("--check-weights", action="store_true", help="read all weights first, and name NaN among them")
+    group.add_argument(
+        "--check-weights",
+        action="store_true",
+        help="read all weights first, and name NaN and zeros of a broken download",
+    )
 
 
 def add_method(group: Group, defaults: Settings) -> None:
