@@ -6,6 +6,7 @@ The layout of both encoders in files is `text_model.embeddings…`, `text_model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,17 +139,17 @@ def cut_to_depth(tensors: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]
 @contextmanager
 def _by_transformers() -> Iterator[None]:
     """What transformers makes of files: whatever it raises is a ValueError, and what it logs is not told."""
-    from transformers.utils import logging
+    from transformers.utils.logging import get_verbosity, set_verbosity
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    verbosity = get_verbosity()
+    set_verbosity(logging.CRITICAL)
     try:
         yield
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"transformers cannot read it ({cause[:MAX_CAUSE]}): download it again") from None
     finally:
-        logging.set_verbosity(verbosity)
+        set_verbosity(verbosity)
 
 
 def clip_config(fields: Mapping[str, Any]) -> CLIPTextConfig:
