@@ -24,7 +24,7 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
         raise OSError(errno.EINVAL, "it is no regular file")
     if path.stat().st_size > MAX_BYTES:
         raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES} bytes")
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip(b"\r\n")
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if problem := _other_format(content.strip()):
         raise OSError(errno.EINVAL, problem)
     lines = content.split(b"\n")

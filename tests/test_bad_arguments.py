@@ -229,7 +229,7 @@ def test_line_of_a_file_of_prompts(line: bytes, tmp_path: Path, command_line: Co
     """It is named; where no line is good, nothing is drawn."""
     file = tmp_path / "prompts.txt"
     last = b"" if any(words in LINES[line] for words in LATE) else b"\n{"
-    file.write_bytes(b"# a tent\n\n" + line + last)
+    file.write_bytes(b"\n# a tent\n" + line + last)
     said = command_line.refuses(["--prompts", file, *QUICK], 2)
     assert said.startswith(f"{file}, line 3: {LINES[line]}")
 
