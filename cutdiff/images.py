@@ -26,10 +26,11 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_image(image: Tensor, record: dict[str, Any], folder: Path, stem: str, *, overwrite: bool = False) -> Path:
     """Write an image (3, H, W) in [0, 1] as `stem`.png with its record as `stem`.json; returns the PNG's path.
 
-    Where the name is taken, a number is added, or with `overwrite` the picture takes the other's place. The PNG comes
-    last and the old one goes first, so that a PNG is never seen beside another's record. ValueError where the record is
-    of several prompts.
+    The folder is made where there is none. Where the name is taken, a number is added, or with `overwrite` the picture
+    takes the other's place. The PNG comes last and the old one goes first, so that a PNG is never seen beside another's
+    record. ValueError where the record is of several prompts.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     paths = numbered(folder, stem)
     path = next(paths) if overwrite else next(path for path in paths if not path.exists())
     text = PngInfo()

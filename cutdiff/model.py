@@ -81,14 +81,19 @@ class Model:
         """What an error says of weights that hold NaN or infinity, by name; empty where there are none."""
         networks: dict[str, nn.Module] = {"unet": self.unet, "vae": self.vae}
         networks |= dict(zip(("text_encoder", "text_encoder_2"), self.text.encoders, strict=False))
-        bad = [
-            f"{name}: {key}"
+        bad = {
+            f"{name}: {key}": weight
             for name, network in networks.items()
             for key, weight in network.state_dict().items()
             if weight.is_floating_point() and not (weight if weight.itemsize > 1 else weight.float()).isfinite().all()
-        ]
+        }
+        if not bad:
+            return ""
         more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-        return f"weights hold NaN or infinity, {', '.join(bad[:LISTED])}{more}: download them again" if bad else ""
+        named = f"{', '.join([*bad][:LISTED])}{more}"
+        if self.dtype == torch.float16 and not any(weight.isnan().any() for weight in bad.values()):
+            return f"weights do not fit float16, {named}: use bfloat16 or float32"
+        return f"weights hold NaN or infinity, {named}: download them again"
 
     @property
     def native_size(self) -> int:

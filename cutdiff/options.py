@@ -12,11 +12,14 @@ from typing import Any, NoReturn
 from cutdiff.settings import (
     BACKENDS,
     INTERACTIONS,
+    MAX_FLOAT32,
     METHOD_NAMES,
     PREDICTION_TYPES,
     SIZE_CONDITIONINGS,
     SOLVER_NAMES,
     SPACINGS,
+    STAGED,
+    WITHOUT_VIEWS,
     Settings,
     nearest,
     not_one_of,
@@ -42,14 +45,31 @@ def flag_of(name: str) -> str:
     return "--" + {"num_steps": "steps"}.get(name, name).replace("_", "-")
 
 
+def check_used(settings: Settings) -> None:
+    """BadArgument for an option that the method has no use for."""
+    if settings.stride is not None and settings.method in WITHOUT_VIEWS:
+        raise BadArgument(f"--stride {settings.stride} is for methods with views, not {settings.method}: leave it out")
+    if settings.structure_fraction is not None and settings.method not in STAGED:
+        raise BadArgument(
+            f"--structure-fraction {settings.structure_fraction} is for {' and '.join(STAGED)}, not {settings.method}: "
+            "leave it out"
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """Raises BadArgument, which names what was most likely meant."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments:.*?(--[\w-]+)", message)
+        unknown = re.search(r"unrecognized arguments:(?: | .* )(-[^ ]+)", message)
+        hint = ""
         if unknown:
-            message = f"{unknown[1]} is no option{nearest(unknown[1], self._option_string_actions)}"
-        raise BadArgument(f"{message} (see --help)")
+            meant = nearest(unknown[1], self._option_string_actions) if unknown[1].startswith("--") else ""
+            message = f"{unknown[1]} is no option{meant}"
+        if unknown or "ignored explicit argument" in message:
+            hint = '; a prompt that begins with - comes last, after --: -- "-…"'
+        elif option := re.search(r"(--[\w-]+): expected one argument", message):
+            hint = f"; a value that begins with - is given as {option[1]}=-…"
+        raise BadArgument(f"{message} (see --help{hint})")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -131,7 +151,11 @@ def _add_model(group: Group, defaults: Settings) -> None:
         "--clip-skip", type=int, metavar="N",
         help="the layer of the text encoders that is read, 1 the last; none: as the model was trained",
     )  # fmt: skip
-    group.add_argument("--check-weights", action="store_true", help="read all weights first, and name NaN among them")
+    group.add_argument(
+        "--check-weights",
+        action="store_true",
+        help="read all weights first, and name NaN and zeros of a broken download",
+    )
 
 
 def add_method(group: Group, defaults: Settings) -> None:
@@ -228,6 +252,6 @@ def _lora(text: str) -> tuple[str, float]:
         value = float(scale)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} has the scale {scale!r}: it must be a finite number")
+    if not abs(value) <= MAX_FLOAT32:
+        raise argparse.ArgumentTypeError(f"{text} has the scale {scale!r}: it must be a finite number (of float32)")
     return path, value

@@ -14,8 +14,8 @@ import math
 import sys
 from typing import Any
 
-from cutdiff.options import DTYPES, BadArgument, Parser, add_method, of_flag
-from cutdiff.settings import WITHOUT_VIEWS, Settings
+from cutdiff.options import DTYPES, BadArgument, Parser, add_method, check_used, of_flag
+from cutdiff.settings import Settings
 
 TFLOPS = 790.0
 """What a plain bfloat16 product of large matrices reaches on an H200."""
@@ -119,8 +119,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         settings = Settings(**values)
     except ValueError as error:
         raise of_flag(error) from None
-    if settings.stride is not None and settings.method in WITHOUT_VIEWS:
-        raise BadArgument(f"--stride {settings.stride} is for methods with views, not {settings.method}: leave it out")
+    check_used(settings)
     return settings
 
 

@@ -24,9 +24,27 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
         raise OSError(errno.EINVAL, "it is no regular file")
     if path.stat().st_size > MAX_BYTES:
         raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES} bytes")
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if problem := _other_format(content.strip()):
+        raise OSError(errno.EINVAL, problem)
+    lines = content.split(b"\n")
     stripped = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     return [(number, line) for number, line in stripped if line and not line.startswith(b"#")]
+
+
+def _other_format(content: bytes) -> str | None:
+    """What the whole of a file is where its lines are no prompts by themselves."""
+    if content[:20].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page or XML"
+    if not content.startswith((b"[", b"{")):
+        return None
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, list) or b"\n" in content:
+        return "it is one JSON value, where each prompt's object has a line of its own"
+    return None
 
 
 def parse_line(line: bytes) -> tuple[str, list[str]]:

@@ -16,9 +16,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cutdiff.options import DEMO_PROMPT, BadArgument, flag_of, of_flag, parse
+from cutdiff.options import DEMO_PROMPT, BadArgument, check_used, flag_of, of_flag, parse
 from cutdiff.promptfile import parse_line, read_lines
-from cutdiff.settings import WITHOUT_VIEWS, Settings
+from cutdiff.settings import Settings
 
 if TYPE_CHECKING:
     from cutdiff.model import Model
@@ -154,8 +154,7 @@ def _settings(prompt: str, args: argparse.Namespace) -> Settings:
     with errors_by_flag():
         settings = Settings(**values)
         Settings(seed=settings.seed + args.num_images - 1)
-    if settings.stride is not None and settings.method in WITHOUT_VIEWS:
-        raise BadArgument(f"--stride {settings.stride} is for methods with views, not {settings.method}: leave it out")
+    check_used(settings)
     return settings
 
 

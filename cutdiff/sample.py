@@ -101,10 +101,10 @@ def _leave_out(args: argparse.Namespace, bad: list[BadLine], *, everything: bool
 
 
 def _check_output(folder: Path) -> None:
-    """Create the output folder now, so that a long run does not end at a closed door."""
+    """Whether the output folder can be made and written to, so that a long run does not end at a closed door."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # the modes of a folder do not tell root, nor of a read-only disk
+        place = next(path for path in (folder, *folder.parents) if path.is_symlink() or path.exists())
+        tempfile.TemporaryFile(dir=place).close()  # the modes of a folder do not tell root, nor of a read-only disk
     except OSError as error:
         raise BadArgument(f"--out {folder} cannot be written to ({error.strerror}): choose another folder") from None
 

@@ -60,6 +60,8 @@ class NoiseConfig:
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= MAX_TIMESTEPS:
                 raise ValueError(f"{name}={value!r} must be a whole number from {least} to {MAX_TIMESTEPS}")
+        if self.steps_offset >= self.num_train_timesteps:
+            raise ValueError(f"steps_offset={self.steps_offset} must be below the {self.num_train_timesteps} timesteps")
 
     def described(self) -> dict[str, Any]:
         """As records have it."""

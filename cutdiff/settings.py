@@ -21,6 +21,8 @@ METHOD_NAMES = (
 )
 WITHOUT_VIEWS = ("direct", "attention_scaling", "scalecrafter", "hidiffusion")
 """The methods that take the canvas whole, so that a stride means nothing to them."""
+STAGED = ("cutdiffusion", "magnify")
+"""The methods whose detail stage begins where `structure_fraction` says."""
 CHANGING_THE_NETWORK = ("attention_scaling", "scalecrafter", "hidiffusion", "accdiffusion")
 """The methods that look into the U-Net or change its inside, for some steps."""
 SOLVER_NAMES = ("euler", "ddim")
@@ -29,6 +31,8 @@ SIZE_CONDITIONINGS = ("native", "target")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 BACKENDS = ("auto", "triton", "reference")
+MAX_FLOAT32 = 2.0**128 * (1 - 2**-24)
+"""What tensors can be multiplied by."""
 MAX_SIDE = 32768
 """Of a picture, in pixels: its latents alone then take a quarter of a gigabyte, and its pixels 12."""
 
@@ -117,8 +121,8 @@ class Settings:
             raise ValueError(f"word_threshold={self.word_threshold} must lie in 0 … 1")
         for name in ("guidance_scale", "detail_guidance_scale"):
             value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name}={value} must be a finite number")
+            if value is not None and not abs(value) <= MAX_FLOAT32:
+                raise ValueError(f"{name}={value} must be a finite number (of float32)")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} must lie in 0 … 1")
         if self.eta and self.solver != "ddim":

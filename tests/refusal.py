@@ -29,8 +29,8 @@ class CommandLine:
     def refuses(self, arguments: Sequence[object], status: int, *words: str, apart: bool = False) -> str:
         """The line of the refusal after the name of the program, which has all of `words`.
 
-        No file beside or below `out` is made or changed. It comes within the bounds above in this process, whose
-        imports are done; `apart`: as a user calls it, in a process of its own.
+        No file or folder beside or below `out` is made, and no file changed. It comes within the bounds above in this
+        process, whose imports are done; `apart`: as a user calls it, in a process of its own.
         """
         before = self._files()
         given = ["--out", str(self.out), "--device", "cpu", *map(str, arguments)]
@@ -51,8 +51,7 @@ class CommandLine:
         return status, printed.out, printed.err
 
     def _files(self) -> dict[Path, int]:
-        files = (path for path in self.out.parent.rglob("*") if not path.is_dir())
-        return {path: path.lstat().st_mtime_ns for path in files}
+        return {path: 0 if path.is_dir() else path.lstat().st_mtime_ns for path in self.out.parent.rglob("*")}
 
 
 def _apart(arguments: list[str]) -> tuple[int, str, str]:

@@ -61,6 +61,19 @@ REFUSED_PROMPTS: dict[str, tuple[list[str], str]] = {
         "--prompts nowhere takes the place of PROMPT 'a tent': give one",
     ),
     "two places, empty": (["", "--prompts", "nowhere.txt"], "--prompts nowhere.txt takes the place of PROMPT ''"),
+    "looks like an option": (
+        ["--foo"],
+        "--foo is no option: did you mean '--out'? (see --help; a prompt that begins with - comes last, after --",
+    ),
+    "looks like a short option": (["-x"], "-x is no option (see --help; a prompt that begins with -"),
+    "looks like two short options": (
+        ["-hat"],
+        "argument -h/--help: ignored explicit argument 'at' (see --help; a prompt that begins",
+    ),
+    "looks like an option, negative": (
+        ["--negative-prompt", "-ugly"],
+        "argument --negative-prompt: expected one argument (see --help; a value that begins with -",
+    ),
     "file missing": (
         ["--prompts", "nowhere.txt"],
         "--prompts nowhere.txt cannot be read (No such file or directory): give a",
@@ -86,12 +99,17 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
         ["--stride", "8", "--method", "direct"],
         "--stride 8 is for methods with views, not direct: leave it out",
     ),
+    "structure fraction without a detail stage": (
+        ["--structure-fraction", "0.5", "--method", "direct"],
+        "--structure-fraction 0.5 is for cutdiffusion and magnify, not direct: leave it out",
+    ),
     "steps 0": (["--steps", "0"], "--steps 0 must be at least 1"),
     "steps -1": (["--steps", "-1"], "--steps -1 must be at least 1"),
     "steps 1001": (["--steps", "1001"], "--steps 1001 must be between 1 and the 1000 timesteps"),
     "steps many": (["--steps", "many"], "argument --steps: invalid int value: 'many' (see --help)"),
     "guidance NaN": (["--guidance-scale", "nan"], "--guidance-scale nan must be a finite number"),
     "guidance inf": (["--guidance-scale", "inf"], "--guidance-scale inf must be a finite number"),
+    "guidance past float32": (["--guidance-scale", "1e39"], "--guidance-scale 1e+39 must be a finite number (of float"),
     "guidance -inf": (["--guidance-scale=-inf"], "--guidance-scale -inf must be a finite number"),
     "guidance NaN, detail": (["--detail-guidance-scale", "nan"], "--detail-guidance-scale nan must be a finite"),
     "eta > 1": (["--eta", "1.5", "--solver", "ddim"], "--eta 1.5 must lie in 0 … 1"),
@@ -129,9 +147,16 @@ NAMES: dict[str, tuple[list[str], str]] = {
     "dtype of no network": (["--dtype", "int8"], "argument --dtype: 'int8' is not one of float32, bfloat16, float16"),
     "device": (["--device", "abacus"], "--device abacus is not available here: use --device cpu"),
     "device without values": (["--device", "meta"], "--device meta is not cpu or cuda"),
-    "option": (["--metod", "direct"], "--metod is no option: did you mean '--method'? (see --help)"),
+    "option": (["--metod", "direct"], "--metod is no option: did you mean '--method'? (see --help; a prompt"),
     "option like none": (["--colour", "red"], "--colour is no option"),
     "hub id": (["--model", "someone/nothing"], "someone/nothing is no file or folder, and no model in the local"),
+    **{
+        f"path: {path}": (
+            ["--model", path],
+            f"{path or repr(path)} does not exist: pass a diffusers folder or a .safete",
+        )
+        for path in ("", "models/sdxl.safetensors", "/nope.safetensors", "/sdxl", "../x", "./x")
+    },
     "model of two lines": (["--model", "a\nb"], "a b does not exist: pass a diffusers folder or a .safetensors file"),
     "configuration of a folder": (["--config", "nowhere"], "--config 'nowhere' is for single files"),
     "LoRA": (["--lora", "x" * 5000], f"argument --lora: {'x' * 5000} is no file: give PATH or PATH:SCALE"),
@@ -204,9 +229,28 @@ def test_line_of_a_file_of_prompts(line: bytes, tmp_path: Path, command_line: Co
     """It is named; where no line is good, nothing is drawn."""
     file = tmp_path / "prompts.txt"
     last = b"" if any(words in LINES[line] for words in LATE) else b"\n{"
-    file.write_bytes(b"# a tent\n\n" + line + last)
+    file.write_bytes(b"\n# a tent\n" + line + last)
     said = command_line.refuses(["--prompts", file, *QUICK], 2)
     assert said.startswith(f"{file}, line 3: {LINES[line]}")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b'[\n  {"prompt": "a tent"}\n]\n', "one JSON value, where each prompt's object has a line of its own"),
+        (b'["a tent", "a house"]', "one JSON value"),
+        (b'{\n  "prompt": "a tent"\n}', "one JSON value"),
+        (b"<!DOCTYPE html>\n<html><body>a tent</body></html>", "a web page or XML"),
+    ],
+)
+def test_another_format_for_a_file_of_prompts(
+    content: bytes, what: str, tmp_path: Path, command_line: CommandLine
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    command_line.refuses(
+        ["--prompts", file], 2, f"--prompts {file} cannot be read (it is {what}", "): give a text file"
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n# nothing\n"])

@@ -114,7 +114,10 @@ FILES: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
     "HTML page": (HTML, "is a web page or XML, often an error or a login page: download the file itself"),
     "HTML page after a mark": (b"\xef\xbb\xbf\r\n" + HTML, "is a web page or XML"),
     "XML page": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page or XML"),
-    "JSON page": (b'{"error":"Repository not found"}', "is JSON text, an index or a server's error message"),
+    "JSON page": (
+        b'{"error":"Repository not found"}',
+        "is JSON text, an index or a server's error message perhaps: pass the model's folder, or",
+    ),
     "JSON page, a list": (b"[1, 2, 3, 4]", "is JSON text"),
     "zip": (pickled({"a": 1}, zipped=True), f"is a zip archive, most likely a {PICKLED}"),
     "pickle": (pickle.dumps({"a": 1}, 2), f"is a {PICKLED}"),
@@ -125,7 +128,33 @@ FILES: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
     "gzip": (gzip.compress(bytes(99)), "is a compressed archive: unpack it"),
     "zeros": (bytes(4096), f"begins with zeros, as a download that never finished: {AGAIN}"),
     "zeros for the length": (bytes(8) + b"x" * 64, "begins with zeros"),
-    "nonsense": (b"nonsense" * 9, f"is no safetensors file: {struct.unpack('<Q', b'nonsense')[0]} bytes of header"),
+    "nonsense": (
+        b"\1nonsens" * 9,
+        f"is no safetensors file: {struct.unpack('<Q', bytes([1]) + b'nonsens')[0]} bytes of header",
+    ),
+    "pickle of protocol 0": (pickle.dumps({"a": 1}, 0), f"is a {PICKLED}"),
+    "pickle of protocol 1": (pickle.dumps({"a": 1}, 1), f"is a {PICKLED}"),
+    "tar": (
+        b"pickle".ljust(257, b"\0") + b"ustar\00000" + bytes(999),
+        f"is a tar archive, most likely an old {PICKLED}",
+    ),
+    "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(64), "is a picture: download the model itself"),
+    "JPEG": (b"\xff\xd8\xff\xe0" + bytes(64), "is a picture: download the model itself"),
+    "ONNX": (b"\x08\x08\x12\x07pytorch" + bytes(64), "is an ONNX file: take the model's safetensors instead"),
+    "UTF-16 page": (HTML.decode().encode("utf-16"), "is UTF-16 text, a web page perhaps: download the file itself"),
+    **{
+        f"answer: {answer.partition(' ')[0]}": (
+            answer.encode(),
+            f"is no safetensors file but text ({answer.strip()!r}), a server's answer perhaps: download",
+        )
+        for answer in (
+            "Entry not found",
+            "404: Not Found",
+            "Unauthorized\n",
+            "Invalid username or password.",
+            "Access to model someone/xl is restricted. You must be authenticated to access it.",
+        )
+    },
     "unreadable": (unreadable, "cannot be read ("),
     "a pipe": (os.mkfifo, PIPE),
     "a device": (device, PIPE),

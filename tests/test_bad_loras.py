@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,12 +198,47 @@ def test_metadata(
     command_line.refuses(["--model", folder, "--lora", file], 1, f"--lora {file}: its metadata {KEY}", expected)
 
 
+CONFIGS: dict[str, tuple[dict[str, object] | None, str]] = {
+    "none": (None, "was written by PEFT, which keeps alpha in adapter_config.json, and {beside} does not exist: put"),
+    "without alpha": ({"r": 4}, "{beside} has no lora_alpha and no alpha, so no strength: take the adapter's own"),
+    "alpha NaN": ({"lora_alpha": NAN}, "{beside} has lora_alpha=nan: nan is no finite number"),
+    "rank 0": ({"alpha": 8, "r": 0, "peft_type": "LOKR"}, "{beside} has r=0: a rank is at least 1"),
+    "ranks by expressions": (
+        {"alpha": 8, "r": 2, "peft_type": "LOKR", "rank_pattern": {"conv.*": 4}},
+        "is not supported, only ranks by the names of modules",
+    ),
+    **{
+        f"base of {name}": (
+            {"lora_alpha": 8, "init_lora_weights": name},
+            f"{{beside}} has init_lora_weights={name!r}, so it changes other weights than the model's: let PEFT",
+        )
+        for name in ("pissa", "pissa_niter_4", "olora", "CorDA", "loftq", "lora_ga")
+    },
+    **{
+        name: ({"lora_alpha": 8, name: value}, f"{{beside}} has {name}={value!r}, which is not supported: merge")
+        for name, value in {"layer_replication": [[0, 2]], "use_qalora": True, "use_bdlora": [1]}.items()
+    },
+}
+"""What stands beside a file that PEFT wrote, and what is said of it."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adapter_config(name: str, folder: Path, tmp_path: Path, command_line: CommandLine) -> None:
+    config, expected = CONFIGS[name]
+    file, beside = tmp_path / "style.safetensors", tmp_path / "adapter_config.json"
+    save_file({f"base_model.model.{FEED}.lora_A.weight": torch.ones(2, 64)}, file)
+    if config is not None:
+        beside.write_text(json.dumps(config))
+    command_line.refuses(["--model", folder, "--lora", file], 1, expected.format(beside=beside))
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("style.safetensors:nan", "has the scale 'nan': it must be a finite number"),
         ("style.safetensors:inf", "has the scale 'inf'"),
         ("style.safetensors:1e999", "has the scale '1e999'"),
+        ("style.safetensors:1e39", "has the scale '1e39'"),
         ("style.safetensors:strong", "has the scale 'strong'"),
         ("style.safetensors:", "has the scale ''"),
         ("gone.safetensors", "is no file: give PATH or PATH:SCALE"),

@@ -62,11 +62,17 @@ def test_disk_that_is_only_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("place", "cause"),
-    [("file", "File exists"), ("file/below", "Not a directory"), ("x" * 300, "File name too long")],
-    ids=["a file", "below a file", "an endless name"],
+    [
+        ("file", "Not a directory"),
+        ("file/below", "Not a directory"),
+        ("link", "No such file or directory"),
+        ("x" * 300, "File name too long"),
+    ],
+    ids=["a file", "below a file", "a link to nowhere", "an endless name"],
 )
 def test_output_path(place: str, cause: str, tmp_path: Path, command_line: CommandLine) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     out = tmp_path / place
     command_line.refuses(["--out", out], 2, f"--out {out} cannot be written to ({cause}): choose another folder")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 from refusal import CommandLine
 from tiny import edit_tensors
 from torch import Tensor
+
+from cutdiff.checkpoint import load
+from cutdiff.sample import main
 
 Tensors = dict[str, Tensor]
 FIT = "unet: the weights do not fit the network: take both from one model. Keys "
@@ -76,3 +80,55 @@ def test_values(value: float, checked: bool, copy: Path, command_line: CommandLi
         command_line.refuses([*arguments, "--check-weights"], 1, f"{copy}: {cause}")
     else:
         command_line.refuses(arguments, 1, "step 0 (structure", cause)
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "drawn with"])
+def test_float16_that_does_not_hold_the_weights(checked: bool, copy: Path, command_line: CommandLine) -> None:
+    edit_tensors(copy / "unet/diffusion_pytorch_model.safetensors", put(BIAS, lambda bias: torch.full_like(bias, 1e5)))
+    arguments = ["--model", copy, "--dtype", "float16", "--steps", "1", "--width", "64", "--height", "64"]
+    cause = f"weights do not fit float16, unet: {BIAS}: use bfloat16 or float32"
+    command_line.refuses([*arguments, "--check-weights"] if checked else arguments, 1, cause)
+
+
+ZEROS: dict[str, tuple[Callable[[list[str], Tensors], list[str]], str | None]] = {
+    "the end": (lambda keys, _: keys[-30:], "tensors of zeros: up_blocks."),
+    "everything": (lambda keys, _: keys, "tensors of zeros: up_blocks.2.resnets.1.time_emb_proj.weight, "),
+    "a bias at the end": (lambda keys, tensors: [key for key in keys[-5:] if tensors[key].ndim == 1], None),
+    "the middle": (lambda keys, _: keys[20:60], None),
+}
+"""Which of a U-Net's tensors, in the order of the file, are zero, and what is said of it with --check-weights."""
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_zeros(name: str, copy: Path, command_line: CommandLine) -> None:
+    choose, expected = ZEROS[name]
+    file = copy / "unet/diffusion_pytorch_model.safetensors"
+
+    def edit(tensors: Tensors) -> None:
+        for key in choose(sorted(tensors), tensors):
+            tensors[key].zero_()
+
+    edit_tensors(file, edit)
+    if expected is None:
+        load(copy, check_weights=True)
+    else:
+        command_line.refuses(
+            ["--model", copy, "--check-weights"], 1, f"{file} ends in ", expected, ": download it again"
+        )
+
+
+def test_a_picture_of_one_value_is_told_of(
+    quick_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = shutil.copytree(quick_folder, tmp_path / "model")
+    arguments = ["--model", str(model), "--steps", "1", "--width", "64", "--height", "64", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert caplog.messages == []
+    edit_tensors(
+        model / "vae/diffusion_pytorch_model.safetensors",
+        lambda tensors: [tensor.zero_() for tensor in tensors.values()],
+    )
+    assert main([*arguments, "--overwrite"]) == 0
+    assert caplog.messages == [
+        "cutdiff: a picture has one value throughout: load the model with check_weights (--check-weights)"
+    ]

@@ -387,7 +387,7 @@ class TestWrongParts:
     @pytest.mark.parametrize(
         ("path", "field", "value", "message"),
         [
-            ("unet/config.json", "in_channels", 8, "U-Net's input and of the VAE's latents differ, 8 and 4"),
+            ("unet/config.json", "in_channels", 6, "U-Net's input and of the VAE's latents differ, 6 and 4"),
             ("unet/config.json", "in_channels", 9, "9 input channels, so this is an inpainting model"),
             ("unet/config.json", "cross_attention_dim", 64, "context width .* 64 and 192"),
             ("text_encoder_2/config.json", "projection_dim", 32, "pooled width .* 64 and 32"),
@@ -398,7 +398,7 @@ class TestWrongParts:
                 "text_encoder/config.json: .*'hidden_size' expected int",
             ),
             ("text_encoder/config.json", "hidden_act", "tanhh", "text_encoder/config.json: hidden_act='tanhh' is not"),
-            ("text_encoder/config.json", "vocab_size", 9, "the tokenizer has 58 tokens, its encoder only 9"),
+            ("text_encoder/config.json", "vocab_size", 9, "eos_token_id=57 must be one of .* ids, 0 … 8"),
             ("tokenizer/tokenizer_config.json", "model_max_length", 9, "different lengths, 9 and 16"),
             ("unet/config.json", "act_fn", "gelu", "unet/config.json: act_fn='gelu' is not supported"),
             ("unet/config.json", "layers_per_block", 10**7, "layers_per_block=10000000 is not supported"),
@@ -410,6 +410,28 @@ class TestWrongParts:
             ("scheduler/scheduler_config.json", "beta_start", "0.1", "beta_start='0.1' must lie between 0 and 1"),
             ("scheduler/scheduler_config.json", "beta_end", 2.0, "beta_end=2.0 must lie between 0 and 1"),
             ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9, "must be a whole number from 1"),
+            ("text_encoder/config.json", "num_attention_heads", 0, "num_attention_heads=0 must be at least 1"),
+            ("text_encoder/config.json", "num_attention_heads", -2, "num_attention_heads=-2 must lie in 1 … 10000"),
+            (
+                "text_encoder/config.json",
+                "num_attention_heads",
+                5,
+                r"transformers cannot read it \(.*: download it again",
+            ),
+            ("text_encoder/config.json", "eos_token_id", [1, 2], r"eos_token_id=\[1, 2\] must be one of"),
+            ("scheduler/scheduler_config.json", "steps_offset", 5000, "steps_offset=5000 must be below the 1000"),
+            ("scheduler/scheduler_config.json", "use_karras_sigmas", "false", "'false' is not supported, only true or"),
+            ("unet/config.json", "use_linear_projection", "false", "unet/config.json: .*, only true or false"),
+            ("vae/config.json", "force_upcast", "no", "vae/config.json: .*, only true or false"),
+            ("vae/config.json", "scaling_factor", 1e300, "vae/config.json: scaling_factor=.* a number from 1e-06 to"),
+            ("model_index.json", "force_zeros_for_empty_prompt", "no", "model_index.json: .*, only true or false"),
+            ("tokenizer/tokenizer_config.json", "model_max_length", "x", "model_max_length='x' is no number of tokens"),
+            ("tokenizer/tokenizer_config.json", "model_max_length", 3.5, "model_max_length=3.5 is no number of tokens"),
+            ("tokenizer/vocab.json", "red</w>", "3", "vocab.json gives 'red</w>' the id '3': download it again"),
+            ("tokenizer/vocab.json", "red</w>", 1.5, "vocab.json gives 'red</w>' the id 1.5"),
+            ("tokenizer/vocab.json", "red</w>", -1, "vocab.json gives 'red</w>' the id -1"),
+            ("tokenizer/vocab.json", "red</w>", 3, "vocab.json gives 58 tokens 57 different ids"),
+            ("tokenizer/vocab.json", "red</w>", 10**6, "has ids to 1000000, its encoder only 58 tokens: take both"),
             ("tokenizer/tokenizer_config.json", "model_max_length", 2, "leave 2 tokens, too few for a prompt"),
         ],
     )
@@ -417,6 +439,50 @@ class TestWrongParts:
         edit_json(copy / path, **{field: value})
         with pytest.raises(ValueError, match=message):
             load(copy)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("dtype", "int99"),
+            ("_attn_implementation", "flash_attention_2"),
+            ("use_return_dict", False),
+            ("return_dict", False),
+            ("rope_scaling", {"type": "yarn"}),
+            ("id2label", 3),
+            ("pad_token_id", 10**7),
+        ],
+    )
+    def test_what_no_encoder_is_computed_from(
+        self, tiny: Tiny, copy: Path, field: str, value: object, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        edit_json(copy / "text_encoder/config.json", **{field: value})
+        assert_bit_equal(load(copy), tiny)
+        assert capfd.readouterr().err == ""
+
+    @pytest.mark.parametrize(
+        ("file", "content", "message"),
+        [
+            ("tokenizer.json", "{}", "tokenizer: transformers cannot read it .*: download it again"),
+            (
+                "merges.txt",
+                "#v\nfoo\nbar baz qux\n",
+                "tokenizer: transformers cannot read it .*erges.*: download it again",
+            ),
+            ("special_tokens_map.json", '{"bos_token": 3}', "tokenizer: transformers cannot read it .*bos_token"),
+            (
+                "vocab.json",
+                '{"a": 0}',
+                r"vocab.json has no <\|startoftext\|> and no <\|endoftext\|>, so it is not CLIP's",
+            ),
+        ],
+    )
+    def test_broken_tokenizer(
+        self, copy: Path, file: str, content: str, message: str, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        (copy / "tokenizer" / file).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load(copy)
+        assert capfd.readouterr().err == ""
 
     def test_tokenizer_without_a_length_takes_the_encoders(self, copy: Path) -> None:
         for name in ("tokenizer", "tokenizer_2"):

@@ -279,6 +279,13 @@ class TestOtherFiles:
             ("double_blocks.0.img_attn.qkv.weight", "a Flux model"),
             ("clip_g", "a textual inversion"),
             ("down_blocks.0.resnets.0.conv1.weight", "one network in the diffusers layout"),
+            ("encoder.layers.0.self_attn.q_proj.weight", "one network in the diffusers layout"),
+            ("embeddings.token_embedding.weight", "one network in the diffusers layout"),
+            ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder"),
+            ("decoder.layers.1.conv.0.weight", "a tiny autoencoder"),
+            ("encoder.layers.0.weight", "a tiny autoencoder"),
+            ("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight", "a motion module"),
+            ("encoder.down_blocks.0.resnets.0.conv1.weight", "a VAE alone"),
             ("first_stage_model.encoder.conv_in.weight", "a VAE alone"),
             ("model.diffusion_model.input_blocks.0.0.weight", "a U-Net without its text encoders or its VAE"),
             ("diffusion_model.input_blocks.1.0.emb_layers.1.lora_up.weight", "a LoRA"),
@@ -290,13 +297,27 @@ class TestOtherFiles:
         with pytest.raises(ValueError, match=f"other.safetensors: {message}"):
             cutdiff.load(tmp_path / "other.safetensors")
 
-    @pytest.mark.usefixtures("tokenizer_in_cache")
-    def test_inpainting(self, tmp_path: Path) -> None:
+    @pytest.mark.usefixtures("empty_cache")
+    @pytest.mark.parametrize("configured", [False, True])
+    @pytest.mark.parametrize(
+        ("channels", "what"), [(9, "an inpainting model"), (8, "one that edits pictures, as InstructPix2Pix does")]
+    )
+    def test_more_than_text_to_image(self, channels: int, what: str, configured: bool, tmp_path: Path) -> None:
+        """Which is told before anything else of the model is asked for."""
         model = random_model(SD15)
-        wider = replace(model, unet=type(model.unet)(replace(model.unet.config, in_channels=9)))
-        save_file(wider.original(), tmp_path / "inpainting.safetensors")
-        with pytest.raises(ValueError, match="9 input channels, so this is an inpainting model"):
-            cutdiff.load(tmp_path / "inpainting.safetensors")
+        config = model.save(tmp_path / "folder") if configured else None
+        wider = replace(model, unet=type(model.unet)(replace(model.unet.config, in_channels=channels)))
+        save_file(wider.original(), tmp_path / "wider.safetensors")
+        with pytest.raises(ValueError, match=f"{channels} input channels, so this is {what}: pass the text-to-image"):
+            cutdiff.load(tmp_path / "wider.safetensors", config=config)
+
+    @pytest.mark.parametrize("scale", ["scaled_fp8", "model.diffusion_model.out.2.scale_weight"])
+    def test_weights_with_scales(self, scale: str, tiny: Tiny, tmp_path: Path) -> None:
+        save_file({**tiny.original(), scale: torch.ones(1)}, tmp_path / "fp8.safetensors")
+        with pytest.raises(
+            ValueError, match=f"quantized and scaled \\({scale}\\), which is not read: take its fp16 or"
+        ):
+            cutdiff.load(tmp_path / "fp8.safetensors")
 
 
 class TestDecision:
@@ -340,6 +361,8 @@ class TestDecision:
             (None, None, [], (False, "default", "leading")),
             (None, None, ["ztsnr"], (True, "marker key ztsnr", "trailing")),
             (None, NoiseConfig(rescale_betas_zero_snr=True), [], (True, "scheduler", "leading")),
+            (None, NoiseConfig(), ["ztsnr"], (True, "marker key ztsnr", "trailing")),
+            (True, NoiseConfig(), [], (True, "option", "trailing")),
             (False, None, ["ztsnr"], (False, "option", "leading")),
         ],
     )
@@ -351,6 +374,17 @@ class TestDecision:
         assert isinstance(noise, NoiseConfig)
         found = (noise.rescale_betas_zero_snr, decided_by["zero_terminal_snr"], noise.timestep_spacing)
         assert found == expected
+        spaced_by = decided_by["timestep_spacing"]
+        assert spaced_by == (f"zero_terminal_snr, {expected[1]}" if expected[2] == "trailing" else spaced_by)
+        said, decided_by = decide_noise(NoiseOptions(None, option, "linspace"), scheduler, tensors=tensors)
+        assert isinstance(said, NoiseConfig)
+        assert (said.timestep_spacing, decided_by["timestep_spacing"]) == ("linspace", "option")
+
+    def test_metadata_that_contradict_each_other(self) -> None:
+        metadata = {"modelspec.prediction_type": "epsilon", "modelspec.predict_key": "v"}
+        with pytest.raises(ValueError, match="predict_key='v' contradict each other: pass --prediction-type"):
+            decide_noise(NoiseOptions(), None, metadata=metadata)
+        assert decide_noise(NoiseOptions("epsilon"), None, metadata=metadata)[1]["prediction_type"] == "option"
 
     def test_timestep_spacing(self) -> None:
         noise, _ = decide_noise(NoiseOptions(timestep_spacing="trailing"), NoiseConfig())

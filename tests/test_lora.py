@@ -309,11 +309,15 @@ class TestAgainstDiffusers:
             LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "conv1"], use_rslora=True),
             LoHaConfig(r=4, alpha=16, target_modules=["to_q", "conv1"]),
             LoKrConfig(r=2, alpha=8, target_modules=["to_q", "conv1"]),
+            LoKrConfig(r=64, alpha=8, target_modules=["to_q", "conv1"], rank_pattern={"conv1": 48}),
+            LoKrConfig(r=3, alpha=8, target_modules=["to_q", "conv1", "conv_shortcut"], decompose_both=True),
+            LoKrConfig(r=3, alpha=8, target_modules=["conv1", "conv_out"], use_effective_conv2d=True),
         ],
-        ids=["LoRA", "rsLoRA", "LoHa", "LoKr"],
+        ids=["LoRA", "rsLoRA", "LoHa", "LoKr", "whole LoKr", "LoKr, both in factors", "LoKr with a core"],
     )
-    def test_what_peft_writes(self, folder: Path, tmp_path: Path, config: Any) -> None:
-        """An adapter of the U-Net by itself, whose alpha stands in adapter_config.json beside it."""
+    @pytest.mark.parametrize("name", ["adapter_model", "style"])
+    def test_what_peft_writes(self, folder: Path, tmp_path: Path, config: Any, name: str) -> None:
+        """An adapter of the U-Net by itself, whose alpha stands in adapter_config.json beside it, whatever its name."""
         unet = UNet2DConditionModel.from_pretrained(folder / "unet")
         adapted: Any = get_peft_model(unet, config)
         with torch.no_grad():
@@ -323,7 +327,8 @@ class TestAgainstDiffusers:
                         0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
                     )
         adapted.save_pretrained(tmp_path)
-        model = load(folder, loras=[(tmp_path / "adapter_model.safetensors", 1.0)])
+        file = (tmp_path / "adapter_model.safetensors").rename(tmp_path / f"{name}.safetensors")
+        model = load(folder, loras=[(file, 1.0)])
         theirs = adapted.merge_and_unload().state_dict()
         for key, weight in model.unet.state_dict().items():
             assert_near(weight, theirs[key])

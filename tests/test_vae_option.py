@@ -118,4 +118,5 @@ def test_the_command_line_tells_who_decided(folder: Path, tmp_path: Path, capsys
     assert "zero_terminal_snr=True, decided by: scheduler" in told
     assert "network evaluations" in told
     record = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert record["model"]["decided_by"] == {"prediction_type": "option", "zero_terminal_snr": "scheduler"}
+    decided_by = {"prediction_type": "option", "zero_terminal_snr": "scheduler", "timestep_spacing": "scheduler"}
+    assert record["model"]["decided_by"] == decided_by

@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 
     from cutdiff.models.text import TextEncoders
 
-INPAINTING_CHANNELS = 9
-"""Noisy latents, masked latents, and the mask."""
+OTHER_INPUTS = {
+    5: "one that also reads a depth map",
+    7: "an upscaler",
+    8: "one that edits pictures, as InstructPix2Pix does",
+    9: "an inpainting model",
+}
+"""What a U-Net is made for whose input has more channels than its output, where they are so many."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,7 @@ class Blueprint:
     def __post_init__(self) -> None:
         """Raise ValueError where the parts do not fit each other, naming both numbers."""
         first, second = self.text_encoder, self.text_encoder_2
-        if self.unet.in_channels == INPAINTING_CHANNELS:
-            raise ValueError(
-                f"its U-Net has {INPAINTING_CHANNELS} input channels, so this is an inpainting model: "
-                "pass the text-to-image model that it was made from"
-            )
+        check_inputs(self.unet.in_channels, self.unet.out_channels)
         for ours, theirs, what in (
             (self.unet.in_channels, self.vae.latent_channels, "channels of the U-Net's input and of the VAE's latents"),
             (self.unet.out_channels, self.vae.latent_channels, "channels of the U-Net's output and the VAE's latents"),
@@ -68,11 +69,23 @@ class Blueprint:
             if ours != theirs:
                 raise ValueError(f"{what} differ, {ours} and {theirs}: the parts are not of one text-to-image model")
         for tokenizer, encoder in ((self.tokenizer, first), (self.tokenizer_2, second)):
-            if tokenizer and encoder and len(tokenizer) > encoder.vocab_size:
-                raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, its encoder only {encoder.vocab_size}")
+            if tokenizer and encoder and (last := max(tokenizer.get_vocab().values())) >= encoder.vocab_size:
+                raise ValueError(
+                    f"the tokenizer has ids to {last}, its encoder only {encoder.vocab_size} tokens: "
+                    "take both from one model"
+                )
         lengths = [tokenizer.model_max_length for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer]
         if len({*lengths}) > 1:
             raise ValueError(f"the tokenizers cut prompts at different lengths, {lengths[0]} and {lengths[1]} tokens")
+
+
+def check_inputs(inputs: int, outputs: int) -> None:
+    """Raise ValueError where these channels of a U-Net tell that it is made for more than text to image."""
+    if inputs != outputs and inputs in OTHER_INPUTS:
+        raise ValueError(
+            f"its U-Net has {inputs} input channels, so this is {OTHER_INPUTS[inputs]}: "
+            "pass the text-to-image model that it was made from"
+        )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ DIFFUSERS_VERSION = "0.42.0"
 
 MAX_SIZE, MAX_DEPTH, MAX_LEVELS = 100_000, 1000, 16
 """Past all networks that exist: a small file must not ask for more memory than there is."""
+MAX_FACTOR = 1e6
+"""Of latents, as is its inverse; models have 0.13 to 1."""
 ADDED = "text_time"
 """How a configuration says that pooled text and six numbers of size and crop are embedded beside the time: SDXL."""
 ATTENTION, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
@@ -184,7 +186,7 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
         context_dim=_integer(fields, "cross_attention_dim"),
         pooled_dim=pooled_dim,
         size_embedding_dim=size_dim,
-        linear_projections=bool(fields["use_linear_projection"]),
+        linear_projections=boolean(fields, "use_linear_projection"),
         norm_groups=_integer(fields, "norm_num_groups"),
         native_size=_integer(fields, "sample_size"),
     )
@@ -244,8 +246,8 @@ def vae_config(config: Mapping[str, Any]) -> VAEConfig:
         layers_per_block=_integer(fields, "layers_per_block"),
         latent_channels=_integer(fields, "latent_channels"),
         norm_groups=_integer(fields, "norm_num_groups"),
-        scaling_factor=_positive(fields, "scaling_factor"),
-        force_upcast=bool(fields["force_upcast"]),
+        scaling_factor=_factor(fields, "scaling_factor"),
+        force_upcast=boolean(fields, "force_upcast"),
         latents_mean=_per_channel(fields, "latents_mean"),
         latents_std=_per_channel(fields, "latents_std"),
     )
@@ -286,6 +288,7 @@ def noise_config(config: Mapping[str, Any]) -> AnyNoise:
         _unsupported("_class_name", name, f"one of {', '.join(sorted([*SCHEDULERS, *EDM_SCHEDULERS]))}")
     _require(config, NOISE_FIXED)
     fields = {**NOISE_DEFAULTS, **SCHEDULERS[name], **config}
+    fields |= {field: boolean(fields, field) for field, value in NOISE_DEFAULTS.items() if isinstance(value, bool)}
     if name.startswith(CLIPPING) and fields["clip_sample"]:
         _unsupported("clip_sample", True, "False (latent diffusion models are sampled without clipping)")
     return NoiseConfig(**{key: fields[key] for key in asdict(NoiseConfig())})
@@ -343,10 +346,17 @@ def _widths(fields: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(widths)
 
 
-def _positive(fields: Mapping[str, Any], name: str) -> float:
+def boolean(fields: Mapping[str, Any], name: str) -> bool:
+    """A field that is true or false; null is false. ValueError for anything else, a text for one."""
+    if fields[name] not in (None, False, True):
+        _unsupported(name, fields[name], "true or false")
+    return bool(fields[name])
+
+
+def _factor(fields: Mapping[str, Any], name: str) -> float:
     value = fields[name]
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        _unsupported(name, value, "a positive number")
+    if type(value) not in (int, float) or not 1 / MAX_FACTOR <= value <= MAX_FACTOR:
+        _unsupported(name, value, f"a number from {1 / MAX_FACTOR:g} to {MAX_FACTOR:g}")
     return value
 
 

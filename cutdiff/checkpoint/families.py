@@ -87,20 +87,25 @@ LORA = re.compile(r"^lora_|\.lora[._]|_lora\.|\.(hada|lokr)_")
 REFINER = f"{UNET_PREFIX}label_emb."
 """SD 2.1 embeds no sizes; a refiner does."""
 OTHERS = (
-    (("conditioner.embedders.0.model.",), "an SDXL refiner, which only finishes pictures: pass the base model"),
+    (r"conditioner\.embedders\.0\.model\.", "an SDXL refiner, which only finishes pictures: pass the base model"),
+    (r"control_model\.|controlnet_|input_hint_block\.", "a ControlNet, which guides a model and is none"),
+    (r"image_proj\.|ip_adapter\.", "an IP-Adapter, which guides a model and is none"),
+    (r".*motion_modules\.", "a motion module (AnimateDiff), which makes a model draw films and is none"),
+    (r"(model\.diffusion_model\.)?joint_blocks\.", "an SD 3 model, whose transformer is not built here"),
+    (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux model, whose transformer is not built here"),
+    (r"emb_params|clip_l|clip_g|string_to_param", "a textual inversion, which is not built"),
+    (r"shared\.weight|encoder\.block\.", "a T5 text encoder, which models of the families read here do not have"),
+    (r"decoder\.layers\.|encoder\.layers\.\d+\.(conv|weight)", "a tiny autoencoder (TAESD), which is not built here"),
     (
-        ("control_model.", "controlnet_", "input_hint_block."),
-        "a ControlNet, which guides a model and is none",
+        r"down_blocks\.|text_model\.|encoder\.layers\.|embeddings\.",
+        "one network in the diffusers layout: pass the folder of the whole model",
     ),
-    (("image_proj.", "ip_adapter."), "an IP-Adapter, which guides a model and is none"),
-    ((f"{UNET_PREFIX}joint_blocks.", "joint_blocks."), "an SD 3 model, whose transformer is not built here"),
-    ((f"{UNET_PREFIX}double_blocks.", "double_blocks."), "a Flux model, whose transformer is not built here"),
-    (("emb_params", "clip_l", "clip_g", "string_to_param"), "a textual inversion, which is not built"),
-    (("down_blocks.", "text_model."), "one network in the diffusers layout: pass the folder of the whole model"),
-    ((UNET_PREFIX,), "a U-Net without its text encoders or its VAE: pass a checkpoint that holds all of them"),
-    (("encoder.", "decoder.", VAE_PREFIX), "a VAE alone: pass it as --vae beside a model"),
+    (r"model\.diffusion_model\.", "a U-Net without its text encoders or its VAE: pass a checkpoint with all of them"),
+    (r"encoder\.|decoder\.|first_stage_model\.", "a VAE alone: pass it as --vae beside a model"),
 )
 """How the keys of other files begin, the most telling first, and what those files are."""
+QUANTIZED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|comfy_quant|SCB|absmax)$")
+"""What stands beside weights of 8 bits or fewer and scales them."""
 
 
 def family_of(keys: Collection[str], *, needs_vae: bool = True) -> Family:
@@ -115,8 +120,8 @@ def family_of(keys: Collection[str], *, needs_vae: bool = True) -> Family:
         return family
     if any(LORA.search(key) for key in keys):
         raise ValueError("a LoRA, no model: pass it as --lora beside one")
-    for starts, what in OTHERS:
-        if any(key.startswith(starts) for key in keys):
+    for start, what in OTHERS:
+        if any(re.match(start, key) for key in keys):
             raise ValueError(what)
     names = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
     some = f"its keys begin with {', '.join(sorted(keys)[:3])}" if keys else "it holds no tensors"

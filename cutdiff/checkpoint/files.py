@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-START = 64
+START = 512
 """How many bytes tell what a file is."""
 LISTED = 10
 """How many keys or names an error lists before it only counts them."""
@@ -21,6 +21,11 @@ IMPOSTORS = (
     (rb"(\xef\xbb\xbf)?\s*<", "is a web page or XML, often an error or a login page: download the file itself"),
     (rb"PK(\x03\x04|\x05\x06)", f"is a zip archive, most likely a pickled checkpoint, {PICKLED}"),
     (rb"\x80[\x00-\x05]", f"is a pickled checkpoint, {PICKLED}"),
+    (rb"\((dp|lp)\d+\n|c[\w.]+\n\w+\n|[}\]]q\x00", f"is a pickled checkpoint, {PICKLED}"),
+    (rb"(?s:.{257}ustar)", f"is a tar archive, most likely an old pickled checkpoint, {PICKLED}"),
+    (rb"\x89PNG|\xff\xd8\xff", "is a picture: download the model itself"),
+    (rb"\xff\xfe|\xfe\xff", "is UTF-16 text, a web page perhaps: download the file itself"),
+    (rb"\x08[\x01-\x1f]\x12", "is an ONNX file: take the model's safetensors instead"),
     (rb"GGUF", "is a GGUF file, made for llama.cpp and its kin: take the model's safetensors instead"),
     (rb"\x89HDF|\x93NUMPY", "is an HDF5 or NumPy file: take the model's safetensors instead"),
     (rb"\x1f\x8b|7z\xbc\xaf|\xfd7zXZ|\x28\xb5\x2f\xfd|Rar!", "is a compressed archive: unpack it"),

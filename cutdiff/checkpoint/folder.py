@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks
-from cutdiff.checkpoint.configs import noise_config, unet_config, vae_config
+from cutdiff.checkpoint.configs import boolean, noise_config, unet_config, vae_config
 from cutdiff.checkpoint.keys import modern_vae
 from cutdiff.checkpoint.read import find_weights, read_json, read_tensors
 from cutdiff.edm import AnyNoise
@@ -56,7 +56,7 @@ def read_blueprint(folder: Path) -> Blueprint:
         tokenizer_2=tokenizer_2,
         text_layer=2 if second else 1,
         noise=parse(folder / "scheduler" / "scheduler_config.json", noise_config if has_two else _repaired_noise),
-        zeros_for_empty_negative=second is not None and bool(index.get("force_zeros_for_empty_prompt", True)),
+        zeros_for_empty_negative=has_two and parse(index_path, _zeros_for_empty),
     )
 
 
@@ -83,6 +83,10 @@ def read_weights(files: Mapping[str, list[Path]], networks: Networks) -> dict[st
 def _read_text(folder: Path, encoder: str, tokenizer: str) -> tuple[CLIPTextConfig, CLIPTokenizer]:
     config = parse(folder / encoder / "config.json", clip.clip_config)
     return config, clip.read_tokenizer(folder / tokenizer, config.max_position_embeddings)
+
+
+def _zeros_for_empty(index: Mapping[str, Any]) -> bool:
+    return boolean({"force_zeros_for_empty_prompt": True, **index}, "force_zeros_for_empty_prompt")
 
 
 def _repaired_unet(fields: Mapping[str, Any]) -> UNetConfig:

@@ -102,12 +102,23 @@ def _what_is_wrong(start: bytes, length: int, size: int) -> str | None:
     if other := impostor(start):
         return other
     if JSON.match(start):
-        return "is JSON text, an index or a server's error message perhaps: download the weights themselves"
+        return (
+            "is JSON text, an index or a server's error message perhaps: pass the model's folder, or download the "
+            "weights themselves"
+        )
+    if text := _as_text(start):
+        return f"is no safetensors file but text ({quoted(text)}), a server's answer perhaps: download the file itself"
     if size < 8:
         return f"is no safetensors file, or cut off after {size} of the 8 bytes of its length: download it again"
     if length > MAX_HEADER:
         return f"is no safetensors file: {length} bytes of header are more than {MAX_HEADER}: download it again"
     return "is no safetensors file: its header does not begin with {: download it again"
+
+
+def _as_text(start: bytes) -> str:
+    """The first line of a file that begins so, where that is text in ASCII; else empty."""
+    first, *rest = start.decode("ascii", "replace").splitlines() or [""]
+    return first if all(line.isprintable() and "\ufffd" not in line for line in (first, *rest)) else ""
 
 
 def _parse(text: bytes) -> Header:

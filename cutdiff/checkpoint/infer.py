@@ -69,7 +69,14 @@ class _Shapes:
         return len({match[1] for key in self.tensors if (match := pattern.match(key))})
 
 
+def unet_channels(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Of the input and the output of a U-Net in the original layout. ValueError where a key is missing."""
+    shapes = _Shapes("unet", tensors)
+    return shapes.of("input_blocks.0.0.weight")[1], shapes.of("out.2.weight")[0]
+
+
 def _infer_unet(shapes: _Shapes, pooled_dim: int, family: Family, prediction_type: str) -> UNetConfig:
+    in_channels, out_channels = unet_channels(shapes.tensors)
     channels: list[int] = [shapes.of("input_blocks.0.0.weight")[0]]
     layers: list[list[int]] = [[]]
     for i in range(1, shapes.count("input_blocks.")):
@@ -80,8 +87,8 @@ def _infer_unet(shapes: _Shapes, pooled_dim: int, family: Family, prediction_typ
         channels[-1] = shapes.of(f"input_blocks.{i}.0.in_layers.2.weight")[0]
         layers[-1].append(shapes.count(f"input_blocks.{i}.1.transformer_blocks."))
     return UNetConfig(
-        in_channels=shapes.of("input_blocks.0.0.weight")[1],
-        out_channels=shapes.of("out.2.weight")[0],
+        in_channels=in_channels,
+        out_channels=out_channels,
         channels=tuple(channels),
         layers_per_block=_one("layers in a level", {len(level) for level in layers}),
         transformer_layers=tuple(_one("transformer blocks in a level", set(level)) for level in layers),

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from cutdiff.checkpoint import edm, folder, lora, single
 from cutdiff.checkpoint import text as clip
-from cutdiff.checkpoint.build import Blueprint, Networks, build_model, empty_networks, model_of
+from cutdiff.checkpoint.build import Blueprint, Networks, build_model, check_inputs, empty_networks, model_of
 from cutdiff.checkpoint.families import Family, family_of
-from cutdiff.checkpoint.infer import infer_blueprint
+from cutdiff.checkpoint.infer import infer_blueprint, unet_channels
 from cutdiff.checkpoint.locate import locate
 from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
-from cutdiff.checkpoint.read import read_tensors_and_metadata
+from cutdiff.checkpoint.read import check_end, read_tensors_and_metadata
 from cutdiff.checkpoint.vae import read_vae
 from cutdiff.model import Model
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
@@ -69,8 +69,9 @@ def load(
         Few-step models (Lightning, Turbo) are made for "trailing", which a single file does not say. An EDM model has
         neither this nor the option before.
     loras: LoRA files (LoRA, LoCon, LoHa, LoKr) that are merged into the weights, each times its scale.
-    check_weights: read all weights now and raise ValueError where one is NaN or infinite; a run that meets such a value
-        names the weights in any case.
+    check_weights: read all weights now and raise ValueError where one is NaN or infinite, or where a file ends in
+        matrices of zeros, as a download does that broke off; a run that meets a value that is not finite names the
+        weights in any case.
     fp8: multiply the linear layers of the U-Net's transformers in 8 bits, LoRAs merged before; ValueError where `dtype`
         is not bfloat16 or the device cannot. `models.fp8.quantize_transformers` does the same to a loaded model on any
         device, on a CPU for measuring: it is slower there.
@@ -99,6 +100,9 @@ def load(
     else:
         found = _read_single(source, vae, options, None if config is None else locate(config, "config"))
     options.check_fit(found.blueprint.noise)
+    if check_weights:
+        for file in found.files.values():
+            check_end(file)
     weights, merged = lora.merge(found.weights, found.networks, loras, dtype=dtype)
     model = build_model(
         found.blueprint,
@@ -159,11 +163,13 @@ def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Foun
 
 
 def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: Path | None) -> _Found:
-    configured = None if config is None else folder.read_blueprint(config)
     tensors, metadata = read_tensors_and_metadata(source)
     with _named(source):
         family = family_of(tensors, needs_vae=vae is None)
         parts = single.split(tensors, family)
+        check_inputs(*unet_channels(parts["unet"]))
+    configured = None if config is None else folder.read_blueprint(config)
+    with _named(source):
         scheduler = configured.noise if configured else None
         noise, decided_by = decide_noise(options, scheduler, tensors=tensors, metadata=metadata)
         if decided_by["prediction_type"] == DEFAULT and family.is_ambiguous:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 EMBEDDED = "weights/scenes"
 PACKAGE = Path(__file__).parents[1]
+HUB_ID = re.compile(r"\w[^/]*/[^/]+(?<!\.safetensors)")
 
 
 def locate(path: str | Path | None, option: str = "") -> Path:
@@ -18,8 +20,8 @@ def locate(path: str | Path | None, option: str = "") -> Path:
         return Path(path)
     if path is None or Path(path) == Path(EMBEDDED):
         return embedded(EMBEDDED)
-    named = f"{option}={path}" if option else path
-    if isinstance(path, str) and path.count("/") == 1:
+    named = f"{option}={path}" if option else path or "''"
+    if isinstance(path, str) and HUB_ID.fullmatch(path):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

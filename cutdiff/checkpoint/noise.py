@@ -57,10 +57,11 @@ def decide_noise(
 ) -> tuple[AnyNoise, dict[str, str]]:
     """The schedule of a model, and for each option the source that decided it, such as "marker key v_pred".
 
-    `tensors` and `metadata` are a single file's. Without a scheduler the rest is SDXL's, which SD 1.5 and SD 2.1 share;
-    if the noise then ends at zero SNR, timesteps are spaced from the last one on ("trailing", Lin et al. 2023), or no
-    step would begin there. The marks of an EDM model say all of its noise, whatever stands beside them; options that it
-    has no use for are left to `check_fit`. Raises ValueError for metadata that are unknown and marks without numbers.
+    `tensors` and `metadata` are a single file's. Without a scheduler the rest is SDXL's, which SD 1.5 and SD 2.1 share.
+    Where another than the scheduler says that the noise ends at zero SNR, timesteps are spaced from the last one on
+    ("trailing", Lin et al. 2023), or no step would begin there. The marks of an EDM model say all of its noise whatever
+    stands beside them; options that it has no use for are left to `check_fit`. Raises ValueError for metadata that are
+    unknown or contradict each other, and for marks without numbers.
     """
     keys, metadata, source = tensors or {}, metadata or {}, "scheduler" if scheduler else DEFAULT
     if marked := edm.marked_noise(keys, scheduler):
@@ -70,10 +71,14 @@ def decide_noise(
     if isinstance(noise, EDMConfig):
         return replace(noise, prediction_type=kind), {"prediction_type": kind_source, "edm": source}
     zero, zero_source = _zero_terminal_snr(options.zero_terminal_snr, keys) or (noise.rescale_betas_zero_snr, source)
-    spacing = "trailing" if zero and scheduler is None else noise.timestep_spacing
-    spacing = options.timestep_spacing or spacing
+    spacing, spacing_source = noise.timestep_spacing, source
+    if options.timestep_spacing is not None:
+        spacing, spacing_source = options.timestep_spacing, "option"
+    elif zero and zero_source != "scheduler":
+        spacing, spacing_source = "trailing", f"zero_terminal_snr, {zero_source}"
     decided = replace(noise, prediction_type=kind, rescale_betas_zero_snr=zero, timestep_spacing=spacing)
-    return decided, {"prediction_type": kind_source, "zero_terminal_snr": zero_source}
+    decided_by = {"zero_terminal_snr": zero_source, "timestep_spacing": spacing_source}
+    return decided, {"prediction_type": kind_source, **decided_by}
 
 
 def _prediction_type(option: str | None, keys: Collection[str], metadata: Mapping[str, str]) -> tuple[str, str] | None:
@@ -81,13 +86,14 @@ def _prediction_type(option: str | None, keys: Collection[str], metadata: Mappin
         return option, "option"
     if "v_pred" in keys:
         return "v_prediction", "marker key v_pred"
-    for name in METADATA:
-        if name in metadata:
-            value = metadata[name].strip().lower()
-            if value not in SPELLINGS:
-                raise ValueError(f"metadata {name}={metadata[name]!r} is not known: pass --prediction-type")
-            return SPELLINGS[value], f"metadata {name}"
-    return None
+    said = {name: SPELLINGS.get(metadata[name].strip().lower()) for name in METADATA if name in metadata}
+    for name, value in said.items():
+        if value is None:
+            raise ValueError(f"metadata {name}={metadata[name]!r} is not known: pass --prediction-type")
+        if value != next(iter(said.values())):
+            both = " and ".join(f"{other}={metadata[other]!r}" for other in said)
+            raise ValueError(f"metadata {both} contradict each other: pass --prediction-type")
+    return next(((value, f"metadata {name}") for name, value in said.items() if value), None)
 
 
 def _zero_terminal_snr(option: bool | None, keys: Collection[str]) -> tuple[bool, str] | None:

@@ -7,9 +7,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from cutdiff.checkpoint.header import read_header
 MAX_TEXT = 8 * 2**20
 """Bytes of a JSON or text file, twice the largest of an SDXL folder, its tokenizer; once parsed it may take 30 times
 as much memory."""
+SMALL = 1024
+"""Elements of a tensor that may be zero throughout."""
 MAX_DEPTH = 64
 """Levels of JSON; a tokenizer has six."""
 PATH = re.compile(r"[/\\:\0]")
@@ -42,6 +46,16 @@ def read_tensors_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, 
             return {name: file.get_tensor(name) for name in header.tensors}, header.metadata
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be mapped into memory ({error}): check its disk") from None
+
+
+def check_end(path: Path) -> None:
+    """Raise ValueError where a safetensors file ends in matrices or kernels of zeros: some programs give a file its
+    size first and fill it as the download goes on. Biases, norms and small tensors may be zero."""
+    tensors, entries = read_tensors(path), read_header(path).tensors
+    last_first = sorted(entries, key=lambda name: entries[name].end, reverse=True)
+    zeros = takewhile(lambda name: not tensors[name].flatten().view(torch.uint8).any(), last_first)
+    if large := [name for name in zeros if tensors[name].ndim > 1 and tensors[name].numel() > SMALL]:
+        raise ValueError(f"{path} ends in {len(large)} tensors of zeros: {listed(large)}: download it again")
 
 
 def find_weights(folder: Path, stem: str) -> list[Path]:

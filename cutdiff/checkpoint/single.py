@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Networks, is_harmless
-from cutdiff.checkpoint.families import Family
+from cutdiff.checkpoint.families import QUANTIZED, Family
 from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
 from cutdiff.checkpoint.noise import MARKS
@@ -31,6 +31,10 @@ def split(tensors: Mapping[str, Tensor], family: Family) -> Parts:
         else:
             rest.append(key)
     unexpected = [key for key in rest if not is_harmless(key) and not key.startswith(MARKS)]
+    if scale := next((key for key in tensors if QUANTIZED.search(key)), None):
+        raise ValueError(
+            f"its weights are quantized and scaled ({scale}), which is not read: take its fp16 or bf16 file"
+        )
     if unexpected:
         raise ValueError(f"{len(unexpected)} keys belong to no network of {family.name}: {listed(unexpected)}")
     for text in family.texts:

@@ -6,13 +6,16 @@ The layout of both encoders in files is `text_model.embeddings…`, `text_model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.read import read_json, read_text
 
 if TYPE_CHECKING:
@@ -27,14 +30,34 @@ CACHED_TOKENIZERS = (
     ("stabilityai/stable-diffusion-2-1", "tokenizer"),
 )
 """Where the local Hugging Face cache may hold CLIP's tokenizer, which all families share: repository and folder."""
+CONFIG_FIELDS = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+"""What a CLIP text encoder is computed from."""
+MAX_CAUSE = 300
+"""Characters of another library's message."""
 MAX_SIZES = {
     "num_hidden_layers": 1000,
+    "num_attention_heads": 10_000,
     "hidden_size": 100_000,
     "intermediate_size": 1_000_000,
     "max_position_embeddings": 100_000,
     "vocab_size": 10_000_000,
 }
 """Of a text encoder, past all that exist: a small file must not ask for more memory than there is."""
+FRAME = ("<|startoftext|>", "<|endoftext|>")
+"""What begins and ends a prompt."""
 PAD_TOKENS = {True: "!", False: "<|endoftext|>"}
 """What prompts are padded with, by whether the encoder is OpenCLIP's."""
 TOKENIZER_JSON = (
@@ -113,19 +136,41 @@ def cut_to_depth(tensors: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]
     return {key: tensor for key, tensor in tensors.items() if not key.startswith(last)}
 
 
+@contextmanager
+def _by_transformers() -> Iterator[None]:
+    """What transformers makes of files: whatever it raises is a ValueError, and what it logs is not told."""
+    from transformers.utils.logging import get_verbosity, set_verbosity
+
+    verbosity = get_verbosity()
+    set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"transformers cannot read it ({cause[:MAX_CAUSE]}): download it again") from None
+    finally:
+        set_verbosity(verbosity)
+
+
 def clip_config(fields: Mapping[str, Any]) -> CLIPTextConfig:
-    """The configuration of a text encoder from its config.json. Raises ValueError for a field that cannot be."""
-    from huggingface_hub.errors import StrictDataclassError
+    """The configuration of a text encoder from its config.json. Raises ValueError for a field that cannot be.
+
+    Fields that change nothing in what a CLIP encoder computes, such as its dtype, are left out.
+    """
     from transformers import CLIPTextConfig
     from transformers.activations import ACT2FN
 
-    try:
-        config = CLIPTextConfig.from_dict(dict(fields))
-    except StrictDataclassError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "max_position_embeddings", "vocab_size"):
-        if not 1 <= getattr(config, name) <= MAX_SIZES[name]:
-            raise ValueError(f"{name}={getattr(config, name)} must lie in 1 … {MAX_SIZES[name]}")
+    if fields.get("num_attention_heads") == 0:
+        raise ValueError("num_attention_heads=0 must be at least 1")
+    with _by_transformers():
+        config = CLIPTextConfig.from_dict({name: value for name, value in fields.items() if name in CONFIG_FIELDS})
+    for name, most in MAX_SIZES.items():
+        if not 1 <= getattr(config, name) <= most:
+            raise ValueError(f"{name}={getattr(config, name)} must lie in 1 … {most}")
+    if type(config.eos_token_id) is not int or not 0 <= config.eos_token_id < config.vocab_size:
+        raise ValueError(
+            f"eos_token_id={config.eos_token_id!r} must be one of the vocabulary's ids, 0 … {config.vocab_size - 1}"
+        )
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act={config.hidden_act!r} is not supported, only {', '.join(ACT2FN)}")
     return config
@@ -152,9 +197,18 @@ def read_tokenizer(folder: Path, max_length: int, pad_token: str | None = None) 
         )
     _check_tokenizer(folder)
     special: dict[str, Any] = {} if pad_token is None else {"pad_token": pad_token}
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special)
+    try:
+        with _by_transformers():
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    length = tokenizer.model_max_length
+    if type(length) not in (int, float) or length != length // 1:
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length={quoted(length)} is no number of tokens"
+        )
     # Files that give no length would let the encoder fail on a long prompt.
-    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
+    tokenizer.model_max_length = int(min(length, max_length))
     if tokenizer.model_max_length < 3:  # one token begins a prompt, one ends it
         raise ValueError(f"{folder} and its encoder leave {tokenizer.model_max_length} tokens, too few for a prompt")
     return tokenizer
@@ -184,9 +238,22 @@ def _check_tokenizer(folder: Path) -> None:
     files = {name: read_json(folder / name) for name in TOKENIZER_JSON if (folder / name).exists()}
     if (folder / "merges.txt").exists():
         read_text(folder / "merges.txt")
+    if (vocabulary := files.get("vocab.json")) is not None:
+        _check_vocabulary(folder / "vocab.json", vocabulary, files.get("added_tokens.json", {}))
     named = [field for field in FILE_FIELDS if files.get("tokenizer_config.json", {}).get(field)]
     if named:
         raise ValueError(f"{folder / 'tokenizer_config.json'} names files, in {', '.join(named)}: remove these fields")
+
+
+def _check_vocabulary(path: Path, vocabulary: Mapping[str, Any], added: Mapping[str, Any]) -> None:
+    """Raise ValueError where tokens have no ids of their own, or what frames a prompt is missing."""
+    ids = [*vocabulary.values()]
+    if odd := next((token for token, value in vocabulary.items() if type(value) is not int or value < 0), None):
+        raise ValueError(f"{path} gives {quoted(odd)} the id {quoted(vocabulary[odd])}: download it again")
+    if len({*ids}) < len(ids):
+        raise ValueError(f"{path} gives {len(ids)} tokens {len({*ids})} different ids: download it again")
+    if missing := [token for token in FRAME if token not in vocabulary and token not in added]:
+        raise ValueError(f"{path} has no {' and no '.join(missing)}, so it is not CLIP's: download it again")
 
 
 def _holds_tokenizer(folder: Path) -> bool:

@@ -52,7 +52,7 @@ def read_changes(path: Path, table: Mapping[str, Target], context_dim: int) -> d
     """
     try:
         tensors, metadata = read_tensors_and_metadata(path)
-        config = read_adapter_config(path, metadata)
+        config = read_adapter_config(path, tensors, metadata)
     except ValueError as error:
         raise LoraError(str(error)) from None
     if other := _other_family(tensors, context_dim):
@@ -68,10 +68,9 @@ def read_changes(path: Path, table: Mapping[str, Target], context_dim: int) -> d
             kind, where = problem
             problems[kind].append(where)
             continue
-        strength = 1.0
-        for rank in formulas.ranks(factors):  # one or none: an alpha means nothing where there is no rank
-            strength = config.strength(target, rank) if alpha is None else alpha.item() / rank
-        changes[target] = Change(factors, strength)
+        rank = next(iter(formulas.ranks(factors)), None)  # an alpha beside factors without a rank means nothing
+        own = 1.0 if alpha is None or rank is None else alpha.item() / rank
+        changes[target] = Change(factors, config.strength(target, rank) if alpha is None else own)
     if problems:
         found = "; ".join(f"{len(where)} {kind}: {listed(where)}" for kind, where in problems.items())
         raise LoraError(f"{path} cannot be merged into this model, so leave it out: {found}")

@@ -1,6 +1,7 @@
 """Alphas that are not in a LoRA's tensors: PEFT's configuration of an adapter.
 
-diffusers keeps it, for each network, in the file's metadata; PEFT writes `adapter_config.json` beside the file.
+diffusers keeps it, for each network, in the file's metadata; PEFT writes `adapter_config.json` beside the file. Fields
+are those of PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -9,19 +10,32 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.lora.names import Target
 from cutdiff.checkpoint.read import read_json
 from cutdiff.checkpoint.text import PREFIX
 
 KEY = "lora_adapter_metadata"
 ADAPTER, BESIDE = "adapter_model.safetensors", "adapter_config.json"
-FIELDS = ("lora_alpha", "alpha", "alpha_pattern", "use_rslora")
-"""Of the file beside an adapter, what says how strong it is."""
+PEFT = "base_model.model."
+"""How the keys begin in what PEFT itself writes."""
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that change the model's own weights: what was trained is a change of those, not of the model's."""
+OTHER_RULE = (
+    "layer_replication",
+    "kasa_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_qalora",
+    "use_bdlora",
+)
+"""What makes something else of the factors than a change of the model's weights, the same for every input."""
+PATTERNS = ("alpha_pattern", "rank_pattern")
 
 
 @dataclass(frozen=True)
@@ -31,48 +45,64 @@ class AdapterConfig:
     fields: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an alpha that is no finite number, or that is for a pattern and not for a module."""
+        """Raise ValueError for a number that is none, or for a pattern and not for a module, and for what changes the
+        meaning of the factors."""
         for name, value in self.fields.items():
             field = name.rpartition(".")[2]
-            pattern = value or {} if field == "alpha_pattern" else {}
+            if field in OTHER_RULE and value:
+                raise ValueError(f"{name}={quoted(value)}, which is not supported: merge the adapter with PEFT")
+            if field == "init_lora_weights" and str(value).lower().startswith(OTHER_BASE):
+                raise ValueError(
+                    f"{name}={quoted(value)}, so it changes other weights than the model's: let PEFT convert it to a "
+                    "LoRA (path_initial_model_for_weight_conversion)"
+                )
+            pattern = value or {} if field in PATTERNS else {}
             if not isinstance(pattern, dict) or not all(re.fullmatch(r"\^?[\w.]+", module) for module in pattern):
-                raise ValueError(f"{name}={value!r} is not supported, only alphas by the names of modules")
-            for alpha in [value] if field == "lora_alpha" else pattern.values():
-                if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:
-                    raise ValueError(f"{name}={value!r}: {alpha!r} is no finite number")
+                raise ValueError(
+                    f"{name}={value!r} is not supported, only {field.partition('_')[0]}s by the names of modules"
+                )
+            for number in [value] if field in ("lora_alpha", "r") else pattern.values():
+                if type(number) not in (int, float) or not abs(number) <= sys.float_info.max:
+                    raise ValueError(f"{name}={value!r}: {number!r} is no finite number")
+                if field in ("r", "rank_pattern") and number < 1:
+                    raise ValueError(f"{name}={value!r}: a rank is at least 1")
 
-    def strength(self, target: Target, rank: int) -> float:
-        """alpha / rank, or alpha / √rank for rsLoRA (arXiv 2312.03732); 1 where no alpha is given."""
-        alpha = self._field(target.network, "lora_alpha")
-        module = target.key.removesuffix(".weight").removeprefix(PREFIX)
-        for pattern, value in (self._field(target.network, "alpha_pattern") or {}).items():
-            name = pattern.removeprefix("^").removeprefix(PREFIX)
-            if module == name or (module.endswith(f".{name}") and pattern[0] != "^"):
-                alpha = value
-                break
-        if alpha is None:
+    def strength(self, target: Target, rank: int | None) -> float:
+        """alpha / rank, or alpha / √rank for rsLoRA (arXiv 2312.03732); 1 where no alpha is given.
+
+        PEFT scales a LoKr so even where no factor has a rank (None): it is then the configuration's.
+        """
+        alpha, rank = self._of_module(target, "alpha"), rank or self._of_module(target, "rank")
+        if alpha is None or rank is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self._field(target.network, "use_rslora") else rank)
+
+    def _of_module(self, target: Target, kind: str) -> Any:
+        """The alpha or rank that a pattern has for the module, else that of all modules."""
+        module = target.key.removesuffix(".weight").removeprefix(PREFIX)
+        for pattern, value in (self._field(target.network, f"{kind}_pattern") or {}).items():
+            name = pattern.removeprefix("^").removeprefix(PREFIX)
+            if module == name or (module.endswith(f".{name}") and pattern[0] != "^"):
+                return value
+        return self._field(target.network, {"alpha": "lora_alpha", "rank": "r"}[kind])
 
     def _field(self, network: str, name: str) -> Any:
         return self.fields.get(f"{network}.{name}", self.fields.get(name))
 
 
-def read_adapter_config(path: Path, metadata: Mapping[str, str]) -> AdapterConfig:
+def read_adapter_config(path: Path, keys: Collection[str], metadata: Mapping[str, str]) -> AdapterConfig:
     """The configuration in a safetensors file's metadata, or beside it; empty where there is none.
 
-    Raises ValueError where it cannot be used.
+    Raises ValueError where it cannot be used, or is missing although PEFT wrote the file.
     """
-    beside = path.with_name(BESIDE)
-    if path.name == ADAPTER and beside.exists():
-        fields = read_json(beside)
-        kept = {name: value for name, value in fields.items() if name in FIELDS}
-        if "alpha" in kept:  # LoHa's and LoKr's
-            kept["lora_alpha"] = kept.pop("alpha")
-        try:
-            return AdapterConfig(kept)
-        except ValueError as error:
-            raise ValueError(f"{beside} has {error}") from None
+    beside, is_peft = path.with_name(BESIDE), any(key.startswith(PEFT) for key in keys)
+    if beside.exists() and (is_peft or path.name == ADAPTER):
+        return _read_beside(beside)
+    if is_peft and KEY not in metadata and not any(key.endswith(".alpha") for key in keys):
+        raise ValueError(
+            f"{path} was written by PEFT, which keeps alpha in {BESIDE}, and {beside} does not exist: "
+            "put the adapter's own there"
+        )
     written = metadata.get(KEY, "{}")
     try:
         fields = json.loads(written)
@@ -81,6 +111,22 @@ def read_adapter_config(path: Path, metadata: Mapping[str, str]) -> AdapterConfi
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: its metadata {KEY} is no JSON object: {written[:80]!r}")
     try:
-        return AdapterConfig(fields)
+        return AdapterConfig(_without_ranks(fields))
     except ValueError as error:
         raise ValueError(f"{path}: its metadata {KEY} has {error}") from None
+
+
+def _read_beside(path: Path) -> AdapterConfig:
+    fields = read_json(path)
+    fields["lora_alpha"] = fields.get("lora_alpha", fields.pop("alpha", None))  # LoHa's and LoKr's
+    if fields["lora_alpha"] is None:
+        raise ValueError(f"{path} has no lora_alpha and no alpha, so no strength: take the adapter's own")
+    try:
+        return AdapterConfig(fields if fields.get("peft_type") == "LOKR" else _without_ranks(fields))
+    except ValueError as error:
+        raise ValueError(f"{path} has {error}") from None
+
+
+def _without_ranks(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an adapter whose factors have ranks, which are theirs whatever is written."""
+    return {name: value for name, value in fields.items() if name.rpartition(".")[2] not in ("r", "rank_pattern")}
