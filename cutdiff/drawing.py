@@ -156,9 +156,10 @@ class Progress:
 
     def _show(self, stage: str) -> None:
         others = self.launch.drawn() - self.drawn if self.launch.num_groups > 1 else 0
-        done = self.drawn + others + self.current
+        finished = self.drawn + others
+        done = finished + self.current
         per_hour = 3600 * done / (time.perf_counter() - self.began)
-        self.bar.set_description(f"{min(int(done) + 1, self.bar.total)} of {self.bar.total}, {stage}", refresh=False)
+        self.bar.set_description(f"{min(finished + 1, self.bar.total)} of {self.bar.total}, {stage}", refresh=False)
         self.bar.set_postfix_str(f"{per_hour:.3g} pictures/h", refresh=False)
         self.bar.update(done - self.bar.n)
 
