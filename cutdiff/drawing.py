@@ -90,6 +90,8 @@ def _notices(record: dict[str, Any]) -> Iterator[str]:
     """What a run should be told once, whichever picture it was seen at."""
     if record and record["decoded_in"] != record["vae_dtype"]:
         yield f"the VAE overflowed in {record['vae_dtype']}, so it decoded in float32"
+    if record and record["one_value"]:
+        yield "a picture has one value throughout: its weights may be zeros, which --check-weights would find"
     if record and record["view_batch_halved"]:
         held = record["view_batch_size"]
         yield f"memory holds {held} patches or views at once: pass --view-batch-size {held}"

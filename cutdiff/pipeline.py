@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import resource
 import sys
 import time
@@ -33,8 +32,6 @@ from cutdiff.solvers import Phase, Solver, Stage, Step, make_solver, solve
 
 CPU_VIEW_BATCH = 16
 """Patches or views at once where nobody says; more are not faster there."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,17 +105,14 @@ def generate(
         began = ended
     received = ranks.received_bytes - received_before
     images, dtype = _decode(model, latents, ranks)
-    if ranks.leads and any(image.amin() == image.amax() for image in images):
-        logger.warning(
-            "cutdiff: a picture has one value throughout: load the model with check_weights (--check-weights)"
-        )
     seconds["decode"] = now(model.device) - began
     record = _record(model, prompt, prepared, seconds)
-    return Result(
-        images,
-        latents,
-        record | {"received_bytes_per_step": received / prepared.num_steps, "decoded_in": dtype_name(dtype)},
-    )
+    record |= {
+        "received_bytes_per_step": received / prepared.num_steps,
+        "decoded_in": dtype_name(dtype),
+        "one_value": any(bool(image.amin() == image.amax()) for image in images),
+    }
+    return Result(images, latents, record)
 
 
 def decode(model: Model, latents: Tensor) -> Tensor:
