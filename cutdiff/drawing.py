@@ -26,6 +26,10 @@ class Failure(Exception):
 
 def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], launch: Launch) -> None:
     """Draw what is not finished, and print of each picture where it is, in order where one group draws all."""
+    with launch.agreeing():
+        others = launch.others([(picture.prompt, picture.settings, picture.path.name) for picture in pictures])
+        if others:
+            raise Failure(f"rank {others[0]} was told of other prompts or options: tell all the same")
     finished = launch.any([picture.finished for picture in pictures])
     pictures = [replace(picture, finished=value) for picture, value in zip(pictures, finished, strict=True)]
     num_missing = len(pictures) - sum(finished)
@@ -157,6 +161,8 @@ class Progress:
             self._show("waiting for other groups")
 
     def _show(self, stage: str) -> None:
+        if self.bar.disable:
+            return
         others = self.launch.drawn() - self.drawn if self.launch.num_groups > 1 else 0
         finished = self.drawn + others
         done = finished + self.current

@@ -6,6 +6,7 @@ work (`cutdiff.ranks`). A process that torchrun did not start is alone, and noth
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ class Ended(Exception):
     """The run ends, and another process says why."""
 
 
+class RankLost(Exception):
+    """Another process of the run ended or does not answer."""
+
+
 def num_processes() -> int:
     """How many torchrun has started; 1 where it has not."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -33,7 +38,12 @@ def num_processes() -> int:
 
 def process() -> int:
     """Which of them this is."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if num_processes() > 1 else 0
+
+
+def own_gpu() -> str:
+    """The device of this process on its machine."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 @contextmanager
@@ -62,7 +72,12 @@ class Launch:
     def at(self, where: str) -> None:
         """Where this process is, should the others ask."""
         if self.watch is not None:
-            self.watch.moved(where)
+            self.watch.at(where)
+
+    def others(self, what: object) -> list[int]:
+        """The processes in which this is something else."""
+        digest = int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:7])
+        return [rank for rank, value in enumerate(self.world.values(digest)) if value != digest]
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
@@ -108,11 +123,21 @@ class Launch:
         return self.store.add("drawn", more) if self.num_groups > 1 else 0
 
     def wait_for(self, num: int) -> Iterator[None]:
-        """Until `num` pictures are drawn, now and again."""
-        while self.num_groups > 1 and self.drawn() < num:
-            self.at("waiting for other groups")
+        """Until `num` pictures are drawn, now and again. RankLost where the processes of other groups hang."""
+        from cutdiff.watch import DONE, hanging
+
+        last: dict[int, tuple[str, float]] = {}
+        while self.watch is not None and self.num_groups > 1 and self.drawn() < num:
             yield
             time.sleep(POLL)
+            for rank in range(self.group.size, self.world.size):
+                told = self.watch.told(rank)
+                if told != last.get(rank, ("",))[0]:
+                    last[rank] = told, time.monotonic()
+            waited = {rank: time.monotonic() - since for rank, (told, since) in last.items() if told != DONE}
+            silent = [(rank, last[rank][0]) for rank, seconds in waited.items() if seconds > self.watch.limit]
+            if silent:
+                raise RankLost(hanging(silent, self.watch.limit))
 
 
 @contextmanager
@@ -134,22 +159,19 @@ def joined(device: str | None, num_groups: int, rank_timeout: float) -> Iterator
     from cutdiff.ranks import Ranks
     from cutdiff.watch import Watch
 
-    store, rank, size = next(rendezvous("env://"))
-    cpu = device == "cpu" or not torch.cuda.is_available()
-    dist.init_process_group(
-        "gloo" if cpu else "cpu:gloo,cuda:nccl",
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=2 * rank_timeout),
-    )
-    own = PrefixStore("cutdiff", store)
-    per_group = size // num_groups
-    index = rank // per_group
-    groups = [dist.new_group(range(i * per_group, (i + 1) * per_group)) for i in range(num_groups)]
-    watched = PrefixStore(f"watch {index}", own)
-    with Watch(watched, rank % per_group, per_group, rank_timeout) as watch:
-        world = Ranks(rank, size, before_meeting=watch.moved)
-        group = Ranks(rank % per_group, per_group, groups[index], before_meeting=watch.moved)
-        yield Launch(world, group, num_groups, own, watch)
+    with Watch(rank_timeout) as watch:
+        store, rank, size = next(rendezvous("env://"))
+        cpu = device == "cpu" or not torch.cuda.is_available()
+        timeout = timedelta(seconds=2 * rank_timeout)
+        backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        per_group = size // num_groups
+        members = [range(first, first + per_group) for first in range(0, size, per_group)]
+        groups = [dist.new_group(ranks, timeout=timeout) for ranks in members]
+        index = rank // per_group
+        own: Any = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  a connection for its thread
+        watch.meet(PrefixStore("cutdiff watch", own), rank, members[index])
+        world = Ranks(rank, size, watch=watch)
+        group = Ranks(rank % per_group, per_group, groups[index], watch)
+        yield Launch(world, group, num_groups, PrefixStore("cutdiff", store), watch)
     dist.destroy_process_group()

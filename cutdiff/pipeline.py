@@ -247,11 +247,12 @@ def _encode(
 
 def _record(model: Model, prompt: str | Sequence[str], prepared: Prepared, seconds: dict[str, float]) -> dict[str, Any]:
     described, ranks = describe(model, prompt, prepared.settings, prepared.draws), prepared.denoiser.ranks
+    held = min(ranks.values(prepared.denoiser.view_batch_size or 0)) or None
     return {
         **described,
         "fingerprint": fingerprint(described),
-        "view_batch_size": prepared.denoiser.view_batch_size,
-        "view_batch_halved": prepared.denoiser.view_batch_size != _view_batch_size(model, prepared.settings),
+        "view_batch_size": held,
+        "view_batch_halved": held != _view_batch_size(model, prepared.settings),
         "network_evaluations": sum(ranks.values(prepared.denoiser.evaluations)),
         "ranks": ranks.size,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},

@@ -7,7 +7,8 @@ no result depends on their number but through the size of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cutdiff.launch import RankLost
 from cutdiff.models.text import TextStates
 
 if TYPE_CHECKING:
     from cutdiff.models.text import TextEncoders
-
-
-class RankLost(Exception):
-    """Another rank ended or does not answer."""
+    from cutdiff.watch import Watch
 
 
 @dataclass(eq=False)
@@ -34,8 +33,8 @@ class Ranks:
     size: int = 1
     group: Any = None
     """Of torch.distributed; None: all of its ranks."""
-    before_meeting: Callable[[], None] | None = None
-    """Called where this rank has done its part, and may have to wait for the others."""
+    watch: Watch | None = None
+    """What ends this process where others keep it waiting."""
     received_bytes: int = field(default=0, init=False)
     """What the others sent to this one."""
 
@@ -52,20 +51,21 @@ class Ranks:
         """Fill in what other ranks have: of `whole`, along `dim`, rank r has those from starts[r] to starts[r + 1]."""
         if self.size == 1:
             return
-        if self.before_meeting is not None:
-            self.before_meeting()
         parts = [whole.narrow(dim, start, end - start) for start, end in pairwise(starts)]
         sent = [(part, part.contiguous()) for part in parts]
+        _finish(whole)  # its part is done when the others are told so, and they have theirs afterwards
         try:
-            works = [
-                dist.broadcast(buffer, group=self.group, group_src=rank, async_op=True)
-                for rank, (_, buffer) in enumerate(sent)
-                if buffer.numel()
-            ]
-            for work in works:
-                work.wait()  # pyright: ignore[reportOptionalMemberAccess]  None is for ranks outside of the group
-        except RuntimeError as error:
-            raise RankLost(f"another process of the run is gone ({error})") from None
+            with nullcontext() if self.watch is None else self.watch.meeting():
+                works = [
+                    dist.broadcast(buffer, group=self.group, group_src=rank, async_op=True)
+                    for rank, (_, buffer) in enumerate(sent)
+                    if buffer.numel()
+                ]
+                for work in works:
+                    work.wait()  # pyright: ignore[reportOptionalMemberAccess]  None is for ranks outside of the group
+                _finish(whole)
+        except RuntimeError:
+            raise RankLost("another process of the run is gone, or does not answer") from None
         for rank, (part, buffer) in enumerate(sent):
             if rank != self.rank:
                 self.received_bytes += buffer.nbytes
@@ -82,6 +82,12 @@ class Ranks:
         values[self.rank] = value
         self.gather(values, range(self.size + 1))
         return values.tolist()
+
+
+def _finish(tensor: Tensor) -> None:
+    """Wait until the device has done what it was given: a GPU's collectives return at once."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
 
 
 ALONE = Ranks()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from cutdiff import stopping
 from cutdiff.drawing import Failure, draw_all, print_line, tell
-from cutdiff.launch import Ended, alike, joined, num_processes, process
+from cutdiff.launch import Ended, RankLost, alike, joined, num_processes, own_gpu, process
 from cutdiff.options import BadArgument, of_flag, parse
 from cutdiff.runs import BadLine, check_fit, plan_pictures, read_requests
 
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         _run(argv)
     except BadArgument as error:
         return _complain(str(error), 2)
-    except Failure as error:
+    except (Failure, RankLost) as error:
         return _complain(str(error), 1)
     except Ended:
         return 1
@@ -57,9 +56,9 @@ def _run(argv: list[str] | None) -> None:
     with alike():
         args = parse(argv)
         _check_processes(args.data_parallel)
-        requests, bad = read_requests(args)
     with joined(args.device, args.data_parallel, args.rank_timeout) as launch:
         with launch.agreeing():
+            requests, bad = read_requests(args)
             _leave_out(args, bad, everything=not requests)
             if launch.group.leads:
                 _check_output(args.out)
@@ -119,13 +118,16 @@ def _load(args: argparse.Namespace) -> Model:
     if num_processes() > 1 and device.startswith("cuda"):
         if device != "cuda":
             raise BadArgument(f"--device {device} is one for all processes: give --device cuda, and each takes its own")
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = own_gpu()
     try:
-        if torch.empty(0, device=device).device.type not in ("cpu", "cuda"):
+        found = torch.empty(0, device=device).device
+        if found.type not in ("cpu", "cuda"):
             raise BadArgument(f"--device {device} is not cpu or cuda")
     except (RuntimeError, AssertionError):
         raise BadArgument(f"--device {device} is not available here: use --device cpu") from None
-    if args.offload and torch.device(device).type == "cpu":
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # on which Triton's kernels run
+    if args.offload and found.type == "cpu":
         raise BadArgument("--offload moves the text encoders to the CPU, where this run is: leave it out")
     try:
         model = cutdiff.load(

@@ -1,102 +1,131 @@
-"""A thread beside each of several processes that ends the run where one of them hangs, or a signal finds it waiting.
+"""Threads beside one of several processes, for when it waits for the others inside of torch, where neither Python's
+signal handlers nor its exceptions come through.
 
-A rank that waits for others is inside of torch, where neither Python's signal handlers nor its exceptions come through.
-So this thread tells the others, through the store that they all reach, how far its process is; where it has not moved
-for `limit` seconds, the thread looks who is behind, and ends the process. Nothing is lost: pictures are written whole
-or not at all, and a second start draws what is missing.
+One ends the process some time after a signal that its main thread could not answer. The other tells, through a store
+that all reach, how far the process is; where it has waited for `limit` seconds, it looks who is behind, says so, and
+ends the process. Nothing is lost: pictures are written whole or not at all, and a second start draws what is missing.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 PERIOD = 1.0
 """Seconds between two looks."""
 GRACE = 5.0
 """Seconds that a process has to end by itself after a signal, or where another has ended the run."""
+DONE = "done"
+"""What a process tells last."""
 
 
 class Watch:
-    """Watches over the process of one `rank` of `size`, until it is left; enter it in the main thread."""
+    """Watches over this process until it is left; enter it in the main thread, and `meet` when there are others."""
 
-    def __init__(self, store: Any, rank: int, size: int, limit: float) -> None:
-        self.store, self.rank, self.size, self.limit = store, rank, size, limit
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
         self.moves = 0
         self.where = "before the first step"
-        self.since = time.monotonic()
+        self.waiting_since: float | None = None
         self.left = threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="cutdiff.watch", daemon=True)
+        self.threads = [threading.Thread(target=self._answer_signals, name="cutdiff.signals", daemon=True)]
 
     def __enter__(self) -> Watch:
-        self.signals, sent = socket.socketpair()
-        for end in (self.signals, sent):
-            end.setblocking(False)
-        self.sent = sent
-        signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
-        self.thread.start()
+        self.signals, self.sent = socket.socketpair()
+        self.sent.setblocking(False)
+        self.before = signal.set_wakeup_fd(self.sent.fileno(), warn_on_full_buffer=False)
+        self.threads[0].start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(self.before)
         self.left.set()
-        self.sent.send(b"\0")  # wakes the thread
-        self.thread.join()
-        for end in (self.signals, self.sent):
-            end.close()
+        self.sent.close()  # which ends the thread's reading
+        for thread in self.threads:
+            thread.join(GRACE)
+        self.signals.close()
 
-    def moved(self, where: str | None = None) -> None:
-        """The process has come a step further, all ranks in the same steps; `where` says what it does now."""
+    def meet(self, store: Any, rank: int, ranks: Sequence[int]) -> None:
+        """From now on this is one of those `ranks`, which meet each other in the same order and tell the `store`."""
+        self.store, self.rank, self.ranks = store, rank, ranks
+        self.threads.append(threading.Thread(target=self._watch, name="cutdiff.watch", daemon=True))
+        self.threads[-1].start()
+
+    def at(self, where: str) -> None:
+        """What the process does now."""
+        self.where = where
         self.moves += 1
-        self.since = time.monotonic()
-        if where is not None:
-            self.where = where
-            self._tell()
+        self._tell()
 
-    def _watch(self) -> None:
-        while not self.left.is_set() and self._tell():
-            if select.select([self.signals], [], [], min(PERIOD, self.limit / 4))[0]:
-                self._end_by(set(self.signals.recv(64)))
-            if time.monotonic() - self.since > self.limit:
-                self._end_the_run()
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """This process has done its part, and may have to wait for the others."""
+        self.moves += 1
+        self.waiting_since = time.monotonic()
+        yield
+        self.waiting_since = None
 
-    def _tell(self) -> bool:
-        """Whether the store has heard: it may be the first rank's, and gone with it, as this one will find."""
+    def told(self, rank: int) -> str:
+        """How often a process has moved and where it is, as it told last."""
+        return self.store.get(str(rank)).decode() if self.store.check([str(rank)]) else "-1 at its start"
+
+    def _tell(self, last: str | None = None) -> bool:
+        """Whether the store has heard: it may be the first rank's, and gone with it."""
         try:
-            self.store.set(str(self.rank), f"{self.moves} {self.where}")
+            self.store.set(str(self.rank), last or f"{self.moves} {self.where}")
         except RuntimeError:
             return False
         return True
 
-    def _end_by(self, signals: set[int]) -> None:
-        """After the grace, end a process that a signal did not reach."""
-        if signals & {signal.SIGINT, signal.SIGTERM} and not self.left.wait(GRACE):
-            os._exit(128 + signal.SIGTERM if signal.SIGTERM in signals else 1)
+    def _answer_signals(self) -> None:
+        while not self.left.is_set():
+            caught = set(self.signals.recv(64))
+            if caught & {signal.SIGINT, signal.SIGTERM} and not self.left.wait(GRACE):
+                status, told = (143, "terminated") if signal.SIGTERM in caught else (1, "interrupted")
+                if int(os.environ.get("RANK", "0")) == 0:
+                    print(f"cutdiff: {told}", file=sys.stderr, flush=True)
+                os._exit(status)
 
-    def _end_the_run(self) -> None:
-        """Where some are behind, the first of those that wait for them says so, and all end."""
-        told = [self._told(rank) for rank in range(self.size)]
-        behind = [rank for rank, (moves, _) in enumerate(told) if moves == min(told)[0]]
-        ahead = [rank for rank in range(self.size) if rank not in behind]
-        if not ahead:
+    def _watch(self) -> None:
+        while self._tell():
+            if self.left.wait(min(PERIOD, self.limit / 4)):
+                self._tell(DONE)
+                return
+            since = self.waiting_since
+            if since is not None and time.monotonic() - since > self.limit:
+                self._look_who_is_behind()
+        if not self.left.wait(GRACE):  # without the store nobody could be told of
+            os._exit(1)
+
+    def _look_who_is_behind(self) -> None:
+        """Where some are, the first of those that wait for them says so, and these end."""
+        told = {rank: self.told(rank) for rank in self.ranks}
+        moves = {rank: _moves(line) for rank, line in told.items()}
+        behind = [rank for rank in self.ranks if moves[rank] < self.moves]
+        ahead = [rank for rank in self.ranks if moves[rank] == self.moves]
+        if not behind or self.waiting_since is None:
             return
         if self.rank == ahead[0]:
-            names = ", ".join(f"rank {rank} hangs {told[rank][1]}" for rank in behind)
-            told_why = f"nothing for {self.limit:g} s (--rank-timeout); start again to draw what is missing"
-            print(f"cutdiff: {names}: {told_why}", file=sys.stderr, flush=True)
+            print(
+                f"cutdiff: {hanging([(rank, told[rank]) for rank in behind], self.limit)}", file=sys.stderr, flush=True
+            )
         elif self.left.wait(GRACE):
             return
         os._exit(1)
 
-    def _told(self, rank: int) -> tuple[int, str]:
-        """How often a rank has moved, and where it is."""
-        if not self.store.check([str(rank)]):
-            return -1, "at its start"
-        moves, _, where = self.store.get(str(rank)).decode().partition(" ")
-        return int(moves), where
+
+def hanging(told: Sequence[tuple[int, str]], limit: float) -> str:
+    """What is said of ranks that others wait for, with what each told last."""
+    names = ", ".join(f"rank {rank} hangs {line.partition(' ')[2]}" for rank, line in told)
+    return f"{names}: nothing for {limit:g} s (--rank-timeout); start again to draw what is missing"
+
+
+def _moves(told: str) -> float:
+    return float("inf") if told == DONE else int(told.partition(" ")[0])

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from processes import kill_and_start_again, sampler, start, statuses
+from processes import PATIENCE, kill_and_start_again, sampler, start, statuses
 
 import cutdiff
 import cutdiff.models.bands
@@ -39,6 +39,11 @@ def draw_all(model: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     with joined("cpu", 1, 60.0) as launch:
         loaded, found = cutdiff.load(model), {}
+        overflowing = cutdiff.load(model, dtype=torch.float16)
+        overflowing.vae.decoder.conv_in.weight.mul_(1e4)
+        settings = Settings(height=64, width=64, num_steps=1)
+        result = cutdiff.generate(overflowing, "a", settings, ranks=launch.group)
+        found["overflow"] = result.images, result.record["decoded_in"]
         for method in METHOD_NAMES:
             stride = None if method in WITHOUT_VIEWS else 2
             settings = Settings(method=method, height=128, width=96, num_steps=2, stride=stride)
@@ -70,17 +75,33 @@ def runs(model: Path, folder: Path) -> None:
     run(folder / "no model", 2, ["a", "--model", str(folder / "none"), "--out", str(folder / "nothing")])
     run(folder / "no such group", 3, [*common, "a", "--data-parallel", "2", "--out", str(folder / "nothing")])
     run(folder / "one device", 2, [*common, "a", "--device", "cuda:0", "--out", str(folder / "nothing")])
-    for name, disturb in DISTURBED.items():
+    other = [*common, "--num-images", "2", "--out", str(folder / "nothing")]
+    run(folder / "other prompts", 2, lambda rank: [*other, "ab"[rank]])
+    for name, (size, disturb, options) in DISTURBED.items():
         endless = ["a", *common, "--num-images", "1000", "--out", str(folder / name / "pictures")]
-        run(folder / name, 2, [*endless, "--rank-timeout", "3"], disturb)
+        run(folder / name, size, [*endless, "--rank-timeout", "5", *options], disturb)
 
 
-def run(folder: Path, size: int, arguments: Sequence[str], disturb: Callable[[list[int]], None] | None = None) -> None:
-    """`disturb` the ranks after the first picture, and wait for the first, or for all where nothing disturbs them."""
+def run(
+    folder: Path,
+    size: int,
+    arguments: Sequence[str] | Callable[[int], list[str]],
+    disturb: Callable[[list[int]], None] | None = None,
+) -> None:
+    """`disturb` the ranks after the first picture; the seconds are those until the first rank ends after that.
+
+    Arguments may differ by rank.
+    """
     folder.mkdir()
-    children = start(sampler(arguments), size, folder)
+
+    def sample() -> None:
+        sampler(arguments(int(os.environ["RANK"])) if callable(arguments) else arguments)()
+
+    children = start(sample, size, folder)
     first = folder / "0.out"
+    last = time.monotonic() + PATIENCE
     while disturb is not None and not (first.exists() and first.stat().st_size):
+        assert time.monotonic() < last, f"no picture in {folder}"
         time.sleep(0.05)
     began = time.monotonic()
     if disturb is not None:
@@ -108,12 +129,14 @@ def stop_the_second_and_terminate_the_first(children: list[int]) -> None:
 
 
 STOPPING = (stop_the_second, stop_the_second_and_terminate_the_first)
-DISTURBED = {
-    "terminated": partial(send, signal.SIGTERM),
-    "interrupted": partial(send, signal.SIGINT),
-    "hangs": stop_the_second,
-    "waits": stop_the_second_and_terminate_the_first,
+DISTURBED: dict[str, tuple[int, Callable[[list[int]], None], list[str]]] = {
+    "terminated": (2, partial(send, signal.SIGTERM), []),
+    "interrupted": (2, partial(send, signal.SIGINT), []),
+    "hangs": (3, stop_the_second, []),
+    "a group hangs": (2, stop_the_second, ["--data-parallel", "2", "--num-images", "10"]),
+    "waits": (2, stop_the_second_and_terminate_the_first, ["--rank-timeout", "60"]),
 }
+"""How many ranks, what befalls them, and options of their run."""
 
 if __name__ == "__main__":
     {"methods": methods, "runs": runs}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import ENVIRONMENT, contents, free_port
 from ranked import QUICK, SIZES
-from torch import Tensor
 
 from cutdiff.ranks import Ranks
 from cutdiff.sample import main
 from cutdiff.settings import METHOD_NAMES
 
-Drawn = dict[tuple[str, int | None], tuple[Tensor, Tensor, int]]
+Drawn = dict[Any, Any]
 
 
 @given(num=st.integers(0, 100), size=st.integers(1, 20))
@@ -69,6 +69,14 @@ def test_every_rank_has_the_picture_of_one_process(size: int, method: str, drawn
         assert torch.equal(rank[method, None][0], ranks[0][method, None][0])
         assert torch.equal(rank[method, None][1], ranks[0][method, None][1])
         assert all(rank[method, items][2] == alone[method, items][2] for items in (1, 3, None))
+
+
+def test_a_vae_that_overflows_decodes_again_in_float32(drawn: dict[int, list[Drawn]]) -> None:
+    for ranks in drawn.values():
+        for rank in ranks:
+            images, dtype = rank["overflow"]
+            assert dtype == "float32"
+            torch.testing.assert_close(images, drawn[1][0]["overflow"][0])
 
 
 def test_two_launchers_draw_one_picture(quick_folder: Path, tmp_path: Path) -> None:
@@ -152,17 +160,26 @@ def test_signals(name: str, status: int, told: str, runs: Path) -> None:
     assert {path.suffix for path in (runs / name / "pictures").iterdir()} == {".png", ".json"}
 
 
+WHERE = r"(after step \d of 3 \(views\)|before the first step) of multidiffusion-128x64-seed\d+\.png"
+REMEDY = re.escape(": nothing for 5 s (--rank-timeout); start again to draw what is missing\n")
+
+
 def test_a_rank_that_hangs_is_named_with_its_step(runs: Path) -> None:
     status, _, errors, _ = ended(runs / "hangs")
+    assert status[0] == 1
+    assert not any("cutdiff:" in told for told in errors[1:]), "one says it; the store of torch may add that it is gone"
+    assert re.fullmatch(f"cutdiff: rank 1 hangs {WHERE}{REMEDY}", errors[0]), errors
+
+
+def test_a_group_that_hangs_is_named_by_one_that_has_finished(runs: Path) -> None:
+    status, _, errors, _ = ended(runs / "a group hangs")
     assert status == [1, -signal.SIGKILL]
-    where = r"(after step \d of 3 \(views\)|before the first step) of multidiffusion-128x64-seed\d+\.png"
-    remedy = re.escape(": nothing for 3 s (--rank-timeout); start again to draw what is missing\n")
-    assert re.fullmatch(f"cutdiff: rank 1 hangs {where}{remedy}", errors[0]), errors
+    assert re.fullmatch(f"cutdiff: rank 1 hangs {WHERE}{REMEDY}", errors[0]), errors
 
 
 def test_a_signal_reaches_a_rank_that_waits(runs: Path) -> None:
     status, _, errors, seconds = ended(runs / "waits")
-    assert (status, errors) == ([143, -signal.SIGKILL], ["", ""])
+    assert (status, errors) == ([143, -signal.SIGKILL], ["cutdiff: terminated\n", ""])
     assert seconds < 10
 
 
@@ -171,6 +188,7 @@ def test_a_signal_reaches_a_rank_that_waits(runs: Path) -> None:
     [
         ("no model", [2, 1], "none does not exist"),
         ("no such group", [2, 1, 1], "--data-parallel 2 does not divide the 3 processes of this run: start a multiple"),
+        ("other prompts", [1, 1], "rank 1 was told of other prompts or options: tell all the same"),
         ("one device", [2, 1], "--device cuda:0 is one for all processes: give --device cuda, and each takes its own"),
     ],
 )

@@ -17,7 +17,7 @@ import torch
 
 import cutdiff
 from cutdiff.images import save_json
-from cutdiff.launch import alike, joined
+from cutdiff.launch import alike, joined, own_gpu
 from cutdiff.options import BadArgument, Parser, of_flag
 from cutdiff.pipeline import Result, now
 from cutdiff.ranks import Ranks
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(settings: Settings, device: str, repeats: int, ranks: Ranks) -> dict[str, Any]:
     """Seconds of each picture, after one of each that does not count. Called by all ranks."""
-    model = cutdiff.load(device=device if device == "cpu" else f"cuda:{ranks.rank}")
+    model = cutdiff.load(device=own_gpu() if device == "cuda" else device)
 
     def timed(draw: Callable[[], Result]) -> tuple[dict[str, float], Result]:
         ranks.values(0)  # all begin together

@@ -203,10 +203,14 @@ class VAE(nn.Module):
             trained = torch.is_grad_enabled() and asked
             large = CPU_LARGE_BYTES if x.device.type == "cpu" and x.dtype == torch.float32 else LARGE_BYTES
             banded = not trained and pixels * max(self.config.channels[:2]) * x.element_size() >= large
-        for layer in self.modules():
-            if isinstance(layer, SpatialAttention):
+        attentions = [layer for layer in self.modules() if isinstance(layer, SpatialAttention)]
+        try:
+            for layer in attentions:
                 layer.ranks = ranks
-        return in_bands(network, x, Limits.on(x.device, ranks)) if banded else network(x)
+            return in_bands(network, x, Limits.on(x.device, ranks)) if banded else network(x)
+        finally:
+            for layer in attentions:
+                layer.ranks = ALONE
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each channel of unscaled latents, two of (C, 1, 1); 0 and 1 where none are given."""
