@@ -160,14 +160,18 @@ def joined(device: str | None, num_groups: int, rank_timeout: float) -> Iterator
     from cutdiff.watch import Watch
 
     with Watch(rank_timeout) as watch:
-        store, rank, size = next(rendezvous("env://"))
         cpu = device == "cpu" or not torch.cuda.is_available()
+        per_group = num_processes() // num_groups
+        members = [range(first, first + per_group) for first in range(0, num_processes(), per_group)]
         timeout = timedelta(seconds=2 * rank_timeout)
-        backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        per_group = size // num_groups
-        members = [range(first, first + per_group) for first in range(0, size, per_group)]
-        groups = [dist.new_group(ranks, timeout=timeout) for ranks in members]
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=timeout))
+            backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            groups = [dist.new_group(ranks, timeout=timeout) for ranks in members]
+        except RuntimeError:
+            waited = f"{2 * rank_timeout:g} s (twice --rank-timeout)"
+            raise RankLost(f"not all of {num_processes()} processes met within {waited}: start all of them") from None
         index = rank // per_group
         own: Any = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  a connection for its thread
         watch.meet(PrefixStore("cutdiff watch", own), rank, members[index])

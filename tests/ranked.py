@@ -70,11 +70,12 @@ def runs(model: Path, folder: Path) -> None:
         next(out.glob(f"000{number}-*.png")).unlink()
     run(folder / "three groups", 3, [*grouped, "--data-parallel", "3"])
     prompts.write_text("\n".join("abcd"))
-    left = kill_and_start_again(folder / "killed", 20, 2, several)
+    left = kill_and_start_again(folder / "killed", 20, 2, [*several, "--rank-timeout", "10"])
     (folder / "killed" / "left.json").write_text(json.dumps(left))
     run(folder / "no model", 2, ["a", "--model", str(folder / "none"), "--out", str(folder / "nothing")])
     run(folder / "no such group", 3, [*common, "a", "--data-parallel", "2", "--out", str(folder / "nothing")])
     run(folder / "one device", 2, [*common, "a", "--device", "cuda:0", "--out", str(folder / "nothing")])
+    run(folder / "alone", 2, ["a", *common, "--rank-timeout", "2", "--out", str(folder / "nothing")], kill_the_second)
     other = [*common, "--num-images", "2", "--out", str(folder / "nothing")]
     run(folder / "other prompts", 2, lambda rank: [*other, "ab"[rank]])
     for name, (size, disturb, options) in DISTURBED.items():
@@ -88,7 +89,7 @@ def run(
     arguments: Sequence[str] | Callable[[int], list[str]],
     disturb: Callable[[list[int]], None] | None = None,
 ) -> None:
-    """`disturb` the ranks after the first picture; the seconds are those until the first rank ends after that.
+    """`disturb` the ranks after the first picture, or kill the second at once; until the first ends it takes `seconds`.
 
     Arguments may differ by rank.
     """
@@ -100,7 +101,7 @@ def run(
     children = start(sample, size, folder)
     first = folder / "0.out"
     last = time.monotonic() + PATIENCE
-    while disturb is not None and not (first.exists() and first.stat().st_size):
+    while disturb not in (None, kill_the_second) and not (first.exists() and first.stat().st_size):
         assert time.monotonic() < last, f"no picture in {folder}"
         time.sleep(0.05)
     began = time.monotonic()
@@ -116,6 +117,10 @@ def run(
 def send(number: signal.Signals, children: list[int]) -> None:
     for child in children:
         os.kill(child, number)
+
+
+def kill_the_second(children: list[int]) -> None:
+    os.kill(children[1], signal.SIGKILL)
 
 
 def stop_the_second(children: list[int]) -> None:

@@ -160,6 +160,12 @@ def test_signals(name: str, status: int, told: str, runs: Path) -> None:
     assert {path.suffix for path in (runs / name / "pictures").iterdir()} == {".png", ".json"}
 
 
+def test_ranks_that_do_not_meet(runs: Path) -> None:
+    status, _, errors, _ = ended(runs / "alone")
+    told = "not all of 2 processes met within 4 s (twice --rank-timeout): start all of them"
+    assert (status, errors) == ([1, -signal.SIGKILL], [f"cutdiff: {told}\n", ""])
+
+
 WHERE = r"(after step \d of 3 \(views\)|before the first step) of multidiffusion-128x64-seed\d+\.png"
 REMEDY = re.escape(": nothing for 5 s (--rank-timeout); start again to draw what is missing\n")
 
