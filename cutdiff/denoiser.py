@@ -165,20 +165,25 @@ class Denoiser:
         timestep = torch.full((1,), self.timestep(sigma), device=inputs.device).expand(len(inputs))
         ranks = self.ranks if self.divided else ALONE
         starts = self.shares(len(inputs), ranks)
-        start, end = starts[ranks.rank : ranks.rank + 2]
-        # what a method has in the network's place may give float32 where latents are shorter
-        prediction = inputs.new_empty(inputs.shape, dtype=inputs.dtype if self.network is None else torch.float32)
+        first, end = starts[ranks.rank : ranks.rank + 2]
+        parts, start = [], first
         while start < end:
             rows = slice(start, min(start + (self.view_batch_size or len(inputs)) * self.copies, end))
             part = (inputs[rows], timestep[rows], context[rows], pooled[rows], size_ids[rows])
             try:
-                prediction[rows] = self._pass(part, start, len(inputs))
+                parts.append(self._pass(part, start, len(inputs)))
             except torch.OutOfMemoryError:
                 if len(part[0]) <= self.copies:
                     raise
                 self.view_batch_size = max(len(part[0]) // self.copies // 2, 1)
             else:
                 start = rows.stop
+        if ranks.size == 1:
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        # A rank without rows does not know what a method's own network gives: float32 holds it.
+        prediction = inputs.new_empty(inputs.shape, dtype=inputs.dtype if self.network is None else torch.float32)
+        if parts:
+            prediction[first:end] = torch.cat(parts)
         ranks.gather(prediction, starts)
         return prediction
 

@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             meant = nearest(unknown[1], self._option_string_actions) if unknown[1].startswith("--") else ""
             message = f"{unknown[1]} is no option{meant}"
-        if unknown or "ignored explicit argument" in message:
+        if self._get_positional_actions() and (unknown or "ignored explicit argument" in message):
             hint = '; a prompt that begins with - comes last, after --: -- "-…"'
         elif option := re.search(r"(--[\w-]+): expected one argument", message):
             hint = f"; a value that begins with - is given as {option[1]}=-…"
