@@ -6,6 +6,8 @@ import argparse
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +40,15 @@ def of_flag(error: Exception) -> BadArgument:
     """`name=value …` as `--name value …`, and `name=True …` as `--name …`."""
     name, _, rest = str(error).partition("=")
     return BadArgument(f"{flag_of(name)} {rest.removeprefix('True ')}")
+
+
+@contextmanager
+def errors_by_flag() -> Iterator[None]:
+    """Say what an error says of an option by the command line's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise of_flag(error) from None
 
 
 def flag_of(name: str) -> str:

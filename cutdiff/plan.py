@@ -14,7 +14,7 @@ import math
 import sys
 from typing import Any
 
-from cutdiff.options import DTYPES, BadArgument, Parser, add_method, check_used, of_flag
+from cutdiff.options import DTYPES, BadArgument, Parser, add_method, check_used, errors_by_flag
 from cutdiff.settings import Settings
 
 TFLOPS = 790.0
@@ -45,12 +45,10 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
 
     settings = _settings(args)
     model = outline(args.model, args.dtype, args.config)
-    try:
+    with errors_by_flag():
         size = settings.canvas_size(model.native_size, model.factor)
         rank = walk(model, settings, args.devices, args.memory * 1e9)
         whole = rank if args.devices == 1 else walk(model, settings)
-    except ValueError as error:
-        raise of_flag(error) from None
     decode = decoding(model, size)
     stages = []
     for all_of_it, own in zip(whole.stages, rank.stages, strict=True):
@@ -115,10 +113,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     values = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
     for name in ("cosine_scales", "guidance_interval"):
         values[name] = tuple(values[name])
-    try:
+    with errors_by_flag():
         settings = Settings(**values)
-    except ValueError as error:
-        raise of_flag(error) from None
     check_used(settings)
     return settings
 

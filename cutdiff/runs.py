@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import reprlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cutdiff.options import DEMO_PROMPT, BadArgument, check_used, flag_of, of_flag, parse
+from cutdiff.options import DEMO_PROMPT, BadArgument, check_used, errors_by_flag, flag_of, parse
 from cutdiff.promptfile import parse_line, read_lines
 from cutdiff.settings import Settings
 
@@ -156,12 +154,3 @@ def _settings(prompt: str, args: argparse.Namespace) -> Settings:
         Settings(seed=settings.seed + args.num_images - 1)
     check_used(settings)
     return settings
-
-
-@contextmanager
-def errors_by_flag() -> Iterator[None]:
-    """Say what an error says of an option by the command line's name."""
-    try:
-        yield
-    except ValueError as error:
-        raise of_flag(error) from None

@@ -43,10 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         # CPython remembers an interrupt that passed through an exec of text, which imports have, and would at last end
         # by SIGINT although it was caught; the next such exec makes it forget.
         exec("")
-        return 1 if process() else _complain("interrupted", 1)
+        return _end_by(signal.SIGINT)
     except stopping.Terminated:
-        status = 128 + signal.SIGTERM
-        return status if process() else _complain("terminated", status)
+        return _end_by(signal.SIGTERM)
     except Exception as error:  # the last line of defence: one line instead of a traceback
         return _complain(f"the run failed: {type(error).__name__}: {error}", 1)
     return 0
@@ -166,6 +165,12 @@ def _tell_model(model: Model, *, everything: bool) -> None:
     for name, source in model.decided_by.items():
         if everything or source.startswith("default,"):
             tell(f"{name}={values[name]}, decided by: {source}")
+
+
+def _end_by(number: signal.Signals) -> int:
+    """Every process has the signal, and the first says so."""
+    status, told = stopping.ENDS[number]
+    return status if process() else _complain(told, status)
 
 
 def _complain(message: str, status: int) -> int:

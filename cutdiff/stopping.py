@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 from typing import NoReturn
 
+ENDS = {signal.SIGTERM: (128 + signal.SIGTERM, "terminated"), signal.SIGINT: (1, "interrupted")}
+"""Exit status, and what is said."""
+
 
 class Terminated(BaseException):
     """SIGTERM, which drops the picture that is being drawn, as an interrupt does."""
@@ -15,7 +18,7 @@ _caught: list[BaseException] = []
 
 def install() -> None:
     """Let both signals raise KeyboardInterrupt and Terminated."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDS:
         signal.signal(number, _stop)
 
 

@@ -18,6 +18,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from cutdiff.launch import process
+from cutdiff.stopping import ENDS
+
 PERIOD = 1.0
 """Seconds between two looks."""
 GRACE = 5.0
@@ -87,9 +90,10 @@ class Watch:
     def _answer_signals(self) -> None:
         while not self.left.is_set():
             caught = set(self.signals.recv(64))
-            if caught & {signal.SIGINT, signal.SIGTERM} and not self.left.wait(GRACE):
-                status, told = (143, "terminated") if signal.SIGTERM in caught else (1, "interrupted")
-                if int(os.environ.get("RANK", "0")) == 0:
+            ends = [end for number, end in ENDS.items() if number in caught]
+            if ends and not self.left.wait(GRACE):
+                status, told = ends[0]
+                if process() == 0:
                     print(f"cutdiff: {told}", file=sys.stderr, flush=True)
                 os._exit(status)
 

@@ -34,10 +34,9 @@ from cutdiff.bench.report import OURS, heading, summary, table
 from cutdiff.images import save_json
 from cutdiff.model import Model
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
-from cutdiff.options import DTYPES, BadArgument, Parser
+from cutdiff.options import DTYPES, BadArgument, Parser, errors_by_flag
 from cutdiff.patches import check_backend, grid_for
 from cutdiff.pipeline import now, peak_memory
-from cutdiff.runs import of_flag
 from cutdiff.schedule import NoiseConfig
 from cutdiff.settings import BACKENDS, Settings
 from cutdiff.solvers import make_solver
@@ -165,7 +164,7 @@ def _settings(args: argparse.Namespace, unet: UNetConfig, vae: VAEConfig) -> Set
         raise BadArgument(f"--{str(error).replace('=', ' ', 1)}") from None
     if args.json is not None and not args.json.parent.is_dir():
         raise BadArgument(f"--json {args.json} cannot be written, its folder does not exist: create it")
-    try:
+    with errors_by_flag():
         settings = Settings(
             height=args.size,
             width=args.size,
@@ -175,8 +174,6 @@ def _settings(args: argparse.Namespace, unet: UNetConfig, vae: VAEConfig) -> Set
             backend=args.backend,
         )
         make_solver(settings.solver).make_schedule(NoiseConfig(), settings.num_steps)
-    except ValueError as error:
-        raise of_flag(error) from None
     return settings
 
 

@@ -18,12 +18,10 @@ import torch
 import cutdiff
 from cutdiff.images import save_json
 from cutdiff.launch import alike, joined, own_gpu
-from cutdiff.options import BadArgument, Parser, of_flag
+from cutdiff.options import DEMO_PROMPT, BadArgument, Parser, errors_by_flag
 from cutdiff.pipeline import Result, now
 from cutdiff.ranks import Ranks
 from cutdiff.settings import METHOD_NAMES, Settings
-
-PROMPT = "a red house at sunset"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,10 +53,10 @@ def measure(settings: Settings, device: str, repeats: int, ranks: Ranks) -> dict
         return drawn.record["seconds"] | {"whole": now(model.device) - began}, drawn
 
     def alone() -> Result:
-        return cutdiff.generate(model, PROMPT, settings)
+        return cutdiff.generate(model, DEMO_PROMPT, settings)
 
     def together() -> Result:
-        return cutdiff.generate(model, PROMPT, settings, ranks=ranks)
+        return cutdiff.generate(model, DEMO_PROMPT, settings, ranks=ranks)
 
     seconds: dict[str, list[dict[str, float]]] = {"alone": [], "together": []}
     one = both = together()
@@ -103,10 +101,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    try:
+    with errors_by_flag():
         return Settings(method=args.method, height=args.size, width=args.size, num_steps=args.steps)
-    except ValueError as error:
-        raise of_flag(error) from None
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -24,20 +24,6 @@ if TYPE_CHECKING:
     from cutdiff.models.text import TextEncoders
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-CLIP_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "projection_dim",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "hidden_act",
-    "layer_norm_eps",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 
 
 def save_folder(
@@ -108,7 +94,7 @@ def _write_network(
 
 def _clip_fields(encoder: PreTrainedModel) -> dict[str, Any]:
     """A text encoder's config.json; its dtype is the one in which diffusers opens the other networks by default."""
-    fields = {name: getattr(encoder.config, name) for name in CLIP_FIELDS}
+    fields = {name: getattr(encoder.config, name) for name in clip.CONFIG_FIELDS}
     return {"architectures": [type(encoder).__name__], "model_type": "clip_text_model", "dtype": "float32", **fields}
 
 

@@ -30,7 +30,7 @@ CACHED_TOKENIZERS = (
     ("stabilityai/stable-diffusion-2-1", "tokenizer"),
 )
 """Where the local Hugging Face cache may hold CLIP's tokenizer, which all families share: repository and folder."""
-CONFIG_FIELDS = {
+CONFIG_FIELDS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -43,7 +43,7 @@ CONFIG_FIELDS = {
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
-}
+)
 """What a CLIP text encoder is computed from."""
 MAX_CAUSE = 300
 """Characters of another library's message."""
