@@ -216,7 +216,10 @@ def test_a_run_decodes_in_bands(
     [
         (torch.sigmoid, "sigmoid cannot run in bands: add it to FUNCTIONS in cutdiff.models.bands"),
         (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), "mode='reflect', value=None cannot run in bands"),
-        (lambda x: F.interpolate(x, size=(9, 9), mode="nearest"), r"size=\(9, 9\) cannot run in bands: doubling can"),
+        (
+            lambda x: F.conv_transpose2d(x, torch.ones(4, 2, 3, 3), None, 2, 1),
+            r"kernel=\(3, 3\), stride=2, padding=1 cannot run in bands: doubling by 4×4 can",
+        ),
     ],
 )
 def test_another_function_is_an_error(network: Callable[[Tensor], Tensor], expected: str) -> None:

@@ -260,11 +260,17 @@ def published_vae(config: VAEConfig) -> AutoencoderKL:
     return AutoencoderKL(**shape)
 
 
-def with_weights_of(network: UNet | VAE, dtype: torch.dtype) -> Any:
-    """diffusers' network of the same shape, on the same weights: shared, where they have this dtype."""
+def with_weights_of(
+    network: UNet | VAE, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format
+) -> Any:
+    """diffusers' network of the same shape, on the same weights: shared, where they have this dtype and layout.
+
+    diffusers loads weights contiguous; those of our networks are channels_last.
+    """
     with torch.device("meta"):
         theirs = published_unet(network.config) if isinstance(network, UNet) else published_vae(network.config)
     weights = {key: weight.to(dtype) for key, weight in network.state_dict().items()}
+    weights |= {key: weight.contiguous(memory_format=layout) for key, weight in weights.items() if weight.ndim == 4}
     theirs.load_state_dict(weights, strict=True, assign=True)
     return theirs.eval().requires_grad_(False)
 
@@ -282,7 +288,7 @@ def make_baselines(model: Model, names: Sequence[str], size: Size, seed: int = 0
     for name in names:
         variant, unet = VARIANTS[name], plain
         if variant.compiled:
-            unet = with_weights_of(model.unet, model.dtype).to(memory_format=torch.channels_last)
+            unet = with_weights_of(model.unet, model.dtype, torch.channels_last)
             unet = torch.compile(unet, fullgraph=True, dynamic=False)
         made[name] = PublishedLoop(
             what=variant.what,

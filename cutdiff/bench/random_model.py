@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cutdiff.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
@@ -49,6 +50,7 @@ def random_model(unet: UNetConfig, vae: VAEConfig, device: torch.device, seed: i
     for network in networks:
         network.to_empty(device=device).requires_grad_(False)
         randomise(network, seed)
+        channels_last(network)
     rng = torch.Generator(device).manual_seed(seed + 1)
     context = torch.randn(1, TOKENS, unet.context_dim, generator=rng, device=device)
     pooled = torch.randn(1, unet.pooled_dim, generator=rng, device=device)

@@ -13,8 +13,7 @@ size live at once, 192 values for each pixel or 6.4 GB, and a few bands: 7.1 GB 
 Ranks share the bands of every pass, and each gets the rows that the others computed of a picture that is kept: the
 pictures are those of one process, to the bit.
 
-Time: bands stay in the cache, and a 3×3 convolution of a doubled picture is one transposed convolution of the picture
-itself, with 4 products for each output where there were 9.
+Time: bands stay in the cache.
 """
 
 from __future__ import annotations
@@ -80,7 +79,6 @@ class Banded:
         self.rows = rows
         self.widest = self.num_bytes  # of the pictures that its rows are computed from
         self.kept: Tensor | None = None
-        self.half: Banded | None = None  # where this is the doubling of another
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Banded:
@@ -146,7 +144,7 @@ class Banded:
 
     def keep(self, whole: Tensor) -> None:
         """Read `whole` from now on, and let go of what this was computed from."""
-        self.kept, self.rows, self.half = whole, _rows_of(whole), None
+        self.kept, self.rows = whole, _rows_of(whole)
         self.widest = self.num_bytes
 
     def _keeping(self) -> Iterator[Tensor]:
@@ -213,9 +211,6 @@ def _conv2d(
     dilation: tuple[int, int],
     groups: int,
 ) -> Banded:
-    plain = stride == padding == dilation == (1, 1) and groups == 1 and weight.shape[2:] == (3, 3)
-    if x.half is not None and plain:
-        return _conv2d_of_doubled(x.half, weight, bias)
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
     size = [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(x.shape[2:], padding, reach, stride, strict=True)]
 
@@ -227,17 +222,14 @@ def _conv2d(
     return x.into(rows, weight.shape[0], size)
 
 
-def _conv2d_of_doubled(x: Banded, weight: Tensor, bias: Tensor | None) -> Banded:
-    """Convolve the doubling of x with weights (C', C, 3, 3), as a transposed convolution of x with their 4×4 sums.
-
-    In one dimension the output 2i is w0·x[i - 1] + (w1 + w2)·x[i], and 2i + 1 is (w0 + w1)·x[i] + w2·x[i + 1].
-    """
-    sums = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]]).to(weight)
-    weight = torch.einsum("yi,xj,oqij->qoyx", sums, sums, weight)
+def _conv_transpose2d(x: Banded, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Banded:
+    if tuple(weight.shape[2:]) != (4, 4) or (stride, padding) != (2, 1):
+        told = f"kernel={tuple(weight.shape[2:])}, stride={stride}, padding={padding}"
+        raise NotImplementedError(f"a transposed convolution with {told} cannot run in bands: doubling by 4×4 can")
 
     def rows(top: int, bottom: int) -> Tensor:
         first, last = max((top - 1) // 2, 0), min(bottom // 2 + 1, x.shape[2])
-        band = F.conv_transpose2d(x.rows(first, last), weight, bias, stride=2, padding=1)
+        band = F.conv_transpose2d(x.rows(first, last), weight, bias, stride, padding)
         return band[:, :, top - 2 * first : bottom - 2 * first]
 
     return x.into(rows, weight.shape[1], [2 * n for n in x.shape[2:]])
@@ -276,24 +268,10 @@ def _pad(x: Banded, pad: tuple[int, int, int, int], mode: str, value: float | No
     return x.into(lambda top, bottom: _with_zeros(x, top - above, bottom - above, left, right), size=size)
 
 
-def _interpolate(x: Banded, size: tuple[int, int] | None, mode: str, **others: Any) -> Banded:
-    if mode != "nearest" or size != (2 * x.shape[2], 2 * x.shape[3]):
-        raise NotImplementedError(f"interpolation with mode={mode!r}, size={size} cannot run in bands: doubling can")
-
-    def rows(top: int, bottom: int) -> Tensor:
-        first = top // 2
-        band = F.interpolate(x.rows(first, (bottom + 1) // 2), scale_factor=2, mode="nearest")
-        return band[:, :, top - 2 * first : bottom - 2 * first]
-
-    doubled = x.into(rows, size=size)
-    doubled.half = x
-    return doubled
-
-
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Banded]] = {
     F.conv2d: _conv2d,
+    F.conv_transpose2d: _conv_transpose2d,
     F.group_norm: _group_norm,
     F.silu: _silu,
     F.pad: _pad,
-    F.interpolate: _interpolate,
 }

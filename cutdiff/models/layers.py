@@ -22,6 +22,15 @@ def sinusoidal_embedding(values: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def channels_last(network: nn.Module) -> None:
+    """Lay the weights of convolutions out with the channels of a position side by side, in place.
+
+    A convolution's output lies as its weights do, whatever its input: so feature maps stay in the layout in which
+    convolutions are fastest, and whose pixels are tokens of a transformer without a copy.
+    """
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing from torch's stub)
+
+
 class EmbeddingMLP(nn.Module):
     """Two linear layers with SiLU between them: (N, in_dim) -> (N, out_dim)."""
 

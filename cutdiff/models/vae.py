@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cutdiff.models.bands import Limits, in_bands
 from cutdiff.models.config import VAEConfig
-from cutdiff.models.layers import Attention, Downsample, ResnetBlock, TextContext, Upsample
+from cutdiff.models.layers import Attention, Downsample, ResnetBlock, TextContext
 from cutdiff.ranks import ALONE, Ranks
 
 EPS = 1e-6
@@ -85,6 +85,27 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Upsample(nn.Module):
+    """Repeat pixels to twice the size, then convolve: as a transposed convolution, 4 products an output and not 9."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, doubling(self.conv.weight), self.conv.bias, 2, 1)
+
+
+def doubling(weight: Tensor) -> Tensor:
+    """A 3×3 convolution (C', C, 3, 3) of repeated pixels as the transposed one (C, C', 4, 4), stride 2, of the pixels.
+
+    In one dimension the output 2i is w0·x[i - 1] + (w1 + w2)·x[i], and 2i + 1 is (w0 + w1)·x[i] + w2·x[i + 1].
+    """
+    taps = weight.flip(2, 3)
+    taps = F.pad(taps, (0, 1)) + F.pad(taps, (1, 0))
+    return (F.pad(taps, (0, 0, 0, 1)) + F.pad(taps, (0, 0, 1, 0))).transpose(0, 1)
 
 
 class Level(nn.Module):

@@ -96,11 +96,6 @@ def fit(
     module.eval()
 
 
-def channels_last(network: nn.Module) -> None:
-    """Lay the weights out as convolutions are fastest, in place."""
-    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing from torch's stub)
-
-
 def _optimizers(module: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices; AdamW for embeddings, biases, norms and the layers at either end."""
     ends = ("conv_in", "conv_out", "quant_conv", "embed", "text_projection", "heads")

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cutdiff.models.layers import channels_last
 from cutdiff.scenes import world
 from cutdiff.scenes.features import PIXELS, FeatureNet, blur
 from cutdiff.scenes.features_card import SET_SIZE, write_card
-from cutdiff.scenes.fit import Plan, channels_last, fit
+from cutdiff.scenes.fit import Plan, fit
 from cutdiff.scenes.render import Crop, render
 from cutdiff.scenes.world import Scenes
 

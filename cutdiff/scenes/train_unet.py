@@ -13,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
 from cutdiff.models.config import UNetConfig
+from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextEncoders
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.scenes import world
-from cutdiff.scenes.fit import Plan, channels_last, fit
+from cutdiff.scenes.fit import Plan, fit
 from cutdiff.scenes.render import Crop, render
 from cutdiff.scenes.world import Scenes
 from cutdiff.schedule import NoiseConfig, alphas_cumprod

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from cutdiff.models.config import VAEConfig
+from cutdiff.models.layers import channels_last
 from cutdiff.models.vae import VAE
 from cutdiff.scenes import world
-from cutdiff.scenes.fit import Plan, channels_last, fit
+from cutdiff.scenes.fit import Plan, fit
 from cutdiff.scenes.render import Crop, render
 from cutdiff.scenes.world import Scenes
 
