@@ -123,7 +123,10 @@ class Launch:
         return self.store.add("drawn", more) if self.num_groups > 1 else 0
 
     def wait_for(self, num: int) -> Iterator[None]:
-        """Until `num` pictures are drawn, now and again. RankLost where the processes of other groups hang."""
+        """Until `num` pictures are drawn, now and again.
+
+        RankLost where the processes of other groups hang, and Ended where all have left without theirs.
+        """
         from cutdiff.watch import DONE, hanging
 
         last: dict[int, tuple[str, float]] = {}
@@ -138,6 +141,8 @@ class Launch:
             silent = [(rank, last[rank][0]) for rank, seconds in waited.items() if seconds > self.watch.limit]
             if silent:
                 raise RankLost(hanging(silent, self.watch.limit))
+            if not waited and self.drawn() < num:
+                raise Ended
 
 
 @contextmanager

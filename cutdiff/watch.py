@@ -109,14 +109,16 @@ class Watch:
             os._exit(1)
 
     def _look_who_is_behind(self) -> None:
-        """Where some are, the first of those that wait for them says so, and these end."""
+        """Where some are, the first of those that wait for them says so, and these end.
+
+        Behind are those that moved least: one that waits for them may have moved less than another that it let go on.
+        """
         told = {rank: self.told(rank) for rank in self.ranks}
         moves = {rank: _moves(line) for rank, line in told.items()}
-        behind = [rank for rank in self.ranks if moves[rank] < self.moves]
-        ahead = [rank for rank in self.ranks if moves[rank] == self.moves]
-        if not behind or self.waiting_since is None:
+        behind = [rank for rank in self.ranks if moves[rank] == min(moves.values())]
+        if self.rank in behind or self.waiting_since is None:
             return
-        if self.rank == ahead[0]:
+        if self.rank == next(rank for rank in self.ranks if rank not in behind):
             print(
                 f"cutdiff: {hanging([(rank, told[rank]) for rank in behind], self.limit)}", file=sys.stderr, flush=True
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -78,6 +79,16 @@ def runs(model: Path, folder: Path) -> None:
     run(folder / "alone", 2, ["a", *common, "--rank-timeout", "2", "--out", str(folder / "nothing")], kill_the_second)
     other = [*common, "--num-images", "2", "--out", str(folder / "nothing")]
     run(folder / "other prompts", 2, lambda rank: [*other, "ab"[rank]])
+    mixed = folder / "mixed.txt"
+    mixed.write_text('a\n{"prompt": "b", "height": 256, "width": 256}\nc')
+    large = [*common, "--prompts", str(mixed), "--out"]
+    run(folder / "undisturbed", 1, [*large, str(folder / "large")])
+    for groups in (1, 2):
+        out = folder / f"large, {groups}"
+        arguments = [*large, str(out), "--data-parallel", str(groups)]
+        run(folder / f"disk is full, {groups}", 2, partial(with_little_space, arguments))
+        shutil.copytree(out, folder / f"large before, {groups}")
+        run(folder / f"disk has space, {groups}", 2, arguments)
     for name, (size, disturb, options) in DISTURBED.items():
         endless = ["a", *common, "--num-images", "1000", "--out", str(folder / name / "pictures")]
         run(folder / name, size, [*endless, "--rank-timeout", "5", *options], disturb)
@@ -112,6 +123,13 @@ def run(
     for child in children[1:] if disturb in STOPPING else ():
         os.kill(child, signal.SIGKILL)
     (folder / "ended.json").write_text(json.dumps({"status": ended + statuses(children[1:]), "seconds": seconds}))
+
+
+def with_little_space(arguments: list[str], rank: int) -> list[str]:
+    """A limit on the size of files stands for a full disk, which a picture of 256² exceeds."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    return arguments
 
 
 def send(number: signal.Signals, children: list[int]) -> None:

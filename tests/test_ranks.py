@@ -160,6 +160,24 @@ def test_signals(name: str, status: int, told: str, runs: Path) -> None:
     assert {path.suffix for path in (runs / name / "pictures").iterdir()} == {".png", ".json"}
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_full_disk(groups: int, runs: Path) -> None:
+    """Of two groups the other one draws what it can, and ends too."""
+    whole, name = contents(runs / "large"), "0002-multidiffusion-256x256-seed0.png"
+    status, printed, told, seconds = ended(runs / f"disk is full, {groups}")
+    expected = f"{name} cannot be written (File too large): free space, or change --out"
+    assert [end for end, error in zip(status, told, strict=True) if expected in error] == [1]
+    assert status[0] == 1
+    assert seconds < 30
+    before = contents(runs / f"large before, {groups}")
+    assert before.items() <= {key: value for key, value in whole.items() if not key.startswith("0002")}.items()
+    assert {Path(line).name for line in "".join(printed).split("\n")[:-1]} == {
+        key for key in before if key.endswith("png")
+    }
+    assert ended(runs / f"disk has space, {groups}")[0] == [0, 0]
+    assert contents(runs / f"large, {groups}") == whole
+
+
 def test_ranks_that_do_not_meet(runs: Path) -> None:
     status, _, errors, _ = ended(runs / "alone")
     told = "not all of 2 processes met within 4 s (twice --rank-timeout): start all of them"
