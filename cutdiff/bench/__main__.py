@@ -2,10 +2,11 @@
 
 The whole sampler beside the published CutDiffusion loop on diffusers' modules, in one process, on the same random
 weights of SDXL's sizes: (a) as its README runs it, (b) with view batch 16, (c) with a vectorised draw, (d) with
-torch.compile and channels_last. First the networks are compared, in float32 and then in the dtype of the run. Then
-everyone draws once with two steps, which compiles what is compiled, and then by turns, --repeats times. Seconds are of
-each stage, with all that surrounds the network, and of the VAE apart; ratios are medians over the rounds. The floor is
-the FLOPs of the network's evaluations at the best rate that a large matrix product has in any round.
+torch.compile and channels_last; with --fp8 ours a second time, its linear layers in 8 bits. First the networks are
+compared, in float32 and then in the dtype of the run. Then everyone draws once with two steps, which compiles what is
+compiled, and then by turns, --repeats times. Seconds are of each stage, with all that surrounds the network, and of the
+VAE apart; ratios are medians over the rounds. The floor is the FLOPs of the network's evaluations at the best rate that
+a large matrix product has in any round.
 
 Peak memory is told for each on a GPU, its weights included; of the process, which holds the weights of all, on any.
 Exit status: 0, 1 where networks differ or a run failed, 2 for arguments that cannot be used.
@@ -29,11 +30,12 @@ from tqdm import trange
 import cutdiff
 from cutdiff.bench.measure import Contestant, Ours, Timing, count_flops, matmul_peak, timed
 from cutdiff.bench.parity import NotEqual, prove, prove_again
-from cutdiff.bench.random_model import cast, random_model
-from cutdiff.bench.report import OURS, heading, summary, table
+from cutdiff.bench.random_model import cast, in_fp8, random_model
+from cutdiff.bench.report import FP8, OURS, heading, summary, table
 from cutdiff.images import save_json
 from cutdiff.model import Model
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
+from cutdiff.models.fp8 import check_fp8
 from cutdiff.options import DTYPES, BadArgument, Parser, errors_by_flag
 from cutdiff.patches import check_backend, grid_for
 from cutdiff.pipeline import now, peak_memory
@@ -85,6 +87,8 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     parity = prove(model, Ours(model, settings), baselines.make_baselines(model, ["a"], size)["a"])
     model = cast(model, getattr(torch, args.dtype))
     contestants = {OURS: Ours(model, settings), **baselines.make_baselines(model, args.only, size)}
+    if args.fp8:
+        contestants[FP8] = Ours(in_fp8(model), settings, "cutdiff, fp8")
     num_patches = math.prod(grid_for(size, unet.native_size))
     first = _first_runs(contestants, model, min(settings.view_batch_size or num_patches, num_patches))
     result = {
@@ -164,6 +168,11 @@ def _settings(args: argparse.Namespace, unet: UNetConfig, vae: VAEConfig) -> Set
         raise BadArgument(f"--{str(error).replace('=', ' ', 1)}") from None
     if args.json is not None and not args.json.parent.is_dir():
         raise BadArgument(f"--json {args.json} cannot be written, its folder does not exist: create it")
+    if args.fp8 and args.device == "cuda":
+        try:
+            check_fp8(torch.device(args.device), getattr(torch, args.dtype))
+        except ValueError as error:
+            raise BadArgument(f"--{str(error).replace('=True', '', 1)}") from None
     with errors_by_flag():
         settings = Settings(
             height=args.size,
@@ -196,6 +205,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", choices=BASELINES, default=BASELINES, help="baselines (all)")
     parser.add_argument("--view-batch-size", type=int, metavar="V", help="of ours; none: as sampling chooses it")
     parser.add_argument("--compile", action="store_true", help="ours too")
+    parser.add_argument("--fp8", action="store_true", help="ours a second time, so; on a CPU by the reference product")
     parser.add_argument("--backend", default=defaults.backend, choices=BACKENDS, help="of ours")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
     args = parser.parse_args(argv)

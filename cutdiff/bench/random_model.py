@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from cutdiff.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.models.fp8 import quantize_transformers
 from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
@@ -63,6 +65,13 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
     states = model.text.encode([""])
     text: Any = GivenText(TextStates(states.context.to(dtype), states.pooled.to(dtype)))
     return replace(model, unet=model.unet.to(dtype), vae=model.vae.to(dtype), text=text)
+
+
+def in_fp8(model: Model) -> Model:
+    """A model with linear layers of its own in 8 bits; the other weights are copies."""
+    unet = deepcopy(model.unet)
+    quantize_transformers(unet)
+    return replace(model, unet=unet)
 
 
 @torch.no_grad()
