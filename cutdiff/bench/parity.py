@@ -39,9 +39,8 @@ def prove(model: Model, ours: Contestant, theirs: Contestant) -> dict[str, float
 def prove_again(model: Model, name: str, ours: Contestant, theirs: Contestant, rows: int) -> float:
     """The relative difference of the U-Nets in the dtype of the run, on a batch of `rows`; NotEqual where too large."""
     found = network_difference(model, ours, theirs, rows)
-    check(
-        found, FP8_TOLERANCE if name == FP8 else TOLERANCES[model.dtype], f"unet of {name} in {dtype_name(model.dtype)}"
-    )
+    tolerance = FP8_TOLERANCE if name == FP8 else TOLERANCES[model.dtype]
+    check(found, tolerance, f"unet of {name} in {dtype_name(model.dtype)}")
     return found
 
 
