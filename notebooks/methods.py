@@ -1,7 +1,8 @@
-"""Draw the README's picture: one prompt, four seeds, native size and three methods at twice that."""
+"""Draw the README's picture: one prompt, four seeds, native size and four methods at twice that."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -13,16 +14,21 @@ from cutdiff.images import to_pil
 
 PROMPT = "a red house with mountains over a meadow at sunset"
 SEEDS = 4
+METHODS = ("direct", "multidiffusion", "cutdiffusion", "magnify")
 GAP = 6
+PICTURE = Path(__file__).with_name("methods.png")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=PICTURE, metavar="PNG", help="(%(default)s)")
+    out = parser.parse_args().out
     model = cutdiff.load()
     native = cutdiff.generate(model, [PROMPT] * SEEDS, method="direct", height=128, width=128).images
     rows = [F.interpolate(native, scale_factor=2, mode="nearest")]
-    for method in ("direct", "multidiffusion", "cutdiffusion"):
+    for method in METHODS:
         rows.append(cutdiff.generate(model, [PROMPT] * SEEDS, method=method, height=256, width=256).images)
-    to_pil(tile(torch.stack(rows))).save(Path(__file__).with_name("methods.png"), optimize=True)
+    to_pil(tile(torch.stack(rows))).save(out, optimize=True)
 
 
 def tile(images: Tensor) -> Tensor:
