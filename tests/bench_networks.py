@@ -24,7 +24,6 @@ import cutdiff
 from cutdiff.bench.baselines import with_weights_of
 from cutdiff.bench.random_model import TOKENS, randomise
 from cutdiff.models.config import SDXL_VAE, UNetConfig
-from cutdiff.models.layers import channels_last
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 
@@ -96,9 +95,8 @@ def main() -> None:
     print(f"float32, {args.threads} thread(s), torch {torch.__version__}, medians of {args.rounds} rounds")
     model = cutdiff.load()
     proportioned, sdxl = UNet(PROPORTIONED).eval().requires_grad_(False), VAE(SDXL_VAE).requires_grad_(False)
-    for network in (proportioned, sdxl):
-        randomise(network, 0)
-        channels_last(network)
+    randomise(proportioned, 0)
+    randomise(sdxl, 0)
     pairs = [
         unet_pair("embedded", model.unet, 8, model.native_size),
         unet_pair("embedded", model.unet, 18, model.native_size),

@@ -24,7 +24,6 @@ from torch import Tensor
 from cutdiff.bench.baselines import published_vae
 from cutdiff.bench.random_model import randomise
 from cutdiff.models.config import SDXL_VAE
-from cutdiff.models.layers import channels_last
 from cutdiff.models.vae import VAE
 
 WAYS = ("cutdiff", "cutdiff in bands", "diffusers", "diffusers in tiles")
@@ -33,7 +32,6 @@ WAYS = ("cutdiff", "cutdiff in bands", "diffusers", "diffusers in tiles")
 def make_decode(way: str) -> Callable[[Tensor], Tensor]:
     vae = VAE(SDXL_VAE).requires_grad_(False)
     randomise(vae, seed=0)
-    channels_last(vae)
     if way.startswith("cutdiff"):
         return lambda latents: vae.decode(latents, banded=way.endswith("bands"))
     with torch.device("meta"):

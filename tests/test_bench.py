@@ -52,16 +52,14 @@ def pair(model: Model) -> tuple[Ours, PublishedLoop]:
     return Ours(model, SETTINGS), make_baselines(model, ["a"], SIZE)["a"]
 
 
-def test_both_sides_hold_the_same_weights_and_compute_the_same(small: Model) -> None:
-    """Once, but for the convolutions, which lie in memory as each package has them."""
+def test_both_sides_hold_the_same_weights_once_and_compute_the_same(small: Model) -> None:
+    """The compiled loop has convolutions of its own, in channels_last."""
     ours, theirs = pair(small)
     compiled = make_baselines(small, ["d"], SIZE)["d"].unet
     for name, weight in small.unet.named_parameters():
-        other = theirs.unet.get_parameter(name)
-        assert other.equal(weight)
-        assert other.is_contiguous()
-        assert (other.data_ptr() == weight.data_ptr()) == weight.is_contiguous()
-        assert compiled.get_parameter(name).data_ptr() == weight.data_ptr()
+        assert theirs.unet.get_parameter(name).data_ptr() == weight.data_ptr()
+        assert compiled.get_parameter(name).equal(weight)
+        assert weight.ndim < 4 or compiled.get_parameter(name).is_contiguous(memory_format=torch.channels_last)
     assert max(prove(small, ours, theirs).values()) <= 1e-5
 
 

@@ -265,7 +265,7 @@ def with_weights_of(
 ) -> Any:
     """diffusers' network of the same shape, on the same weights: shared, where they have this dtype and layout.
 
-    diffusers loads weights contiguous; those of our networks are channels_last.
+    diffusers loads weights contiguous; ours are channels_last on a GPU.
     """
     with torch.device("meta"):
         theirs = published_unet(network.config) if isinstance(network, UNet) else published_vae(network.config)

@@ -52,7 +52,8 @@ def random_model(unet: UNetConfig, vae: VAEConfig, device: torch.device, seed: i
     for network in networks:
         network.to_empty(device=device).requires_grad_(False)
         randomise(network, seed)
-        channels_last(network)
+        if device.type != "cpu":  # as a model that is loaded
+            channels_last(network)
     rng = torch.Generator(device).manual_seed(seed + 1)
     context = torch.randn(1, TOKENS, unet.context_dim, generator=rng, device=device)
     pooled = torch.randn(1, unet.pooled_dim, generator=rng, device=device)

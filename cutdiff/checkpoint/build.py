@@ -136,8 +136,8 @@ def build_model(
 
     `source` is where they came from, and `vae_source` where the VAE's did, if from elsewhere.
 
-    A tensor that has the dtype and device already is used where it lies in the mapped file, but for the weights of
-    convolutions, which are laid out anew. Raises ValueError that lists missing, unexpected and mis-shaped keys.
+    A tensor that has the dtype and device already is used where it lies in the mapped file. Raises ValueError that
+    lists missing, unexpected and mis-shaped keys.
     """
     for name, network in networks.named().items():
         where = vae_source if name == "vae" and vae_source else source
@@ -199,7 +199,9 @@ def assign(
         raise ValueError(f"{name}: the weights do not fit the network: take both from one model. Keys {found}")
     network.load_state_dict({key: tensors[key].to(device, dtype) for key in expected}, strict=True, assign=True)
     clip.materialise_positions(network, device)
-    channels_last(network.eval().requires_grad_(False))
+    network.eval().requires_grad_(False)
+    if device.type != "cpu":  # where a copy was made anyway
+        channels_last(network)
 
 
 LEFTOVERS = ("position_ids", "attn_mask", "logit_scale", "text_projection", "logvar", "scale_factor")

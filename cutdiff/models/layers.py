@@ -25,8 +25,8 @@ def sinusoidal_embedding(values: Tensor, dim: int) -> Tensor:
 def channels_last(network: nn.Module) -> None:
     """Lay the weights of convolutions out with the channels of a position side by side, in place.
 
-    A convolution's output lies as its weights do, whatever its input: so feature maps stay in the layout in which
-    convolutions are fastest, and whose pixels are tokens of a transformer without a copy.
+    A convolution's output lies so if its weights or its input do: feature maps stay in the layout that tensor cores
+    want, and whose pixels are tokens of a transformer without a copy.
     """
     network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing from torch's stub)
 
