@@ -109,22 +109,29 @@ class Watch:
             os._exit(1)
 
     def _look_who_is_behind(self) -> None:
-        """Where some are, the first of those that wait for them says so, and these end.
+        """Where some are, one of those that wait for them says so, and these end: the first where it can.
 
-        Behind are those that moved least: one that waits for them may have moved less than another that it let go on.
+        Behind are those that moved least: of two that wait for them, one may have moved less than the other.
         """
         told = {rank: self.told(rank) for rank in self.ranks}
         moves = {rank: _moves(line) for rank, line in told.items()}
         behind = [rank for rank in self.ranks if moves[rank] == min(moves.values())]
         if self.rank in behind or self.waiting_since is None:
             return
-        if self.rank == next(rank for rank in self.ranks if rank not in behind):
-            print(
-                f"cutdiff: {hanging([(rank, told[rank]) for rank in behind], self.limit)}", file=sys.stderr, flush=True
-            )
-        elif self.left.wait(GRACE):
+        first = next(rank for rank in self.ranks if rank not in behind)
+        if self.rank != first and self.left.wait(GRACE):
             return
+        if self._speaks():
+            lost = hanging([(rank, told[rank]) for rank in behind], self.limit)
+            print(f"cutdiff: {lost}", file=sys.stderr, flush=True)
         os._exit(1)
+
+    def _speaks(self) -> bool:
+        """Whether no other rank of these has said who is behind; without the store, another has ended the run."""
+        try:
+            return self.store.add(f"said by {self.ranks[0]}", 1) == 1
+        except RuntimeError:
+            return False
 
 
 def hanging(told: Sequence[tuple[int, str]], limit: float) -> str:

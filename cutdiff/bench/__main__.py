@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -84,7 +85,8 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
 
     _say("making random weights, and comparing the networks in float32")
     model = random_model(unet, vae, device)
-    parity = prove(model, Ours(model, settings), baselines.make_baselines(model, ["a"], size)["a"])
+    eager = Ours(model, replace(settings, compile=False))
+    parity = prove(model, eager, baselines.make_baselines(model, ["a"], size)["a"])
     model = cast(model, getattr(torch, args.dtype))
     contestants = {OURS: Ours(model, settings), **baselines.make_baselines(model, args.only, size)}
     if args.fp8:
@@ -205,7 +207,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", choices=BASELINES, default=BASELINES, help="baselines (all)")
     parser.add_argument("--view-batch-size", type=int, metavar="V", help="of ours; none: as sampling chooses it")
     parser.add_argument("--compile", action="store_true", help="ours too")
-    parser.add_argument("--fp8", action="store_true", help="ours a second time, so; on a CPU by the reference product")
+    parser.add_argument(
+        "--fp8",
+        action="store_true",
+        help="ours a second time, linear layers in 8 bits (on a CPU by reference)",
+    )
     parser.add_argument("--backend", default=defaults.backend, choices=BACKENDS, help="of ours")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
     args = parser.parse_args(argv)

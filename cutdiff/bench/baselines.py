@@ -276,7 +276,8 @@ def with_weights_of(
 
 
 def make_baselines(model: Model, names: Sequence[str], size: Size, seed: int = 0) -> dict[str, PublishedLoop]:
-    """The variants of the loop by their names, on the weights of `model`, which they share; `size` in latents."""
+    """The variants of the loop by their names, on the weights of `model`; `size` in latents. Weights are shared where
+    their layout is the same."""
     positive = model.text.encode([""])
     negative = TextStates.zeros_like(positive)
     vae = with_weights_of(model.vae, model.vae_dtype)

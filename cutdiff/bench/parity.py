@@ -29,10 +29,10 @@ def prove(model: Model, ours: Contestant, theirs: Contestant) -> dict[str, float
     """The relative difference of U-Net and VAE, both on the weights of `model` in float32; NotEqual past 1e-4."""
     with full_precision():
         unet = network_difference(model, ours, theirs, rows=2)
-        check(unet, TOLERANCE, "unet in float32")
+        check(unet, TOLERANCE, "unet in float32 differs from diffusers'")
         latents = network_inputs(model, 1)[0]
         vae = relative_difference(ours.decode(latents), theirs.decode(latents))
-        check(vae, TOLERANCE, "vae in float32")
+        check(vae, TOLERANCE, "vae in float32 differs from diffusers'")
     return {"unet": unet, "vae": vae}
 
 
@@ -40,7 +40,7 @@ def prove_again(model: Model, name: str, ours: Contestant, theirs: Contestant, r
     """The relative difference of the U-Nets in the dtype of the run, on a batch of `rows`; NotEqual where too large."""
     found = network_difference(model, ours, theirs, rows)
     tolerance = FP8_TOLERANCE if name == FP8 else TOLERANCES[model.dtype]
-    check(found, tolerance, f"unet of {name} in {dtype_name(model.dtype)}")
+    check(found, tolerance, f"unet of {name} in {dtype_name(model.dtype)} differs from ours")
     return found
 
 
@@ -56,9 +56,7 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 
 def check(difference: float, tolerance: float, what: str) -> None:
     if not difference <= tolerance:  # NaN is no parity
-        raise NotEqual(
-            f"the {what} differs from diffusers' by {difference:.1e}, past {tolerance:.0e}: nothing was timed"
-        )
+        raise NotEqual(f"the {what} by {difference:.1e}, past {tolerance:.0e}: nothing was timed")
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
 
 
 def in_fp8(model: Model) -> Model:
-    """A model with linear layers of its own in 8 bits; the other weights are copies."""
+    """A copy of the model, the linear layers of its transformers in 8 bits."""
     unet = deepcopy(model.unet)
     quantize_transformers(unet)
     return replace(model, unet=unet)

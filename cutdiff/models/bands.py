@@ -12,8 +12,6 @@ size live at once, 192 values for each pixel or 6.4 GB, and a few bands: 7.1 GB 
 
 Ranks share the bands of every pass, and each gets the rows that the others computed of a picture that is kept: the
 pictures are those of one process, to the bit.
-
-Time: bands stay in the cache.
 """
 
 from __future__ import annotations

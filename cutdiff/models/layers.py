@@ -26,7 +26,7 @@ def channels_last(network: nn.Module) -> None:
     """Lay the weights of convolutions out with the channels of a position side by side, in place.
 
     A convolution's output lies so if its weights or its input do: feature maps stay in the layout that tensor cores
-    want, and whose pixels are tokens of a transformer without a copy.
+    want, in which pixels are a transformer's tokens without a copy.
     """
     network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing from torch's stub)
 
@@ -141,15 +141,3 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
-
-
-class Upsample(nn.Module):
-    """Repeat pixels (nearest) to twice the size, or to `size` where an odd level was halved, then convolve."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else size
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))

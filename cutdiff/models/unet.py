@@ -18,7 +18,6 @@ from cutdiff.models.layers import (
     EmbeddingMLP,
     ResnetBlock,
     TextContext,
-    Upsample,
     sinusoidal_embedding,
 )
 
@@ -95,6 +94,18 @@ class Transformer(nn.Module):
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Upsample(nn.Module):
+    """Repeat pixels (nearest) to twice the size, or to `size` where an odd level was halved, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else size
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Level(nn.Module):
