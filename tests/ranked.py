@@ -29,7 +29,7 @@ QUICK = ["--method", "multidiffusion", "--steps", "3", "--width", "128", "--heig
 
 def methods(model: Path, folder: Path) -> None:
     """Every method on `SIZES` ranks, decoded in small bands: `folder`/SIZE-RANK.pt has what each rank has."""
-    cutdiff.models.vae.LARGE_BYTES = 0
+    cutdiff.models.vae.CPU_LARGE_BYTES = 0
     cutdiff.models.vae.SCORE_BYTES = 4096
     cutdiff.models.bands.CPU_BAND_BYTES = 20_000
     for size in SIZES:

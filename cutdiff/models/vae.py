@@ -22,6 +22,7 @@ from cutdiff.ranks import ALONE, Ranks
 EPS = 1e-6
 SCORE_BYTES = 1 << 30  # of attention at once, in float32: all scores of an image of 1024²
 LARGE_BYTES = 256 << 20  # of the widest activation, as of an SDXL image of 512² in float32: from here on in bands
+CPU_LARGE_BYTES = 32 << 20  # likewise, in float32 on a CPU, where torch's group norm of a whole picture loses digits
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,8 @@ class VAE(nn.Module):
         if banded is None:
             asked = x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
             trained = torch.is_grad_enabled() and asked
-            banded = not trained and pixels * max(self.config.channels[:2]) * x.element_size() >= LARGE_BYTES
+            large = CPU_LARGE_BYTES if x.device.type == "cpu" and x.dtype == torch.float32 else LARGE_BYTES
+            banded = not trained and pixels * max(self.config.channels[:2]) * x.element_size() >= large
         attentions = [layer for layer in self.modules() if isinstance(layer, SpatialAttention)]
         try:
             for layer in attentions:
