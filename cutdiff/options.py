@@ -236,6 +236,10 @@ def _add_run(group: Group, defaults: Settings) -> None:
     )  # fmt: skip
     group.add_argument("--compile", action="store_true", help="compile the network first, which takes minutes")
     group.add_argument(
+        "--cuda-graphs", action="store_true",
+        help="with --compile, on a GPU: record the network for each number of rows, for small batches",
+    )  # fmt: skip
+    group.add_argument(
         "--backend", default=defaults.backend, choices=BACKENDS, help="of the operators around the network"
     )
     group.add_argument("--log-json", action="store_true", help="print a JSON object for each picture, not its path")

@@ -146,6 +146,8 @@ def _decoded(vae: VAE, dtype: torch.dtype, latents: Tensor, ranks: Ranks) -> Ten
 def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Solver, Schedule]:
     """The canvas in latents, the solver and the schedule of a run; ValueError where the model cannot do it."""
     check_backend(settings.backend, model.device)
+    if settings.cuda_graphs and model.device.type != "cuda":
+        raise ValueError(f"cuda_graphs=True needs a GPU, and the device is {model.device}: leave it out")
     model.text.skipping(settings.clip_skip)
     for name in ("prompt_2", "negative_prompt_2"):
         if getattr(settings, name) is not None and model.text.text_encoder_2 is None:
@@ -182,7 +184,7 @@ def prepare(
         negative=negative,
         guidance_scale=settings.guidance_scale,
         factor=model.factor,
-        compiled=compiled(model.unet) if settings.compile else None,
+        compiled=compiled(model.unet, cuda_graphs=settings.cuda_graphs) if settings.compile else None,
         view_batch_size=_view_batch_size(model, settings),
         ranks=ranks,
         items_of_a_call=settings.view_batch_size,

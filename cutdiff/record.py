@@ -17,7 +17,7 @@ from cutdiff.draws import Draws
 from cutdiff.model import Model, dtype_name
 from cutdiff.settings import Settings
 
-ROUNDING = ("view_batch_size", "backend", "compile", "device")
+ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
 """What changes a picture by rounding only, so that a run may go on with another."""
 
 

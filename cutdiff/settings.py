@@ -96,6 +96,9 @@ class Settings:
     CPU, all of a step on a GPU."""
     compile: bool = False
     """Whether the network goes through torch.compile, which takes minutes once; not for methods that change it."""
+    cuda_graphs: bool = False
+    """Whether the compiled network is recorded as a CUDA graph for each number of rows: fewer waits where batches are
+    small."""
     backend: str = "auto"
     """Of the operators around the network: "triton", "reference" (plain torch), or "auto", which is Triton on a GPU."""
 
@@ -129,6 +132,8 @@ class Settings:
             raise ValueError(f"eta={self.eta} needs solver='ddim', not {self.solver!r}")
         if self.compile and self.method in CHANGING_THE_NETWORK:
             raise ValueError(f"compile={self.compile} is not for {self.method}, which changes the network on the way")
+        if self.cuda_graphs and not self.compile:
+            raise ValueError(f"cuda_graphs={self.cuda_graphs} goes with a compiled network: set compile=True too")
         if self.method == "accdiffusion" and self.prompt_2 is not None:
             raise ValueError(
                 f"prompt_2={self.prompt_2!r} is not for accdiffusion, whose views are told words of one prompt"

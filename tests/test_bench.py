@@ -200,7 +200,7 @@ def test_the_command_line_compares_times_and_writes_all_of_it(
 
 def test_ours_in_8_bits_is_one_more_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bench.json"
-    assert command.main([*SMALLEST, "--only", "--fp8", "--json", str(path)]) == 0
+    assert command.main([*SMALLEST, "--only", "--also", "fp8", "--json", str(path)]) == 0
     row = json.loads(path.read_text())["contestants"]["fp8"]
     assert 1e-3 < row["difference"] < 0.1
     assert "| cutdiff, fp8 |" in capsys.readouterr().out
@@ -216,6 +216,7 @@ def test_ours_in_8_bits_is_one_more_row(tmp_path: Path, capsys: pytest.CaptureFi
         (["--steps", "1001"], "--steps 1001 must be between 1 and the 1000 timesteps"),
         (["--size", "40960"], "--height 40960 must be a positive multiple of 8, at most 32768"),
         (["--json", "/nowhere/x.json"], "--json /nowhere/x.json cannot be written, its folder does not exist"),
+        (["--also", "graphs"], "--also graphs: CUDA graphs need a GPU, and the device is cpu: leave it out"),
         (["--only", "e"], "argument --only: 'e' is not one of a, b, c, d (see --help)"),
         (["--sizes", "2048"], "--sizes is no option: did you mean '--size'? (see --help)"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import on
 from torch._dynamo.utils import counters
 
 import cutdiff
@@ -48,3 +49,15 @@ def test_the_other_methods_change_nothing_in_the_network(tiny_model: Model, meth
 
     with replaced(unet, forward=forward):
         cutdiff.generate(tiny_model, "a red house", method=method, num_steps=2)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_draw_the_same(tiny_model: Model) -> None:
+    """A stage of full batches and one with a smaller last one, twice: recorded, and replayed with another prompt."""
+    torch.compiler.reset()
+    model = on("cuda", tiny_model)
+    for prompt in ("a red house", "a blue tree at night"):
+        options = {"num_steps": 4, "view_batch_size": 4, "seed": 3}
+        plain = cutdiff.generate(model, prompt, **options)
+        graphs = cutdiff.generate(model, prompt, compile=True, cuda_graphs=True, **options)
+        torch.testing.assert_close(graphs.latents, plain.latents, rtol=1e-3, atol=1e-3)

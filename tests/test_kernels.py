@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from cutdiff_kernels import bench, patches, reference, views
 from cutdiff_kernels.reference import Seeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import on
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
@@ -424,16 +424,6 @@ def test_the_embedded_model_draws_the_same_on_a_gpu_and_a_cpu() -> None:
         torch.backends.cudnn.allow_tf32 = allow_tf32
     error = torch.linalg.norm(latents["cuda"] - latents["cpu"]) / torch.linalg.norm(latents["cpu"])
     assert error <= 1e-3
-
-
-def on(device: str, model: Model) -> Model:
-    """A copy of the model on the device."""
-    if device == "cpu":
-        return model
-    copy = deepcopy(model)
-    for network in (copy.unet, copy.vae, *copy.text.encoders):
-        network.to(device)
-    return copy
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

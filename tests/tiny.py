@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,13 @@ def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
     tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
     edit(tensors)
     save_file(tensors, path)
+
+
+def on(device: str, model: Model) -> Model:
+    """A copy of the model on the device."""
+    if device == "cpu":
+        return model
+    copy = deepcopy(model)
+    for network in (copy.unet, copy.vae, *copy.text.encoders):
+        network.to(device)
+    return copy

@@ -2,7 +2,8 @@
 
 The whole sampler beside the published CutDiffusion loop on diffusers' modules, in one process, on the same random
 weights of SDXL's sizes: (a) as its README runs it, (b) with view batch 16, (c) with a vectorised draw, (d) with
-torch.compile and channels_last; with --fp8 ours a second time, its linear layers in 8 bits. First the networks are
+torch.compile and channels_last; with --also ours a second time, its linear layers in 8 bits, its norms and gates by
+Triton kernels, or compiled and recorded as CUDA graphs. First the networks are
 compared, in float32 and then in the dtype of the run. Then everyone draws once with two steps, which compiles what is
 compiled, and then by turns, --repeats times. Seconds are of each stage, with all that surrounds the network, and of the
 VAE apart; ratios are medians over the rounds. The floor is the FLOPs of the network's evaluations at the best rate that
@@ -31,12 +32,13 @@ from tqdm import trange
 import cutdiff
 from cutdiff.bench.measure import Contestant, Ours, Timing, count_flops, matmul_peak, timed
 from cutdiff.bench.parity import NotEqual, prove, prove_again
-from cutdiff.bench.random_model import cast, in_fp8, random_model
-from cutdiff.bench.report import FP8, OURS, heading, summary, table
+from cutdiff.bench.random_model import cast, changed, random_model
+from cutdiff.bench.report import FP8, FUSED, GRAPHS, OURS, VARIANTS, heading, summary, table
 from cutdiff.images import save_json
 from cutdiff.model import Model
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
-from cutdiff.models.fp8 import check_fp8
+from cutdiff.models.fp8 import check_fp8, quantize_transformers
+from cutdiff.models.fused import check_fused, fuse
 from cutdiff.options import DTYPES, BadArgument, Parser, errors_by_flag
 from cutdiff.patches import check_backend, grid_for
 from cutdiff.pipeline import now, peak_memory
@@ -89,8 +91,8 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     parity = prove(model, eager, baselines.make_baselines(model, ["a"], size)["a"])
     model = cast(model, getattr(torch, args.dtype))
     contestants = {OURS: Ours(model, settings), **baselines.make_baselines(model, args.only, size)}
-    if args.fp8:
-        contestants[FP8] = Ours(in_fp8(model), settings, "cutdiff, fp8")
+    for name in args.also:
+        contestants[name] = _variant(name, model, settings)
     num_patches = math.prod(grid_for(size, unet.native_size))
     first = _first_runs(contestants, model, min(settings.view_batch_size or num_patches, num_patches))
     result = {
@@ -115,6 +117,22 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
         if args.json is not None:
             save_json(args.json, result)
     return result
+
+
+def _variant(name: str, model: Model, settings: Settings) -> Ours:
+    if name == GRAPHS:
+        return Ours(model, replace(settings, compile=True, cuda_graphs=True), "cutdiff, compiled, CUDA graphs")
+    return Ours(changed(model, {FP8: quantize_transformers, FUSED: fuse}[name]), settings, f"cutdiff, {name}")
+
+
+def _check_variant(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError where a variant cannot be had."""
+    if name == FP8 and device.type == "cuda":
+        check_fp8(device, dtype)
+    if name == FUSED:
+        check_fused(device)
+    if name == GRAPHS and device.type != "cuda":
+        raise ValueError(f"CUDA graphs need a GPU, and the device is {device}: leave it out")
 
 
 def _first_runs(contestants: dict[str, Contestant], model: Model, num_patches: int) -> dict[str, dict[str, Any]]:
@@ -170,11 +188,11 @@ def _settings(args: argparse.Namespace, unet: UNetConfig, vae: VAEConfig) -> Set
         raise BadArgument(f"--{str(error).replace('=', ' ', 1)}") from None
     if args.json is not None and not args.json.parent.is_dir():
         raise BadArgument(f"--json {args.json} cannot be written, its folder does not exist: create it")
-    if args.fp8 and args.device == "cuda":
+    for name in args.also:
         try:
-            check_fp8(torch.device(args.device), getattr(torch, args.dtype))
+            _check_variant(name, torch.device(args.device), getattr(torch, args.dtype))
         except ValueError as error:
-            raise BadArgument(f"--{str(error).replace('=True', '', 1)}") from None
+            raise BadArgument(f"--also {name}: {error}") from None
     with errors_by_flag():
         settings = Settings(
             height=args.size,
@@ -208,9 +226,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--view-batch-size", type=int, metavar="V", help="of ours; none: as sampling chooses it")
     parser.add_argument("--compile", action="store_true", help="ours too")
     parser.add_argument(
-        "--fp8",
-        action="store_true",
-        help="ours a second time, linear layers in 8 bits (on a CPU by reference)",
+        "--also",
+        nargs="+",
+        choices=VARIANTS,
+        default=(),
+        help="ours a second time: linear layers in 8 bits (on a CPU by reference), norms and gates by Triton kernels, "
+        "compiled and recorded as CUDA graphs",
     )
     parser.add_argument("--backend", default=defaults.backend, choices=BACKENDS, help="of ours")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")

@@ -71,7 +71,8 @@ class Ours:
 
     @torch.no_grad()
     def predict(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
-        unet = compiled(self.model.unet) if self.settings.compile else self.model.unet
+        settings, unet = self.settings, self.model.unet
+        unet = compiled(unet, cuda_graphs=settings.cuda_graphs) if settings.compile else unet
         return unet(x, timesteps.expand(len(x)), context, pooled, size_ids)
 
     def steps(self, num_steps: int) -> Iterator[tuple[str, Tensor]]:

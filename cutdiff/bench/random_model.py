@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from cutdiff.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
-from cutdiff.models.fp8 import quantize_transformers
 from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
@@ -68,10 +67,10 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
     return replace(model, unet=model.unet.to(dtype), vae=model.vae.to(dtype), text=text)
 
 
-def in_fp8(model: Model) -> Model:
-    """A copy of the model, the linear layers of its transformers in 8 bits."""
+def changed(model: Model, change: Callable[[UNet], None]) -> Model:
+    """The model with a changed copy of its U-Net."""
     unet = deepcopy(model.unet)
-    quantize_transformers(unet)
+    change(unet)
     return replace(model, unet=unet)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from cutdiff.bench.measure import PARTS, Timing
 
 OURS = "cutdiff"
-FP8 = "fp8"
+FP8, FUSED, GRAPHS = VARIANTS = ("fp8", "fused", "graphs")
+"""Ours a second time: linear layers in 8 bits, norms and gates by Triton kernels, recorded as CUDA graphs."""
 
 
 def summary(timings: dict[str, list[Timing]], flops: dict[str, float], peak_flops: float) -> dict[str, dict[str, Any]]:
@@ -64,7 +65,7 @@ def table(result: dict[str, Any]) -> str:
     for name, row in result["contestants"].items():
         seconds = row["seconds"]
         cells = [
-            row["what"] if name in (OURS, FP8) else f"{name}: {row['what']}",
+            row["what"] if name in (OURS, *VARIANTS) else f"{name}: {row['what']}",
             f"{seconds['structure']['median']:.2f}",
             f"{seconds['detail']['median']:.2f}",
             _cell(seconds["network"]),

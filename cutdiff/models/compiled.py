@@ -13,19 +13,23 @@ from cutdiff.models.unet import Context, UNet
 BACKEND = "inductor"
 
 
-def compiled(unet: UNet) -> Callable[..., Tensor]:
+def compiled(unet: UNet, *, cuda_graphs: bool = False) -> Callable[..., Tensor]:
     """`unet.forward`, compiled as one graph when it is first called; what was compiled serves later runs too.
 
     The number of rows stays open, so that the stages of a run and its last, smaller batches do not each compile anew.
+    `cuda_graphs` are recorded for each number of rows; what they give is copied, as the next call writes over it.
     What is changed inside of `unet` afterwards is not always seen: hooks are not.
     """
-    run = torch.compile(unet, fullgraph=True, backend=BACKEND)
+    run = torch.compile(unet, fullgraph=True, backend=BACKEND, mode="reduce-overhead" if cuda_graphs else None)
 
     def forward(x: Tensor, timesteps: Tensor, context: Context, pooled: Tensor, size_ids: Tensor) -> Tensor:
         timesteps = timesteps.contiguous()
         by_row = (x, timesteps, context.rows if isinstance(context, TextContext) else context, pooled, size_ids)
         for values in by_row:
             torch._dynamo.maybe_mark_dynamic(values, 0)
-        return run(x, timesteps, context, pooled, size_ids)
+        if not cuda_graphs:
+            return run(x, timesteps, context, pooled, size_ids)
+        torch.compiler.cudagraph_mark_step_begin()
+        return run(x, timesteps, context, pooled, size_ids).clone()
 
     return forward

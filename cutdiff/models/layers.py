@@ -43,6 +43,13 @@ class EmbeddingMLP(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class GroupNormSiLU(nn.GroupNorm):
+    """A group norm and what stands after it before every convolution: x·sigmoid(x)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.silu(super().forward(input), inplace=True)
+
+
 class ResnetBlock(nn.Module):
     """Two normalised 3×3 convolutions with a skip; the time embedding, where there is one, is added between them."""
 
@@ -50,11 +57,11 @@ class ResnetBlock(nn.Module):
         self, in_channels: int, out_channels: int, *, norm_groups: int, eps: float, time_dim: int | None = None
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=eps)
+        self.norm1 = GroupNormSiLU(norm_groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if time_dim is not None:
             self.time_emb_proj = nn.Linear(time_dim, out_channels)
-        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=eps)
+        self.norm2 = GroupNormSiLU(norm_groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -62,10 +69,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """x (B, C, h, w), time (B, time_dim) -> (B, C', h, w)."""
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv1(self.norm1(x))
         if time is not None:
             h += self.time_emb_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        h = self.conv2(self.norm2(h))
         return (self.conv_shortcut(x) if self.has_shortcut else x) + h
 
 

@@ -16,6 +16,7 @@ from cutdiff.models.layers import (
     Attention,
     Downsample,
     EmbeddingMLP,
+    GroupNormSiLU,
     ResnetBlock,
     TextContext,
     sinusoidal_embedding,
@@ -195,7 +196,7 @@ class UNet(nn.Module):
                 level.upsamplers.append(Upsample(channels[i]))
             self.up_blocks.append(level)
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=1e-5)
+        self.conv_norm_out = GroupNormSiLU(config.norm_groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Context, pooled: Tensor, size_ids: Tensor) -> Tensor:
@@ -219,7 +220,7 @@ class UNet(nn.Module):
             skips, own = skips[:-joined], skips[-joined:]
             size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else None
             x = level(x, own, time, context, size)
-        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+        return self.conv_out(self.conv_norm_out(x))
 
     def read(self, states: Tensor) -> TextContext:
         """What all layers make of text states (P, L, context_dim). Indexed by rows (B,), it is the context of B items:

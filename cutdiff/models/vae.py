@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cutdiff.models.bands import Limits, in_bands
 from cutdiff.models.config import VAEConfig
-from cutdiff.models.layers import Attention, Downsample, ResnetBlock, TextContext
+from cutdiff.models.layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, TextContext
 from cutdiff.ranks import ALONE, Ranks
 
 EPS = 1e-6
@@ -138,14 +138,14 @@ class Encoder(nn.Module):
                 level.downsamplers.append(Downsample(width, asymmetric=True))
             self.down_blocks.append(level)
         self.mid_block = MidBlock(channels[-1], norm_groups=groups)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
+        self.conv_norm_out = GroupNormSiLU(groups, channels[-1], eps=EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x)), inplace=True))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
 
 
 class Decoder(nn.Module):
@@ -162,14 +162,14 @@ class Decoder(nn.Module):
             if i < len(channels) - 1:
                 level.upsamplers.append(Upsample(width))
             self.up_blocks.append(level)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
+        self.conv_norm_out = GroupNormSiLU(groups, channels[-1], eps=EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class VAE(nn.Module):

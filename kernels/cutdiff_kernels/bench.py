@@ -200,13 +200,13 @@ class Inputs:
 def measure(operation: Operation, inputs: Inputs, copy_rate: float | None) -> Row:
     """Check one operation, then time it in every way."""
     row: dict[str, Any] = {"size": inputs.latents * FACTOR, "name": operation.name, "bytes": operation.bytes}
-    clock = partial(_seconds, count=inputs.count, device=inputs.device)
+    clock = partial(host_seconds, count=inputs.count, device=inputs.device)
     if operation.kernel is not None:
         for i in (0, inputs.count - 1):
             difference = compare(operation.kernel(i), operation.reference(i))
             if difference:
                 return Row(**row, failed=difference)
-        seconds = _graph_seconds(operation.kernel, inputs.count)
+        seconds = graph_seconds(operation.kernel, inputs.count)
         row["kernel_us"] = 1e6 * seconds
         row["share_of_copy"] = None if copy_rate is None else operation.bytes / seconds / copy_rate
         row["launched_us"] = 1e6 * clock(operation.kernel)
@@ -215,7 +215,7 @@ def measure(operation: Operation, inputs: Inputs, copy_rate: float | None) -> Ro
     if operation.compiled is not None:
         row["compiled_us"] = 1e6 * clock(operation.compiled)
     if operation.published is not None:
-        row["published_us"] = 1e6 * _seconds(operation.published, 1, inputs.device, repeats=3)
+        row["published_us"] = 1e6 * host_seconds(operation.published, 1, inputs.device, repeats=3)
     return Row(**row)
 
 
@@ -230,7 +230,7 @@ def compare(got: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
     return ""
 
 
-def _seconds(call: Call, count: int, device: torch.device, repeats: int = 9) -> float:
+def host_seconds(call: Call, count: int, device: torch.device, repeats: int = 9) -> float:
     """Median seconds of a call, over `count` input sets in a row."""
     for i in range(count):
         call(i)
@@ -245,7 +245,7 @@ def _seconds(call: Call, count: int, device: torch.device, repeats: int = 9) -> 
     return statistics.median(times)
 
 
-def _graph_seconds(call: Call, count: int, repeats: int = 15, replays: int = 5) -> float:
+def graph_seconds(call: Call, count: int, repeats: int = 15, replays: int = 5) -> float:
     """Median seconds of a call among `count` of them in one CUDA graph, which is replayed without a pause."""
     call(0)
     graph = torch.cuda.CUDAGraph()
@@ -276,7 +276,7 @@ def _launches(call: Call) -> int:
 def copy_rate(device: torch.device, size: int = 2**30) -> float:
     """Bytes read and written by a second of a large copy."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
-    return 2 * size / _graph_seconds(lambda i: (source.clone(),), 2)
+    return 2 * size / graph_seconds(lambda i: (source.clone(),), 2)
 
 
 def draw_seconds(positions: int = CHANNELS * WINDOW**2, num_patches: int = 4) -> dict[str, float]:
@@ -287,8 +287,8 @@ def draw_seconds(positions: int = CHANNELS * WINDOW**2, num_patches: int = 4) ->
         permutation, shape = Seeded(torch.tensor([0]), 0, True), (CHANNELS, WINDOW, positions // CHANNELS // WINDOW)
         cpu = torch.device("cpu")
         loop = lambda i: tuple(torch.randperm(num_patches) for _ in range(positions))  # noqa: E731
-        published = _seconds(loop, 1, cpu, 5)
-        vectorised = _seconds(lambda i: (reference.permutation_index(permutation, num_patches, shape),), 4, cpu)
+        published = host_seconds(loop, 1, cpu, 5)
+        vectorised = host_seconds(lambda i: (reference.permutation_index(permutation, num_patches, shape),), 4, cpu)
     finally:
         torch.set_num_threads(threads)
     return {"published_s": published, "reference_s": vectorised}

@@ -13,12 +13,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from cutdiff_kernels import patches, views
+from cutdiff_kernels import network, patches, views
 from cutdiff_kernels.launch import ROUNDING
 
 TARGETS = {
@@ -37,17 +38,19 @@ class Variant:
     name: str
     kernel: triton.JITFunction
     types: dict[str, object]
-    constants: dict[str, int | bool]
+    constants: dict[str, int | bool | str]
     options: dict[str, int | bool]
+    sixteens: tuple[str, ...] = ()
+    """Arguments that are multiples of 16 in all networks that matter, which Triton makes kernels of their own for."""
 
     def compile(self, target: GPUTarget) -> CompiledKernel:
         # Pointers come from torch's allocator, which aligns to more than 16 bytes.
-        pointers = [i for i, t in enumerate(self.types.values()) if isinstance(t, str) and t.startswith("*")]
+        known = [i for i, (name, t) in enumerate(self.types.items()) if str(t).startswith("*") or name in self.sixteens]
         source = ASTSource(
             fn=self.kernel,
             signature=self.types | dict.fromkeys(self.constants, "constexpr"),
             constexprs=dict(self.constants),
-            attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+            attrs={(i,): [["tt.divisibility", 16]] for i in known},
         )
         return triton.compile(source, target=target, options=self.options)
 
@@ -65,7 +68,7 @@ class Resources:
     """Bytes."""
 
 
-def variants() -> list[Variant]:
+def variants(target: str) -> list[Variant]:
     """Every kernel at every grain, for grids up to 8×8, in the dtypes that networks run in."""
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
@@ -75,6 +78,7 @@ def variants() -> list[Variant]:
                     continue  # the dtype changes a load and a store, not the permutation
                 found += _patch_variants(dtype, grid, source, grain)
         found += _view_variants(dtype)
+        found += _network_variants(dtype, target)
     return found
 
 
@@ -130,6 +134,50 @@ def _view_variants(dtype: str) -> list[Variant]:
     ]
 
 
+def _network_variants(dtype: str, target: str) -> list[Variant]:
+    """With the groups and products of SDXL's widest level, 1280 channels."""
+    sizes = {"num_positions": INTEGER, "channels": INTEGER}
+    parameters = {"weight": f"*{dtype}", "bias": f"*{dtype}"}
+    fold = {"GROUP_CHANNELS": 40, "PADDED": 64, "CHUNKS": network.CHUNKS, "ROWS": network.NORM_TILE["ROWS"]}
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    tile, options = network.geglu_tile(torch_dtype, hopper=target == "sm_90", hip=target == "gfx942")
+    product = {"num_rows": INTEGER, "num_out": INTEGER, "num_in": INTEGER}
+    return [
+        Variant(
+            f"norm_stats {dtype}",
+            network.norm_stats_kernel,
+            {"x": f"*{dtype}", "stats": "*fp32"} | sizes,
+            dict(network.NORM_TILE),
+            network.NORM_OPTIONS,
+            ("channels",),
+        ),
+        Variant(
+            f"norm_fold {dtype}",
+            network.norm_fold_kernel,
+            {"stats": "*fp32"} | parameters | {"affine": "*fp32"} | sizes | {"num_tiles": INTEGER, "eps": FLOAT},
+            fold,
+            {},
+            ("channels",),
+        ),
+        Variant(
+            f"norm_apply {dtype}",
+            network.norm_apply_kernel,
+            {"x": f"*{dtype}", "affine": "*fp32", "out": f"*{dtype}"} | sizes,
+            {"SILU": True, **network.NORM_TILE},
+            network.NORM_OPTIONS,
+            ("channels",),
+        ),
+        Variant(
+            f"geglu {dtype}",
+            network.geglu_kernel,
+            {"x": f"*{dtype}"} | parameters | {"out": f"*{dtype}"} | product,
+            tile | {"EVEN_K": True},
+            options,
+            ("num_out", "num_in"),
+        ),
+    ]
+
+
 def resources(compiled: CompiledKernel) -> Resources:
     """Read from the binary: cuobjdump's report of a cubin, the metadata of an AMD code object's assembly."""
     if "cubin" in compiled.asm:
@@ -151,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     for target in parser.parse_args(argv).targets:
         print(f"{target}: registers, spills, local bytes, shared bytes")
-        for variant in variants():
+        for variant in variants(target):
             needs = resources(variant.compile(TARGETS[target]))
             failed |= bool(needs.spills or needs.local)
             print(

@@ -10,9 +10,14 @@ ROUNDING = {"enable_fp_fusion": False}
 """Launch options: products and sums are rounded one by one, as torch rounds them, for the same bits everywhere."""
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can run: on a GPU, and under Triton's interpreter anywhere."""
+    return device.type == "cuda" or knobs.runtime.interpret
+
+
 def check_device(device: torch.device) -> None:
     """ValueError where no kernel can run."""
-    if device.type != "cuda" and not knobs.runtime.interpret:
+    if not runs_on(device):
         raise ValueError(
             f"backend='triton' does not run on {device.type}: take 'auto' or 'reference', or set TRITON_INTERPRET=1"
         )

@@ -1,6 +1,7 @@
-"""Plain-torch references of the operators between the canvas and the network. Every faster path is compared with these.
+"""Plain-torch references of the operators between the canvas and the network, and of two inside of it. Every faster
+path is compared with these.
 
-What they compute is float32, or float64 where float64 is given.
+What they compute is float32, or float64 where float64 is given; inside of the network, the network's dtype.
 Patches of a canvas are ordered image first: item b·N + n of a patch batch is patch n of image b. Views likewise. Where
 the network wants a guidance pair, the two copies of an item stand side by side, the negative one first.
 """
@@ -242,6 +243,43 @@ def average(
             share[b, :, *window_at] += weight
     inside = (slice(None), slice(None), slice(top, top + size[0]), slice(left, left + size[1]))
     return total[inside] / share[inside]
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, *, silu: bool = False) -> Tensor:
+    """Normalise groups of neighbouring channels (Wu and He 2018, arXiv 1803.08494), then x·sigmoid(x) where `silu`.
+
+    x (B, C, H, W), weight and bias (C,) -> the shape of x.
+    """
+    check_group_norm(x, num_groups, weight, bias)
+    normed = F.group_norm(x, num_groups, weight, bias, eps)
+    return F.silu(normed) if silu else normed
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer gated by the GELU of another (Shazeer 2020, arXiv 2002.05202), whose weights are the last half.
+
+    x (..., K), weight (2N, K), bias (2N,) -> (..., N).
+    """
+    check_geglu(x, weight, bias)
+    value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def check_group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor) -> None:
+    """ValueError where groups or parameters do not fit the channels."""
+    if x.ndim != 4 or x.shape[1] % num_groups or not weight.shape == bias.shape == x.shape[1:2]:
+        raise ValueError(
+            f"{num_groups} groups, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit an input of "
+            f"{tuple(x.shape)}: pass (B, C, H, W) and two of (C,)"
+        )
+
+
+def check_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """ValueError where the shapes or dtypes of a gated linear layer do not go together."""
+    fits = weight.ndim == 2 and x.shape[-1:] == weight.shape[1:] and bias.shape == weight.shape[:1]
+    if not fits or len(weight) % 2 or not x.dtype == weight.dtype == bias.dtype:
+        told = ", ".join(f"{tuple(t.shape)} of {t.dtype}" for t in (x, weight, bias))
+        raise ValueError(f"{told} are no gated linear layer: pass x (..., K), weight (2N, K), bias (2N,) of one dtype")
 
 
 def check_patches(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:

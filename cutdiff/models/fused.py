@@ -1,0 +1,88 @@
+"""Norms and gates of a U-Net by the Triton kernels of `cutdiff_kernels.network`, under the names of what they replace.
+
+A layer shares the parameters of the one that it was made of, so a network with such layers is saved as before. It has
+no gradients, and no FLOP counter sees its products. Whether it is faster is for the bench to say
+(`python -m cutdiff.bench --also fused`); until it has, the sampler runs without.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+
+from cutdiff.models.layers import GroupNormSiLU
+from cutdiff.models.unet import GEGLU, UNet
+
+
+@torch.library.custom_op("cutdiff::group_norm", mutates_args=())
+def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    """`cutdiff_kernels.reference.group_norm`, which a compiler takes as it is."""
+    from cutdiff_kernels import network
+
+    return network.group_norm(x, num_groups, weight, bias, eps, silu=silu)
+
+
+@group_norm.register_fake
+def _(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("cutdiff::geglu", mutates_args=())
+def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`cutdiff_kernels.reference.geglu`, which a compiler takes as it is."""
+    from cutdiff_kernels import network
+
+    return network.geglu(x, weight, bias)
+
+
+@geglu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight) // 2)
+
+
+class FusedGroupNorm(nn.Module):
+    """A group norm made of another, with its SiLU if it has one: (B, C, h, w) -> the same, in channels_last."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.num_groups, self.eps, self.silu = norm.num_groups, norm.eps, isinstance(norm, GroupNormSiLU)
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+
+
+class FusedGEGLU(nn.Module):
+    """A gated linear layer made of another: (..., dim) -> (..., hidden)."""
+
+    def __init__(self, gated: GEGLU) -> None:
+        super().__init__()
+        self.proj = gated.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return geglu(x, self.proj.weight, self.proj.bias)
+
+
+def fuse(unet: UNet) -> None:
+    """Put fused layers in the place of group norms and of gated linear layers, but of those in 8 bits.
+
+    ValueError where no kernel can run on the network's device.
+    """
+    check_fused(unet.conv_in.weight.device)
+    for name, module in list(unet.named_modules()):
+        if isinstance(module, nn.GroupNorm):
+            unet.set_submodule(name, FusedGroupNorm(module))
+        elif isinstance(module, GEGLU) and isinstance(module.proj, nn.Linear):
+            unet.set_submodule(name, FusedGEGLU(module))
+
+
+def check_fused(device: torch.device) -> None:
+    """ValueError where a network on `device` cannot have such layers."""
+    try:
+        runs_on = import_module("cutdiff_kernels.launch").runs_on
+    except ModuleNotFoundError as error:
+        raise ValueError(f"fused layers need {error.name}: install it, or leave them out") from None
+    if not runs_on(device):
+        raise ValueError(f"fused layers need a GPU (or TRITON_INTERPRET=1), and the device is {device}: leave them out")

@@ -1,0 +1,163 @@
+"""Time the kernels inside of the network beside what they replace: `python -m cutdiff_kernels.bench_network`.
+
+At the shapes of SDXL's U-Net at 1024² px, in bfloat16, for `--rows` of a batch. The device's time, in a CUDA graph:
+of the kernel; of plain torch, a norm's in the channels_last layout that convolutions give; of torch.compile of that;
+and of a gated linear layer also the plain product, which no gate can be faster than. A kernel that is farther from
+float32 than plain torch twice is shown without a time, and the exit status is 1. Needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cutdiff_kernels import network, reference
+from cutdiff_kernels.bench import NETWORK_DTYPE, copy_rate, graph_seconds, hardware
+
+NORMS = ((320, 128), (960, 128), (640, 64), (1920, 64), (1280, 32), (2560, 32))
+"""Channels and side of feature maps, in 32 groups."""
+GATES = ((640, 64), (1280, 32))
+"""Channels and side of transformers, whose feed-forward is four times as wide."""
+GROUPS, EPS = 32, 1e-5
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer on one input, in every way that it can be had."""
+
+    name: str
+    bytes: int
+    """The least that it must move."""
+    flops: int
+    kernel: Callable[[], Tensor]
+    plain: Callable[[], Tensor]
+    exact: Callable[[], Tensor]
+    """The same in float32."""
+    product: Callable[[], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a layer; seconds on the device."""
+
+    name: str
+    rows: int
+    bytes: int
+    flops: int
+    kernel_s: float | None = None
+    plain_s: float | None = None
+    compiled_s: float | None = None
+    product_s: float | None = None
+    failed: str = ""
+
+
+def layers(rows: int, device: torch.device) -> list[Layer]:
+    return [_norm(rows, *shape, device) for shape in NORMS] + [_gate(rows, *shape, device) for shape in GATES]
+
+
+def _random(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device).to(NETWORK_DTYPE)
+
+
+def _norm(rows: int, channels: int, side: int, device: torch.device) -> Layer:
+    x = _random(device, rows, channels, side, side).contiguous(memory_format=torch.channels_last)
+    weight, bias = _random(device, channels), _random(device, channels)
+    return Layer(
+        f"group norm and SiLU, {channels} × {side}²",
+        2 * x.nbytes,
+        0,
+        kernel=lambda: network.group_norm(x, GROUPS, weight, bias, EPS, silu=True),
+        plain=lambda: reference.group_norm(x, GROUPS, weight, bias, EPS, silu=True),
+        exact=lambda: reference.group_norm(x.float(), GROUPS, weight.float(), bias.float(), EPS, silu=True),
+    )
+
+
+def _gate(rows: int, channels: int, side: int, device: torch.device) -> Layer:
+    x, hidden = _random(device, rows * side**2, channels), 4 * channels
+    weight, bias = _random(device, 2 * hidden, channels) / channels**0.5, _random(device, 2 * hidden)
+    return Layer(
+        f"gated linear, {channels} × {side}²",
+        x.nbytes + weight.nbytes + x.nbytes * hidden // channels,
+        2 * x.numel() * 2 * hidden,
+        kernel=lambda: network.geglu(x, weight, bias),
+        plain=lambda: reference.geglu(x, weight, bias),
+        exact=lambda: reference.geglu(x.float(), weight.float(), bias.float()),
+        product=lambda: F.linear(x, weight, bias),
+    )
+
+
+def measure(layer: Layer, rows: int) -> Row:
+    """Check one layer, then time it in every way."""
+    row = Row(layer.name, rows, layer.bytes, layer.flops, failed=compare(layer))
+    if row.failed:
+        return row
+
+    def timed(call: Callable[[], Tensor]) -> float:
+        return graph_seconds(lambda i: (call(),), 2)
+
+    times = {"kernel_s": timed(layer.kernel), "plain_s": timed(layer.plain)}
+    times["compiled_s"] = timed(torch.compile(layer.plain))
+    if layer.product is not None:
+        times["product_s"] = timed(layer.product)
+    return Row(layer.name, rows, layer.bytes, layer.flops, **times)
+
+
+def compare(layer: Layer) -> str:
+    """What is wrong with a kernel: not farther from float32 than twice plain torch is, and a rounding."""
+    exact = layer.exact()
+    off, allowed = ((call().float() - exact).abs().max().item() for call in (layer.kernel, layer.plain))
+    allowed = 2 * allowed + torch.finfo(NETWORK_DTYPE).eps * exact.abs().max().item()
+    return "" if off <= allowed else f"differs by {off:.1e}, allowed {allowed:.1e}"
+
+
+def table(rows: list[Row], rate: float) -> str:
+    """Markdown; `rate` is that of a large copy, in bytes a second."""
+
+    def micro(seconds: float | None) -> str:
+        return "–" if seconds is None else f"{1e6 * seconds:.0f}"
+
+    lines = [
+        "| layer | rows | copy of its bytes µs | kernel µs | plain µs | compiled µs | product alone µs "
+        "| kernel TFLOP/s | plain / kernel |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
+        kernel = row.failed or micro(row.kernel_s)
+        rate_of = f"{row.flops / row.kernel_s / 1e12:.0f}" if row.flops and row.kernel_s else "–"
+        ratio = f"{row.plain_s / row.kernel_s:.2f}" if row.plain_s and row.kernel_s else "–"
+        times = [micro(row.bytes / rate), kernel, *(micro(s) for s in (row.plain_s, row.compiled_s, row.product_s))]
+        lines.append("| " + " | ".join([row.name, str(row.rows), *times, rate_of, ratio]) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m cutdiff_kernels.bench_network", description="Time the network's kernels beside plain torch."
+    )
+    parser.add_argument("--rows", type=int, default=16, metavar="N", help="of a batch (16)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("cutdiff_kernels: there is no GPU here, and nothing else to be timed", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    found, rate = hardware(device), copy_rate(device)
+    print(", ".join(f"{key} {value}" for key, value in found.items()))
+    rows = [measure(layer, args.rows) for layer in layers(args.rows, device)]
+    print(table(rows, rate))
+    if args.json is not None:
+        result = {"hardware": found, "copy_bytes_per_s": rate, "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return int(any(row.failed for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Triton kernels inside of the network: a group norm with its SiLU, and a linear layer gated by the GELU of another.
+
+The norm reads feature maps as they lie in channels_last, where torch's, on a GPU, first makes a copy channel by
+channel. The gate is taken in the epilogue of the product, which never goes to memory. Both compute in float32 what
+torch rounds in between. The references of the same names in `reference.py` say what is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cutdiff_kernels.launch import output
+from cutdiff_kernels.reference import check_geglu, check_group_norm
+
+NORM_TILE = {"ROWS": 128, "COLUMNS": 64}
+"""Positions and channels of a tile: 64 channels in 16 bits are one line of the cache."""
+NORM_OPTIONS = {"num_warps": 8}
+CHUNKS = 64
+"""Tiles whose statistics are read at once."""
+GROUP = 8
+"""Tiles of rows that go through the same columns side by side, so that weights are read from the cache."""
+
+
+@triton.jit
+def norm_stats_kernel(x, stats, num_positions, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """x (B, P, C), contiguous -> stats (B, tiles, 2, C): mean of a tile's rows, and squares of what differs from it."""
+    image, tile = tl.program_id(0), tl.program_id(1)
+    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < num_positions) & (column < channels)
+    source = x + (image.to(tl.int64) * num_positions + row) * channels + column
+    values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    count = tl.minimum(num_positions - tile * ROWS, ROWS).to(tl.float32)
+    mean = tl.sum(values, axis=0)[None, :] / count
+    centred = tl.where(inside, values - mean, 0.0)
+    target = stats + (image.to(tl.int64) * tl.num_programs(1) + tile) * 2 * channels + column
+    tl.store(target, mean, mask=column < channels)
+    tl.store(target + channels, tl.sum(centred * centred, axis=0)[None, :], mask=column < channels)
+
+
+@triton.jit
+def norm_fold_kernel(
+    stats,
+    weight,
+    bias,
+    affine,
+    num_positions,
+    channels,
+    num_tiles,
+    eps,
+    GROUP_CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """stats of one group of one image -> affine (B, 2, C): what a channel is multiplied with, and what is added."""
+    image = tl.program_id(0).to(tl.int64)
+    inside = tl.arange(0, PADDED)[None, :] < GROUP_CHANNELS
+    channel = tl.program_id(1) * GROUP_CHANNELS + tl.arange(0, PADDED)[None, :]
+    chunk = tl.arange(0, CHUNKS)[:, None]
+    base = stats + image * num_tiles * 2 * channels + channel
+    numbers = num_positions * GROUP_CHANNELS * 1.0
+
+    total = tl.zeros((CHUNKS, PADDED), tl.float32)
+    for first in range(0, num_tiles, CHUNKS):
+        tile = first + chunk
+        here = inside & (tile < num_tiles)
+        count = tl.minimum(num_positions - tile * ROWS, ROWS).to(tl.float32)
+        total += tl.where(here, count * tl.load(base + tile * 2 * channels, mask=here, other=0.0), 0.0)
+    mean = tl.sum(tl.sum(total, axis=1), axis=0) / numbers
+
+    square = tl.zeros((CHUNKS, PADDED), tl.float32)
+    for first in range(0, num_tiles, CHUNKS):
+        tile = first + chunk
+        here = inside & (tile < num_tiles)
+        count = tl.minimum(num_positions - tile * ROWS, ROWS).to(tl.float32)
+        source = base + tile * 2 * channels
+        off = tl.load(source, mask=here, other=0.0) - mean
+        square += tl.where(here, tl.load(source + channels, mask=here, other=0.0) + count * off * off, 0.0)
+    variance = tl.sum(tl.sum(square, axis=1), axis=0) / numbers
+
+    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) / tl.sqrt_rn(variance + eps)
+    shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) - mean * scale
+    target = affine + image * 2 * channels + channel
+    tl.store(target, scale, mask=inside)
+    tl.store(target + channels, shift, mask=inside)
+
+
+@triton.jit
+def norm_apply_kernel(
+    x, affine, out, num_positions, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """x (B, P, C), contiguous · affine (B, 2, C) -> out (B, P, C), contiguous."""
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < num_positions) & (column < channels)
+    place = (image * num_positions + row) * channels + column
+    scale = tl.load(affine + image * 2 * channels + column, mask=column < channels, other=0.0)
+    shift = tl.load(affine + image * 2 * channels + channels + column, mask=column < channels, other=0.0)
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale + shift
+    if SILU:
+        values = values / (1 + tl.exp(-values))
+    tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def geglu_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    num_rows,
+    num_out,
+    num_in,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """x (M, K) · weight (2N, K) · bias (2N,), contiguous -> out (M, N), contiguous; the last N of 2N are the gate."""
+    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_out, BLOCK_N)
+    first = tl.program_id(0) // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    within = tl.program_id(0) % (GROUP * tiles_n)
+    row = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+
+    # Past the last row and column the first ones are read again, and what comes of them is not written.
+    from_x = x + (row % num_rows).to(tl.int64)[:, None] * num_in + k[None, :]
+    from_value = weight + (column % num_out)[None, :] * num_in + k[:, None]
+    from_gate = weight + (column % num_out + num_out)[None, :] * num_in + k[:, None]
+    value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, num_in, BLOCK_K):
+        if EVEN_K:
+            rows, values, gates = tl.load(from_x), tl.load(from_value), tl.load(from_gate)
+        else:
+            there = k < num_in - start
+            rows = tl.load(from_x, mask=there[None, :], other=0.0)
+            values = tl.load(from_value, mask=there[:, None], other=0.0)
+            gates = tl.load(from_gate, mask=there[:, None], other=0.0)
+        value = tl.dot(rows, values, value, input_precision=PRECISION)
+        gate = tl.dot(rows, gates, gate, input_precision=PRECISION)
+        from_x += BLOCK_K
+        from_value += BLOCK_K
+        from_gate += BLOCK_K
+
+    inside = column < num_out
+    value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    gate += tl.load(bias + num_out + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    gated = value * 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+    target = out + row.to(tl.int64)[:, None] * num_out + column[None, :]
+    tl.store(target, gated.to(out.dtype.element_ty), mask=(row < num_rows)[:, None] & inside[None, :])
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    silu: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`reference.group_norm` in three launches, which read x twice and write once: (B, C, H, W) -> the same shape.
+
+    What it gives lies in channels_last, as x does or is copied to. `out` (B, H, W, C), contiguous, is written if given.
+    """
+    check_group_norm(x, num_groups, weight, bias)
+    rows = x.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C): no copy where x lies so
+    out = output(out, tuple(rows.shape), x.dtype, rows)
+    batch, channels, num_positions = len(x), x.shape[1], x.shape[2] * x.shape[3]
+    num_tiles, columns = (triton.cdiv(n, b) for n, b in zip((num_positions, channels), NORM_TILE.values(), strict=True))
+    stats = torch.empty(batch, num_tiles, 2, channels, dtype=torch.float32, device=x.device)
+    affine = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
+    group = channels // num_groups
+    tiles = (batch, num_tiles, columns)
+    with torch.cuda.device_of(x):
+        norm_stats_kernel[tiles](rows, stats, num_positions, channels, **NORM_TILE, **NORM_OPTIONS)
+        norm_fold_kernel[(batch, num_groups)](
+            stats, weight, bias, affine, num_positions, channels, num_tiles, eps, GROUP_CHANNELS=group,
+            PADDED=triton.next_power_of_2(group), CHUNKS=CHUNKS, ROWS=NORM_TILE["ROWS"],
+        )  # fmt: skip
+        norm_apply_kernel[tiles](rows, affine, out, num_positions, channels, SILU=silu, **NORM_TILE, **NORM_OPTIONS)
+    return out.permute(0, 3, 1, 2)
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`reference.geglu` in one launch: x (..., K), weight (2N, K), bias (2N,) -> (..., N).
+
+    `out`, contiguous, is written and returned if given.
+    """
+    check_geglu(x, weight, bias)
+    num_in, num_out = weight.shape[1], weight.shape[0] // 2
+    out = output(out, (*x.shape[:-1], num_out), x.dtype, x)
+    num_rows = x.numel() // num_in
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)  # with as much shared memory
+    constants, options = geglu_tile(x.dtype, hopper=hopper, hip=torch.version.hip is not None)
+    tiles = triton.cdiv(num_rows, constants["BLOCK_M"]) * triton.cdiv(num_out, constants["BLOCK_N"])
+    with torch.cuda.device_of(x):
+        geglu_kernel[(tiles,)](
+            x.contiguous(), weight.contiguous(), bias.contiguous(), out, num_rows, num_out, num_in,
+            EVEN_K=num_in % constants["BLOCK_K"] == 0, **constants, **options,
+        )  # fmt: skip
+    return out
+
+
+def geglu_tile(dtype: torch.dtype, *, hopper: bool, hip: bool) -> tuple[dict[str, Any], dict[str, int]]:
+    """Compile-time constants and launch options of the gated product.
+
+    Two sums of 128×128 in float32 are half of the registers of eight warps, which Ampere's fragments would exceed:
+    there tiles are narrower. What is loaded ahead must fit into shared memory: 48 kB a stage in 16 bits, of the 227 kB
+    of sm_90 and the 64 kB of gfx942. In float32 products are exact, not TF32.
+    """
+    if dtype == torch.float32:
+        constants: dict[str, Any] = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PRECISION": "ieee"}
+    else:
+        columns = 128 if hopper or hip else 64
+        constants = {"BLOCK_M": 128, "BLOCK_N": columns, "BLOCK_K": 64, "PRECISION": "tf32"}  # 16 bits do not read it
+    return constants | {"GROUP": GROUP}, {"num_warps": 8, "num_stages": 2 if hip else 3}
