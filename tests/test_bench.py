@@ -9,17 +9,20 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cutdiff
 from cutdiff.bench import __main__ as command
 from cutdiff.bench.baselines import PublishedLoop, make_baselines
 from cutdiff.bench.measure import PARTS, STAGES, Ours, Timing, count_flops, timed, unet_flops
 from cutdiff.bench.parity import NotEqual, prove, prove_again
-from cutdiff.bench.random_model import cast, random_model
+from cutdiff.bench.random_model import cast, network_inputs, random_model
 from cutdiff.bench.report import summary, table
 from cutdiff.model import Model
 from cutdiff.models.config import SDXL_UNET, UNetConfig, VAEConfig
@@ -206,6 +209,30 @@ def test_ours_in_8_bits_is_one_more_row(tmp_path: Path, capsys: pytest.CaptureFi
     assert "| cutdiff, fp8 |" in capsys.readouterr().out
 
 
+class Operators(TorchDispatchMode):
+    """The names of those that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+def test_attention_is_that_of_the_backend_asked_for(small: Model, backend: SDPBackend) -> None:
+    contestant = Ours(small, SETTINGS, attention=[backend])
+    with Operators() as whole:
+        list(contestant.steps(2))
+    with Operators() as once:
+        contestant.predict(*network_inputs(small, 2))
+    for ran in (whole, once):
+        fused = any("flash_attention" in name for name in ran.names)
+        assert fused == (backend == SDPBackend.FLASH_ATTENTION)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -216,7 +243,7 @@ def test_ours_in_8_bits_is_one_more_row(tmp_path: Path, capsys: pytest.CaptureFi
         (["--steps", "1001"], "--steps 1001 must be between 1 and the 1000 timesteps"),
         (["--size", "40960"], "--height 40960 must be a positive multiple of 8, at most 32768"),
         (["--json", "/nowhere/x.json"], "--json /nowhere/x.json cannot be written, its folder does not exist"),
-        (["--also", "graphs"], "--also graphs: CUDA graphs need a GPU, and the device is cpu: leave it out"),
+        (["--also", "graphs"], "--also graphs: only a GPU has it, and the device is cpu: leave it out"),
         (["--only", "e"], "argument --only: 'e' is not one of a, b, c, d (see --help)"),
         (["--sizes", "2048"], "--sizes is no option: did you mean '--size'? (see --help)"),
     ],

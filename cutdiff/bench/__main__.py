@@ -3,11 +3,11 @@
 The whole sampler beside the published CutDiffusion loop on diffusers' modules, in one process, on the same random
 weights of SDXL's sizes: (a) as its README runs it, (b) with view batch 16, (c) with a vectorised draw, (d) with
 torch.compile and channels_last; with --also ours a second time, its linear layers in 8 bits, its norms and gates by
-Triton kernels, or compiled and recorded as CUDA graphs. First the networks are
-compared, in float32 and then in the dtype of the run. Then everyone draws once with two steps, which compiles what is
-compiled, and then by turns, --repeats times. Seconds are of each stage, with all that surrounds the network, and of the
-VAE apart; ratios are medians over the rounds. The floor is the FLOPs of the network's evaluations at the best rate that
-a large matrix product has in any round.
+Triton kernels, compiled and recorded as CUDA graphs, or its attention by cuDNN. First the networks are compared, in
+float32 and then in the dtype of the run. Then everyone draws once with two steps, which compiles what is compiled, and
+then by turns, --repeats times. Seconds are of each stage, with all that surrounds the network, and of the VAE apart;
+ratios are medians over the rounds. The floor is the FLOPs of the network's evaluations at the best rate that a large
+matrix product has in any round.
 
 Peak memory is told for each on a GPU, its weights included; of the process, which holds the weights of all, on any.
 Exit status: 0, 1 where networks differ or a run failed, 2 for arguments that cannot be used.
@@ -27,13 +27,14 @@ from typing import Any
 
 import torch
 from cutdiff_kernels.bench import hardware
+from torch.nn.attention import SDPBackend
 from tqdm import trange
 
 import cutdiff
 from cutdiff.bench.measure import Contestant, Ours, Timing, count_flops, matmul_peak, timed
 from cutdiff.bench.parity import NotEqual, prove, prove_again
 from cutdiff.bench.random_model import cast, changed, random_model
-from cutdiff.bench.report import FP8, FUSED, GRAPHS, OURS, VARIANTS, heading, summary, table
+from cutdiff.bench.report import CUDNN, FP8, FUSED, GRAPHS, OURS, VARIANTS, heading, summary, table
 from cutdiff.images import save_json
 from cutdiff.model import Model
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
@@ -61,6 +62,13 @@ SMALL_VAE = VAEConfig(channels=(32, 64, 64, 64), layers_per_block=1)
 FULL = {"size": 2048, "steps": 50, "dtype": "bfloat16", "matmul": 8192}
 SMALL = {"size": 256, "steps": 4, "dtype": "float32", "matmul": 512}
 BASELINES = ("a", "b", "c", "d")
+CUDNN_FIRST = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+"""torch asks FlashAttention first on every card."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,6 +128,8 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
 
 
 def _variant(name: str, model: Model, settings: Settings) -> Ours:
+    if name == CUDNN:  # a copy, which a compiler does not know
+        return Ours(changed(model, lambda unet: None), settings, "cutdiff, attention by cuDNN", CUDNN_FIRST)
     if name == GRAPHS:
         return Ours(model, replace(settings, compile=True, cuda_graphs=True), "cutdiff, compiled, CUDA graphs")
     return Ours(changed(model, {FP8: quantize_transformers, FUSED: fuse}[name]), settings, f"cutdiff, {name}")
@@ -131,8 +141,8 @@ def _check_variant(name: str, device: torch.device, dtype: torch.dtype) -> None:
         check_fp8(device, dtype)
     if name == FUSED:
         check_fused(device)
-    if name == GRAPHS and device.type != "cuda":
-        raise ValueError(f"CUDA graphs need a GPU, and the device is {device}: leave it out")
+    if name in (GRAPHS, CUDNN) and device.type != "cuda":
+        raise ValueError(f"only a GPU has it, and the device is {device}: leave it out")
 
 
 def _first_runs(contestants: dict[str, Contestant], model: Model, num_patches: int) -> dict[str, dict[str, Any]]:
@@ -231,7 +241,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         choices=VARIANTS,
         default=(),
         help="ours a second time: linear layers in 8 bits (on a CPU by reference), norms and gates by Triton kernels, "
-        "compiled and recorded as CUDA graphs",
+        "compiled and recorded as CUDA graphs, attention by cuDNN where it can",
     )
     parser.add_argument("--backend", default=defaults.backend, choices=BACKENDS, help="of ours")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cutdiff
 from cutdiff.bench.random_model import TOKENS
@@ -60,6 +62,8 @@ class Ours:
     model: Model
     settings: Settings
     what: str = "cutdiff"
+    attention: Sequence[SDPBackend] = ()
+    """Backends in the order in which they are asked; none: torch's own."""
 
     @property
     def unet(self) -> nn.Module:
@@ -73,11 +77,16 @@ class Ours:
     def predict(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
         settings, unet = self.settings, self.model.unet
         unet = compiled(unet, cuda_graphs=settings.cuda_graphs) if settings.compile else unet
-        return unet(x, timesteps.expand(len(x)), context, pooled, size_ids)
+        with self._attention():
+            return unet(x, timesteps.expand(len(x)), context, pooled, size_ids)
 
     def steps(self, num_steps: int) -> Iterator[tuple[str, Tensor]]:
-        for step in cutdiff.denoise(self.model, "", self.settings, num_steps=num_steps):
-            yield step.stage, step.latents
+        with self._attention():
+            for step in cutdiff.denoise(self.model, "", self.settings, num_steps=num_steps):
+                yield step.stage, step.latents
+
+    def _attention(self) -> AbstractContextManager[Any]:
+        return sdpa_kernel(list(self.attention), set_priority=True) if self.attention else nullcontext()
 
     def decode(self, latents: Tensor) -> Tensor:
         return cutdiff.decode(self.model, latents)

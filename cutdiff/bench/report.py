@@ -10,8 +10,9 @@ from typing import Any
 from cutdiff.bench.measure import PARTS, Timing
 
 OURS = "cutdiff"
-FP8, FUSED, GRAPHS = VARIANTS = ("fp8", "fused", "graphs")
-"""Ours a second time: linear layers in 8 bits, norms and gates by Triton kernels, recorded as CUDA graphs."""
+FP8, FUSED, GRAPHS, CUDNN = VARIANTS = ("fp8", "fused", "graphs", "cudnn")
+"""Ours a second time: linear layers in 8 bits, norms and gates by Triton kernels, compiled and recorded as CUDA graphs,
+attention by cuDNN where it can."""
 
 
 def summary(timings: dict[str, list[Timing]], flops: dict[str, float], peak_flops: float) -> dict[str, dict[str, Any]]:
