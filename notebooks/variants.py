@@ -11,7 +11,6 @@ from itertools import count
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -141,7 +140,7 @@ def _finest(unet: UNet, below: Tensor, x: Tensor, timesteps: Tensor, context: Co
     x = unet.conv_in(x)
     *skips, _ = [x, *unet.down_blocks[0](x, time, context)]
     x = unet.up_blocks[-1](below, skips, time, context, None)
-    return unet.conv_out(F.silu(unet.conv_norm_out(x)))
+    return unet.conv_out(unet.conv_norm_out(x))
 
 
 def not_held(run: Run) -> list[Stage | Phase]:

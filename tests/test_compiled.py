@@ -8,6 +8,7 @@ from tiny import on
 from torch._dynamo.utils import counters
 
 import cutdiff
+from cutdiff.bench.parity import full_precision
 from cutdiff.methods.network import replaced
 from cutdiff.model import Model
 from cutdiff.models import compiled
@@ -58,6 +59,7 @@ def test_cuda_graphs_draw_the_same(tiny_model: Model) -> None:
     model = on("cuda", tiny_model)
     for prompt in ("a red house", "a blue tree at night"):
         options = {"num_steps": 4, "view_batch_size": 4, "seed": 3}
-        plain = cutdiff.generate(model, prompt, **options)
-        graphs = cutdiff.generate(model, prompt, compile=True, cuda_graphs=True, **options)
+        with full_precision():
+            plain = cutdiff.generate(model, prompt, **options)
+            graphs = cutdiff.generate(model, prompt, compile=True, cuda_graphs=True, **options)
         torch.testing.assert_close(graphs.latents, plain.latents, rtol=1e-3, atol=1e-3)

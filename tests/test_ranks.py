@@ -189,7 +189,7 @@ REMEDY = re.escape(": nothing for 5 s (--rank-timeout); start again to draw what
 def test_a_rank_that_hangs_is_named_with_its_step(runs: Path) -> None:
     status, _, errors, _ = ended(runs / "hangs")
     assert status[0] == 1
-    assert not any("cutdiff:" in told for told in errors[1:]), "one says it; the store of torch may add that it is gone"
+    assert not any("hangs" in told for told in errors[1:]), "one says it; another may add that this one is gone"
     assert re.fullmatch(f"cutdiff: rank 1 hangs {WHERE}{REMEDY}", errors[0]), errors
 
 

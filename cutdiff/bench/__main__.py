@@ -4,7 +4,7 @@ The whole sampler beside the published CutDiffusion loop on diffusers' modules, 
 weights of SDXL's sizes: (a) as its README runs it, (b) with view batch 16, (c) with a vectorised draw, (d) with
 torch.compile and channels_last; with --also ours a second time, its linear layers in 8 bits, its norms and gates by
 Triton kernels, compiled and recorded as CUDA graphs, or its attention by cuDNN. First the networks are compared, in
-float32 and then in the dtype of the run. Then everyone draws once with two steps, which compiles what is compiled, and
+float32 and then in the dtype of the run. Then everyone draws once with four steps, which compiles what is compiled, and
 then by turns, --repeats times. Seconds are of each stage, with all that surrounds the network, and of the VAE apart;
 ratios are medians over the rounds. The floor is the FLOPs of the network's evaluations at the best rate that a large
 matrix product has in any round.
@@ -155,7 +155,7 @@ def _first_runs(contestants: dict[str, Contestant], model: Model, num_patches: i
         _say(f"first run of {contestant.what}")
         began = now(model.device)
         difference = prove_again(model, name, contestants[OURS], contestant, 2 * num_patches)
-        timed(contestant, 2, model.device)
+        timed(contestant, 4, model.device)  # each stage twice: CUDA graphs are recorded at the second time
         found[name] = {
             "what": contestant.what,
             "difference": difference,
@@ -198,6 +198,8 @@ def _settings(args: argparse.Namespace, unet: UNetConfig, vae: VAEConfig) -> Set
         raise BadArgument(f"--{str(error).replace('=', ' ', 1)}") from None
     if args.json is not None and not args.json.parent.is_dir():
         raise BadArgument(f"--json {args.json} cannot be written, its folder does not exist: create it")
+    if args.compile and len(args.also) > 1:
+        raise BadArgument(f"--also {' '.join(args.also)}: with --compile one at a time, each is compiled anew")
     for name in args.also:
         try:
             _check_variant(name, torch.device(args.device), getattr(torch, args.dtype))

@@ -219,10 +219,11 @@ class VAE(nn.Module):
         ranks: Ranks = ALONE,
     ) -> Tensor:
         """`pixels` are those of all images."""
-        limit = CPU_LARGE_BYTES if x.device.type == "cpu" and x.dtype == torch.float32 else LARGE_BYTES
-        large = pixels * max(self.config.channels[:2]) * x.element_size() >= limit
+        on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+        activation = pixels * max(self.config.channels[:2]) * x.element_size()
         if banded is None:
             asked = x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+            large = activation >= (CPU_LARGE_BYTES if on_cpu else LARGE_BYTES)
             banded = large and not (torch.is_grad_enabled() and asked)
         attentions = [layer for layer in self.modules() if isinstance(layer, SpatialAttention)]
         try:
@@ -230,8 +231,10 @@ class VAE(nn.Module):
                 layer.ranks = ranks
             if banded:
                 return in_bands(network, x, Limits.on(x.device, ranks))
-            # A fifth less time on a CPU, where torch's group norm loses digits of large pictures that lie so.
-            return network(x if large else x.contiguous(memory_format=torch.channels_last))
+            # channels_last takes a CPU a fifth less time, but its group norm loses digits of large pictures that lie so.
+            loses = on_cpu and activation >= CPU_LARGE_BYTES * len(x)
+            layout = torch.contiguous_format if loses else torch.channels_last
+            return network(x.contiguous(memory_format=layout))
         finally:
             for layer in attentions:
                 layer.ranks = ALONE

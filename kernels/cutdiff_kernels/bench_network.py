@@ -1,9 +1,9 @@
 """Time the kernels inside of the network beside what they replace: `python -m cutdiff_kernels.bench_network`.
 
 At the shapes of SDXL's U-Net at 1024² px, in bfloat16, for `--rows` of a batch. The device's time, in a CUDA graph:
-of the kernel; of plain torch, a norm's in the channels_last layout that convolutions give; of torch.compile of that;
-and of a gated linear layer also the plain product, which no gate can be faster than. A kernel that is farther from
-float32 than plain torch twice is shown without a time, and the exit status is 1. Needs a GPU.
+of the kernel; of plain torch, a norm's from and into the channels_last layout of convolutions; of torch.compile of
+that; and of a gated linear layer also the plain product, which no gate can be faster than. A kernel that is farther
+from float32 than plain torch twice is shown without a time, and the exit status is 1. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def _norm(rows: int, channels: int, side: int, device: torch.device) -> Layer:
         2 * x.nbytes,
         0,
         kernel=lambda: network.group_norm(x, GROUPS, weight, bias, EPS, silu=True),
-        plain=lambda: reference.group_norm(x, GROUPS, weight, bias, EPS, silu=True),
+        plain=lambda: reference.group_norm(x, GROUPS, weight, bias, EPS, silu=True).contiguous(
+            memory_format=torch.channels_last
+        ),
         exact=lambda: reference.group_norm(x.float(), GROUPS, weight.float(), bias.float(), EPS, silu=True),
     )
 
@@ -104,7 +106,7 @@ def measure(layer: Layer, rows: int) -> Row:
         return graph_seconds(lambda i: (call(),), 2)
 
     times = {"kernel_s": timed(layer.kernel), "plain_s": timed(layer.plain)}
-    times["compiled_s"] = timed(torch.compile(layer.plain))
+    times["compiled_s"] = timed(torch.compile(layer.plain, dynamic=False))
     if layer.product is not None:
         times["product_s"] = timed(layer.product)
     return Row(layer.name, rows, layer.bytes, layer.flops, **times)
@@ -118,24 +120,23 @@ def compare(layer: Layer) -> str:
     return "" if off <= allowed else f"differs by {off:.1e}, allowed {allowed:.1e}"
 
 
-def table(rows: list[Row], rate: float) -> str:
-    """Markdown; `rate` is that of a large copy, in bytes a second."""
+HEAD = (
+    "| layer | rows | copy of its bytes µs | kernel µs | plain µs | compiled µs | product alone µs "
+    "| kernel TFLOP/s | plain / kernel |\n" + "|---" * 9 + "|"
+)
+
+
+def line(row: Row, rate: float) -> str:
+    """A row under `HEAD`, in Markdown; `rate` is that of a large copy, in bytes a second."""
 
     def micro(seconds: float | None) -> str:
         return "–" if seconds is None else f"{1e6 * seconds:.0f}"
 
-    lines = [
-        "| layer | rows | copy of its bytes µs | kernel µs | plain µs | compiled µs | product alone µs "
-        "| kernel TFLOP/s | plain / kernel |",
-        "|---" * 9 + "|",
-    ]
-    for row in rows:
-        kernel = row.failed or micro(row.kernel_s)
-        rate_of = f"{row.flops / row.kernel_s / 1e12:.0f}" if row.flops and row.kernel_s else "–"
-        ratio = f"{row.plain_s / row.kernel_s:.2f}" if row.plain_s and row.kernel_s else "–"
-        times = [micro(row.bytes / rate), kernel, *(micro(s) for s in (row.plain_s, row.compiled_s, row.product_s))]
-        lines.append("| " + " | ".join([row.name, str(row.rows), *times, rate_of, ratio]) + " |")
-    return "\n".join(lines)
+    kernel = row.failed or micro(row.kernel_s)
+    rate_of = f"{row.flops / row.kernel_s / 1e12:.0f}" if row.flops and row.kernel_s else "–"
+    ratio = f"{row.plain_s / row.kernel_s:.2f}" if row.plain_s and row.kernel_s else "–"
+    times = [micro(row.bytes / rate), kernel, *(micro(s) for s in (row.plain_s, row.compiled_s, row.product_s))]
+    return "| " + " | ".join([row.name, str(row.rows), *times, rate_of, ratio]) + " |"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,12 +151,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     device = torch.device("cuda")
     found, rate = hardware(device), copy_rate(device)
-    print(", ".join(f"{key} {value}" for key, value in found.items()))
-    rows = [measure(layer, args.rows) for layer in layers(args.rows, device)]
-    print(table(rows, rate))
-    if args.json is not None:
-        result = {"hardware": found, "copy_bytes_per_s": rate, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(", ".join(f"{key} {value}" for key, value in found.items()), HEAD, sep="\n")
+    rows: list[Row] = []
+    for layer in layers(args.rows, device):
+        rows.append(measure(layer, args.rows))
+        print(line(rows[-1], rate), flush=True)
+        if args.json is not None:  # after every layer, so that a run that is cut short leaves what it has
+            result = {"hardware": found, "copy_bytes_per_s": rate, "rows": [asdict(row) for row in rows]}
+            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(any(row.failed for row in rows))
 
 

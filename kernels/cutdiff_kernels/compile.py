@@ -135,10 +135,10 @@ def _view_variants(dtype: str) -> list[Variant]:
 
 
 def _network_variants(dtype: str, target: str) -> list[Variant]:
-    """With the groups and products of SDXL's widest level, 1280 channels."""
+    """With SDXL's groups of 40 and 80 channels, the widest."""
     sizes = {"num_positions": INTEGER, "channels": INTEGER}
     parameters = {"weight": f"*{dtype}", "bias": f"*{dtype}"}
-    fold = {"GROUP_CHANNELS": 40, "PADDED": 64, "CHUNKS": network.CHUNKS, "ROWS": network.NORM_TILE["ROWS"]}
+    fold = {"CHUNKS": network.CHUNKS, "ROWS": network.NORM_TILE["ROWS"]}
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     tile, options = network.geglu_tile(torch_dtype, hopper=target == "sm_90", hip=target == "gfx942")
     product = {"num_rows": INTEGER, "num_out": INTEGER, "num_in": INTEGER}
@@ -151,13 +151,16 @@ def _network_variants(dtype: str, target: str) -> list[Variant]:
             network.NORM_OPTIONS,
             ("channels",),
         ),
-        Variant(
-            f"norm_fold {dtype}",
-            network.norm_fold_kernel,
-            {"stats": "*fp32"} | parameters | {"affine": "*fp32"} | sizes | {"num_tiles": INTEGER, "eps": FLOAT},
-            fold,
-            {},
-            ("channels",),
+        *(
+            Variant(
+                f"norm_fold {channels} {dtype}",
+                network.norm_fold_kernel,
+                {"stats": "*fp32"} | parameters | {"affine": "*fp32"} | sizes | {"num_tiles": INTEGER, "eps": FLOAT},
+                fold | {"GROUP_CHANNELS": channels, "PADDED": padded},
+                {},
+                ("channels",),
+            )
+            for channels, padded in ((40, 64), (80, 128))
         ),
         Variant(
             f"norm_apply {dtype}",

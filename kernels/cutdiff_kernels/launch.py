@@ -23,13 +23,15 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def output(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: Tensor) -> Tensor:
+def output(
+    out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: Tensor, *parameters: Tensor
+) -> Tensor:
     """`out` if it fits, else a new contiguous tensor beside `source`. ValueError where no kernel can do it."""
     device = source.device
     check_device(device)
     if source.dtype == torch.float64:
         raise ValueError("the Triton kernels compute in float32: for float64 take backend 'reference'")
-    if source.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(read.requires_grad for read in (source, *parameters)):
         raise ValueError("the Triton kernels have no backward pass: for gradients take backend 'reference'")
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)

@@ -29,9 +29,9 @@ GROUP = 8
 @triton.jit
 def norm_stats_kernel(x, stats, num_positions, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """x (B, P, C), contiguous -> stats (B, tiles, 2, C): mean of a tile's rows, and squares of what differs from it."""
-    image, tile = tl.program_id(0), tl.program_id(1)
+    image, tile = tl.program_id(2), tl.program_id(1)
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < num_positions) & (column < channels)
     source = x + (image.to(tl.int64) * num_positions + row) * channels + column
     values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
@@ -96,9 +96,9 @@ def norm_apply_kernel(
     x, affine, out, num_positions, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """x (B, P, C), contiguous · affine (B, 2, C) -> out (B, P, C), contiguous."""
-    image = tl.program_id(0).to(tl.int64)
+    image = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < num_positions) & (column < channels)
     place = (image * num_positions + row) * channels + column
     scale = tl.load(affine + image * 2 * channels + column, mask=column < channels, other=0.0)
@@ -178,13 +178,13 @@ def group_norm(
     """
     check_group_norm(x, num_groups, weight, bias)
     rows = x.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C): no copy where x lies so
-    out = output(out, tuple(rows.shape), x.dtype, rows)
+    out = output(out, tuple(rows.shape), x.dtype, rows, weight, bias)
     batch, channels, num_positions = len(x), x.shape[1], x.shape[2] * x.shape[3]
     num_tiles, columns = (triton.cdiv(n, b) for n, b in zip((num_positions, channels), NORM_TILE.values(), strict=True))
     stats = torch.empty(batch, num_tiles, 2, channels, dtype=torch.float32, device=x.device)
     affine = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
     group = channels // num_groups
-    tiles = (batch, num_tiles, columns)
+    tiles = (columns, num_tiles, batch)  # neighbours read the same lines of memory
     with torch.cuda.device_of(x):
         norm_stats_kernel[tiles](rows, stats, num_positions, channels, **NORM_TILE, **NORM_OPTIONS)
         norm_fold_kernel[(batch, num_groups)](
@@ -202,7 +202,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None)
     """
     check_geglu(x, weight, bias)
     num_in, num_out = weight.shape[1], weight.shape[0] // 2
-    out = output(out, (*x.shape[:-1], num_out), x.dtype, x)
+    out = output(out, (*x.shape[:-1], num_out), x.dtype, x, weight, bias)
     num_rows = x.numel() // num_in
     hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)  # with as much shared memory
     constants, options = geglu_tile(x.dtype, hopper=hopper, hip=torch.version.hip is not None)
