@@ -231,7 +231,7 @@ class VAE(nn.Module):
                 layer.ranks = ranks
             if banded:
                 return in_bands(network, x, Limits.on(x.device, ranks))
-            # channels_last takes a CPU a fifth less time, but its group norm loses digits of large pictures that lie so.
+            # channels_last takes a CPU a fifth less time, but its group norm loses digits of large pictures then.
             loses = on_cpu and activation >= CPU_LARGE_BYTES * len(x)
             layout = torch.contiguous_format if loses else torch.channels_last
             return network(x.contiguous(memory_format=layout))
