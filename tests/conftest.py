@@ -33,6 +33,16 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci")
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the kernels run: interpreted on the CPU, compiled on a GPU."""
+    from triton import knobs  # which is not had on macOS
+
+    if request.param == "cpu" and not knobs.runtime.interpret:
+        pytest.skip("compiled in this process: the interpreter needs one of its own")
+    return request.param
+
+
 def pytest_sessionstart() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from cutdiff_kernels import bench, patches, reference, views
 from cutdiff_kernels.reference import Seeded
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from layouts import LAYOUTS, few, laid_out, poisoned
 from tiny import on
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,34 +36,6 @@ from cutdiff.preconditioning import epsilon
 from cutdiff.solvers import euler_step
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
-few = settings(
-    max_examples=12 if torch.cuda.is_available() else 40,  # on a GPU every new combination of constants is compiled
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the kernels run: interpreted on the CPU, compiled on a GPU."""
-    if request.param == "cpu" and not knobs.runtime.interpret:
-        pytest.skip("compiled in this process: the interpreter needs one of its own")
-    return request.param
-
-
-def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same values (A, B, C, D) with other strides."""
-    if layout == "channels_last":
-        return values.contiguous(memory_format=torch.channels_last)
-    if layout == "transposed":
-        return values.mT.contiguous().mT
-    if layout == "sliced":
-        return torch.stack([values, values], dim=-1)[..., 1]
-    return values
-
-
-def poisoned(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

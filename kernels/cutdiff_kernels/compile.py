@@ -155,7 +155,9 @@ def _network_variants(dtype: str, target: str) -> list[Variant]:
             Variant(
                 f"norm_fold {channels} {dtype}",
                 network.norm_fold_kernel,
-                {"stats": "*fp32"} | parameters | {"affine": "*fp32"} | sizes | {"num_tiles": INTEGER, "eps": FLOAT},
+                {"stats": "*fp32", "weight": f"*{dtype}", "scaling": "*fp32"}
+                | sizes
+                | {"num_tiles": INTEGER, "eps": FLOAT},
                 fold | {"GROUP_CHANNELS": channels, "PADDED": padded},
                 {},
                 ("channels",),
@@ -165,7 +167,7 @@ def _network_variants(dtype: str, target: str) -> list[Variant]:
         Variant(
             f"norm_apply {dtype}",
             network.norm_apply_kernel,
-            {"x": f"*{dtype}", "affine": "*fp32", "out": f"*{dtype}"} | sizes,
+            {"x": f"*{dtype}", "scaling": "*fp32", "bias": f"*{dtype}", "out": f"*{dtype}"} | sizes,
             {"SILU": True, **network.NORM_TILE},
             network.NORM_OPTIONS,
             ("channels",),

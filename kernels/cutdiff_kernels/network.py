@@ -47,8 +47,7 @@ def norm_stats_kernel(x, stats, num_positions, channels, ROWS: tl.constexpr, COL
 def norm_fold_kernel(
     stats,
     weight,
-    bias,
-    affine,
+    scaling,
     num_positions,
     channels,
     num_tiles,
@@ -58,7 +57,7 @@ def norm_fold_kernel(
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """stats of one group of one image -> affine (B, 2, C): what a channel is multiplied with, and what is added."""
+    """stats of one group of one image -> scaling (B, 2, C): its mean, and what a channel is multiplied with then."""
     image = tl.program_id(0).to(tl.int64)
     inside = tl.arange(0, PADDED)[None, :] < GROUP_CHANNELS
     channel = tl.program_id(1) * GROUP_CHANNELS + tl.arange(0, PADDED)[None, :]
@@ -85,25 +84,26 @@ def norm_fold_kernel(
     variance = tl.sum(tl.sum(square, axis=1), axis=0) / numbers
 
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) / tl.sqrt_rn(variance + eps)
-    shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) - mean * scale
-    target = affine + image * 2 * channels + channel
-    tl.store(target, scale, mask=inside)
-    tl.store(target + channels, shift, mask=inside)
+    target = scaling + image * 2 * channels + channel
+    tl.store(target, tl.broadcast_to(mean, scale.shape), mask=inside)
+    tl.store(target + channels, scale, mask=inside)
 
 
 @triton.jit
 def norm_apply_kernel(
-    x, affine, out, num_positions, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x, scaling, bias, out, num_positions, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """x (B, P, C), contiguous · affine (B, 2, C) -> out (B, P, C), contiguous."""
+    """x (B, P, C), contiguous · scaling (B, 2, C) · bias (C,) -> out (B, P, C), contiguous."""
     image = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < num_positions) & (column < channels)
     place = (image * num_positions + row) * channels + column
-    scale = tl.load(affine + image * 2 * channels + column, mask=column < channels, other=0.0)
-    shift = tl.load(affine + image * 2 * channels + channels + column, mask=column < channels, other=0.0)
-    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale + shift
+    known = column < channels
+    mean = tl.load(scaling + image * 2 * channels + column, mask=known, other=0.0)
+    scale = tl.load(scaling + image * 2 * channels + channels + column, mask=known, other=0.0)
+    shift = tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
+    values = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean) * scale + shift
     if SILU:
         values = values / (1 + tl.exp(-values))
     tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
@@ -182,16 +182,18 @@ def group_norm(
     batch, channels, num_positions = len(x), x.shape[1], x.shape[2] * x.shape[3]
     num_tiles, columns = (triton.cdiv(n, b) for n, b in zip((num_positions, channels), NORM_TILE.values(), strict=True))
     stats = torch.empty(batch, num_tiles, 2, channels, dtype=torch.float32, device=x.device)
-    affine = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
+    scaling = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
     group = channels // num_groups
     tiles = (columns, num_tiles, batch)  # neighbours read the same lines of memory
     with torch.cuda.device_of(x):
         norm_stats_kernel[tiles](rows, stats, num_positions, channels, **NORM_TILE, **NORM_OPTIONS)
         norm_fold_kernel[(batch, num_groups)](
-            stats, weight, bias, affine, num_positions, channels, num_tiles, eps, GROUP_CHANNELS=group,
+            stats, weight, scaling, num_positions, channels, num_tiles, eps, GROUP_CHANNELS=group,
             PADDED=triton.next_power_of_2(group), CHUNKS=CHUNKS, ROWS=NORM_TILE["ROWS"],
         )  # fmt: skip
-        norm_apply_kernel[tiles](rows, affine, out, num_positions, channels, SILU=silu, **NORM_TILE, **NORM_OPTIONS)
+        norm_apply_kernel[tiles](
+            rows, scaling, bias, out, num_positions, channels, SILU=silu, **NORM_TILE, **NORM_OPTIONS
+        )
     return out.permute(0, 3, 1, 2)
 
 
