@@ -133,7 +133,7 @@ class Settings:
         if self.compile and self.method in CHANGING_THE_NETWORK:
             raise ValueError(f"compile={self.compile} is not for {self.method}, which changes the network on the way")
         if self.cuda_graphs and not self.compile:
-            raise ValueError(f"cuda_graphs={self.cuda_graphs} goes with a compiled network: set compile=True too")
+            raise ValueError(f"cuda_graphs={self.cuda_graphs} goes with compile, and that is off: ask for both")
         if self.method == "accdiffusion" and self.prompt_2 is not None:
             raise ValueError(
                 f"prompt_2={self.prompt_2!r} is not for accdiffusion, whose views are told words of one prompt"
