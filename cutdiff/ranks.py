@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cutdiff.launch import RankLost
+from cutdiff.launch import Ended, RankLost
 from cutdiff.models.text import TextStates
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Ranks:
                     work.wait()  # pyright: ignore[reportOptionalMemberAccess]  None is for ranks outside of the group
                 _finish(whole)
         except RuntimeError:
+            if self.watch is not None and self.watch.others_told():
+                raise Ended from None
             raise RankLost("another process of the run is gone, or does not answer") from None
         for rank, (part, buffer) in enumerate(sent):
             if rank != self.rank:

@@ -75,6 +75,11 @@ class Watch:
         yield
         self.waiting_since = None
 
+    def others_told(self) -> bool:
+        """Whether this process has waited so long that one which waited with it said who hangs, and ended."""
+        since = self.waiting_since
+        return since is not None and time.monotonic() - since > self.limit / 2 and not self._speaks()
+
     def told(self, rank: int) -> str:
         """How often a process has moved and where it is, as it told last."""
         return self.store.get(str(rank)).decode() if self.store.check([str(rank)]) else "-1 at its start"

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +20,11 @@ from hypothesis import strategies as st
 from processes import ENVIRONMENT, contents, free_port
 from ranked import QUICK, SIZES
 
+from cutdiff.launch import Ended, RankLost
 from cutdiff.ranks import Ranks
 from cutdiff.sample import main
 from cutdiff.settings import METHOD_NAMES
+from cutdiff.watch import Watch
 
 Drawn = dict[Any, Any]
 
@@ -189,8 +192,39 @@ REMEDY = re.escape(": nothing for 5 s (--rank-timeout); start again to draw what
 def test_a_rank_that_hangs_is_named_with_its_step(runs: Path) -> None:
     status, _, errors, _ = ended(runs / "hangs")
     assert status[0] == 1
-    assert not any("hangs" in told for told in errors[1:]), "one says it; another may add that this one is gone"
+    assert not any("cutdiff:" in told for told in errors[1:]), "one says it; the store of torch may add that it is gone"
     assert re.fullmatch(f"cutdiff: rank 1 hangs {WHERE}{REMEDY}", errors[0]), errors
+
+
+@pytest.mark.parametrize(
+    ("waited", "said", "error"),
+    [
+        (6.0, 1, Ended),  # another has said it before
+        (6.0, None, Ended),  # the store is gone, with the first rank
+        (6.0, 0, RankLost),  # nobody has
+        (1.0, None, RankLost),  # too early for a hang: it was killed
+    ],
+)
+def test_a_rank_whose_peers_vanish_speaks_where_no_other_did(
+    waited: float, said: int | None, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a limit of 10 seconds."""
+
+    class Store:
+        def add(self, key: str, more: int) -> int:
+            if said is None:
+                raise RuntimeError("connection reset")
+            return said + more
+
+    def vanished(*args: object, **options: object) -> None:
+        watch.waiting_since = time.monotonic() - waited
+        raise RuntimeError("connection closed by peer")
+
+    watch = Watch(10.0)
+    watch.store, watch.rank, watch.ranks = Store(), 1, range(2)
+    monkeypatch.setattr(torch.distributed, "broadcast", vanished)
+    with pytest.raises(error):
+        Ranks(1, 2, watch=watch).values(0)
 
 
 def test_a_group_that_hangs_is_named_by_one_that_has_finished(runs: Path) -> None:

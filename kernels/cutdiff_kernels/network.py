@@ -32,15 +32,16 @@ def norm_stats_kernel(x, stats, num_positions, channels, ROWS: tl.constexpr, COL
     image, tile = tl.program_id(2), tl.program_id(1)
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (row < num_positions) & (column < channels)
+    known = column < channels
+    inside = (row < num_positions) & known
     source = x + (image.to(tl.int64) * num_positions + row) * channels + column
     values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     count = tl.minimum(num_positions - tile * ROWS, ROWS).to(tl.float32)
     mean = tl.sum(values, axis=0)[None, :] / count
     centred = tl.where(inside, values - mean, 0.0)
     target = stats + (image.to(tl.int64) * tl.num_programs(1) + tile) * 2 * channels + column
-    tl.store(target, mean, mask=column < channels)
-    tl.store(target + channels, tl.sum(centred * centred, axis=0)[None, :], mask=column < channels)
+    tl.store(target, mean, mask=known)
+    tl.store(target + channels, tl.sum(centred * centred, axis=0)[None, :], mask=known)
 
 
 @triton.jit
@@ -97,9 +98,9 @@ def norm_apply_kernel(
     image = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (row < num_positions) & (column < channels)
-    place = (image * num_positions + row) * channels + column
     known = column < channels
+    inside = (row < num_positions) & known
+    place = (image * num_positions + row) * channels + column
     mean = tl.load(scaling + image * 2 * channels + column, mask=known, other=0.0)
     scale = tl.load(scaling + image * 2 * channels + channels + column, mask=known, other=0.0)
     shift = tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
