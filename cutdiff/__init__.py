@@ -6,23 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint import load
-    from cutdiff.draws import Draws
     from cutdiff.pipeline import Result, decode, denoise, generate
+    from cutdiff.sampling.draws import Draws
+    from cutdiff.sampling.solvers import Step
     from cutdiff.settings import Settings
-    from cutdiff.solvers import Step
 
 __all__ = ["Draws", "Result", "Settings", "Step", "decode", "denoise", "generate", "load"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "load": "cutdiff.checkpoint",
-    "Draws": "cutdiff.draws",
+    "Draws": "cutdiff.sampling.draws",
     "Result": "cutdiff.pipeline",
     "decode": "cutdiff.pipeline",
     "denoise": "cutdiff.pipeline",
     "generate": "cutdiff.pipeline",
     "Settings": "cutdiff.settings",
-    "Step": "cutdiff.solvers",
+    "Step": "cutdiff.sampling.solvers",
 }
 
 

@@ -22,15 +22,15 @@ import torch
 from tqdm import tqdm
 
 import cutdiff
-from cutdiff.images import save_json
-from cutdiff.model import Model
-from cutdiff.options import BadArgument, Parser
+from cutdiff.checkpoint.model import Model
+from cutdiff.cli.arguments import BadArgument, Parser
+from cutdiff.evaluation import score
+from cutdiff.evaluation.cells import Cell, cost, draw, folder_of, picture_paths
+from cutdiff.evaluation.references import References, compare
+from cutdiff.evaluation.report import save_sheet, table
+from cutdiff.evaluation.testbed import Testbed, environment, row_of
+from cutdiff.output.images import save_json
 from cutdiff.pipeline import plan
-from cutdiff.references import References, compare
-from cutdiff.scenes import score
-from cutdiff.scenes.cells import Cell, cost, draw, folder_of, picture_paths
-from cutdiff.scenes.report import save_sheet, table
-from cutdiff.scenes.testbed import Testbed, environment, row_of
 from cutdiff.settings import METHOD_NAMES, Settings, nearest
 
 OWN = ("method", "height", "width", "num_steps", "guidance_scale", "seed")

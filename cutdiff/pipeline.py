@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutdiff.denoiser import Denoiser
-from cutdiff.draws import Draws
-from cutdiff.finite import explained
+from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.methods import METHODS, Run
-from cutdiff.methods.common import guided_between
-from cutdiff.model import Model, dtype_name
+from cutdiff.methods.shared import guided_between
 from cutdiff.models.compiled import compiled
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
-from cutdiff.patches import check_backend
-from cutdiff.ranks import ALONE, Ranks, SharedText
-from cutdiff.record import describe, fingerprint
-from cutdiff.schedule import Schedule
+from cutdiff.output.record import describe, fingerprint
+from cutdiff.parallel.ranks import ALONE, Ranks, SharedText
+from cutdiff.sampling.denoiser import Denoiser
+from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.finite import explained
+from cutdiff.sampling.operators import check_backend
+from cutdiff.sampling.schedule import Schedule
+from cutdiff.sampling.solvers import Phase, Solver, Stage, Step, make_solver, solve
 from cutdiff.settings import Settings
-from cutdiff.solvers import Phase, Solver, Stage, Step, make_solver, solve
 
 CPU_VIEW_BATCH = 16
 """Patches or views at once where nobody says; more are not faster there."""

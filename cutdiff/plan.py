@@ -1,6 +1,6 @@
 """The command line: `python -m cutdiff.plan --width 4096 --height 4096 --devices 8` tells what a run takes.
 
-Network evaluations and FLOPs are counted on the method itself (`cutdiff.forecast`), those of text encoders left out.
+Network evaluations and FLOPs are counted on the method itself (`planning.forecast`), those of text encoders left out.
 The floor is the busiest device's FLOPs at --tflops; expected is the floor over --utilisation, and what the device is
 sent at --bandwidth. No time is expected of decoding, whose attention runs in float32. Memory is that of tensors; what
 kernels and the allocator take beside comes on top.
@@ -14,7 +14,7 @@ import math
 import sys
 from typing import Any
 
-from cutdiff.options import DTYPES, BadArgument, Parser, add_method, check_used, errors_by_flag
+from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_method, check_used, errors_by_flag
 from cutdiff.settings import Settings
 
 TFLOPS = 790.0
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     """What --json prints; sizes in pixels, memory in bytes, times in seconds."""
-    from cutdiff.forecast import decoding, outline, walk
+    from cutdiff.planning.forecast import decoding, outline, walk
 
     settings = _settings(args)
     model = outline(args.model, args.dtype, args.config)

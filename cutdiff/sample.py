@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cutdiff import stopping
-from cutdiff.drawing import Failure, draw_all, print_line, tell
-from cutdiff.launch import Ended, RankLost, alike, joined, num_processes, own_gpu, process
-from cutdiff.options import BadArgument, of_flag, parse
-from cutdiff.runs import BadLine, check_fit, plan_pictures, read_requests
+from cutdiff.cli.arguments import BadArgument, of_flag, parse
+from cutdiff.cli.drawing import Failure, draw_all, print_line, tell
+from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests
+from cutdiff.parallel import stopping
+from cutdiff.parallel.launch import Ended, RankLost, alike, joined, num_processes, own_gpu, process
 
 if TYPE_CHECKING:
-    from cutdiff.model import Model
+    from cutdiff.checkpoint.model import Model
 
 LISTED = 5
 """How many lines of a file of prompts the last message names before it only counts them."""
@@ -67,7 +67,7 @@ def _run(argv: list[str] | None) -> None:
             _leave_out(args, unfit, everything=not requests)
             pictures = plan_pictures(model, args, requests)
             if launch.group.leads:
-                from cutdiff.images import remove_parts
+                from cutdiff.output.images import remove_parts
 
                 remove_parts(args.out, {picture.path.stem for picture in pictures if not picture.finished})
         draw_all(model, args, pictures, launch)

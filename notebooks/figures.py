@@ -12,8 +12,8 @@ from IPython.display import Markdown
 from matplotlib.axes import Axes
 from studies import RESULTS, result_path
 
-from cutdiff.scenes.cells import Cell
-from cutdiff.scenes.report import SHARES, table
+from cutdiff.evaluation.cells import Cell
+from cutdiff.evaluation.report import SHARES, table
 
 MAIN = ("one of each", "right caption", "kernel whole", "kernel crops", "seams", "detail", "agreement")
 """Of the scores, what the tables show; all of them are in the JSON."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cutdiff
-from cutdiff.images import to_pil
+from cutdiff.output.images import to_pil
 
 PROMPT = "a red house with mountains over a meadow at sunset"
 SEEDS = 4

@@ -29,12 +29,12 @@ from variants import (
 )
 
 import cutdiff
-from cutdiff.images import save_json
+from cutdiff.cli.arguments import BadArgument, Parser
+from cutdiff.evaluation.cells import Cell, folder_of, picture_paths
+from cutdiff.evaluation.report import save_sheet
+from cutdiff.evaluation.testbed import Testbed, environment
 from cutdiff.methods import METHODS, attention_scaling, direct, hidiffusion, scalecrafter
-from cutdiff.options import BadArgument, Parser
-from cutdiff.scenes.cells import Cell, folder_of, picture_paths
-from cutdiff.scenes.report import save_sheet
-from cutdiff.scenes.testbed import Testbed, environment
+from cutdiff.output.images import save_json
 from cutdiff.settings import Settings
 
 RESULTS = Path(__file__).with_name("results")

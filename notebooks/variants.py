@@ -14,16 +14,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cutdiff.denoiser import Denoiser, Inputs
-from cutdiff.methods.common import Run
 from cutdiff.methods.cutdiffusion import cutdiffusion, denoise_patches
 from cutdiff.methods.direct import direct
 from cutdiff.methods.magnify import enlarged, magnify
 from cutdiff.methods.multidiffusion import denoise_views
-from cutdiff.methods.network import replaced
+from cutdiff.methods.shared import Run
+from cutdiff.models.inside import replaced
 from cutdiff.models.unet import Context, UNet
-from cutdiff.patches import grid_for
-from cutdiff.solvers import CanvasDenoiser, Phase, Stage
+from cutdiff.sampling.denoiser import Denoiser, Inputs
+from cutdiff.sampling.operators import grid_for
+from cutdiff.sampling.solvers import CanvasDenoiser, Phase, Stage
 
 Method = Callable[[Run], list[Stage]]
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 import cutdiff
+from cutdiff.evaluation import score
+from cutdiff.evaluation.metrics import psnr
 from cutdiff.models.fp8 import quantize_transformers
 from cutdiff.pipeline import Result
-from cutdiff.scenes import score, world
-from cutdiff.scenes.metrics import psnr
+from cutdiff.scenes import world
 from cutdiff.settings import METHOD_NAMES, Settings
 
 RUNS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "FP8": torch.bfloat16}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.bench.baselines import with_weights_of
-from cutdiff.bench.random_model import TOKENS, randomise
+from cutdiff.checkpoint.random_model import TOKENS, randomise
 from cutdiff.models.config import SDXL_VAE, UNetConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cutdiff.bench.baselines import published_vae
-from cutdiff.bench.random_model import randomise
+from cutdiff.checkpoint.random_model import randomise
 from cutdiff.models.config import SDXL_VAE
 from cutdiff.models.vae import VAE
 

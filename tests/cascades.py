@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutdiff.draws import Draws
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
 from cutdiff.models.config import UNetConfig
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
+from cutdiff.sampling.draws import Draws
 
 PROMPT = "a red house with mountains over a meadow at sunset"
 LENGTH, CONTEXT_DIM, POOLED_DIM = 14, 16, 8

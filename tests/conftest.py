@@ -21,12 +21,12 @@ from tiny import Tiny, random_model
 import cutdiff
 from cutdiff.checkpoint import save_folder
 from cutdiff.checkpoint.families import SDXL
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
+from cutdiff.sampling.schedule import NoiseConfig
 from cutdiff.scenes.vocabulary import WIDTH, make_text_encoders
-from cutdiff.schedule import NoiseConfig
 
 collect_ignore = [] if find_spec("triton") else ["test_kernels.py", "test_fused.py"]  # there is none for macOS
 settings.register_profile("ci", deadline=None, derandomize=True)

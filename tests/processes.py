@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import cutdiff.checkpoint
-import cutdiff.images
+import cutdiff.output.images
 import cutdiff.pipeline
 import cutdiff.scenes.vocabulary  # noqa: F401  an import is all it takes here
 

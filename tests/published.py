@@ -14,8 +14,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
-from cutdiff.edm import EDMConfig
-from cutdiff.schedule import NoiseConfig
+from cutdiff.sampling.edm import EDMConfig
+from cutdiff.sampling.schedule import NoiseConfig
 
 
 def published_euler(config: NoiseConfig) -> EulerDiscreteScheduler:

@@ -19,7 +19,7 @@ from processes import PATIENCE, kill_and_start_again, sampler, start, statuses
 import cutdiff
 import cutdiff.models.bands
 import cutdiff.models.vae
-from cutdiff.launch import joined
+from cutdiff.parallel.launch import joined
 from cutdiff.settings import METHOD_NAMES, WITHOUT_VIEWS, Settings
 
 SIZES = (1, 2, 5)

@@ -12,12 +12,12 @@ from cascades import PROMPT, Replayed, Words, fixture, network, noises, shuffles
 from torch import Tensor
 
 import cutdiff
-from cutdiff.draws import Draws
+from cutdiff.checkpoint.model import Model
 from cutdiff.methods.accdiffusion import responsive, view_prompts
-from cutdiff.model import Model
 from cutdiff.models.attention import map_level, recorded_attention
 from cutdiff.models.layers import Attention
 from cutdiff.models.text import TextStates
+from cutdiff.sampling.draws import Draws
 from cutdiff.settings import SOLVER_NAMES
 
 

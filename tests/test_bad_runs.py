@@ -90,7 +90,7 @@ def test_output_path_not_writable(tmp_path: Path, command_line: CommandLine) -> 
 def test_killed_in_the_middle_of_a_write(tmp_path: Path) -> None:
     """Which waits for ever here."""
     code = (
-        "import os, sys, time; import cutdiff.images as images; from cutdiff.sample import main;"
+        "import os, sys, time; import cutdiff.output.images as images; from cutdiff.sample import main;"
         "images.os.replace = lambda *_: (print('writing', flush=True), time.sleep(600)); main(sys.argv[1:])"
     )
     arguments = [*QUICK, "--out", str(tmp_path)]

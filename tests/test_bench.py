@@ -22,9 +22,9 @@ from cutdiff.bench import __main__ as command
 from cutdiff.bench.baselines import PublishedLoop, make_baselines
 from cutdiff.bench.measure import PARTS, STAGES, Ours, Timing, count_flops, timed, unet_flops
 from cutdiff.bench.parity import NotEqual, prove, prove_again
-from cutdiff.bench.random_model import cast, network_inputs, random_model
 from cutdiff.bench.report import summary, table
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
+from cutdiff.checkpoint.random_model import cast, network_inputs, random_model
 from cutdiff.models.config import SDXL_UNET, UNetConfig, VAEConfig
 from cutdiff.settings import Settings
 

@@ -60,12 +60,12 @@ from cutdiff.checkpoint.families import SDXL
 from cutdiff.checkpoint.files import LISTED
 from cutdiff.checkpoint.infer import infer_blueprint
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
+from cutdiff.checkpoint.model import sha256
 from cutdiff.checkpoint.single import split
-from cutdiff.model import sha256
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.schedule import NoiseConfig
+from cutdiff.sampling.schedule import NoiseConfig
 
 CPU = torch.device("cpu")
 

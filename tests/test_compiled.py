@@ -9,9 +9,9 @@ from torch._dynamo.utils import counters
 
 import cutdiff
 from cutdiff.bench.parity import full_precision
-from cutdiff.methods.network import replaced
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
 from cutdiff.models import compiled
+from cutdiff.models.inside import replaced
 from cutdiff.settings import CHANGING_THE_NETWORK, METHOD_NAMES
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cutdiff
-from cutdiff.draws import Draws
+from cutdiff.checkpoint.model import Model
 from cutdiff.methods.demofusion import gaussian_blur, phase_sizes, with_moments
-from cutdiff.model import Model
+from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.solvers import Step
 from cutdiff.settings import SOLVER_NAMES
-from cutdiff.solvers import Step
 
 
 def run(model: Model, **options: Any) -> list[Step]:

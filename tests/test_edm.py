@@ -25,16 +25,16 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.configs import EDM_SCHEDULERS, noise_config, noise_to_diffusers, vae_config, vae_to_diffusers
+from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.noise import NoiseOptions, decide_noise
-from cutdiff.edm import EDMConfig, edm_schedule
 from cutdiff.methods import METHODS
-from cutdiff.model import Model
 from cutdiff.models.config import VAEConfig
 from cutdiff.models.vae import VAE
 from cutdiff.sample import main
-from cutdiff.schedule import NoiseConfig
+from cutdiff.sampling.edm import EDMConfig, edm_schedule
+from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.solvers import Stage, make_solver, solve
 from cutdiff.settings import SOLVER_NAMES
-from cutdiff.solvers import Stage, make_solver, solve
 
 PROMPT = "a red house"
 PLAYGROUND = EDMConfig()

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from cutdiff.evaluate import main
-from cutdiff.scenes import score
-from cutdiff.scenes.features import load_features
-from cutdiff.scenes.report import contact_sheet
+from cutdiff.evaluation import score
+from cutdiff.evaluation.features import load_features
+from cutdiff.evaluation.report import contact_sheet
 
 ARGUMENTS = ["--methods", "direct", "cutdiffusion", "--sizes", "256", "--steps", "2", "--batch", "2"]
 

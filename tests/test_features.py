@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cutdiff.checkpoint.locate import embedded
-from cutdiff.scenes import train_features, world
-from cutdiff.scenes.features import (
+from cutdiff.evaluation.features import (
     DIM,
     PIXELS,
     WEIGHTS,
@@ -24,9 +23,11 @@ from cutdiff.scenes.features import (
     load_features,
     whole_features,
 )
-from cutdiff.scenes.metrics import frechet_distance, kernel_distance
+from cutdiff.evaluation.metrics import frechet_distance, kernel_distance
+from cutdiff.scenes import world
 from cutdiff.scenes.render import Crop, render
-from cutdiff.scenes.train_features import UNSEEN, targets
+from cutdiff.training import features as train_features
+from cutdiff.training.features import UNSEEN, targets
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_targets_are_what_a_crop_shows() -> None:
 
 def test_training_runs_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps from the command line give weights that load and a README that describes them."""
-    monkeypatch.setattr("cutdiff.scenes.features_card.SET_PAIRS", 1)
+    monkeypatch.setattr("cutdiff.training.features_card.SET_PAIRS", 1)
     arguments = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--device", "cpu", "--batch", "4"]
     for steps in ("2", "3"):
         train_features.main([*arguments, "--steps", steps, "--set-size", "8"])

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cutdiff
-from cutdiff.methods.network import replaced
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
+from cutdiff.models.inside import replaced
 from cutdiff.models.vae import VAE
 
 PROMPT = "a red house"

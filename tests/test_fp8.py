@@ -18,7 +18,7 @@ from tiny import Tiny, assert_bit_equal
 from torch import Tensor, nn
 
 import cutdiff
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
 from cutdiff.models import fp8
 from cutdiff.models.fp8 import (
     FORMAT,

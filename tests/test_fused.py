@@ -18,8 +18,8 @@ from triton import knobs
 import cutdiff
 from cutdiff.bench import __main__ as bench
 from cutdiff.bench.parity import full_precision
-from cutdiff.bench.random_model import network_inputs
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
+from cutdiff.checkpoint.random_model import network_inputs
 from cutdiff.models import fused
 from cutdiff.models.compiled import compiled
 from cutdiff.models.fp8 import FP8Linear, quantize_transformers

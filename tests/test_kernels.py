@@ -27,13 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 import cutdiff
-from cutdiff import patches as dispatch
-from cutdiff.denoiser import Denoiser
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
 from cutdiff.models.text import TextStates
-from cutdiff.patches import Patches, Permutation, SeededPermutation, Views
-from cutdiff.preconditioning import epsilon
-from cutdiff.solvers import euler_step
+from cutdiff.sampling import operators as dispatch
+from cutdiff.sampling.denoiser import Denoiser
+from cutdiff.sampling.operators import Patches, Permutation, SeededPermutation, Views
+from cutdiff.sampling.preconditioning import epsilon
+from cutdiff.sampling.solvers import euler_step
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -41,7 +41,7 @@ from cutdiff.checkpoint.keys import unet_keys
 from cutdiff.checkpoint.lora import merge
 from cutdiff.checkpoint.lora.file import read_changes
 from cutdiff.checkpoint.lora.names import Target, flat, split_key, targets
-from cutdiff.model import MergedLora, Model, sha256
+from cutdiff.checkpoint.model import MergedLora, Model, sha256
 from cutdiff.models.config import SD15_UNET, SDXL_UNET, SDXL_VAE
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE

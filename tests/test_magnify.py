@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cutdiff
+from cutdiff.checkpoint.model import Model
 from cutdiff.methods import Run, magnify
-from cutdiff.methods.common import guided
 from cutdiff.methods.magnify import held
-from cutdiff.model import Model
+from cutdiff.methods.shared import guided
 from cutdiff.pipeline import prepare
+from cutdiff.sampling.solvers import Phase
 from cutdiff.settings import Settings
-from cutdiff.solvers import Phase
 
 PROMPT = "a red house at night"
 

@@ -23,7 +23,7 @@ from processes import ENVIRONMENT, contents
 from tiny import edit_tensors
 
 import cutdiff
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
 from cutdiff.sample import main
 
 QUICK = ["--method", "direct", "--steps", "1", "--width", "64", "--height", "64"]

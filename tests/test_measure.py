@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
 from cutdiff.scenes import world
 from cutdiff.scenes.blobs import count_blobs, label_blobs, largest_blob, opened
-from cutdiff.scenes.measure import read
+from cutdiff.scenes.read import read
 from cutdiff.scenes.render import BODY, render
 from cutdiff.scenes.world import Scenes
 

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cutdiff
-from cutdiff.draws import Draws
+from cutdiff.checkpoint.model import Model
 from cutdiff.methods import METHODS, Run, direct
-from cutdiff.methods.network import replaced
-from cutdiff.model import Model
+from cutdiff.models.inside import replaced
 from cutdiff.models.unet import UNet
-from cutdiff.patches import GRAINS
+from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.operators import GRAINS
+from cutdiff.sampling.solvers import SOLVERS, Stage
 from cutdiff.settings import INTERACTIONS, METHOD_NAMES, SOLVER_NAMES, WITHOUT_VIEWS
-from cutdiff.solvers import SOLVERS, Stage
 
 PROMPT = "a red house at night"
 

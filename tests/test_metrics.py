@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cutdiff.scenes import world
-from cutdiff.scenes.metrics import (
+from cutdiff.evaluation.metrics import (
     agreement,
     bootstrap,
     detail,
@@ -23,6 +22,7 @@ from cutdiff.scenes.metrics import (
     resampled_kernel_distance,
     seams,
 )
+from cutdiff.scenes import world
 from cutdiff.scenes.render import render
 
 seeds = st.integers(0, 2**32)

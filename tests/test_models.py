@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from cutdiff.bench.baselines import published_unet, published_vae
-from cutdiff.bench.random_model import randomise
+from cutdiff.checkpoint.random_model import randomise
 from cutdiff.models.config import SD15_UNET, SD21_UNET, SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.unet import UNet

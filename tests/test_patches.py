@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cutdiff.draws import Draws
-from cutdiff.patches import (
+from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.operators import (
     GRAINS,
     SeededPermutation,
     average,

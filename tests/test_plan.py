@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cutdiff
 from cutdiff.bench.__main__ import SMALL_UNET
-from cutdiff.bench.random_model import random_model
-from cutdiff.forecast import decoding, outline, sized, walk, weight_bytes
-from cutdiff.meter import Meter
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
+from cutdiff.checkpoint.random_model import random_model
 from cutdiff.models.config import UNetConfig
 from cutdiff.plan import main
+from cutdiff.planning.forecast import decoding, outline, sized, walk, weight_bytes
+from cutdiff.planning.meter import Meter
 from cutdiff.settings import METHOD_NAMES, Settings
 
 UNET = UNetConfig(

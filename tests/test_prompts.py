@@ -21,11 +21,11 @@ from test_models import LENGTH, make_encoder, make_tokenizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import cutdiff
+from cutdiff.checkpoint.model import Model
 from cutdiff.methods.direct import direct
-from cutdiff.model import Model
+from cutdiff.models.prompts import MAX_WEIGHT, parse_weights, written
 from cutdiff.models.text import TextEncoders, TextStates, weighted
 from cutdiff.models.tokens import Chunk, split
-from cutdiff.prompts import MAX_WEIGHT, parse_weights, written
 from cutdiff.sample import main
 
 QUICK = ["--steps", "1", "--width", "128", "--height", "128", "--method", "direct"]

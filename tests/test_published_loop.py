@@ -17,8 +17,8 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.bench.baselines import PublishedDraws, VectorisedDraws, make_baselines
-from cutdiff.draws import Draws
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
+from cutdiff.sampling.draws import Draws
 
 WINDOW, STRIDE, GUIDANCE = 8, 4, 7.5
 

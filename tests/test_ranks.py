@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from processes import ENVIRONMENT, contents, free_port
 from ranked import QUICK, SIZES
 
-from cutdiff.launch import Ended, RankLost
-from cutdiff.ranks import Ranks
+from cutdiff.parallel.launch import Ended, RankLost
+from cutdiff.parallel.ranks import Ranks
+from cutdiff.parallel.watch import Watch
 from cutdiff.sample import main
 from cutdiff.settings import METHOD_NAMES
-from cutdiff.watch import Watch
 
 Drawn = dict[Any, Any]
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from cutdiff.evaluate import main
-from cutdiff.references import CROPS, References, _load_clip, _parts, clip_scores, compare
-from cutdiff.scenes import score
-from cutdiff.scenes.metrics import frechet_distance
+from cutdiff.evaluation import score
+from cutdiff.evaluation.metrics import frechet_distance
+from cutdiff.evaluation.references import CROPS, References, _load_clip, _parts, clip_scores, compare
 
 PROMPTS = ["a red house at night", "a blue tree at day", "a pink tent"]
 

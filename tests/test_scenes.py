@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cutdiff
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
+from cutdiff.evaluation.metrics import psnr
 from cutdiff.scenes import world
-from cutdiff.scenes.measure import read
-from cutdiff.scenes.metrics import psnr
+from cutdiff.scenes.read import read
 from cutdiff.scenes.render import Crop, render
 from cutdiff.scenes.world import Scenes
 
@@ -91,7 +91,7 @@ def test_direct_at_native_size_is_what_diffusers_draws(model: Model) -> None:
     """Same folder, same noise, same prompt, float32: mean absolute difference at most one level of 255."""
     from diffusers import StableDiffusionXLPipeline
 
-    from cutdiff.draws import Draws
+    from cutdiff.sampling.draws import Draws
 
     pipe = StableDiffusionXLPipeline.from_pretrained(model.source)
     pipe.set_progress_bar_config(disable=True)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from published import in_float64, published_ddim, published_euler
 from torch import Tensor
 
-from cutdiff.schedule import BETA_SCHEDULES, NoiseConfig, Schedule, euler_schedule
-from cutdiff.solvers import Phase, Solver, Stage, Step, euler_step, make_solver, noise_scale, solve
+from cutdiff.sampling.schedule import BETA_SCHEDULES, NoiseConfig, Schedule, euler_schedule
+from cutdiff.sampling.solvers import Phase, Solver, Stage, Step, euler_step, make_solver, noise_scale, solve
 
 # The published Euler turns tensors into arrays in a way that numpy 2 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -16,10 +16,10 @@ import variants
 from torch import Tensor
 
 import cutdiff
+from cutdiff.checkpoint.model import Model
+from cutdiff.evaluation import score
+from cutdiff.evaluation.testbed import Testbed
 from cutdiff.methods import METHODS, direct
-from cutdiff.model import Model
-from cutdiff.scenes import score
-from cutdiff.scenes.testbed import Testbed
 
 CELLS = {studies.result_path(cell).name: cell for cells in studies.STUDIES.values() for cell in cells}
 
@@ -95,7 +95,7 @@ def test_magnify_without_its_hold_draws_something_else(tiny_model: Model) -> Non
 
 def test_contiguous_patches_are_whole_pictures_side_by_side(tiny_model: Model) -> None:
     """Without interaction and views, each tile is the native picture of its own noise."""
-    from cutdiff.draws import Draws
+    from cutdiff.sampling.draws import Draws
 
     class Tiled(Draws):
         def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:

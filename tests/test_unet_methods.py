@@ -14,22 +14,22 @@ import torch.nn.functional as F
 from published_unet_methods import CONFIG, GUIDANCE, RUNS, STEPS, noise, published_latents, states, weights
 from torch import Tensor, nn
 
-from cutdiff.denoiser import Denoiser
-from cutdiff.draws import Draws
 from cutdiff.methods import METHODS, Run
 from cutdiff.methods.attention_scaling import entropy_factor, scaled_attention
 from cutdiff.methods.hidiffusion import pooling, resampling, top_level, windowed
-from cutdiff.methods.network import blocks, replaced, size_at
 from cutdiff.methods.scalecrafter import Dilations, plan_for, redilated, redilated_conv
-from cutdiff.methods.windows import attend_in_windows
 from cutdiff.models.config import SDXL_UNET, UNetConfig
+from cutdiff.models.inside import blocks, replaced, size_at
 from cutdiff.models.layers import Attention
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import TransformerBlock, UNet
+from cutdiff.models.windows import attend_in_windows
+from cutdiff.sampling.denoiser import Denoiser
+from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.solvers import make_solver, solve
 from cutdiff.scenes.vocabulary import make_text_encoders
-from cutdiff.schedule import NoiseConfig
 from cutdiff.settings import SOLVER_NAMES
-from cutdiff.solvers import make_solver, solve
 
 METHOD_NAMES = ("attention_scaling", "scalecrafter", "hidiffusion")
 EMBEDDED = replace(CONFIG, layers_per_block=1, transformer_layers=(0, 1, 1), mid_transformer_layers=1)

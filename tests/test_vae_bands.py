@@ -15,12 +15,12 @@ from test_models import SEEDS, generator, randomise, relative_error, vae_configs
 from torch import Tensor
 
 import cutdiff
-from cutdiff.meter import Meter
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
 from cutdiff.models.bands import GPU_BAND_BYTES, Limits, in_bands
 from cutdiff.models.config import SDXL_VAE, VAEConfig
 from cutdiff.models.layers import Downsample
 from cutdiff.models.vae import VAE
+from cutdiff.planning.meter import Meter
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
 SMALL = VAEConfig(channels=(8, 16, 16), layers_per_block=1, norm_groups=4)

@@ -16,7 +16,7 @@ import cutdiff
 from cutdiff.checkpoint.configs import vae_to_diffusers
 from cutdiff.checkpoint.families import SD15, VAE_PREFIX
 from cutdiff.checkpoint.keys import vae_keys
-from cutdiff.model import sha256
+from cutdiff.checkpoint.model import sha256
 from cutdiff.models.config import VAEConfig
 from cutdiff.models.vae import VAE
 from cutdiff.sample import main

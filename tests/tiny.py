@@ -20,12 +20,12 @@ from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import NETWORKS
 from cutdiff.checkpoint.families import SD21, SDXL, Family
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
 from cutdiff.models.config import SD15_UNET, SD21_UNET, UNetConfig, VAEConfig
 from cutdiff.models.text import TextEncoders
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.schedule import NoiseConfig
+from cutdiff.sampling.schedule import NoiseConfig
 
 LENGTH = 16
 UNET = UNetConfig(

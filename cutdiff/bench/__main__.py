@@ -33,19 +33,19 @@ from tqdm import trange
 import cutdiff
 from cutdiff.bench.measure import Contestant, Ours, Timing, count_flops, matmul_peak, timed
 from cutdiff.bench.parity import NotEqual, prove, prove_again
-from cutdiff.bench.random_model import cast, changed, random_model
 from cutdiff.bench.report import CUDNN, FP8, FUSED, GRAPHS, OURS, VARIANTS, heading, summary, table
-from cutdiff.images import save_json
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
+from cutdiff.checkpoint.random_model import cast, changed, random_model
+from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, errors_by_flag
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
 from cutdiff.models.fused import check_fused, fuse
-from cutdiff.options import DTYPES, BadArgument, Parser, errors_by_flag
-from cutdiff.patches import check_backend, grid_for
+from cutdiff.output.images import save_json
 from cutdiff.pipeline import now, peak_memory
-from cutdiff.schedule import NoiseConfig
+from cutdiff.sampling.operators import check_backend, grid_for
+from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.solvers import make_solver
 from cutdiff.settings import BACKENDS, Settings
-from cutdiff.solvers import make_solver
 
 SMALL_UNET = UNetConfig(
     channels=(64, 128),

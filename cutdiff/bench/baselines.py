@@ -21,13 +21,13 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
 
-from cutdiff.denoiser import Size
-from cutdiff.model import Model
+from cutdiff.checkpoint.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.patches import grid_for
+from cutdiff.sampling.denoiser import Size
+from cutdiff.sampling.operators import grid_for
 
 GUIDANCE = 7.5
 FACTOR = 8

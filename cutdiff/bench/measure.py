@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cutdiff
-from cutdiff.bench.random_model import TOKENS
-from cutdiff.meter import Meter
+from cutdiff.checkpoint.model import Model
+from cutdiff.checkpoint.random_model import TOKENS
 from cutdiff.methods.cutdiffusion import STRUCTURE_FRACTION
-from cutdiff.model import Model
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.patches import grid_for, view_grid
 from cutdiff.pipeline import now
+from cutdiff.planning.meter import Meter
+from cutdiff.sampling.operators import grid_for, view_grid
 from cutdiff.settings import Settings
 
 STAGES: tuple[str, ...] = ("structure", "detail")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cutdiff.bench.measure import Contestant
-from cutdiff.bench.random_model import network_inputs
 from cutdiff.bench.report import FP8
-from cutdiff.model import Model, dtype_name
+from cutdiff.checkpoint.model import Model, dtype_name
+from cutdiff.checkpoint.random_model import network_inputs
 
 TOLERANCE = 1e-4
 """In float32 without TF32, where one wrong weight shows."""

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 import cutdiff
-from cutdiff.images import save_json
-from cutdiff.launch import alike, joined, own_gpu
-from cutdiff.options import DEMO_PROMPT, BadArgument, Parser, errors_by_flag
+from cutdiff.cli.arguments import DEMO_PROMPT, BadArgument, Parser, errors_by_flag
+from cutdiff.output.images import save_json
+from cutdiff.parallel.launch import alike, joined, own_gpu
+from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Result, now
-from cutdiff.ranks import Ranks
 from cutdiff.settings import METHOD_NAMES, Settings
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.files import listed
-from cutdiff.edm import AnyNoise
-from cutdiff.model import MergedLora, Model
+from cutdiff.checkpoint.model import MergedLora, Model
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.layers import channels_last
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
+from cutdiff.sampling.edm import AnyNoise
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from cutdiff.edm import AnyNoise, EDMConfig
 from cutdiff.models.config import UNetConfig, VAEConfig
-from cutdiff.schedule import NoiseConfig
+from cutdiff.sampling.edm import AnyNoise, EDMConfig
+from cutdiff.sampling.schedule import NoiseConfig
 
 DIFFUSERS_VERSION = "0.42.0"
 """The release whose fields and defaults are listed here."""

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from cutdiff.edm import AnyNoise, EDMConfig
 from cutdiff.models.config import VAEConfig
+from cutdiff.sampling.edm import AnyNoise, EDMConfig
 
 LATENTS = ("edm_mean", "edm_std")
 """Playground v2.5: statistics of the latents' channels. It has EDM's own formulation, with the paper's defaults."""

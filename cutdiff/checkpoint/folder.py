@@ -14,8 +14,8 @@ from cutdiff.checkpoint.build import Blueprint, Networks
 from cutdiff.checkpoint.configs import boolean, noise_config, unet_config, vae_config
 from cutdiff.checkpoint.keys import modern_vae
 from cutdiff.checkpoint.read import find_weights, read_json, read_tensors
-from cutdiff.edm import AnyNoise
 from cutdiff.models.config import UNetConfig
+from cutdiff.sampling.edm import AnyNoise
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer

@@ -13,9 +13,9 @@ from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint
 from cutdiff.checkpoint.families import Family
 from cutdiff.checkpoint.single import Parts
-from cutdiff.edm import AnyNoise
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.text import CUT_DEPTH
+from cutdiff.sampling.edm import AnyNoise
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer

@@ -17,10 +17,10 @@ from cutdiff.checkpoint.build import Blueprint, Networks, build_model, check_inp
 from cutdiff.checkpoint.families import Family, family_of
 from cutdiff.checkpoint.infer import infer_blueprint, unet_channels
 from cutdiff.checkpoint.locate import locate
+from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
 from cutdiff.checkpoint.read import check_end, read_tensors_and_metadata
 from cutdiff.checkpoint.vae import read_vae
-from cutdiff.model import Model
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
 
 

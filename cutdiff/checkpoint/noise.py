@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from cutdiff.checkpoint import edm
-from cutdiff.edm import AnyNoise, EDMConfig
-from cutdiff.schedule import NoiseConfig
+from cutdiff.sampling.edm import AnyNoise, EDMConfig
+from cutdiff.sampling.schedule import NoiseConfig
 from cutdiff.settings import PREDICTION_TYPES, SPACINGS, not_one_of
 
 MARKS = ("v_pred", "ztsnr", *edm.LATENTS, *edm.SIGMAS)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.configs import DIFFUSERS_VERSION, noise_to_diffusers, unet_to_diffusers, vae_to_diffusers
-from cutdiff.edm import AnyNoise
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
+from cutdiff.sampling.edm import AnyNoise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 from cutdiff.methods.accdiffusion import accdiffusion
 from cutdiff.methods.attention_scaling import attention_scaling
-from cutdiff.methods.common import Run
 from cutdiff.methods.cutdiffusion import cutdiffusion
 from cutdiff.methods.demofusion import demofusion
 from cutdiff.methods.direct import direct
@@ -12,7 +11,8 @@ from cutdiff.methods.hidiffusion import hidiffusion
 from cutdiff.methods.magnify import magnify
 from cutdiff.methods.multidiffusion import multidiffusion
 from cutdiff.methods.scalecrafter import scalecrafter
-from cutdiff.solvers import Phase, Stage
+from cutdiff.methods.shared import Run
+from cutdiff.sampling.solvers import Phase, Stage
 
 METHODS: dict[str, Callable[[Run], Sequence[Stage | Phase]]] = {
     "direct": direct,

@@ -10,7 +10,7 @@ sixteenths; views are drawn once a phase, so that their prompts hold. Unlike it:
 every fourth, the grain of the maps; a word of several tokens stays whole, where that code prompts with the pieces; maps
 that are not square are read as they lie, where that code swaps their sides; prompts are found after the first phase
 whatever its last timestep, there only where it is 1; all patches exchange pixels, there those of one view batch; a word
-keeps its weight (`cutdiff.prompts`), there are none. What is said of the network's input, padding, moments and sizes in
+keeps its weight (`models.prompts`), there are none. What is said of the network's input, padding, moments and sizes in
 `demofusion` holds here too. That code moves each channel of a pixel by itself, which is `interaction="channel"`.
 """
 
@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cutdiff.denoiser import Size
-from cutdiff.methods.common import Run
 from cutdiff.methods.demofusion import cascade, denoise_picture
 from cutdiff.methods.multidiffusion import denoise_at
-from cutdiff.methods.network import replaced
+from cutdiff.methods.shared import Run
 from cutdiff.models.attention import map_level, recorded_attention
-from cutdiff.patches import views
-from cutdiff.solvers import CanvasDenoiser, Phase, Stage
+from cutdiff.models.inside import replaced
+from cutdiff.sampling.denoiser import Size
+from cutdiff.sampling.operators import views
+from cutdiff.sampling.solvers import CanvasDenoiser, Phase, Stage
 
 
 def accdiffusion(run: Run) -> list[Stage | Phase]:

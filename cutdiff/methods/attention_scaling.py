@@ -14,12 +14,12 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from cutdiff.denoiser import Size
-from cutdiff.methods.common import Run
 from cutdiff.methods.direct import denoise_whole
-from cutdiff.methods.network import blocks, replaced, size_at
+from cutdiff.methods.shared import Run
+from cutdiff.models.inside import blocks, replaced, size_at
 from cutdiff.models.unet import TransformerBlock, UNet
-from cutdiff.solvers import Stage
+from cutdiff.sampling.denoiser import Size
+from cutdiff.sampling.solvers import Stage
 
 
 def attention_scaling(run: Run) -> list[Stage]:

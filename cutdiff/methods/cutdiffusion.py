@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from cutdiff.denoiser import Size
-from cutdiff.methods.common import Run, guided, step_at
 from cutdiff.methods.multidiffusion import denoise_views
-from cutdiff.patches import Patches, grid_for, pad_to_grid
-from cutdiff.solvers import CanvasDenoiser, Stage
+from cutdiff.methods.shared import Run, guided, step_at
+from cutdiff.sampling.denoiser import Size
+from cutdiff.sampling.operators import Patches, grid_for, pad_to_grid
+from cutdiff.sampling.solvers import CanvasDenoiser, Stage
 
 STRUCTURE_FRACTION = 0.5
 """The paper's T' = T / 2."""

@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cutdiff.denoiser import Size
-from cutdiff.methods.common import Run
 from cutdiff.methods.cutdiffusion import denoise_patches
 from cutdiff.methods.multidiffusion import denoise_views
-from cutdiff.solvers import CanvasDenoiser, Phase, Stage
+from cutdiff.methods.shared import Run
+from cutdiff.sampling.denoiser import Size
+from cutdiff.sampling.solvers import CanvasDenoiser, Phase, Stage
 
 BLUR = 0.8
 """Standard deviation, in latents, of the Gaussian that the patches are blurred with at first.

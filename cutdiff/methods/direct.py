@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
-from cutdiff.methods.common import Run
-from cutdiff.solvers import CanvasDenoiser, Stage
+from cutdiff.methods.shared import Run
+from cutdiff.sampling.solvers import CanvasDenoiser, Stage
 
 
 def direct(run: Run) -> list[Stage]:

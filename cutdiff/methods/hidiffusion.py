@@ -26,16 +26,16 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from cutdiff.denoiser import Inputs, Size
-from cutdiff.methods.common import Run
 from cutdiff.methods.direct import denoise_whole, direct
-from cutdiff.methods.network import blocks, replaced, size_at
-from cutdiff.methods.windows import transform_in_windows
+from cutdiff.methods.shared import Run
 from cutdiff.models.config import UNetConfig
+from cutdiff.models.inside import blocks, replaced, size_at
 from cutdiff.models.layers import Downsample
 from cutdiff.models.unet import Level, Transformer, UNet
-from cutdiff.patches import upload
-from cutdiff.solvers import Stage
+from cutdiff.models.windows import transform_in_windows
+from cutdiff.sampling.denoiser import Inputs, Size
+from cutdiff.sampling.operators import upload
+from cutdiff.sampling.solvers import Stage
 
 
 def hidiffusion(run: Run) -> list[Stage]:

@@ -18,11 +18,11 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor
 
-from cutdiff.methods.common import Run, guided
 from cutdiff.methods.cutdiffusion import switch_step
 from cutdiff.methods.demofusion import denoise_picture, fade, phase_sizes
 from cutdiff.methods.multidiffusion import denoise_views
-from cutdiff.solvers import CanvasDenoiser, Phase, Stage
+from cutdiff.methods.shared import Run, guided
+from cutdiff.sampling.solvers import CanvasDenoiser, Phase, Stage
 
 Hold = Callable[[Run, Tensor, CanvasDenoiser], CanvasDenoiser]
 

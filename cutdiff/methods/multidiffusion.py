@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cutdiff.denoiser import Size
-from cutdiff.methods.common import Run
+from cutdiff.methods.shared import Run
 from cutdiff.models.text import TextStates
-from cutdiff.patches import Views
-from cutdiff.solvers import CanvasDenoiser, Stage
+from cutdiff.sampling.denoiser import Size
+from cutdiff.sampling.operators import Views
+from cutdiff.sampling.solvers import CanvasDenoiser, Stage
 
 
 def multidiffusion(run: Run) -> list[Stage]:

@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cutdiff.denoiser import Denoiser, Inputs
-from cutdiff.methods.common import Run, step_at
 from cutdiff.methods.direct import denoise_whole, direct
-from cutdiff.methods.network import blocks, replaced
+from cutdiff.methods.shared import Run, step_at
+from cutdiff.models.inside import blocks, replaced
 from cutdiff.models.unet import DownLevel, MidBlock, UNet
-from cutdiff.solvers import Stage
+from cutdiff.sampling.denoiser import Denoiser, Inputs
+from cutdiff.sampling.solvers import Stage
 
 
 @dataclass(frozen=True)

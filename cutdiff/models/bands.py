@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cutdiff.ranks import ALONE, Ranks
+from cutdiff.parallel.ranks import ALONE, Ranks
 
 KEPT_BYTES = 2 << 30
 CPU_BAND_BYTES = 4 << 20  # what a core's cache holds some of, and malloc gives again without new pages from the system

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cutdiff.prompts import parse_weights, written
+from cutdiff.models.prompts import parse_weights, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

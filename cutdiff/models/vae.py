@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cutdiff.models.bands import Limits, in_bands
 from cutdiff.models.config import VAEConfig
 from cutdiff.models.layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, TextContext
-from cutdiff.ranks import ALONE, Ranks
+from cutdiff.parallel.ranks import ALONE, Ranks
 
 EPS = 1e-6
 SCORE_BYTES = 1 << 30  # of attention at once, in float32: all scores of an image of 1024²

@@ -13,7 +13,7 @@ from torch import Tensor
 from cutdiff.checkpoint.build import Networks
 from cutdiff.checkpoint.lora.file import Change, LoraError, read_changes
 from cutdiff.checkpoint.lora.names import Target, targets
-from cutdiff.model import MergedLora, sha256
+from cutdiff.checkpoint.model import MergedLora, sha256
 
 Weights = Mapping[str, Mapping[str, Tensor]]
 

@@ -1,0 +1,117 @@
+"""A loaded model: the networks, how their noise was scheduled, and where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from cutdiff.models.fp8 import FP8Linear
+from cutdiff.models.unet import UNet
+from cutdiff.models.vae import VAE
+from cutdiff.sampling.edm import AnyNoise
+
+if TYPE_CHECKING:
+    from cutdiff.models.text import TextEncoders
+
+
+LISTED = 5
+"""How many weights an error names before it only counts them."""
+
+
+@dataclass(frozen=True)
+class MergedLora:
+    """A LoRA that is in a model's weights: `scale` times what the file says."""
+
+    path: str
+    scale: float
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """What `cutdiff.load` returns and every run reads: networks in evaluation mode, in which a run leaves no trace."""
+
+    unet: UNet
+    vae: VAE
+    text: TextEncoders
+    noise: AnyNoise
+    zeros_for_empty_negative: bool
+    """Whether an empty negative prompt is zeros (as SDXL was trained) and not the encoding of an empty string."""
+    source: str
+    """The folder or file that the weights were read from."""
+    files: dict[str, Path]
+    """The weight files, by their paths relative to `source`."""
+    decided_by: dict[str, str] = field(default_factory=dict)
+    """Which source decided what of `noise`: "option", "marker key …", "metadata …", "scheduler" or "default"; by the
+    names of `noise.described()`."""
+    loras: tuple[MergedLora, ...] = ()
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every weight file, by the names of `files`. Made when it is first asked for: it reads all of them,
+        which `load` need not."""
+        return {name: sha256(path) for name, path in self.files.items()}
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the U-Net's transformers multiply in 8 bits."""
+        return any(isinstance(module, FP8Linear) for module in self.unet.modules())
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """What the VAE decodes in: its weights' dtype, or float32 where its configuration says that it overflows."""
+        own = self.vae.post_quant_conv.weight.dtype
+        return torch.float32 if own == torch.float16 and self.vae.config.force_upcast else own
+
+    def bad_weights(self) -> str:
+        """What an error says of weights that hold NaN or infinity, by name; empty where there are none."""
+        networks: dict[str, nn.Module] = {"unet": self.unet, "vae": self.vae}
+        networks |= dict(zip(("text_encoder", "text_encoder_2"), self.text.encoders, strict=False))
+        bad = {
+            f"{name}: {key}": weight
+            for name, network in networks.items()
+            for key, weight in network.state_dict().items()
+            if weight.is_floating_point() and not (weight if weight.itemsize > 1 else weight.float()).isfinite().all()
+        }
+        if not bad:
+            return ""
+        more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        named = f"{', '.join([*bad][:LISTED])}{more}"
+        if self.dtype == torch.float16 and not any(weight.isnan().any() for weight in bad.values()):
+            return f"weights do not fit float16, {named}: use bfloat16 or float32"
+        return f"weights hold NaN or infinity, {named}: download them again"
+
+    @property
+    def native_size(self) -> int:
+        """Side, in latents, of the pictures that the model was trained on."""
+        return self.unet.config.native_size
+
+    @property
+    def factor(self) -> int:
+        """Pixels of an image for one latent, on each axis."""
+        return self.vae.config.factor
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options and records have it: "float32"."""
+    return str(dtype).removeprefix("torch.")

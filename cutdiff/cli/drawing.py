@@ -1,0 +1,184 @@
+"""The pictures of a run, one after the other: drawn, saved, and told of."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from cutdiff.cli.runs import Picture, is_set
+from cutdiff.parallel import stopping
+from cutdiff.parallel.launch import Ended, Launch
+
+if TYPE_CHECKING:
+    from cutdiff.checkpoint.model import Model
+    from cutdiff.sampling.solvers import Step
+
+
+class Failure(Exception):
+    """What a file turns out to be, or a disk; its message is the line that the user sees."""
+
+
+def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], launch: Launch) -> None:
+    """Draw what is not finished, and print of each picture where it is, in order where one group draws all."""
+    with launch.agreeing():
+        others = launch.others([(picture.prompt, picture.settings, picture.path.name) for picture in pictures])
+        if others:
+            raise Failure(f"rank {others[0]} was told of other prompts or options: tell all the same")
+    finished = launch.any([picture.finished for picture in pictures])
+    pictures = [replace(picture, finished=value) for picture, value in zip(pictures, finished, strict=True)]
+    num_missing = len(pictures) - sum(finished)
+    if num_missing < len(pictures) and launch.world.leads:
+        tell(f"{len(pictures) - num_missing} of {len(pictures)} pictures are finished already")
+    told: set[str] = set()
+    with Progress(num_missing, launch) as progress:
+        for picture in (pictures[turn] for turn in launch.turns(len(pictures))):
+            path, record = (picture.path, {}) if picture.finished else _draw(model, args, picture, launch, progress)
+            if not launch.group.leads:
+                continue
+            for notice in _notices(record):
+                if notice not in told:
+                    tell(notice)
+                told.add(notice)
+            print_line(_entry(picture, path, record) if args.log_json else str(path))
+        if launch.world.leads:
+            progress.wait()
+
+
+def _draw(
+    model: Model, args: argparse.Namespace, picture: Picture, launch: Launch, progress: Progress
+) -> tuple[Path, dict[str, Any]]:
+    """Where the picture was saved, by the rank that leads, and its record."""
+    import torch
+
+    import cutdiff
+    from cutdiff.output.images import save_image
+
+    progress.begin(picture)
+    try:
+        result = cutdiff.generate(model, picture.prompt, picture.settings, ranks=launch.group, on_step=progress.step)
+    except torch.OutOfMemoryError:
+        raise Failure("memory does not hold the network on one item: try --dtype bfloat16, or --device cpu") from None
+    except FloatingPointError:
+        if not launch.group.leads:  # all ranks have met it
+            raise Ended from None
+        raise
+    record = result.record
+    if not launch.group.leads:
+        return picture.path, record
+    if args.verbose:
+        tell(_cost(record))
+    overwrite = args.overwrite or is_set(args)
+    try:
+        path = save_image(result.images[0], record, args.out, picture.path.stem, overwrite=overwrite)
+    except OSError as error:
+        raise Failure(f"{picture.path} cannot be written ({error.strerror}): free space, or change --out") from None
+    progress.end()
+    return path, record
+
+
+def _cost(record: dict[str, Any]) -> str:
+    seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in record["seconds"].items())
+    cost = f"{record['network_evaluations']} network evaluations; {seconds}"
+    if record["ranks"] > 1:
+        cost += f"; {record['ranks']} ranks, {record['received_bytes_per_step'] / 1e3:.1f} kB a step into the first"
+    return cost
+
+
+def _notices(record: dict[str, Any]) -> Iterator[str]:
+    """What a run should be told once, whichever picture it was seen at."""
+    if record and record["decoded_in"] != record["vae_dtype"]:
+        yield f"the VAE overflowed in {record['vae_dtype']}, so it decoded in float32"
+    if record and record["one_value"]:
+        yield "a picture has one value throughout: its weights may be zeros, which --check-weights would find"
+    if record and record["view_batch_halved"]:
+        held = record["view_batch_size"]
+        yield f"memory holds {held} patches or views at once: pass --view-batch-size {held}"
+
+
+def _entry(picture: Picture, path: Path, record: dict[str, Any]) -> str:
+    """What --log-json prints of a picture."""
+    entry = {"line": picture.line or None, "seed": picture.settings.seed, "path": str(path)}
+    if picture.finished:
+        return json.dumps({**entry, "state": "finished"})
+    seconds = round(sum(record["seconds"].values()), 3)
+    evaluations = record["network_evaluations"]
+    return json.dumps({**entry, "state": "drawn", "seconds": seconds, "network_evaluations": evaluations})
+
+
+class Progress:
+    """A bar that counts the pictures of the run, where standard error is a terminal; and what other ranks may ask."""
+
+    def __init__(self, num_pictures: int, launch: Launch) -> None:
+        from tqdm import tqdm
+
+        self.launch = launch
+        self.began = time.perf_counter()
+        self.name = ""
+        self.drawn = 0  # pictures, by this group
+        self.current = 0.0  # share of the present picture
+        self.bar = tqdm(
+            total=num_pictures,
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            smoothing=0,  # the time left follows from the mean of the run
+            miniters=0,
+            leave=False,
+            disable=None if num_pictures and launch.world.leads else True,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def begin(self, picture: Picture) -> None:
+        self.name, self.current = picture.path.name, 0.0
+        self.launch.at(f"before the first step of {self.name}")
+
+    def step(self, step: Step, num_steps: int) -> None:
+        """Count a step of a picture that takes `num_steps`."""
+        stopping.check()
+        taken = round(self.current * num_steps) + 1
+        self.current = taken / num_steps
+        self.launch.at(f"after step {taken} of {num_steps} ({step.stage}) of {self.name}")
+        self._show(step.stage)
+
+    def end(self) -> None:
+        """The picture is saved."""
+        self.drawn, self.current = self.drawn + 1, 0.0
+        self.launch.drawn(1)
+
+    def wait(self) -> None:
+        """Until other groups have drawn theirs."""
+        for _ in self.launch.wait_for(self.bar.total):
+            stopping.check()
+            self._show("waiting for other groups")
+
+    def _show(self, stage: str) -> None:
+        if self.bar.disable:
+            return
+        others = self.launch.drawn() - self.drawn if self.launch.num_groups > 1 else 0
+        finished = self.drawn + others
+        done = finished + self.current
+        per_hour = 3600 * done / (time.perf_counter() - self.began)
+        self.bar.set_description(f"{min(finished + 1, self.bar.total)} of {self.bar.total}, {stage}", refresh=False)
+        self.bar.set_postfix_str(f"{per_hour:.3g} pictures/h", refresh=False)
+        self.bar.update(done - self.bar.n)
+
+
+def tell(message: str) -> None:
+    print_line(f"cutdiff: {' '.join(message.split())}", sys.stderr)
+
+
+def print_line(line: str, file: TextIO | None = None) -> None:
+    """A line above the bar."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file):
+        print(line, file=file, flush=True)

@@ -1,0 +1,156 @@
+"""What a command line asks for: which pictures, by which names, and which of them are there already.
+
+The pictures of --prompts or --num-images are a set: each has the name of its line, method, size and seed, is finished
+or absent, and a name that another picture has is an error. Where PROMPT alone is drawn, a number is added to such a
+name. Imports torch only where a model is at hand, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import reprlib
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cutdiff.cli.arguments import DEMO_PROMPT, BadArgument, check_used, errors_by_flag, flag_of, parse
+from cutdiff.cli.promptfile import parse_line, read_lines
+from cutdiff.settings import Settings
+
+if TYPE_CHECKING:
+    from cutdiff.checkpoint.model import Model
+
+
+class Request(NamedTuple):
+    """What a prompt asks for."""
+
+    prompt: str
+    settings: Settings
+    line: int = 0
+    """In the file of prompts, counted from 1; 0 where there is none."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of the run, which is to be drawn unless it is finished."""
+
+    prompt: str
+    settings: Settings
+    line: int
+    path: Path
+    finished: bool
+
+
+class BadLine(BadArgument):
+    """A line of the file of prompts that cannot be drawn."""
+
+    def __init__(self, file: Path, line: int, error: Exception) -> None:
+        super().__init__(f"{file}, line {line}: {error}")
+        self.line = line
+
+
+def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine]]:
+    """What is to be drawn, the prompt or those of the file, each checked; and the lines that cannot be."""
+    if args.prompts is None:
+        prompt = DEMO_PROMPT if args.prompt is None else args.prompt
+        return [Request(prompt, _settings(prompt, args))], []
+    try:
+        lines = read_lines(args.prompts)
+    except OSError as error:
+        raise BadArgument(f"--prompts {args.prompts} cannot be read ({error.strerror}): give a text file") from None
+    if not lines:
+        raise BadArgument(f"--prompts {args.prompts} holds no prompt: give at least one line")
+    requests, bad = [], []
+    for number, line in lines:
+        try:
+            prompt, own = parse_line(line)
+            requests.append(Request(prompt, _settings(prompt, parse(own, args) if own else args), number))
+        except (ValueError, BadArgument) as error:
+            bad.append(BadLine(args.prompts, number, error))
+    return requests, bad
+
+
+def check_fit(model: Model, args: argparse.Namespace, requests: list[Request]) -> tuple[list[Request], list[BadLine]]:
+    """Those that this model can draw, and the lines that it cannot. BadArgument where there are no lines."""
+    from cutdiff.pipeline import plan
+
+    fit, bad = [], []
+    for request in requests:
+        try:
+            with errors_by_flag():
+                plan(model, request.settings)
+            fit.append(request)
+        except BadArgument as error:
+            if not request.line:
+                raise
+            bad.append(BadLine(args.prompts, request.line, error))
+    return fit, bad
+
+
+def plan_pictures(model: Model, args: argparse.Namespace, requests: list[Request]) -> list[Picture]:
+    """The pictures of the run in order. BadArgument where another picture has the name of one of a set."""
+    return [
+        _plan_picture(model, args, request, request.settings.seed + index)
+        for request in requests
+        for index in range(args.num_images)
+    ]
+
+
+def is_set(args: argparse.Namespace) -> bool:
+    """Whether the pictures belong together, so that each keeps its name."""
+    return args.prompts is not None or args.num_images > 1
+
+
+def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed: int) -> Picture:
+    from cutdiff.output.images import numbered, read_record
+    from cutdiff.output.record import describe, fingerprint
+    from cutdiff.sampling.draws import Draws
+
+    settings = replace(request.settings, seed=seed)
+    height, width = (side * model.factor for side in settings.canvas_size(model.native_size, model.factor))
+    stem = f"{settings.method_name}-{width}x{height}-seed{seed}"
+    stem = f"{request.line:04}-{stem}" if request.line else stem
+    picture = Picture(request.prompt, settings, request.line, args.out / f"{stem}.png", finished=False)
+    if not picture.path.exists():
+        return picture
+    described = describe(model, request.prompt, settings, Draws((seed,)))
+    for path in takewhile(Path.exists, numbered(args.out, stem)):
+        record = read_record(path)
+        if record.get("fingerprint") == fingerprint(described):
+            return replace(picture, path=path, finished=True)
+        if args.overwrite:
+            break
+        if is_set(args):
+            raise BadArgument(
+                f"{path} {_difference(described, record)}: pass --overwrite to draw over it, or choose another --out"
+            )
+    return picture
+
+
+def _difference(described: dict[str, Any], record: dict[str, Any]) -> str:
+    """How the picture of a record is another than the described one."""
+    from cutdiff.output.record import changes
+
+    if not record:
+        return "has no record of how it was drawn"
+    told = []
+    for name, (then, now) in changes(described, record).items():
+        label = flag_of(name) if name in Settings.__dataclass_fields__ or name == "dtype" else name
+        told.append(f"{label} {reprlib.repr(then)} (now {reprlib.repr(now)})" if name != "model" else "another model")
+    return f"was drawn with {', '.join(told) or 'what its record does not tell'}"
+
+
+def _settings(prompt: str, args: argparse.Namespace) -> Settings:
+    """The arguments that are options of the run, checked."""
+    values = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
+    for text in (prompt, *(value for value in values.values() if isinstance(value, str))):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise BadArgument(f"the prompt {text!r} is not valid UTF-8: check the terminal's encoding")
+        if "\0" in text:
+            raise BadArgument(f"the prompt {text!r} holds a NUL, which a PNG's text cannot hold: leave it out")
+    with errors_by_flag():
+        settings = Settings(**values)
+        Settings(seed=settings.seed + args.num_images - 1)
+    check_used(settings)
+    return settings

@@ -1,0 +1,128 @@
+"""Draw the pictures of an evaluation: a folder for each cell, a batch at a time, resumable."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cutdiff.checkpoint.model import Model, dtype_name
+from cutdiff.output.images import save_json, to_pil, write_atomically
+from cutdiff.pipeline import generate
+from cutdiff.planning.meter import Meter
+from cutdiff.settings import Settings
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of drawing at one size."""
+
+    name: str
+    settings: Settings
+    """With height and width; its seed is that of the first picture."""
+
+    @property
+    def side(self) -> int:
+        """Of its square pictures, in pixels."""
+        assert self.settings.width is not None
+        return self.settings.width
+
+
+def draw(
+    model: Model,
+    cell: Cell,
+    captions: Sequence[str],
+    folder: Path,
+    *,
+    batch: int,
+    on_batch: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Draw a picture for each caption, seeds counting on from the first, as `folder`/0000.png and so on.
+
+    `folder`/cell.json holds what determines the pictures but for their captions, which stand with their cost in
+    `folder`/batches.jsonl, a line for each batch that is finished: those are not drawn again. ValueError where the
+    folder holds other pictures.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = {"name": cell.name, "settings": cell.settings.described(), "batch": batch}
+    plan |= {"model": model.hashes, "dtype": dtype_name(model.dtype)}
+    plan = json.loads(json.dumps(plan))  # as it will be read back
+    described, log = folder / "cell.json", folder / "batches.jsonl"
+    if not described.exists():
+        save_json(described, plan)
+    finished = {line["first"]: line["captions"] for line in _lines(log)}
+    known = all(a == b for i, drawn in finished.items() for a, b in zip(drawn, captions[i:], strict=False))
+    if json.loads(described.read_text()) != plan or not known:
+        raise ValueError(f"{folder} holds pictures that were drawn otherwise: take another --out, or delete it")
+    for first in range(0, len(captions), batch):
+        part = captions[first : first + batch]
+        if len(finished.get(first, ())) < len(part):
+            line = _draw_batch(model, replace(cell.settings, seed=cell.settings.seed + first), part, first, folder)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        on_batch(len(part))
+
+
+def _draw_batch(model: Model, settings: Settings, captions: Sequence[str], first: int, folder: Path) -> dict[str, Any]:
+    """Draw, save, and tell the cost; FLOPs are counted in the first batch alone, whose seconds do not count."""
+    flops = None
+    began = time.perf_counter()
+    if first == 0:
+        with Meter() as meter:
+            result = generate(model, captions, settings)
+        flops = meter.flops / len(captions)
+    else:
+        result = generate(model, captions, settings)
+    seconds = time.perf_counter() - began
+    for path, image in zip(picture_paths(folder, first + len(captions))[first:], result.images, strict=True):
+        write_atomically(path, partial(to_pil(image).save, format="PNG"))
+    return {
+        "first": first,
+        "captions": list(captions),
+        "seconds": None if first == 0 else seconds,
+        "evaluations": result.record["network_evaluations"],
+        "flops": flops,
+        "peak_memory_bytes": result.record["peak_memory_bytes"],
+    }
+
+
+def cost(folder: Path) -> dict[str, float | None]:
+    """Of one picture: network evaluations, TFLOP, seconds; and the peak memory of the batches, in MB."""
+    lines = _lines(folder / "batches.jsonl")
+    timed = [line for line in lines if line["seconds"] is not None]
+    pictures, timed_pictures = (sum(len(line["captions"]) for line in some) for some in (lines, timed))
+    return {
+        "evaluations": sum(line["evaluations"] for line in lines) / pictures,
+        "TFLOP": next((line["flops"] / 1e12 for line in lines if line["flops"] is not None), None),
+        "seconds": sum(line["seconds"] for line in timed) / timed_pictures if timed else None,
+        "peak MB": max(line["peak_memory_bytes"] for line in lines) / 1e6,
+    }
+
+
+def folder_of(out: Path, cell: Cell) -> Path:
+    """Where the pictures of a cell are, below `out`."""
+    return out / f"{cell.name}-{cell.side}"
+
+
+def picture_paths(folder: Path, num: int) -> list[Path]:
+    """Of the first `num` pictures of a folder."""
+    return [folder / f"{i:04}.png" for i in range(num)]
+
+
+def pictures(folder: Path, num: int) -> Tensor:
+    """The first `num` pictures of a folder: (N, 3, H, W), uint8."""
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in picture_paths(folder, num)]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _lines(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

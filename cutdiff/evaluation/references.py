@@ -1,0 +1,207 @@
+"""Compare pictures of any model with a folder of reference images: FID, KID, IS and CLIP score, whole and in crops.
+
+FID (Heusel et al. 2017), KID (Bińkowski et al. 2018) and IS (Salimans et al. 2016) are torchmetrics'; the CLIP score
+(Hessel et al. 2021, cosines times 100) is that of transformers' CLIP. The networks are files of the user's own, because
+nothing is downloaded, and because published numbers differ by them. FID and KID grow and vary with few pictures: the
+papers of this field take thousands.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cutdiff.evaluation.score import Score, mean_score
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPProcessor
+
+Size = tuple[int, int]
+"""Width, height: Pillow's order."""
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+CROPS = 10
+"""Native-size crops of each picture, at random places: as the papers do (CutDiffusion, section 4.1)."""
+SUBSET, SPLITS = 100, 10
+"""Pictures in each of KID's subsets (all, where there are fewer), and the parts that IS is averaged over (one, below a
+hundred pictures)."""
+
+
+@dataclass(frozen=True)
+class References:
+    """What pictures are compared with, and by which networks."""
+
+    images: list[Path]
+    network: torch.jit.ScriptModule
+    """(N, 3, H, W) uint8 of any size -> features (N, d) with `return_features=True`, else class probabilities (N, k).
+
+    The Inception file that the StyleGAN family shares, inception-2015-12-05.pt, is such a one.
+    """
+    clip: tuple[CLIPModel, CLIPProcessor] | None = None
+    device: torch.device | str = "cpu"
+    _features: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @staticmethod
+    def load(folder: Path, features: Path, clip: Path | None, device: torch.device | str = "cpu") -> References:
+        """Read the networks and look at every image; ValueError, before anything is drawn, where one is no use.
+
+        features: a TorchScript file. clip: a folder with a CLIP model, its processor and tokenizer, as transformers
+        saves them.
+        """
+        for what, path in (("references", folder), ("features", features), ("clip", clip)):
+            if path is not None and not path.exists():
+                raise ValueError(f"--{what} {path} does not exist: pass a path of your own, nothing is downloaded")
+        if find_spec("torchmetrics") is None:
+            raise ValueError("--references needs torchmetrics: pip install 'cutdiff[references]'")
+        try:
+            network = torch.jit.load(features, map_location=device).eval()
+        except RuntimeError:
+            raise ValueError(
+                f"--features {features} is no TorchScript file: see cutdiff/evaluation"
+            ) from None
+        return References(_images(folder), network, None if clip is None else _load_clip(clip, device), device)
+
+    @torch.no_grad()
+    def features(self, paths: Sequence[Path], size: Size, crop: int | None) -> Tensor:
+        """Of pictures at `size` (width, height), or of their crops: (N or N·CROPS, d)."""
+        parts = _parts(paths, size, crop)
+        return torch.cat([self.network(part.to(self.device), return_features=True).float().cpu() for part in parts])
+
+    @torch.no_grad()
+    def probabilities(self, paths: Sequence[Path], size: Size, crop: int | None) -> Tensor:
+        """Of classes, without the bias of the last layer where the network can leave it out, as IS is published."""
+        known = {argument.name for argument in self.network.forward.schema.arguments}  # pyright: ignore[reportFunctionMemberAccess]
+        options = {"no_output_bias": True} if "no_output_bias" in known else {}
+        parts = _parts(paths, size, crop)
+        return torch.cat([self.network(part.to(self.device), **options).float().cpu() for part in parts])
+
+    def truth(self, size: Size, crop: int | None) -> Tensor:
+        """Features of the references, computed once for each size."""
+        key = (*size, crop)
+        if key not in self._features:
+            self._features[key] = self.features(self.images, size, crop)
+        return self._features[key]
+
+
+def compare(pictures: Sequence[Path], prompts: Sequence[str], references: References, native: int) -> dict[str, Score]:
+    """Scores of pictures, one for each prompt and all of one size, against the references at that size.
+
+    Crops are squares of `native` pixels. A reference is enlarged or shrunk to cover the picture's size, its middle is
+    taken. The CLIP score has its 95% bootstrap interval; KID and IS have two standard deviations over their subsets and
+    splits to either side, where there are enough pictures for more than one; FID has none.
+    """
+    with Image.open(pictures[0]) as first:
+        size = first.size
+    scores = {}
+    for name, crop in (("whole", None), ("crops", native)):
+        ours, truth = references.features(pictures, size, crop), references.truth(size, crop)
+        scores |= {f"{key} {name}": value for key, value in _distances(ours, truth).items()}
+        scores[f"IS {name}"] = _inception_score(references.probabilities(pictures, size, crop))
+    if references.clip is not None:
+        scores["CLIP"] = mean_score(clip_scores(pictures, prompts, *references.clip))
+    return scores
+
+
+def _distances(ours: Tensor, truth: Tensor) -> dict[str, Score]:
+    """torchmetrics' FID and KID, which are given features (N, d) and (M, d) where they expect pictures."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    given = nn.Identity()
+    given.num_features = ours.shape[1]  # pyright: ignore[reportArgumentType]  (where torchmetrics looks)
+    subset = min(SUBSET, len(ours), len(truth))
+    frechet, kernel = FrechetInceptionDistance(given), _buffering(KernelInceptionDistance, given, subset_size=subset)
+    for metric in (frechet, kernel):
+        metric.update(truth, real=True)
+        metric.update(ours, real=False)
+    spread = None if subset == len(ours) == len(truth) else 2
+    return {"FID": Score(frechet.compute().item(), None, None), "KID": _drawn(kernel, spread)}
+
+
+def _inception_score(probabilities: Tensor) -> Score:
+    """torchmetrics' IS of class probabilities (N, k); of one split, where there are few pictures."""
+    from torchmetrics.image.inception import InceptionScore
+
+    splits = SPLITS if len(probabilities) >= SPLITS**2 else 1
+    inception = _buffering(InceptionScore, nn.Identity(), splits=splits)
+    # It takes logits, whose softmax these are; and it takes a standard deviation of its splits, also of a single one.
+    inception.update(probabilities.clamp(min=torch.finfo(torch.float32).tiny).log())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "std\\(\\): degrees of freedom")
+        return _drawn(inception, None if splits == 1 else 2)
+
+
+def _buffering(metric: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Make a metric that keeps all it is given; it warns of what that costs, which features do not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric .* will save all extracted features")
+        return metric(*args, **options)
+
+
+def _drawn(metric: Any, spread: float | None) -> Score:
+    """What a metric computes that draws its subsets from the global generator: the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mean, std = (value.item() for value in metric.compute())
+    return Score(mean, None, None) if spread is None else Score(mean, mean - spread * std, mean + spread * std)
+
+
+@torch.no_grad()
+def clip_scores(pictures: Sequence[Path], prompts: Sequence[str], model: CLIPModel, processor: CLIPProcessor) -> Tensor:
+    """100 times the cosine between each picture and its prompt, not below 0: (N,)."""
+    cosines = []
+    for path, prompt in zip(pictures, prompts, strict=True):
+        with Image.open(path) as image:
+            given = {"text": [prompt], "images": image.convert("RGB"), "return_tensors": "pt", "truncation": True}
+            inputs = processor(**given).to(model.device)
+        found = model(**inputs)
+        cosines.append(F.cosine_similarity(found.image_embeds, found.text_embeds).cpu())
+    return 100 * torch.cat(cosines).clamp(min=0)
+
+
+def _load_clip(folder: Path, device: torch.device | str) -> tuple[CLIPModel, CLIPProcessor]:
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        model = CLIPModel.from_pretrained(folder, local_files_only=True)
+        processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--clip {folder} is no CLIP model: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval(), processor  # pyright: ignore[reportArgumentType]  (transformers' own annotation)
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images in a folder, at least two, of which each can be opened."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    if len(paths) < 2:
+        raise ValueError(f"--references {folder} holds {len(paths)} images ({', '.join(ENDINGS)}): 2 are needed")
+    for path in paths:
+        try:
+            Image.open(path).close()
+        except UnidentifiedImageError:
+            raise ValueError(f"--references: {path} is no image: remove or replace it") from None
+    return paths
+
+
+def _parts(paths: Sequence[Path], size: Size, crop: int | None) -> Iterator[Tensor]:
+    """Each picture, or its crops, at `size` (width, height): (1 or CROPS, 3, H, W), uint8."""
+    generator = np.random.default_rng(0)
+    for path in tqdm(paths, desc="features", leave=False, disable=None):
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)  # (3, H, W)
+        if crop is None:
+            yield pixels[None]
+            continue
+        corners = generator.integers(0, [size[1] - crop, size[0] - crop], size=(CROPS, 2), endpoint=True)
+        yield torch.stack([pixels[:, top : top + crop, left : left + crop] for top, left in corners])

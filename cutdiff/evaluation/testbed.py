@@ -1,0 +1,122 @@
+"""The testbed: cells that one model draws for the captions of fixed scenes, scored against the truth."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cutdiff
+from cutdiff.checkpoint.model import Model, dtype_name
+from cutdiff.evaluation import score
+from cutdiff.evaluation.cells import Cell, cost, draw, folder_of, pictures
+from cutdiff.evaluation.features import FeatureNet, load_features
+from cutdiff.scenes import world
+from cutdiff.scenes.world import Scenes
+from cutdiff.settings import Settings
+
+NATIVE, FLOOR = "native", "other truth"
+"""Names of the cells that no method draws: direct inference at native size, and true renders compared with others."""
+
+
+@dataclass(frozen=True)
+class Testbed:
+    """The first `num` scenes of a list, and a folder that holds the pictures of every cell drawn for their captions.
+
+    `base` is how the native pictures are drawn, with which the cells' pictures of the same seeds are compared.
+    """
+
+    __test__ = False  # its name looks like a test's
+
+    model: Model
+    base: Settings
+    num: int
+    folder: Path
+    batch: int = 8
+    """Pictures that are drawn at once."""
+    caption_seed: int = score.CAPTION_SEED
+    """Of the list of scenes: what is chosen on one list is judged on another."""
+    _truths: dict[int, score.Facts] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.caption_seed == score.FLOOR_SEED:
+            raise ValueError(f"caption_seed={self.caption_seed} is that of the scenes the truth is compared with")
+
+    @property
+    def native(self) -> int:
+        """Side of the native pictures, in pixels."""
+        return self.model.native_size * self.model.factor
+
+    @cached_property
+    def scenes(self) -> Scenes:
+        return score.scenes(self.num, self.caption_seed)
+
+    @cached_property
+    def network(self) -> FeatureNet:
+        return load_features()
+
+    @property
+    def native_cell(self) -> Cell:
+        return Cell(NATIVE, replace(self.base, method="direct", height=self.native, width=self.native))
+
+    def draw(self, cells: Sequence[Cell]) -> None:
+        """Draw what is not drawn yet of `cells` and of the native pictures."""
+        captions = world.captions(self.scenes.choices)
+        every = [self.native_cell, *cells]
+        with tqdm(total=len(every) * self.num, unit="picture", disable=None) as bar:
+            for cell in every:
+                bar.set_description(f"{cell.name} {cell.side}", refresh=False)
+                draw(self.model, cell, captions, folder_of(self.folder, cell), batch=self.batch, on_batch=bar.update)
+
+    def row(self, cell: Cell) -> dict[str, Any]:
+        """Scores and costs of a cell that was drawn."""
+        images = pictures(folder_of(self.folder, cell), self.num)
+        natives = None if cell.side == self.native else pictures(folder_of(self.folder, self.native_cell), self.num)
+        border = (cell.settings.stride or self.model.native_size // 2) * self.model.factor
+        scores = self._score(images, self.scenes, natives, border)
+        spent = cost(folder_of(self.folder, cell))
+        return row_of(cell.name, cell.side, self.num, scores, spent, cell.settings.described())
+
+    def floor(self, side: int) -> dict[str, Any]:
+        """Other true renders as if a method had drawn them: what a perfect one would score."""
+        others = score.scenes(self.num, score.FLOOR_SEED)
+        scores = self._score(score.true_renders(others, side), others, None, self.native // 2)
+        return row_of(FLOOR, side, self.num, scores, {}, {})
+
+    def truth(self, side: int) -> score.Facts:
+        """What is measured of the scenes' true renders, once."""
+        if side not in self._truths:
+            self._truths[side] = score.gather_facts(score.true_renders(self.scenes, side), self.network, self.native)
+        return self._truths[side]
+
+    def _score(self, images: Tensor, shown: Scenes, natives: Tensor | None, border: int) -> dict[str, score.Score]:
+        facts = score.gather_facts(images, self.network, self.native)
+        truth = self.truth(images.shape[3])
+        return score.score(images, shown.choices, facts, truth, natives, native=self.native, border=border)
+
+
+def row_of(
+    name: str, side: int, num: int, scores: dict[str, score.Score], spent: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What the results hold of a cell, as JSON can."""
+    found = {key: asdict(value) for key, value in scores.items()}
+    return {"name": name, "size": side, "num": num, "scores": found, "cost": spent, "settings": settings}
+
+
+def environment(model: Model) -> dict[str, Any]:
+    """The model, and what it runs on."""
+    on_gpu = model.device.type == "cuda"
+    return {
+        "model": {"sha256": model.hashes},
+        "device": torch.cuda.get_device_name() if on_gpu else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "dtype": dtype_name(model.dtype),
+        "versions": {"cutdiff": cutdiff.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }

@@ -1,0 +1,84 @@
+"""What a record says of a picture before it is drawn, and what of that determines the picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+import cutdiff
+from cutdiff.checkpoint.model import Model, dtype_name
+from cutdiff.sampling.draws import Draws
+from cutdiff.settings import Settings
+
+ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
+"""What changes a picture by rounding only, so that a run may go on with another."""
+
+
+def describe(model: Model, prompt: str | Sequence[str], settings: Settings, draws: Draws) -> dict[str, Any]:
+    """The part of a record that is known before the run; draws of one's own are named by their class only."""
+    height, width = (side * model.factor for side in settings.canvas_size(model.native_size, model.factor))
+    seeds = list(getattr(draws, "seeds", ()))  # draws of one's own may have none
+    return {
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        **settings.described(),
+        "height": height,
+        "width": width,
+        "model": {
+            "source": model.source,
+            "sha256": model.hashes,
+            "loras": [vars(lora) for lora in model.loras],
+            "configuration": _digest(
+                [vars(model.unet.config), vars(model.vae.config), model.text.layer, model.zeros_for_empty_negative]
+            ),
+            "decided_by": model.decided_by,
+        },
+        **model.noise.described(),
+        "seed": seeds[0] if seeds else None,
+        "draws": {"class": type(draws).__qualname__, "seeds": seeds},
+        "device": _device_name(model.device),
+        "dtype": dtype_name(model.dtype),
+        "fp8": model.fp8,
+        "vae_dtype": dtype_name(model.vae_dtype),
+        "versions": {"cutdiff": cutdiff.__version__, **_versions(), "python": platform.python_version()},
+    }
+
+
+def fingerprint(described: dict[str, Any]) -> str:
+    """SHA-256 of all that determines the picture that `describe` describes, in hexadecimal."""
+    return _digest(_determining(described))
+
+
+def changes(described: dict[str, Any], record: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What determines a picture and differs in the record of another, by its name there: (in the record, now)."""
+    now, then = _determining(described), _determining(record)
+    return {name: (then.get(name), value) for name, value in now.items() if value != then.get(name)}
+
+
+def _determining(described: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has it. Files count by their contents, wherever they lie."""
+    kept = {name: value for name, value in described.items() if name not in ROUNDING}
+    model = described.get("model", {})
+    loras = [(lora["sha256"], lora["scale"]) for lora in model.get("loras", ())]
+    kept["model"] = {"sha256": model.get("sha256"), "loras": loras, "configuration": model.get("configuration")}
+    kept["cutdiff"] = kept.pop("versions", {}).get("cutdiff")
+    return json.loads(json.dumps(kept, default=str))
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers")}  # each reads the metadata of a package
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"

@@ -1,0 +1,293 @@
+"""What a run takes, before it is run: the method itself goes through its stages on tensors that have sizes only.
+
+`Rank` takes the denoiser's place on the meta device and counts. Of a stage only steps that differ are tried, of a
+transformer one block, and a network that no method has changed takes for each row what it took before.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import groupby
+from types import FunctionType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from cutdiff.checkpoint.model import Model
+from cutdiff.checkpoint.random_model import TOKENS, GivenText
+from cutdiff.methods.shared import step_at
+from cutdiff.models.bands import GPU_BAND_BYTES, KEPT_BYTES
+from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
+from cutdiff.models.inside import replaced
+from cutdiff.models.text import TextStates
+from cutdiff.models.unet import Transformer, TransformerBlock, UNet
+from cutdiff.models.vae import VAE
+from cutdiff.parallel.ranks import Ranks
+from cutdiff.pipeline import prepare
+from cutdiff.planning.meter import Meter, Taken
+from cutdiff.sampling.denoiser import Denoiser, Inputs, Size
+from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.operators import Operator, Patches, Views
+from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.solvers import Phase, Stage
+from cutdiff.settings import Settings
+
+SDXL_TEXT_WEIGHTS = 123_060_480 + 694_659_840
+"""Of CLIP ViT-L and OpenCLIP ViT-bigG."""
+LIVE_BANDS = 7
+"""Of a decoder in bands, counted at 3072² and 4096²."""
+
+
+class Cost(NamedTuple):
+    """Of one step."""
+
+    evaluations: int = 0
+    """Rows that went through the network, a guidance pair counted as two."""
+    flops: int = 0
+    received_bytes: int = 0
+    """What one device is sent of the others' predictions."""
+
+
+class StageCost(NamedTuple):
+    name: str
+    steps: list[Cost]
+
+    @property
+    def total(self) -> Cost:
+        return Cost(*(sum(column) for column in zip(*self.steps, strict=True)))
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A run, as one of its devices has it."""
+
+    stages: list[StageCost]
+    peak_bytes: int
+    """Weights included."""
+    view_batch_size: int | None
+    """What memory allows at once; None: all of a step."""
+
+
+def walk(model: Model, settings: Settings, devices: int = 1, memory: float = math.inf) -> Walk:
+    """Go through a run of one picture on the meta device, as the busiest of `devices` with `memory` bytes each.
+
+    The rows of every step are divided among the devices as `Denoiser` does it, and what the network says of them is
+    gathered by all. A single item is taken even where memory does not suffice. ValueError where the
+    model cannot do it.
+    """
+    meter, weights = Meter(), weight_bytes(model)
+    ranks = CountingRanks(devices - 1, devices)  # none has more to do than the last
+
+    def rank_of(**fields: Any) -> Rank:
+        return Rank(**fields | {"ranks": ranks, "meter": meter, "free_bytes": memory - weights})
+
+    stages = []
+    with torch.no_grad(), meter, one_block_for_all(model.unet, meter):
+        run = prepare(model, "", settings, SizedDraws((0,), "meta"), make_denoiser=rank_of)
+        rank = cast(Rank, run.denoiser)
+        x = torch.empty(1, model.unet.config.in_channels, *(run.stages[0].size or run.size), device="meta")
+        for part in run.stages:
+            x, stage = part.begin(x) if isinstance(part, Phase) else (x, part)
+
+            @cache
+            def cost(step: int, x: Tensor = x, stage: Stage = stage) -> Cost:
+                before = rank.evaluations, meter.flops, ranks.received_bytes
+                sigma = run.schedule.sigmas[step % run.schedule.num_steps]
+                stage.denoise(x if stage.before is None else stage.before(x, sigma, step), sigma, step)
+                after = rank.evaluations, meter.flops, ranks.received_bytes
+                return Cost(*(a - b for a, b in zip(after, before, strict=True)))
+
+            stages.append(StageCost(stage.name, _of_all(cost, stage.steps, settings)))
+    return Walk(stages, weights + meter.peak_bytes, rank.view_batch_size)
+
+
+def _of_all(cost: Callable[[int], Cost], steps: range, settings: Settings) -> list[Cost]:
+    """The cost of each step. Where the first and the last of some take the same, so do those between: methods change
+    their steps part by part, guidance is on or off, and what is read once is read in the first."""
+    first, last = (step_at(share, settings.num_steps) for share in settings.guidance_interval)
+    costs: list[Cost] = []
+    for _, group in groupby(steps, lambda step: first <= step % settings.num_steps < last):
+        alike = deque(group)
+        while cost(alike[0]) != cost(alike[-1]):
+            costs.append(cost(alike.popleft()))
+        costs += [cost(alike[0])] * len(alike)
+    return costs
+
+
+@dataclass(kw_only=True)
+class Rank(Denoiser):
+    """One of the devices that share the items of every step; it counts and computes nothing."""
+
+    meter: Meter
+    free_bytes: float
+    """Beside the weights."""
+    _by_row: dict[Any, Taken] = field(default_factory=dict, init=False, repr=False)
+    _taken: Taken | None = field(default=None, init=False)
+    """By a row of the present batch."""
+
+    def __post_init__(self) -> None:
+        others = re.compile(r"transformer_blocks\.[1-9]")  # than the block that stands for all
+        self._tried = [module for name, module in self.unet.named_modules() if not others.search(name)]
+
+    def through(
+        self, operator: Operator, canvas: Tensor, sigma: float, *, positive: TextStates | None = None, **told: Any
+    ) -> Tensor:
+        items, size = _items(operator, canvas)
+        shape = (items * self.copies, canvas.shape[1], *size)
+        inputs = canvas.new_empty(shape, dtype=self.unet.conv_in.weight.dtype)
+        self._taken = None
+        self.predict(inputs, sigma, canvas.new_empty(len(inputs), 6), self.positive if positive is None else positive)
+        return torch.empty_like(canvas)
+
+    def evaluate(self, inputs: Inputs) -> Tensor:
+        rows = len(inputs[0])
+        if self._taken is None or self.network is not None:  # parts of a batch meet the same network
+            self._taken = self._taken_by_row(inputs)
+        flops, num_bytes = self._taken
+        if self.meter.live_bytes + rows * num_bytes > self.free_bytes and rows > self.copies:
+            raise torch.OutOfMemoryError
+        self.meter.add(Taken(rows * flops, rows * num_bytes))
+        self.evaluations += rows
+        return torch.empty_like(inputs[0])
+
+    def _taken_by_row(self, inputs: Inputs) -> Taken:
+        """Tried once for each kind of row and network, but every time where hooks want to see the network run."""
+        x, _, context, *_ = inputs
+        kind = (x.shape[1:], type(context), *map(_state, self._tried))
+        if kind not in self._by_row or any(module._forward_hooks for module in self._tried):
+            taken = self.meter.aside(lambda: self.unet(*inputs))
+            self._by_row[kind] = Taken(taken.flops // len(x), math.ceil(taken.peak_bytes / len(x)))
+        return self._by_row[kind]
+
+
+class CountingRanks(Ranks):
+    """One of them that is alone, and counts what it would be sent."""
+
+    def gather(self, whole: Tensor, starts: Sequence[int], dim: int = 0) -> None:
+        own = starts[self.rank + 1] - starts[self.rank]
+        self.received_bytes += whole.nbytes // whole.shape[dim] * (whole.shape[dim] - own)
+
+
+def _state(module: nn.Module) -> Any:
+    """What methods change of a module, as far as it may make a difference to what it takes."""
+    return len(module._forward_hooks), *(_plain(value) for name, value in vars(module).items() if name[0] != "_")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, partial):
+        return value.func, *map(_plain, value.args)
+    if isinstance(value, FunctionType):
+        return value.__code__
+    return value if isinstance(value, int | float | tuple) else type(value)
+
+
+def _items(operator: Operator, canvas: Tensor) -> tuple[int, Size]:
+    """How many items the operator makes of the canvas, and their size."""
+    if isinstance(operator, Views):
+        return operator.origins.shape[:2].numel(), operator.window
+    grid = cast(Patches, operator).grid
+    return len(canvas) * math.prod(grid), (canvas.shape[2] // grid[0], canvas.shape[3] // grid[1])
+
+
+@contextmanager
+def one_block_for_all(unet: UNet, meter: Meter) -> Iterator[None]:
+    """Run the first block of each transformer only, and count it for all: they are alike, and follow one another."""
+
+    def count(block: TransformerBlock, times: int, x: Tensor, context: Any) -> Tensor:
+        before = meter.flops
+        out = TransformerBlock.forward(block, x, context)
+        meter.flops += (times - 1) * (meter.flops - before)
+        return out
+
+    with ExitStack() as changes:
+        for transformer in unet.modules():
+            if isinstance(transformer, Transformer):
+                blocks = cast(Sequence[TransformerBlock], transformer.transformer_blocks)
+                changes.enter_context(replaced(blocks[0], forward=partial(count, blocks[0], len(blocks))))
+                for block in blocks[1:]:
+                    changes.enter_context(replaced(block, forward=lambda x, context: x))
+        yield
+
+
+class SizedDraws(Draws):
+    """Noise that has a size only."""
+
+    def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
+        return torch.empty(shape, device=self.device)
+
+    def phase_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
+        return torch.empty(shape, device=self.device)
+
+
+def decoding(model: Model, size: Size) -> Taken:
+    """What it takes to decode one picture of `size` latents, by one device that holds all weights.
+
+    FLOPs are those of the whole at once, a·n + b·n² for n latents, the square in the attention. Bands compute some anew
+    where not all is kept: beside the attention, SDXL's take 1.01 times as many at 2048² in bfloat16 (1.16 in float32),
+    and 1.55 times (1.88) at 4096².
+    """
+    dtype = model.vae_dtype
+    weights, vae = weight_bytes(model), model.vae
+    if vae.post_quant_conv.weight.dtype != dtype:
+        vae = deepcopy(vae).to(dtype)
+        weights += _bytes(vae)
+    (n, flops), (m, more) = ((side * side, _decoded(vae, (side, side), banded=False).flops) for side in (8, 16))
+    b = (more * n - flops * m) // (n * m * (m - n))
+    a = (flops - b * n * n) // n
+    num_latents, c = math.prod(size), vae.config.channels
+    pixel_bytes = model.factor**2 * num_latents * dtype.itemsize
+    if c[0] * pixel_bytes <= KEPT_BYTES:
+        num_bytes = _decoded(vae, size).peak_bytes
+    else:  # as `models.bands` has it: the last level, and the one before at half the size
+        num_bytes = (c[0] + c[min(1, len(c) - 1)] // 4) * pixel_bytes + LIVE_BANDS * GPU_BAND_BYTES
+    return Taken(a * num_latents + b * num_latents**2, weights + num_bytes)
+
+
+@torch.no_grad()
+def _decoded(vae: VAE, size: Size, *, banded: bool | None = None) -> Taken:
+    latents = torch.empty(1, vae.config.latent_channels, *size, dtype=vae.post_quant_conv.weight.dtype, device="meta")
+    with Meter() as meter:
+        return meter.aside(lambda: vae.decode(latents, banded=banded))
+
+
+def weight_bytes(model: Model) -> int:
+    """Of all networks of a model."""
+    return sum(_bytes(network) for network in (model.unet, model.vae, *model.text.encoders))
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())
+
+
+def outline(path: str | None, dtype: str, config: str | None = None) -> Model:
+    """The model at `path`, or SDXL-base where that is None, on the meta device, with a prompt of 77 tokens."""
+    kind: torch.dtype = getattr(torch, dtype)
+    if path is None:
+        return sized(SDXL_UNET, SDXL_VAE, kind)
+    from cutdiff.checkpoint.load import load_outline
+
+    model = load_outline(path, dtype=kind, config=config)
+    return replace(model, text=_text(model.unet.config, kind, tuple(model.text.encoders)))
+
+
+def sized(unet: UNetConfig, vae: VAEConfig, dtype: torch.dtype) -> Model:
+    """A model of these shapes on the meta device, with SDXL's text encoders."""
+    with torch.device("meta"):
+        encoders = nn.Linear(SDXL_TEXT_WEIGHTS, 1, bias=False, dtype=dtype)
+        networks = UNet(unet).to(dtype).requires_grad_(False), VAE(vae).to(dtype).requires_grad_(False)
+    text = _text(unet, dtype, (encoders,))
+    return Model(*networks, text, NoiseConfig(), zeros_for_empty_negative=True, source="SDXL-base", files={})
+
+
+def _text(unet: UNetConfig, dtype: torch.dtype, encoders: tuple[nn.Module, ...]) -> Any:
+    with torch.device("meta"):
+        states = torch.empty(1, TOKENS, unet.context_dim, dtype=dtype), torch.empty(1, unet.pooled_dim, dtype=dtype)
+    return GivenText(TextStates(*states), encoders)

@@ -1,0 +1,107 @@
+"""The README that stands beside the embedded weights: how they were trained, and their hashes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cutdiff.checkpoint import load
+
+HISTORY = "training.json"
+CARD = """# The embedded model
+
+A model of SDXL's architecture, small enough to live in the repository: native size {native} latents ({pixels} px),
+U-Net {unet:.1f} M parameters, VAE {vae:.1f} M, two text encoders of {text:.2f} M each, stored in float16. It knows one
+world, the scenes that `cutdiff/scenes` renders, and was trained on nothing else. Apache-2.0, as the code.
+
+Made by `python -m cutdiff.training`, which can be stopped and goes on where it was, and with `--init` goes on from
+a finished model:
+
+{phases}
+
+The seconds include whatever else the machine did. Loss is weighted by min-SNR-5, PSNR is that of training crops.
+
+Pictures are whole scenes or (half of them where nothing else is said) crops that show down to a fifth of a scene's
+side, told to the network as SDXL is told: original size, crop corner, target size. A tenth of the captions is dropped.
+
+## Curves
+
+{curves}
+
+## SHA-256
+
+```
+{hashes}
+```
+"""
+
+
+def phase(name: str, quantity: str, log: Path, *, data: str, device: torch.device, dtype: str) -> dict[str, Any]:
+    """What is told of a finished phase of training, from its log: `quantity` over steps, on what, for how long."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    points = lines[:: max(1, len(lines) // 12)]
+    points = points if points[-1] is lines[-1] else [*points, lines[-1]]
+    return {
+        "name": name,
+        "data": data,
+        "steps": lines[-1]["step"],
+        "seconds": lines[-1]["seconds"],
+        "hardware": _hardware(device),
+        "torch": torch.__version__,
+        "dtype": dtype,
+        "quantity": quantity,
+        "curve": [[line["step"], line[quantity]] for line in points],
+    }
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The phases that made the model in `folder`."""
+    return json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+
+
+def write_card(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Write README.md and the history of its phases beside the finished model in `folder`."""
+    model = load(folder)
+    phases = [
+        f"- {p['name']}: {p['steps']} steps of {p['data']} in {p['seconds']} s, on {p['hardware']}, "
+        f"torch {p['torch']}, arithmetic in {p['dtype']}; {p['quantity']} at the end {p['curve'][-1][1]:.4g}"
+        for p in history
+    ]
+    text = CARD.format(
+        native=model.native_size,
+        pixels=model.native_size * model.factor,
+        unet=_millions(model.unet),
+        vae=_millions(model.vae),
+        text=_millions(model.text.text_encoder),
+        phases="\n".join(phases),
+        curves="\n\n".join(_curve(p) for p in history),
+        hashes="\n".join(f"{digest}  {name}" for name, digest in sorted(model.hashes.items())),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / HISTORY).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+
+
+def _curve(phase: dict[str, Any]) -> str:
+    steps, values = zip(*phase["curve"], strict=True)
+    rows = [
+        f"| {phase['name']}: step | " + " | ".join(str(step) for step in steps) + " |",
+        "|---" * (len(steps) + 1) + "|",
+        f"| {phase['quantity']} | " + " | ".join(f"{value:.4g}" for value in values) + " |",
+    ]
+    return "\n".join(rows)
+
+
+def _millions(module: torch.nn.Module) -> float:
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"one {torch.cuda.get_device_name(device)}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()}, {capability})"
