@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 import tempfile
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,22 +34,31 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         _run(argv)
-    except BadArgument as error:
-        return _complain(str(error), 2)
-    except (Failure, RankLost) as error:
-        return _complain(str(error), 1)
-    except Ended:
-        return 1
-    except KeyboardInterrupt:
-        # CPython remembers an interrupt that passed through an exec of text, which imports have, and would at last end
-        # by SIGINT although it was caught; the next such exec makes it forget.
-        exec("")
-        return _end_by(signal.SIGINT)
-    except stopping.Terminated:
-        return _end_by(signal.SIGTERM)
-    except Exception as error:  # the last line of defence: one line instead of a traceback
-        return _complain(f"the run failed: {type(error).__name__}: {error}", 1)
+    except (Exception, KeyboardInterrupt, stopping.Terminated) as error:
+        if "--debug" in (sys.argv if argv is None else argv):
+            traceback.print_exc()
+        return _status(error)
     return 0
+
+
+def _status(error: BaseException) -> int:
+    """Say in one line why the run ends; returns the exit status."""
+    match error:
+        case BadArgument():
+            return _complain(str(error), 2)
+        case Failure() | RankLost():
+            return _complain(str(error), 1)
+        case Ended():
+            return 1
+        case KeyboardInterrupt():
+            # CPython remembers an interrupt that passed through an exec of text, which imports have, and would at last
+            # end by SIGINT although it was caught; the next such exec makes it forget.
+            exec("")
+            return _end_by(signal.SIGINT)
+        case stopping.Terminated():
+            return _end_by(signal.SIGTERM)
+        case _:  # the last line of defence: one line instead of a traceback
+            return _complain(f"the run failed: {type(error).__name__}: {error}", 1)
 
 
 def _run(argv: list[str] | None) -> None:

@@ -23,7 +23,7 @@ from cutdiff.models.inside import replaced
 from cutdiff.models.unet import Context, UNet
 from cutdiff.sampling.denoiser import Denoiser, Inputs
 from cutdiff.sampling.operators import grid_for
-from cutdiff.sampling.solvers import CanvasDenoiser, Phase, Stage
+from cutdiff.sampling.stages import CanvasDenoiser, Phase, Stage
 
 Method = Callable[[Run], list[Stage]]
 

@@ -25,7 +25,7 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.scenes.vocabulary import WIDTH, make_text_encoders
 
 collect_ignore = [] if find_spec("triton") else ["test_kernels.py", "test_fused.py"]  # there is none for macOS

@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
 from cutdiff.sampling.edm import EDMConfig
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 
 
 def published_euler(config: NoiseConfig) -> EulerDiscreteScheduler:

@@ -17,7 +17,7 @@ import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.methods.demofusion import gaussian_blur, phase_sizes, with_moments
 from cutdiff.sampling.draws import Draws
-from cutdiff.sampling.solvers import Step
+from cutdiff.sampling.stages import Step
 from cutdiff.settings import SOLVER_NAMES
 
 

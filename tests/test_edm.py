@@ -32,7 +32,7 @@ from cutdiff.models.config import VAEConfig
 from cutdiff.models.vae import VAE
 from cutdiff.sample import main
 from cutdiff.sampling.edm import EDMConfig, edm_schedule
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.solvers import Stage, make_solver, solve
 from cutdiff.settings import SOLVER_NAMES
 

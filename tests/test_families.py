@@ -25,7 +25,7 @@ from cutdiff.checkpoint.noise import NoiseOptions, decide_noise
 from cutdiff.checkpoint.single import convert, split
 from cutdiff.methods import METHODS
 from cutdiff.models.config import SD15_UNET, SD21_UNET, SD_VAE, SDXL_UNET, SDXL_VAE
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 
 KEYS = Path(__file__).parent / "fixtures" / "checkpoint_keys.json.gz"
 """Keys and shapes of the single files of SDXL-base 1.0, SD 1.5 and SD 2.1."""

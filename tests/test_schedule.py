@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import in_float64, published_ddim, published_euler
 
-from cutdiff.sampling.schedule import (
+from cutdiff.sampling.noise import (
     BETA_SCHEDULES,
     SPACINGS,
     NoiseConfig,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from published import in_float64, published_ddim, published_euler
 from torch import Tensor
 
-from cutdiff.sampling.schedule import BETA_SCHEDULES, NoiseConfig, Schedule, euler_schedule
+from cutdiff.sampling.noise import BETA_SCHEDULES, NoiseConfig, Schedule, euler_schedule
 from cutdiff.sampling.solvers import Phase, Solver, Stage, Step, euler_step, make_solver, noise_scale, solve
 
 # The published Euler turns tensors into arrays in a way that numpy 2 is about to drop.

@@ -26,7 +26,7 @@ from cutdiff.models.unet import TransformerBlock, UNet
 from cutdiff.models.windows import attend_in_windows
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.solvers import make_solver, solve
 from cutdiff.scenes.vocabulary import make_text_encoders
 from cutdiff.settings import SOLVER_NAMES

@@ -25,7 +25,7 @@ from cutdiff.models.config import SD15_UNET, SD21_UNET, UNetConfig, VAEConfig
 from cutdiff.models.text import TextEncoders
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 
 LENGTH = 16
 UNET = UNetConfig(

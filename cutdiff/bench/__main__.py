@@ -42,8 +42,8 @@ from cutdiff.models.fp8 import check_fp8, quantize_transformers
 from cutdiff.models.fused import check_fused, fuse
 from cutdiff.output.images import save_json
 from cutdiff.pipeline import now, peak_memory
+from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import check_backend, grid_for
-from cutdiff.sampling.schedule import NoiseConfig
 from cutdiff.sampling.solvers import make_solver
 from cutdiff.settings import BACKENDS, Settings
 

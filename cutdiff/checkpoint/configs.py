@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.sampling.edm import AnyNoise, EDMConfig
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 
 DIFFUSERS_VERSION = "0.42.0"
 """The release whose fields and defaults are listed here."""

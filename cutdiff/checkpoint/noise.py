@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from cutdiff.checkpoint import edm
+from cutdiff.options import not_one_of
 from cutdiff.sampling.edm import AnyNoise, EDMConfig
-from cutdiff.sampling.schedule import NoiseConfig
-from cutdiff.settings import PREDICTION_TYPES, SPACINGS, not_one_of
+from cutdiff.sampling.noise import NoiseConfig
+from cutdiff.settings import PREDICTION_TYPES, SPACINGS
 
 MARKS = ("v_pred", "ztsnr", *edm.LATENTS, *edm.SIGMAS)
 """The marker keys that some trainers put beside the weights: empty tensors, and an EDM model's numbers."""

@@ -17,7 +17,7 @@ from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 
 TOKENS = 77
 """Of a prompt, as CLIP's encoders pad it."""

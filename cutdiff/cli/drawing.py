@@ -17,7 +17,7 @@ from cutdiff.parallel.launch import Ended, Launch
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
-    from cutdiff.sampling.solvers import Step
+    from cutdiff.sampling.stages import Step
 
 
 class Failure(Exception):

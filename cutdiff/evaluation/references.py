@@ -66,9 +66,7 @@ class References:
         try:
             network = torch.jit.load(features, map_location=device).eval()
         except RuntimeError:
-            raise ValueError(
-                f"--features {features} is no TorchScript file: see cutdiff/evaluation"
-            ) from None
+            raise ValueError(f"--features {features} is no TorchScript file: see cutdiff/evaluation") from None
         return References(_images(folder), network, None if clip is None else _load_clip(clip, device), device)
 
     @torch.no_grad()

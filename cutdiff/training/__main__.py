@@ -16,7 +16,7 @@ import torch
 from cutdiff.checkpoint import load, save_folder
 from cutdiff.models.unet import UNet
 from cutdiff.output.images import save_json
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.scenes.vocabulary import make_text_encoders
 from cutdiff.training.card import phase, read_history, write_card
 from cutdiff.training.unet import CONFIG, WHOLE_SCENES, encode_scenes, train_unet

@@ -17,7 +17,7 @@ from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextEncoders
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.schedule import NoiseConfig, alphas_cumprod
+from cutdiff.sampling.noise import NoiseConfig, alphas_cumprod
 from cutdiff.scenes import world
 from cutdiff.scenes.render import Crop, render
 from cutdiff.scenes.world import Scenes
