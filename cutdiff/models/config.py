@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+Size = tuple[int, int]
+"""Height and width."""
+
 
 @dataclass(frozen=True)
 class UNetConfig:

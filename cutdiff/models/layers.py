@@ -103,9 +103,12 @@ class Attention(nn.Module):
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def weights(self, x: Tensor, context: Tensor | TextContext) -> Tensor:
-        """How much each position of x (B, L, dim) looks at each of context (B, M, context_dim): (B, heads, L, M)."""
+        """How much each position of x (B, L, dim) looks at each of context (B, M, context_dim): (B, heads, L, M).
+
+        These are the weights that `forward` attends with, in float32.
+        """
         q, k = self._split(self.to_q(x)).float(), self.keys_and_values(context)[0].float()
-        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        return (self.scale * (q @ k.mT)).softmax(dim=-1)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, dim / heads)

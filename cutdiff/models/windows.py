@@ -13,10 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from cutdiff.models.config import Size
 from cutdiff.models.inside import replaced
 from cutdiff.models.layers import Attention
 from cutdiff.models.unet import Context, Transformer, TransformerBlock
-from cutdiff.sampling.denoiser import Size
 
 
 def transform_in_windows(
