@@ -1,4 +1,4 @@
-"""Changing the inside of a network: all that is replaced comes back in its place, and one thread at a time may do it."""
+"""Changing the inside of a network: all that is replaced comes back in its place, and only one thread may do it."""
 
 from __future__ import annotations
 
