@@ -45,12 +45,8 @@ from cutdiff.checkpoint import load
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import NETWORKS, assign
 from cutdiff.checkpoint.configs import (
-    NOISE_DEFAULTS,
-    SCHEDULERS,
     UNET_FIXED,
     VAE_FIXED,
-    noise_config,
-    noise_to_diffusers,
     unet_config,
     unet_to_diffusers,
     vae_config,
@@ -61,6 +57,7 @@ from cutdiff.checkpoint.files import LISTED
 from cutdiff.checkpoint.infer import infer_blueprint
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
 from cutdiff.checkpoint.model import sha256
+from cutdiff.checkpoint.schedulers import NOISE_DEFAULTS, SCHEDULERS, noise_config, noise_to_diffusers
 from cutdiff.checkpoint.single import split
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet

@@ -24,9 +24,10 @@ from tiny import VAE_TINY, Tiny, assert_bit_equal, edit_json, put_in_cache
 from torch import Tensor
 
 import cutdiff
-from cutdiff.checkpoint.configs import EDM_SCHEDULERS, noise_config, noise_to_diffusers, vae_config, vae_to_diffusers
+from cutdiff.checkpoint.configs import vae_config, vae_to_diffusers
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.noise import NoiseOptions, decide_noise
+from cutdiff.checkpoint.schedulers import EDM_SCHEDULERS, noise_config, noise_to_diffusers
 from cutdiff.methods import METHODS
 from cutdiff.models.config import VAEConfig
 from cutdiff.models.vae import VAE

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks
-from cutdiff.checkpoint.configs import boolean, noise_config, unet_config, vae_config
+from cutdiff.checkpoint.configs import unet_config, vae_config
+from cutdiff.checkpoint.fields import boolean
 from cutdiff.checkpoint.keys import modern_vae
 from cutdiff.checkpoint.read import find_weights, read_json, read_tensors
+from cutdiff.checkpoint.schedulers import noise_config
+from cutdiff.checkpoint.tokenizer import read_tokenizer
 from cutdiff.models.config import UNetConfig
 from cutdiff.sampling.edm import AnyNoise
 
@@ -82,7 +85,7 @@ def read_weights(files: Mapping[str, list[Path]], networks: Networks) -> dict[st
 
 def _read_text(folder: Path, encoder: str, tokenizer: str) -> tuple[CLIPTextConfig, CLIPTokenizer]:
     config = parse(folder / encoder / "config.json", clip.clip_config)
-    return config, clip.read_tokenizer(folder / tokenizer, config.max_position_embeddings)
+    return config, read_tokenizer(folder / tokenizer, config.max_position_embeddings)
 
 
 def _zeros_for_empty(index: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint
 from cutdiff.checkpoint.families import Family
 from cutdiff.checkpoint.single import Parts
+from cutdiff.checkpoint.tokenizer import PAD_TOKENS, cached_tokenizer, read_tokenizer
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.text import CUT_DEPTH
 from cutdiff.sampling.edm import AnyNoise
@@ -32,11 +33,11 @@ def infer_blueprint(parts: Parts, family: Family, noise: AnyNoise, vae: VAEConfi
     Raises ValueError where a key that tells a size is missing, or no tokenizer is found.
     """
     shapes = {name: _Shapes(name, part) for name, part in parts.items()}
-    tokenizer = clip.cached_tokenizer()
+    tokenizer = cached_tokenizer()
     encoders, tokenizers = [], []
     for text in family.texts:
         length = shapes[text.name].of(f"{clip.PREFIX}embeddings.position_embedding.weight")[0]
-        tokenizers.append(clip.read_tokenizer(tokenizer, length, clip.PAD_TOKENS[text.is_open_clip]))
+        tokenizers.append(read_tokenizer(tokenizer, length, PAD_TOKENS[text.is_open_clip]))
         encoders.append(_infer_text(shapes[text.name], tokenizers[-1], "gelu" if text.is_open_clip else "quick_gelu"))
     second = len(encoders) > 1
     return Blueprint(

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
-from cutdiff.checkpoint.configs import DIFFUSERS_VERSION, noise_to_diffusers, unet_to_diffusers, vae_to_diffusers
+from cutdiff.checkpoint.configs import unet_to_diffusers, vae_to_diffusers
+from cutdiff.checkpoint.fields import DIFFUSERS_VERSION
+from cutdiff.checkpoint.schedulers import noise_to_diffusers
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.sampling.edm import AnyNoise
