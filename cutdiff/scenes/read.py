@@ -23,7 +23,7 @@ SMALLEST_BODY, SMALLEST_SUBJECT = 0.003, 0.01
 is ever drawn there (0.0095 and 0.03). A blob of fewer pixels is not counted in a picture of any size, because what
 repeats in a large picture is as small as in a native one."""
 FINE, COARSE = 256, 64
-"""Shorter sides in pixels: blobs are counted at no more than the first; sky, ridge and ground are read at the second."""
+"""Shorter sides in pixels: blobs are counted at the first at most; sky, ridge and ground are read at the second."""
 SHADE, LIT = 0.6, 0.81
 """A subject is painted in its colour, and partly (roof, band) in that colour times 0.62. Its lit parts are those above
 `LIT`, which lies half way between the two."""
