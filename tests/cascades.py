@@ -1,4 +1,4 @@
-"""What the cascades were run on beside the published code: a network, text and draws that nothing else changes.
+"""The network, text and draws that the cascades were run on beside the published code; nothing else changes them.
 
 The fixtures hold what the published pipelines ended with on them (github.com/PRIS-CV/DemoFusion at 5024487 and
 github.com/lzhxmu/AccDiffusion at d8b52c7: their `__call__`, in one view batch, at guidance 7.5 and a blur of 0.8), and
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import QUICK_UNET
 from torch import Tensor
 
 from cutdiff.checkpoint.model import Model
-from cutdiff.models.config import UNetConfig
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
 from cutdiff.sampling.draws import Draws
@@ -55,16 +55,13 @@ def network(model: Model, native_size: int, levels: int) -> Model:
     """`model` with a U-Net of its own, which looks at the text on its coarsest level only, and with `Words`."""
     torch.manual_seed(0)
     unet = UNet(
-        UNetConfig(
+        replace(
+            QUICK_UNET,
             channels=(8,) + (16,) * (levels - 1),
-            layers_per_block=1,
             transformer_layers=(0,) * (levels - 1) + (1,),
-            mid_transformer_layers=1,
             num_heads=(2,) * levels,
             context_dim=CONTEXT_DIM,
             pooled_dim=POOLED_DIM,
-            size_embedding_dim=8,
-            norm_groups=4,
             native_size=native_size,
         )
     )

@@ -10,27 +10,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from tiny import QUICK_UNET
 from torch import Tensor
 
-from cutdiff.models.config import UNetConfig
 from cutdiff.models.text import TextStates
 
-CONFIG = UNetConfig(
+CONFIG = replace(
+    QUICK_UNET,
     in_channels=2,
     out_channels=2,
     channels=(8, 16, 32),
+    layers_per_block=2,
     transformer_layers=(0, 2, 2),
     mid_transformer_layers=2,
     num_heads=(1, 2, 4),
     context_dim=12,
     pooled_dim=6,
-    size_embedding_dim=8,
-    norm_groups=4,
-    native_size=8,
 )
 STEPS, GUIDANCE = 10, 5.0
 

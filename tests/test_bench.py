@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import QUICK_UNET, QUICK_VAE
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,30 +26,17 @@ from cutdiff.bench.parity import NotEqual, prove, prove_again
 from cutdiff.bench.report import summary, table
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import cast, network_inputs, random_model
-from cutdiff.models.config import SDXL_UNET, UNetConfig, VAEConfig
+from cutdiff.models.config import SDXL_UNET
 from cutdiff.settings import Settings
 
 CPU = torch.device("cpu")
-UNET = UNetConfig(
-    channels=(16, 32),
-    layers_per_block=1,
-    transformer_layers=(0, 1),
-    mid_transformer_layers=1,
-    num_heads=(2, 4),
-    context_dim=24,
-    pooled_dim=12,
-    size_embedding_dim=8,
-    norm_groups=4,
-    native_size=8,
-)
-VAE_TINY = VAEConfig(channels=(8, 8, 8, 16), layers_per_block=1, norm_groups=4)
 SIZE = (16, 16)
 SETTINGS = Settings(height=128, width=128)
 
 
 @pytest.fixture
 def small() -> Model:
-    return random_model(UNET, VAE_TINY, CPU)
+    return random_model(QUICK_UNET, QUICK_VAE, CPU)
 
 
 def pair(model: Model) -> tuple[Ours, PublishedLoop]:
@@ -112,10 +100,10 @@ def test_the_compiled_loop_is_captured_whole_and_ends_in_the_same_latents(
 
 @pytest.mark.parametrize("num_steps", [4, 5])
 def test_flops_are_those_of_the_evaluations_that_a_run_takes(small: Model, num_steps: int) -> None:
-    flops = count_flops(UNET, VAE_TINY, SIZE, num_steps)
+    flops = count_flops(QUICK_UNET, QUICK_VAE, SIZE, num_steps)
     record = cutdiff.generate(small, "", SETTINGS, num_steps=num_steps).record
     assert flops["network"] == sum(flops[stage] for stage in STAGES)
-    assert flops["network"] == record["network_evaluations"] * unet_flops(UNET)
+    assert flops["network"] == record["network_evaluations"] * unet_flops(QUICK_UNET)
 
 
 def test_flops_of_sdxl_are_those_of_its_layers_with_attention() -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tiny import relative_error
 from torch import Tensor, nn
 
 import cutdiff
@@ -29,10 +30,6 @@ PROMPT = "a red house at night"
 
 def latents(model: Model, prompt: str | list[str] = PROMPT, **options: Any) -> Tensor:
     return list(cutdiff.denoise(model, prompt, **options))[-1].latents
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 def test_the_command_line_knows_every_name() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from test_bench import VAE_TINY
-from tiny import Tiny
+from tiny import QUICK_UNET, QUICK_VAE, Tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,23 +18,13 @@ import cutdiff
 from cutdiff.bench.__main__ import SMALL_UNET
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import random_model
-from cutdiff.models.config import UNetConfig
 from cutdiff.plan import main
 from cutdiff.planning.forecast import decoding, outline, sized, walk, weight_bytes
 from cutdiff.planning.meter import Meter
 from cutdiff.settings import METHOD_NAMES, Settings
 
-UNET = UNetConfig(
-    channels=(16, 32, 32),
-    layers_per_block=1,
-    transformer_layers=(0, 1, 3),
-    mid_transformer_layers=2,
-    num_heads=(2, 4, 4),
-    context_dim=24,
-    pooled_dim=12,
-    size_embedding_dim=8,
-    norm_groups=4,
-    native_size=8,
+UNET = replace(
+    QUICK_UNET, channels=(16, 32, 32), transformer_layers=(0, 1, 3), mid_transformer_layers=2, num_heads=(2, 4, 4)
 )
 CPU = torch.device("cpu")
 
@@ -46,7 +36,7 @@ def sizes_of(model: Model) -> Model:
 
 @pytest.fixture(scope="module")
 def small() -> Model:
-    return random_model(UNET, VAE_TINY, CPU)
+    return random_model(UNET, QUICK_VAE, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +116,7 @@ def test_flops_of_decoding_are_counted(size: tuple[int, int], small: Model) -> N
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_memory_is_within_15_percent_of_what_lives_in_a_run(method: str) -> None:
     """Beside the weights: on a CPU, whose operators hold more than kernels do."""
-    model = random_model(SMALL_UNET, VAE_TINY, CPU)
+    model = random_model(SMALL_UNET, QUICK_VAE, CPU)
     settings = Settings(method=method, height=256, width=192, num_steps=2, view_batch_size=4)
     with Meter() as meter:
         for _ in cutdiff.denoise(model, "", settings):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from published_unet_methods import CONFIG, GUIDANCE, RUNS, STEPS, noise, published_latents, states, weights
+from tiny import relative_error
 from torch import Tensor, nn
 
 from cutdiff.methods import METHODS, Run
@@ -76,11 +77,6 @@ def latents(method: str, run: Run, *, solver: str = "ddim", start: Tensor | None
     x = (noise(run.size) if start is None else start) * schedule.init_scale
     steps = solve(METHODS[method](run), x, schedule, make_solver(solver), lambda shape, step: x)
     return list(steps)[-1].latents
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
-    return ((a - b).norm() / b.norm()).item()
 
 
 def sample(*shape: int, seed: int = 0) -> Tensor:

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_models import SEEDS, generator, randomise, relative_error, vae_configs
+from test_models import SEEDS, generator, vae_configs
+from tiny import QUICK_VAE, relative_error
 from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
+from cutdiff.checkpoint.random_model import randomise
 from cutdiff.models.bands import GPU_BAND_BYTES, Limits, in_bands
 from cutdiff.models.config import SDXL_VAE, VAEConfig
 from cutdiff.models.layers import Downsample
@@ -23,7 +25,7 @@ from cutdiff.models.vae import VAE
 from cutdiff.planning.meter import Meter
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
-SMALL = VAEConfig(channels=(8, 16, 16), layers_per_block=1, norm_groups=4)
+SMALL = replace(QUICK_VAE, channels=(8, 16, 16))
 
 
 def make_vae(config: VAEConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> VAE:

@@ -38,7 +38,22 @@ UNET = UNetConfig(
     pooled_dim=64,
     size_embedding_dim=8,
 )
+"""SDXL's layout, to be written and read."""
 VAE_TINY = VAEConfig(channels=(32, 32, 64), layers_per_block=1)
+QUICK_UNET = UNetConfig(
+    channels=(16, 32),
+    layers_per_block=1,
+    transformer_layers=(0, 1),
+    mid_transformer_layers=1,
+    num_heads=(2, 4),
+    context_dim=24,
+    pooled_dim=12,
+    size_embedding_dim=8,
+    norm_groups=4,
+    native_size=8,
+)
+"""SDXL's architecture at a native size of 64 px, to be run: tests that need another one change its fields."""
+QUICK_VAE = VAEConfig(channels=(8, 8, 8, 16), layers_per_block=1, norm_groups=4)
 SD15_TINY = replace(
     SD15_UNET, channels=(32, 64, 64, 64), layers_per_block=1, num_heads=(8, 8, 8, 8), context_dim=64, native_size=64
 )
@@ -180,6 +195,12 @@ def put_in_cache(cache: Path, repository: str, folder: Path) -> None:
 
 def networks(model: Model | Tiny) -> dict[str, nn.Module]:
     return dict(zip(NETWORKS, (model.unet, model.vae, *model.text.encoders), strict=False))
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The norm of the difference over that of the second tensor."""
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def assert_bit_equal(a: Model | Tiny, b: Model | Tiny) -> None:
