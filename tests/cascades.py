@@ -26,7 +26,7 @@ LENGTH, CONTEXT_DIM, POOLED_DIM = 14, 16, 8
 
 
 class Words:
-    """Stands for text encoders whose tokens are words: a random vector for each, and for what frames them."""
+    """A stand-in for text encoders: its tokens are words, each with a random vector, as have the start and the end."""
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         return [(word, [i]) for i, word in enumerate(prompt.split(), start=1)]
@@ -52,7 +52,7 @@ def _vector(token: str) -> Tensor:
 
 
 def network(model: Model, native_size: int, levels: int) -> Model:
-    """`model` with a U-Net of its own, which looks at the text on its coarsest level only, and with `Words`."""
+    """Give `model` a U-Net that reads the text on its coarsest level only, and `Words` as its text encoders."""
     torch.manual_seed(0)
     unet = UNet(
         replace(
@@ -75,10 +75,10 @@ class Replayed(Draws):
     seeds: tuple[int, ...] = (0,)
     num_steps: int = 0
     origins: tuple[Any, ...] = ()
-    """(V, 2) of (top, left), of each step of the phases after the first, or of each such phase."""
+    """(V, 2) of (top, left) for each step of the phases after the first, or for each such phase."""
     noises: tuple[Tensor, ...] = ()
     index: tuple[Tensor, ...] = ()
-    """(N, C, h, w), of each step of the phases after the first."""
+    """(N, C, h, w) for each step of the phases after the first."""
 
     def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
         return self.phase_noise(shape, 1)
@@ -102,7 +102,7 @@ def noises(shapes: list[tuple[int, ...]], seed: int) -> tuple[Tensor, ...]:
 
 
 def shuffles(count: int, shape: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
-    """Random permutations along the first of (N, C, h, w), at each position by itself."""
+    """Random permutations along the first axis of (N, C, h, w), drawn for each position by itself."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.rand(shape, generator=generator).argsort(dim=0) for _ in range(count))
 

@@ -1,4 +1,4 @@
-"""AccDiffusion: its published run, the words that each view is told, and the attention that they are found by."""
+"""AccDiffusion: its published run, the words in each view's prompt, and the attention that selects them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bench: what it proves before it times, what it counts, and its command line. The baselines' arithmetic is in
+"""The bench: its proofs before it times, its counts, and its command line. The baselines' arithmetic is in
 test_published_loop.py."""
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_all_run_in_low_precision(small: Model, dtype: torch.dtype) -> None:
 def test_the_compiled_loop_is_captured_whole_and_ends_in_the_same_latents(
     small: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As dynamo captures it; what a backend makes of it is not ours."""
+    """The loop is tested as dynamo captures it, whatever a backend makes of that."""
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     loops = make_baselines(small, ["c", "d"], SIZE)
@@ -107,7 +107,7 @@ def test_flops_are_those_of_the_evaluations_that_a_run_takes(small: Model, num_s
 
 
 def test_flops_of_sdxl_are_those_of_its_layers_with_attention() -> None:
-    """Without attention's two products it is known to take 5.98 TFLOP at 1024²."""
+    """Without attention's two products, SDXL is known to take 5.98 TFLOP at 1024²."""
     scores = 0.0
     for level, blocks in ((1, 5 * 2), (2, 5 * 10 + 10)):
         tokens, width = (SDXL_UNET.native_size >> level) ** 2, SDXL_UNET.channels[level]
@@ -116,7 +116,7 @@ def test_flops_of_sdxl_are_those_of_its_layers_with_attention() -> None:
 
 
 class Fake:
-    """A contestant whose latents are given."""
+    """A contestant that ends in given latents."""
 
     what = "fake"
     unet = vae = nn.Identity()
@@ -147,7 +147,7 @@ def timing(structure: float, detail: float) -> Timing:
 
 
 def test_ratios_are_medians_over_the_rounds_and_the_floor_is_flops_at_the_peak() -> None:
-    """A slow round, in which everyone took thrice as long, changes no ratio."""
+    """A slow round, in which everything takes three times as long, changes no ratio."""
     ours = [timing(1, 1), timing(3, 3), timing(1, 1)]
     others = [timing(2, 3), timing(6, 9), timing(4, 4)]
     flops = {"structure": 10.0, "detail": 10.0, "network": 20.0, "decode": 5.0}
@@ -198,7 +198,7 @@ def test_ours_in_8_bits_is_one_more_row(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 class Operators(TorchDispatchMode):
-    """The names of those that ran."""
+    """The names of the contestants that ran."""
 
     def __init__(self) -> None:
         super().__init__()

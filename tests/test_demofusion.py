@@ -1,4 +1,4 @@
-"""DemoFusion: its published run, what every phase keeps, and the pieces that it is made of."""
+"""DemoFusion: its published run, the properties of every phase, and the pieces that it is made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The features: shapes, training, and the embedded weights, which must tell true sets from spoilt ones."""
+"""The features: their shapes, their training, and the embedded weights, which must tell true sets from spoilt ones."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_unet_is_the_published_one(
 
 
 def test_every_key_of_sdxl_base_is_the_published_one() -> None:
-    """Written out, not made from our configuration: this is stable-diffusion-xl-base-1.0."""
+    """The configuration of stable-diffusion-xl-base-1.0 is written out here, not made from ours."""
     with torch.device("meta"):
         theirs = UNet2DConditionModel(
             block_out_channels=(320, 640, 1280),
@@ -146,7 +146,7 @@ def test_every_key_of_the_sdxl_vae_is_the_published_one() -> None:
 @pytest.mark.parametrize("config", [SDXL_UNET, SD15_UNET, SD21_UNET], ids=["SDXL", "SD 1.5", "SD 2.1"])
 @torch.no_grad()
 def test_full_size_unet_is_the_published_one(config: UNetConfig) -> None:
-    """Up to 2.6 billion float32 weights, held once: 10 GiB, and the activations of one image."""
+    """Up to 2.6 billion float32 weights are in memory once: 10 GiB, and the activations of one image."""
     with torch.device("meta"):
         theirs, ours = published_unet(config), UNet(config)
     theirs.to_empty(device="cpu")
@@ -252,7 +252,7 @@ def test_vae_decodes_as_the_published_one(config: VAEConfig, seed: int, batch: i
 @given(config=vae_configs(), seed=SEEDS, batch=st.integers(1, 3), height=st.integers(16, 50), width=st.integers(16, 50))
 @torch.no_grad()
 def test_vae_encodes_as_the_published_one(config: VAEConfig, seed: int, batch: int, height: int, width: int) -> None:
-    """Sizes that the factor does not divide, too: both drop the same pixels."""
+    """Both drop the same pixels where the factor does not divide the size."""
     ours, theirs = same_vaes(config, seed)
     images = torch.rand(batch, config.in_channels, height, width, generator=generator(seed)) * 2 - 1
     distribution, expected = ours.encode(images), theirs.encode(images, return_dict=False)[0]
@@ -329,7 +329,7 @@ def make_encoder(kind: type, width: int, layers: int, activation: str) -> nn.Mod
 
 @pytest.fixture(scope="module")
 def text() -> TextEncoders:
-    """SDXL's pair: different widths, depths and activations, and the second pads with "!"."""
+    """SDXL's pair of encoders: widths, depths and activations differ, and the second pads with "!"."""
     return TextEncoders(
         tokenizer=make_tokenizer("<|endoftext|>"),
         tokenizer_2=make_tokenizer("!</w>"),
@@ -339,7 +339,7 @@ def text() -> TextEncoders:
 
 
 def token_ids(text: TextEncoders, prompts: list[str]) -> list[Tensor]:
-    """Of each encoder, (B, L), where every prompt fits one chunk."""
+    """The token ids (B, L) for each encoder, of prompts that fit one chunk."""
     (chunk,) = text.tokenize(prompts)
     return [tokens.ids for tokens in chunk]
 

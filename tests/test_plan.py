@@ -1,4 +1,4 @@
-"""What a plan tells is what a run takes: evaluations and FLOPs exactly, memory within 15%."""
+"""A plan tells what a run takes: evaluations and FLOPs exactly, memory within 15%."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def sizes_of(model: Model) -> Model:
-    """The same on the meta device."""
+    """The same model on the meta device."""
     return sized(model.unet.config, model.vae.config, model.dtype)
 
 
@@ -60,7 +60,7 @@ CASES: list[tuple[int, int, dict[str, Any]]] = [
 def test_counts_of_every_step_are_those_of_the_run(
     method: str, height: int, width: int, options: dict[str, Any], small: Model
 ) -> None:
-    """Attention by its formula, since torch's counter does not know the CPU's kernel."""
+    """Attention is counted by its formula, because torch's counter does not know the CPU's kernel."""
     settings = Settings(method=method, height=height, width=width, **options)
     flops, stages = [0], []
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -97,7 +97,7 @@ def test_evaluations_are_those_of_a_run_with_prompts(options: dict[str, Any], ti
     [("cutdiffusion", 2048, 5.6), ("cutdiffusion", 4096, 27.8), ("direct", 2048, 4.6), ("demofusion", 2048, 12.0)],
 )
 def test_sdxl_takes_what_arithmetic_on_its_layers_says(method: str, side: int, seconds: float, sdxl: Model) -> None:
-    """At 790 TFLOP/s; keys and values of the text, computed once, spare 0.8%."""
+    """The seconds are for 790 TFLOP/s; keys and values of the text, computed once, spare 0.8%."""
     planned = walk(sdxl, Settings(method=method, height=side, width=side))
     assert sum(stage.total.flops for stage in planned.stages) / 790e12 == pytest.approx(seconds, rel=0.02)
 
@@ -115,7 +115,7 @@ def test_flops_of_decoding_are_counted(size: tuple[int, int], small: Model) -> N
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_memory_is_within_15_percent_of_what_lives_in_a_run(method: str) -> None:
-    """Beside the weights: on a CPU, whose operators hold more than kernels do."""
+    """It is the memory besides the weights, on a CPU, whose operators keep more than kernels do."""
     model = random_model(SMALL_UNET, QUICK_VAE, CPU)
     settings = Settings(method=method, height=256, width=192, num_steps=2, view_batch_size=4)
     with Meter() as meter:
@@ -142,7 +142,7 @@ def test_memory_of_decoding_in_bands_is_what_lives(sdxl: Model) -> None:
 
 
 def test_weights_are_those_of_the_networks(sdxl: Model) -> None:
-    """6.94 GB of SDXL-base in 16 bits."""
+    """SDXL-base has 6.94 GB of weights in 16 bits."""
     assert weight_bytes(sdxl) == pytest.approx(6.94e9, rel=1e-3)
     float16 = outline(None, "float16")
     assert float16.vae_dtype == torch.float32
@@ -167,7 +167,7 @@ def test_what_memory_does_not_hold_is_halved_as_a_run_halves_it(small: Model) ->
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32])
 def test_the_busiest_device_has_its_share_and_is_sent_the_rest(devices: int, small: Model) -> None:
-    """Of the 18 rows of nine views: 18, 9, 5, 3, 2, and 1 each, with more devices than rows too."""
+    """It has 18, 9, 5, 3, 2 and 1 of the 18 rows of nine views, also where there are more devices than rows."""
     settings = Settings(method="multidiffusion", height=128, width=128, num_steps=2)
     (stage,) = walk(sizes_of(small), settings, devices).stages
     mine, row_bytes = math.ceil(18 / devices), 4 * 8 * 8 * 4

@@ -1,4 +1,4 @@
-"""Pictures against a folder of reference images: metrics of a maintained library, fed by files of the user's own."""
+"""Pictures against a folder of reference images: a maintained library's metrics, with networks of the user's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = ["a red house at night", "a blue tree at day", "a pink tent"]
 
 
 class Moments(nn.Module):
-    """Stands for Inception: means and deviations of the colours as features, shares of them as probabilities."""
+    """A stand-in for Inception: its features are means and deviations of colours, its probabilities shares of them."""
 
     def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
         pixels = images.float().flatten(2) / 255

@@ -1,4 +1,4 @@
-"""The methods that change the inside of the U-Net: their operators, what they leave behind, and the published codes."""
+"""The methods that change the inside of the U-Net: their operators, the network after runs, and the published codes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from cutdiff.settings import SOLVER_NAMES
 
 METHOD_NAMES = ("attention_scaling", "scalecrafter", "hidiffusion")
 EMBEDDED = replace(CONFIG, layers_per_block=1, transformer_layers=(0, 1, 1), mid_transformer_layers=1)
-"""Of the embedded model's layout."""
+"""A configuration with the embedded model's layout."""
 
 
 def make_unet(config: UNetConfig = CONFIG) -> UNet:
@@ -149,7 +149,7 @@ def test_runs_that_take_turns_do_not_touch_each_other(method: str) -> None:
 
 @pytest.mark.parametrize(("size", "evaluations"), [((16, 16), 2 * 10), ((32, 32), 2 * 10 + 7)])
 def test_noise_damped_guidance_is_counted(size: tuple[int, int], evaluations: int) -> None:
-    """One evaluation more, of the negative row alone, in each of the first 70% of the steps."""
+    """Each of the first 70% of the steps takes one evaluation more, of the negative row alone."""
     run = make_run(size)
     latents("scalecrafter", run)
     assert run.denoiser.evaluations == evaluations
@@ -307,7 +307,7 @@ def resnets(block: str, count: int, factor: float) -> dict[str, float]:
 
 
 def test_the_published_settings_of_sdxl_are_met() -> None:
-    """Of the published lists, the names that SDXL has."""
+    """The names of the published lists that SDXL has."""
     with torch.device("meta"):
         unet = UNet(SDXL_UNET)
     for scale in (2, 2.5):
@@ -430,7 +430,7 @@ def test_the_resampler_is_a_dilated_convolution_with_stride_4() -> None:
 
 
 def test_an_axis_of_native_size_keeps_its_network() -> None:
-    """On 8 x 16 the deep levels see 2 x 2, the native size, not 1 x 2."""
+    """On 8 × 16 the deep levels get 2 × 2, the native size, not 1 × 2."""
     run, seen = make_run((8, 16)), []
     hook = run.denoiser.unet.mid_block.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[2:]))
     latents("hidiffusion", run)

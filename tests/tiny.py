@@ -102,7 +102,7 @@ def as_convolution(key: str, tensor: Tensor) -> Tensor:
 
 
 def to_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names to OpenCLIP's, written the other way round than the package's conversion."""
+    """Rename transformers' tensors to OpenCLIP's names, written the other way round than the package's conversion."""
     written = {
         "token_embedding.weight": tensors["text_model.embeddings.token_embedding.weight"],
         "positional_embedding": tensors["text_model.embeddings.position_embedding.weight"],
@@ -164,7 +164,7 @@ def tiny_text() -> TextEncoders:
 
 
 def random_model(family: Family) -> Tiny:
-    """Weights that no initialisation would give: biases and norms are constants when they are new."""
+    """Make a model with weights that no initialisation gives: biases and norms are constants when they are new."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if family is SDXL:
@@ -222,7 +222,7 @@ def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
 
 
 def on(device: str, model: Model) -> Model:
-    """A copy of the model on the device."""
+    """The model on the device: itself on the CPU, else a copy."""
     if device == "cpu":
         return model
     copy = deepcopy(model)
