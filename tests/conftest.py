@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
 
 from refusal import CommandLine
-from tiny import QUICK_UNET, QUICK_VAE, Tiny, random_model
+from tiny import QUICK_UNET, QUICK_VAE, Tiny, put_in_cache, random_model
 
 import cutdiff
 from cutdiff.checkpoint import save_folder
@@ -119,3 +119,8 @@ def single_file(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def tokenizer_in_cache(folder: Path, empty_cache: Path) -> None:
+    put_in_cache(empty_cache, "openai/clip-vit-large-patch14", folder / "tokenizer")

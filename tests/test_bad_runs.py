@@ -1,4 +1,4 @@
-"""Bad input: places where pictures cannot go, and runs that are cut off. Nothing half done stays, the next run works."""
+"""Bad input: places where pictures cannot go, and runs cut off. Nothing half done is left; the next run works."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import in_float64, published_edm
 from safetensors.torch import save_file
-from tiny import VAE_TINY, Tiny, assert_bit_equal, edit_json, put_in_cache
+from tiny import VAE_TINY, Tiny, assert_bit_equal, edit_json
 from torch import Tensor
 
 import cutdiff
@@ -273,10 +273,6 @@ def cosxl(**sigmas: float) -> dict[str, Tensor]:
 
 
 class TestSingleFiles:
-    @pytest.fixture
-    def tokenizer_in_cache(self, folder: Path, empty_cache: Path) -> None:
-        put_in_cache(empty_cache, "openai/clip-vit-large-patch14", folder / "tokenizer")
-
     @pytest.mark.parametrize("shape", [(1, 4, 1, 1), (4,)])
     @pytest.mark.usefixtures("tokenizer_in_cache")
     def test_playground(self, tiny: Tiny, tmp_path: Path, shape: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
-from tiny import Tiny, assert_bit_equal, edit_json, put_in_cache, random_model
+from tiny import Tiny, assert_bit_equal, edit_json, random_model
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -41,11 +41,6 @@ def listed() -> dict[str, dict[str, list[int]]]:
 def other(request: pytest.FixtureRequest) -> Tiny:
     """A model with one text encoder."""
     return random_model(request.param)
-
-
-@pytest.fixture
-def tokenizer_in_cache(folder: Path, empty_cache: Path) -> None:
-    put_in_cache(empty_cache, "openai/clip-vit-large-patch14", folder / "tokenizer")
 
 
 def as_saved(model: Tiny) -> Tiny:
