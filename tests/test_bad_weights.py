@@ -57,7 +57,7 @@ KEYS: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
         ],
     ),
 }
-"""How a U-Net's tensors are changed, and what is said of it."""
+"""Changes to a U-Net's tensors, and the messages about them."""
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -96,7 +96,7 @@ ZEROS: dict[str, tuple[Callable[[list[str], Tensors], list[str]], str | None]] =
     "a bias at the end": (lambda keys, tensors: [key for key in keys[-5:] if tensors[key].ndim == 1], None),
     "the middle": (lambda keys, _: keys[20:60], None),
 }
-"""Which of a U-Net's tensors, in the order of the file, are zero, and what is said of it with --check-weights."""
+"""The tensors of a U-Net that are zero, in the order of the file, and the message with --check-weights."""
 
 
 @pytest.mark.parametrize("name", ZEROS)

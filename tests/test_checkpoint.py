@@ -68,7 +68,7 @@ CPU = torch.device("cpu")
 
 
 def another(value: Any) -> Any:
-    """A value of the same kind that is not this one."""
+    """Another value of the same kind."""
     if isinstance(value, bool):
         return not value
     return "another" if isinstance(value, str) or value is None else value + 1
