@@ -161,7 +161,8 @@ def _fitted(value: Any, kind: Any) -> Any:
 def _number(value: Any, kind: type) -> Any:
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
         return MISSING
-    return kind(value) if kind is int or abs(value) <= MAX_FLOAT32 else MISSING
+    number = int(value) if kind is int else float(value)  # pyright: ignore[reportArgumentType]
+    return number if kind is int or abs(number) <= MAX_FLOAT32 else MISSING
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 MAX_BYTES = 1 << 24
 
@@ -56,7 +56,7 @@ def parse_line(line: bytes) -> tuple[str, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"a line that begins with {{ must be a JSON object ({error})") from None
     options: dict[str, Any] = {}
-    for name, value in pairs:
+    for name, value in cast(list[tuple[str, Any]], pairs):
         known = {"steps": "num_steps"}.get(name, name.replace("-", "_"))
         if known in options:
             raise ValueError(f"{name} is given twice")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -239,7 +239,7 @@ def with_guidance_scale(run: Run, scale: float | None) -> Run:
     """The run with another guidance scale, or itself where that is None. ValueError where its guidance has none."""
     if scale is None:
         return run
-    guidance = run.denoiser.guidance
+    guidance: Any = run.denoiser.guidance
     if not hasattr(guidance, "guidance_scale"):
         raise ValueError(
             f"detail_guidance_scale={scale} needs a guidance with a guidance_scale, which {guidance!r} lacks"

@@ -111,8 +111,8 @@ class Exponential(Options):
     """Even steps of sigma's logarithm between the model's own first and last sigma."""
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
-        ends = np.log(_ends(model_noise, num_steps))
-        return [*np.exp(np.linspace(*ends, num_steps)).tolist(), 0.0]
+        high, low = np.log(_ends(model_noise, num_steps))
+        return [*np.exp(np.linspace(high, low, num_steps)).tolist(), 0.0]
 
 
 @dataclass(frozen=True)
