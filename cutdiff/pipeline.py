@@ -100,6 +100,7 @@ def generate(
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     prepared = prepare(model, prompt, settings, draws, ranks, observer)
+    described = describe(model, prompt, settings, prepared.draws, prepared.schedule)  # as it is before the first step
     latents, seconds, began = torch.empty(0), {}, now(model.device)
     received_before = ranks.received_bytes
     for step in prepared.steps:
@@ -112,7 +113,7 @@ def generate(
     received = ranks.received_bytes - received_before
     images, dtype = _decode(model, latents, ranks)
     seconds["decode"] = now(model.device) - began
-    record = _record(model, prompt, prepared, seconds)
+    record = _record(model, prepared, described, seconds)
     record |= {
         "received_bytes_per_step": received / prepared.num_steps,
         "decoded_in": dtype_name(dtype),
@@ -278,8 +279,7 @@ def _encode(
     return positive, text.encode(negative, settings.negative_prompt_2, min_length=length)
 
 
-def _record(model: Model, prompt: str | Sequence[str], prepared: Prepared, seconds: dict[str, float]) -> dict[str, Any]:
-    described = describe(model, prompt, prepared.settings, prepared.draws, prepared.schedule)
+def _record(model: Model, prepared: Prepared, described: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
     ranks, work = prepared.denoiser.ranks, prepared.denoiser.work
     view_batch_size = min(ranks.values(work.view_batch_size or 0)) or None
     return {

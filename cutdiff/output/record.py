@@ -17,7 +17,7 @@ from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.settings import Settings
-from cutdiff.specs import source_hash
+from cutdiff.specs import described_options, source_hash
 
 ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
 """The options that change a picture by rounding only, so that a run may go on with another."""
@@ -26,11 +26,12 @@ ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
 def describe(
     model: Model, prompt: str | Sequence[str], settings: Settings, draws: Draws, schedule: Schedule
 ) -> dict[str, Any]:
-    """The part of a record that is known before the run; draws of one's own are named by their class, and their source
-    and that of other objects which are not the package's stand under "sources"."""
+    """The part of a record that is known before the run. Draws of one's own are named by their class and the fields that
+    it adds; their source, and that of other objects which are not the package's, stands under "sources"."""
     height, width = (side * model.factor for side in settings.canvas_size(model.native_size, model.factor))
     seeds = list(getattr(draws, "seeds", ()))  # draws of one's own may have none
-    source = source_hash(draws)
+    source, fields = source_hash(draws), vars(Draws(())).keys()
+    added = {name: text for name, text in described_options(draws).items() if name not in fields}
     return {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
         **settings.described(),
@@ -49,7 +50,7 @@ def describe(
         "noise": {"class": type(model.noise).__name__, **vars(model.noise), "schedule": schedule.digest},
         "sources": settings.sources() | ({} if source is None else {"draws": source}),
         "seed": seeds[0] if seeds else None,
-        "draws": {"class": type(draws).__qualname__, "seeds": seeds},
+        "draws": {"class": type(draws).__qualname__, "seeds": seeds} | added,
         "device": _device_name(model.device),
         "dtype": dtype_name(model.dtype),
         "fp8": model.fp8,
