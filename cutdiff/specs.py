@@ -121,17 +121,26 @@ def changed(things: dict[str, Any], options: dict[str, Any], also: Iterable[str]
 
 def no_option(name: str, things: dict[str, Any], also: Iterable[str] = ()) -> str:
     """What an error says of an option that none of the objects, by their kinds, has; `also` as in `changed`."""
-    known = {f"{kind} {name_of(kind, thing)}": [*options_of(thing)] for kind, thing in things.items()}
-    listed = "; ".join(f"{owner}: {', '.join(options)}" for owner, options in known.items() if options)
-    without = ", ".join(owner for owner, options in known.items() if not options)
-    names = [*also, *(option for options in known.values() for option in options)]
-    hint = f" but of {', '.join(others)}" if (others := owners(name)) else nearest(name, names)
-    return f"is no option of {without or 'these'}{hint}; options of {listed or 'them: none'}"
+    having = [f"{kind} {name_of(kind, x)} ({', '.join(options_of(x)) or 'none'})" for kind, x in things.items()]
+    shipped = _shipped_options()
+    near = nearest(name, [*also, *(option for thing in things.values() for option in options_of(thing)), *shipped])
+    hint = f", but of {', '.join(shipped[name])}" if name in shipped else near
+    return f"is no option of {' or '.join([', '.join(having[:-1]), having[-1]][-len(having) :])}{hint}"
 
 
 def owners(name: str) -> list[str]:
     """The names of all that ships with an option of this name."""
-    return [other for kind, table in TABLES.items() for other in table if name in options_of(_load(kind, other))]
+    return _shipped_options().get(name, [])
+
+
+def _shipped_options() -> dict[str, list[str]]:
+    """The options of all that ships, and the names of what has them."""
+    having: dict[str, list[str]] = {}
+    for kind, table in TABLES.items():
+        for name in table:
+            for option in options_of(_load(kind, name)):
+                having.setdefault(option, []).append(name)
+    return having
 
 
 def parse(kind: str, text: str) -> tuple[str, dict[str, str]]:

@@ -32,9 +32,9 @@ class BadArgument(Exception):
 
 
 def of_flag(error: Exception) -> BadArgument:
-    """`name=value …` as `--name value …`, and `name=True …` as `--name …`."""
+    """`name=value …` as `--name value …`, and `name=True …` as `--name …` where the value may be True."""
     name, _, rest = str(error).partition("=")
-    return BadArgument(f"{flag_of(name)} {rest.removeprefix('True ')}")
+    return BadArgument(f"{flag_of(name)} {re.sub('^True (?!must be )', '', rest)}")
 
 
 @contextmanager

@@ -26,8 +26,8 @@ ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
 def describe(
     model: Model, prompt: str | Sequence[str], settings: Settings, draws: Draws, schedule: Schedule
 ) -> dict[str, Any]:
-    """The part of a record that is known before the run. Draws of one's own are named by their class and the fields that
-    it adds; their source, and that of other objects which are not the package's, stands under "sources"."""
+    """The part of a record that is known before the run. Draws of one's own are named by their class and the fields
+    that it adds; their source, and that of other objects which are not the package's, stands under "sources"."""
     height, width = (side * model.factor for side in settings.canvas_size(model.native_size, model.factor))
     seeds = list(getattr(draws, "seeds", ()))  # draws of one's own may have none
     source, fields = source_hash(draws), vars(Draws(())).keys()
