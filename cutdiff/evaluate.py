@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cutdiff import specs
-from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, errors_by_flag
+from cutdiff.cli.arguments import DTYPES, BadArgument, Parser
 from cutdiff.options import options_of, read
 from cutdiff.settings import Settings
 
@@ -55,8 +55,10 @@ def _complain(message: str, status: int) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = _parser().parse_args(argv)
     for method in args.methods:
-        with errors_by_flag():
+        try:
             specs.check_name("method", method)
+        except ValueError as error:
+            raise BadArgument(f"--methods {str(error).partition('=')[2]} (see --help)") from None
     for name, least in (("num", 2), ("batch", 1)):
         if getattr(args, name) < least:
             raise BadArgument(f"--{name} {getattr(args, name)} must be at least {least}")

@@ -95,8 +95,8 @@ def walk(model: Model, settings: Settings, devices: int = 1, memory: float = mat
 
 
 def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
-    """The cost of each step. What is read once is read in the first; of the others, those cost the same which the stage
-    says do, and have guidance on or off."""
+    """The cost of each step. Those cost the same which the stage says do, and have guidance on or off, but for the first
+    of them, in which what is kept is read."""
     work, ranks, costs = run.denoiser.work, run.denoiser.ranks, cast(dict[Hashable, Cost], {})
     sigmas = stage.sigmas or run.schedule.sigmas[:-1]
 
@@ -107,9 +107,8 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
         after = work.evaluations, meter.flops, ranks.received_bytes
         return Cost(*(a - b for a, b in zip(after, before, strict=True)))
 
-    keys = [
-        (stage.cost and stage.cost(step), run.denoiser.guided(step), step == stage.steps.start) for step in stage.steps
-    ]
+    alike = [(stage.cost and stage.cost(step), run.denoiser.guided(step)) for step in stage.steps]
+    keys = [(key, key in alike[:before]) for before, key in enumerate(alike)]
     for step, key in zip(stage.steps, keys, strict=True):
         if key not in costs:
             costs[key] = cost(step)
