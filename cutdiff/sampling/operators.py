@@ -254,11 +254,3 @@ def _index(patches: Tensor, permutation: Permutation, num_patches: int) -> Tenso
     given = _for_kernels(permutation, patches.device)
     reference.check_permutation(given, num_patches, items // num_patches, (channels, h, w))
     return reference.as_index(given, num_patches, (channels, h, w))
-
-
-def items_of(operator: Operator, canvas: Tensor) -> tuple[int, tuple[int, int]]:
-    """Stand-in until the kernels' branch is merged."""
-    if isinstance(operator, Views):
-        return operator.origins.shape[:2].numel(), operator.window
-    grid = operator.grid  # type: ignore
-    return len(canvas) * math.prod(grid), (canvas.shape[2] // grid[0], canvas.shape[3] // grid[1])
