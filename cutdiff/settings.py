@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from cutdiff_kernels import GRAINS as INTERACTIONS
+
 METHOD_NAMES = (
     "direct",
     "attention_scaling",
@@ -26,7 +28,6 @@ STAGED = ("cutdiffusion", "magnify")
 CHANGING_THE_NETWORK = ("attention_scaling", "scalecrafter", "hidiffusion", "accdiffusion")
 """The methods that look into the U-Net or change its inside, for some steps."""
 SOLVER_NAMES = ("euler", "ddim")
-INTERACTIONS = ("channel", "pixel", "none")
 SIZE_CONDITIONINGS = ("native", "target")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
