@@ -18,10 +18,11 @@ from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.methods import METHODS, Run
 from cutdiff.methods.shared import guided_between
 from cutdiff.models.compiled import compiled
+from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
 from cutdiff.output.record import describe, fingerprint
-from cutdiff.parallel.ranks import ALONE, Ranks, SharedText
+from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.finite import explained

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from processes import ENVIRONMENT, contents, free_port
 from ranked import QUICK, SIZES
 
-from cutdiff.parallel.launch import Ended, RankLost
+from cutdiff.parallel.process import Ended, RankLost
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.parallel.watch import Watch
 from cutdiff.sample import main
@@ -220,9 +220,8 @@ def test_a_rank_whose_peers_vanish_speaks_where_no_other_did(
         watch.waiting_since = time.monotonic() - waited
         raise RuntimeError("connection closed by peer")
 
-    watch = Watch(10.0)
-    watch.store, watch.rank, watch.ranks = Store(), 1, range(2)
-    monkeypatch.setattr(torch.distributed, "broadcast", vanished)
+    watch = Watch(Store(), 1, range(2), limit=10.0)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", vanished)
     with pytest.raises(error):
         Ranks(1, 2, watch=watch).values(0)
 

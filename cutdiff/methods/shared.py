@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from cutdiff.models.inside import replaced
+from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
-from cutdiff.parallel.ranks import SharedText
 from cutdiff.sampling.denoiser import Denoiser, Size
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.schedule import Schedule
