@@ -17,10 +17,11 @@ from torch import Tensor
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.methods.shared import Run, step_at
 from cutdiff.models.compiled import compiled
+from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
 from cutdiff.output.record import describe, fingerprint
-from cutdiff.parallel.ranks import ALONE, Ranks, SharedText
+from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling import draws as drawing
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws

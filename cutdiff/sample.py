@@ -21,7 +21,7 @@ from cutdiff.cli.arguments import BadArgument, of_flag, parse
 from cutdiff.cli.drawing import Failure, draw_all, print_line, tell
 from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests
 from cutdiff.parallel import stopping
-from cutdiff.parallel.launch import Ended, RankLost, alike, joined, num_processes, own_gpu, process
+from cutdiff.parallel.process import Ended, RankLost, alike, num_processes, own_gpu, process
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
@@ -65,6 +65,8 @@ def _run(argv: list[str] | None) -> None:
     with alike():
         args = parse(argv)
         _check_processes(args.data_parallel)
+    from cutdiff.parallel.launch import joined
+
     with joined(args.device, args.data_parallel, args.rank_timeout) as launch:
         with launch.agreeing():
             requests, bad = read_requests(args)
