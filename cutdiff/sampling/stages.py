@@ -9,13 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from cutdiff.models.config import Size
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.solvers import Noise, Solver, TakeStep
 
 CanvasDenoiser = Callable[[Tensor, float, int], Tensor]
 """(latents (B, C, H, W), sigma, step) -> the estimate of x0 (B, C, H, W)."""
-Size = tuple[int, int]
-"""Height, width."""
 
 
 @dataclass(frozen=True)
