@@ -290,7 +290,7 @@ class Denoiser:
 
 
 class Rows(NamedTuple):
-    """What all rows of a step have in common."""
+    """The properties that all rows of a step have in common."""
 
     step: int
     sigma: float

@@ -30,9 +30,9 @@ class Stage:
     size: Size | None = None
     """The size of its canvas in latents; None: that of the finished picture."""
     before: CanvasDenoiser | None = None
-    """What a step starts from, made of what the step before ended with; None: that itself."""
+    """Makes the state that a step starts from, given the one that the step before ended with; None: they are the same."""
     end: Callable[[Tensor], Tensor] | None = None
-    """What becomes of the state after the last step."""
+    """Changes the state after the last step."""
     sigmas: tuple[float, ...] | None = None
     """Sigmas of its own, one more than it has steps, falling; None: those of the run."""
     cost: Callable[[int], Hashable] | None = None
@@ -46,8 +46,8 @@ class Phase:
     steps: range
     size: Size
     begin: Callable[[Tensor], tuple[Tensor, Stage]]
-    """What the stage before ended with (B, C, H, W), or the noise that a run begins with -> the state to go on from,
-    of `size`, and the stage."""
+    """The state that the stage before ended with (B, C, H, W), or the noise that a run begins with -> the state to go on
+    from, of `size`, and the stage."""
 
 
 @dataclass(frozen=True)
