@@ -7,12 +7,12 @@ pixels before the network and after it (dilated sampling with window interaction
 As in the published code, whose defaults these are: maps are averaged over all steps and over the layers at the coarsest
 level, without the middle; a mask is where a map exceeds its mean, opened with 3×3 pixels as often as its side has
 sixteenths; views are drawn once a phase, so that their prompts hold. Unlike it: views may stand at any latent, there at
-every fourth, the grain of the maps; the part of a view that a word fills is a share of the view, there the word's area in
-the view is divided by the area of the native picture; a word of several tokens stays whole, where that code prompts with
-the pieces; maps that are not square are read as they lie, where that code swaps their sides; prompts are made after the
-first phase whatever its last timestep, there only where it is 1; all patches exchange pixels, there those of one view
-batch; a word keeps its weight (`models.prompts`), there are none. The head of `demofusion` on the network's input,
-padding, moments and sizes holds here too. That code moves each channel of a pixel by itself: `interaction="channel"`.
+every fourth, the grain of the maps; a word's area in a view is divided by the area of the view, there by that of the
+native picture; a word of several tokens stays whole, where that code prompts with the pieces; maps that are not square
+are read as they lie, where that code swaps their sides; prompts are made after the first phase whatever its last
+timestep, there only where it is 1; all patches exchange pixels, there those of one view batch; a word keeps its weight
+(`models.prompts`), there are none. The head of `demofusion` on the network's input, padding, moments and sizes holds
+here too. That code moves each channel of a pixel by itself: `interaction="channel"`.
 """
 
 from __future__ import annotations

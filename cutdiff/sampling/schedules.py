@@ -218,7 +218,7 @@ def _visiting(sigmas: list[float], noise: Timesteps, init_scale: float) -> Sched
 
 
 def _init_scale(noise: AnyNoise, sigmas: list[float]) -> float:
-    """The factor of the first noise. Where the first sigma is not the largest one, a picture is taken to lie beneath."""
+    """The factor of the first noise; where its sigma is not the largest one, a picture is taken to lie beneath it."""
     beneath = isinstance(noise, EDMConfig) or noise.timestep_spacing == "leading"
     return math.hypot(sigmas[0], 1) if beneath else max(sigmas)
 

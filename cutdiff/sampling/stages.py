@@ -30,7 +30,7 @@ class Stage:
     size: Size | None = None
     """The size of its canvas in latents; None: that of the finished picture."""
     before: CanvasDenoiser | None = None
-    """Makes the state that a step starts from, given the one that the step before ended with; None: they are the same."""
+    """Makes the state that a step starts from, of the one that the step before ended with; None: it is the same."""
     end: Callable[[Tensor], Tensor] | None = None
     """Changes the state after the last step."""
     sigmas: tuple[float, ...] | None = None
@@ -46,8 +46,8 @@ class Phase:
     steps: range
     size: Size
     begin: Callable[[Tensor], tuple[Tensor, Stage]]
-    """The state that the stage before ended with (B, C, H, W), or the noise that a run begins with -> the state to go on
-    from, of `size`, and the stage."""
+    """The state that the stage before ended with (B, C, H, W), or the first noise of a run -> the state to go on from,
+    of `size`, and the stage."""
 
 
 @dataclass(frozen=True)
