@@ -49,8 +49,8 @@ class Settings(Options):
     num_steps: Count = 50
     """The steps of each phase, where a method draws a cascade of sizes."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
-    """The shares of the steps between which guidance is on; elsewhere the prompt alone is evaluated, at half the cost
-    (Kynkäänniemi et al. 2024, arXiv 2404.07724). Both ends are rounded up to whole steps."""
+    """The shares of the steps between which guidance is on; elsewhere the prompt alone is evaluated, at half the cost.
+    Both ends are rounded up to whole steps (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""
     seed: int = 0
     """The seed of the first image; the others count on from it."""
     view_batch_size: Count | None = None
@@ -87,7 +87,7 @@ class Settings(Options):
             )
         if self.cuda_graphs and not self.compile:
             raise ValueError(f"cuda_graphs={self.cuda_graphs} goes with compile, and that is off: ask for both")
-        if callable(check := getattr(self.method, "check", None)):
+        if callable(check := getattr(self.method, "check_settings", None)):
             check(self)
 
     def described(self) -> dict[str, Any]:

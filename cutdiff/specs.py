@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -96,16 +97,15 @@ def changed(things: dict[str, Any], options: dict[str, Any], also: Iterable[str]
 
     `also` are names that an unknown one may have been meant for.
     """
+    owned: dict[str, dict[str, Any]] = {kind: {} for kind in things}
     for name, value in options.items():
-        owners = [kind for kind, thing in things.items() if name in options_of(thing)]
-        if not owners:
+        kinds = [kind for kind, thing in things.items() if name in options_of(thing)]
+        if not kinds:
             raise ValueError(f"{name}={value!r} {no_option(name, things, also)}")
-        if len(owners) > 1:
-            names = " and ".join(f"{kind} {name_of(kind, things[kind])}" for kind in owners)
+        if len(kinds) > 1:
+            names = " and ".join(f"{kind} {name_of(kind, things[kind])}" for kind in kinds)
             raise ValueError(f"{name}={value!r} is an option of {names}: give it in a spec, as NAME,{name}={value}")
-    owned = {
-        kind: {name: options[name] for name in options_of(thing) if name in options} for kind, thing in things.items()
-    }
+        owned[kinds[0]][name] = value
     return {
         kind: replace(thing, **_valued(owned[kind], options_of(thing))) if owned[kind] else thing
         for kind, thing in things.items()
@@ -165,19 +165,24 @@ def name_of(kind: str, thing: Any) -> str:
 
 
 def source_hash(thing: Any) -> str | None:
-    """SHA-256, in hexadecimal, of the source of an object that is not the package's, and of what its function encloses.
+    """SHA-256, in hexadecimal, of an object that is not the package's: its source, what its function encloses and its
+    attributes.
 
     The source is the whole file that defines it, so that an edited helper beside it counts; in a notebook or an
     interactive session, the definition itself, or its compiled code where even that is not kept.
     """
+    if isinstance(thing, partial):
+        parts = (thing.func, thing.args, *thing.keywords.items())
+        return hashlib.sha256(_described(parts).encode()).hexdigest()
+    if isinstance(thing, types.MethodType):
+        return source_hash(partial(thing.__func__, thing.__self__))
     named = thing if isinstance(thing, types.FunctionType | type) else type(thing)
     if named.__module__.partition(".")[0] == "cutdiff":
         return None
     digest = hashlib.sha256(f"{named.__qualname__}\n{_source(named)}".encode())
-    for cell in getattr(named, "__closure__", None) or ():
-        value = cell.cell_contents
-        inner = source_hash(value) if callable(value) else None
-        digest.update((inner or _described(value)).encode())
+    enclosed = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+    attributes = sorted(vars(thing).items()) if named is not thing and hasattr(thing, "__dict__") else []
+    digest.update(_described([*enclosed, *attributes]).encode())
     return digest.hexdigest()
 
 
@@ -235,6 +240,8 @@ def _described(value: Any) -> str:
     """A value as text that is the same in every process: of what has no such form, its name and source or contents."""
     if isinstance(value, tuple | list):
         return f"({','.join(map(_described, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_described(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, str | int | float | complex | bytes | None):
         return written(value)
     if hasattr(value, "detach"):

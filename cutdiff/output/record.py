@@ -24,13 +24,18 @@ ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
 
 
 def describe(
-    model: Model, prompt: str | Sequence[str], settings: Settings, draws: Draws, schedule: Schedule
+    model: Model,
+    prompt: str | Sequence[str],
+    settings: Settings,
+    draws: Draws,
+    schedule: Schedule,
+    sources: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The part of a record that is known before the run; draws of one's own are named by their class, and their source
-    and that of other objects which are not the package's stand under "sources"."""
+    and that of other objects which are not the package's stand under "sources": as `sources` has them, which were made
+    before a run could change the objects."""
     height, width = (side * model.factor for side in settings.canvas_size(model.native_size, model.factor))
     seeds = list(getattr(draws, "seeds", ()))  # draws of one's own may have none
-    source = source_hash(draws)
     return {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
         **settings.described(),
@@ -47,7 +52,7 @@ def describe(
         },
         **model.noise.described(),
         "noise": {"class": type(model.noise).__name__, **vars(model.noise), "schedule": schedule.digest},
-        "sources": settings.sources() | ({} if source is None else {"draws": source}),
+        "sources": sources_of(settings, draws) if sources is None else sources,
         "seed": seeds[0] if seeds else None,
         "draws": {"class": type(draws).__qualname__, "seeds": seeds},
         "device": _device_name(model.device),
@@ -56,6 +61,12 @@ def describe(
         "vae_dtype": dtype_name(model.vae_dtype),
         "versions": {"cutdiff": cutdiff.__version__, **_versions(), "python": platform.python_version()},
     }
+
+
+def sources_of(settings: Settings, draws: Draws) -> dict[str, str]:
+    """The source hashes of all that a run is given and that is not the package's."""
+    source = source_hash(draws)
+    return settings.sources() | ({} if source is None else {"draws": source})
 
 
 def fingerprint(described: dict[str, Any]) -> str:
