@@ -21,8 +21,6 @@ from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, errors_by_flag
 from cutdiff.options import options_of, read
 from cutdiff.settings import Settings
 
-CAPTION_SEED = 1000
-"""The seed of the scenes whose captions are drawn; judge on other ones than you chose by."""
 OWN = ("method", "height", "width", "num_steps", "seed")
 """Options of a run that have arguments of their own here."""
 
@@ -96,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), metavar="DIR", help="the output")
     parser.add_argument(
-        "--caption-seed", type=int, default=CAPTION_SEED, metavar="S",
-        help="of the scenes; judge on other ones than you chose by",
+        "--caption-seed", type=int, metavar="S",
+        help="of the scenes, of which you judge on others than you chose by; none: those of the committed results",
     )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="where the run fails, print the traceback too")
     real = parser.add_argument_group("any model, against images of your own")

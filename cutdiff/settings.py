@@ -6,7 +6,7 @@ This module imports no torch; what the objects need is imported where `Settings`
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cutdiff import specs
 from cutdiff.options import Count, Options, Share, options_of
@@ -14,7 +14,8 @@ from cutdiff.specs import TABLES
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
-BACKENDS = ("auto", "triton", "reference")
+Backend = Literal["auto", "triton", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 MAX_SIDE = 32768
 """The longest side of a picture in pixels: its latents then take a quarter of a gigabyte, and its pixels 12."""
 
@@ -60,7 +61,7 @@ class Settings(Options):
     """Send the network through torch.compile, which takes minutes once; not for methods that change it."""
     cuda_graphs: bool = False
     """Record the compiled network as a CUDA graph for each number of rows: fewer waits where batches are small."""
-    backend: Literal["auto", "triton", "reference"] = "auto"
+    backend: Backend = "auto"
     """The operators around the network: "triton", "reference" (plain torch), or "auto", which is Triton on a GPU."""
 
     def __init__(self, **options: Any) -> None:
