@@ -183,7 +183,7 @@ def test_kernels_draw_the_permutations_of_the_cpu_reference(device: str, grid: t
 def test_equal_keys_give_the_permutations_of_the_reference(
     monkeypatch: pytest.MonkeyPatch, mask: int, grid: tuple[int, int], grain: str
 ) -> None:
-    """With one, two or four distinct words, kernels rank ties by the patches' numbers, as the reference does."""
+    """Kernels that draw one, two or four distinct words rank ties by the patches' numbers, as the reference does."""
     if not knobs.runtime.interpret:
         pytest.skip("compiled in this process: the generator can be replaced in the interpreter alone")
     in_kernels, in_reference = tl.philox, permutations.philox
@@ -198,7 +198,7 @@ def test_equal_keys_give_the_permutations_of_the_reference(
 
 def assert_patches_are_right(module: ModuleType, permutation: Permutation) -> None:
     """Assert that kernels of a module write what the references write, for three patches, and nothing beside it."""
-    grid, shape = (1, 3), (2, 2, 5, 21)  # 35 positions in tiles of 32 or more, three patches padded to four
+    grid, shape = (1, 3), (2, 2, 5, 21)  # 35 positions in a tile of 64, three patches padded to four
     frame = 256
     around = torch.full((frame + 2 * 2 * 5 * 21 + frame,), float("nan"))
     inner = around[frame:-frame]

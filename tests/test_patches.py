@@ -148,7 +148,7 @@ def test_seeds_of_permutations_are_whole_numbers_of_64_bits(seed: int) -> None:
 
 @given(grid=grids, mask=st.sampled_from([0, 1, 6]), grain=st.sampled_from(["channel", "pixel"]), seed=seeds)
 def test_equal_keys_still_give_a_permutation(grid: tuple[int, int], mask: int, grain: str, seed: int) -> None:
-    """With one, two or four distinct keys, ties are ranked by the patches' numbers."""
+    """Ties among one, two or four distinct keys are ranked by the patches' numbers."""
     n, shape, drawn_words = grid[0] * grid[1], (2, 4, 3), []
 
     def few_words(*args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
