@@ -6,23 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint import load
-    from cutdiff.pipeline import Result, decode, denoise, generate
+    from cutdiff.pipeline import Result, decode, denoise, encode, generate
+    from cutdiff.sampling.denoiser import Observer
     from cutdiff.sampling.draws import Draws
-    from cutdiff.sampling.solvers import Step
+    from cutdiff.sampling.stages import Step
     from cutdiff.settings import Settings
 
-__all__ = ["Draws", "Result", "Settings", "Step", "decode", "denoise", "generate", "load"]
+__all__ = ["Draws", "Observer", "Result", "Settings", "Step", "decode", "denoise", "encode", "generate", "load"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "load": "cutdiff.checkpoint",
     "Draws": "cutdiff.sampling.draws",
+    "Observer": "cutdiff.sampling.denoiser",
     "Result": "cutdiff.pipeline",
     "decode": "cutdiff.pipeline",
     "denoise": "cutdiff.pipeline",
+    "encode": "cutdiff.pipeline",
     "generate": "cutdiff.pipeline",
     "Settings": "cutdiff.settings",
-    "Step": "cutdiff.sampling.solvers",
+    "Step": "cutdiff.sampling.stages",
 }
 
 

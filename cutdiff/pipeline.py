@@ -8,30 +8,31 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cutdiff.checkpoint.model import Model, dtype_name
-from cutdiff.methods import METHODS, Run
-from cutdiff.methods.shared import guided_between
+from cutdiff.methods.shared import Run, step_at
 from cutdiff.models.compiled import compiled
+from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
 from cutdiff.output.record import describe, fingerprint
-from cutdiff.parallel.ranks import ALONE, Ranks, SharedText
-from cutdiff.sampling.denoiser import Denoiser
+from cutdiff.parallel.ranks import ALONE, Ranks
+from cutdiff.sampling import draws as drawing
+from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.finite import explained
 from cutdiff.sampling.operators import check_backend
-from cutdiff.sampling.schedule import Schedule
-from cutdiff.sampling.solvers import Phase, Solver, Stage, Step, make_solver, solve
+from cutdiff.sampling.schedules import Schedule, make_schedule
+from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
 from cutdiff.settings import Settings
 
 CPU_VIEW_BATCH = 16
-"""Patches or views at once where nobody says; more are not faster there."""
+"""The patches or views at once on a CPU where nobody says; more are not faster there."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Result:
     latents: Tensor
     """(B, C, H / factor, W / factor), float32."""
     record: dict[str, Any]
-    """How the images were made, and what it cost. With draws of your own, the record names their class only."""
+    """The options, the model and the cost of the images. Draws of your own are named by their class and source."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ class Prepared:
     denoiser: Denoiser
     draws: Draws
     size: tuple[int, int]
-    """Of the finished picture, in latents."""
+    """The size of the finished picture, in latents."""
     schedule: Schedule
-    stages: list[Stage | Phase]
-    num_steps: int
-    """Of all phases."""
+    stages: Sequence[Stage | Phase]
     steps: Iterator[Step]
+
+    @property
+    def num_steps(self) -> int:
+        """The steps of all stages."""
+        return sum(len(stage.steps) for stage in self.stages)
 
 
 def denoise(
@@ -67,15 +71,17 @@ def denoise(
     *,
     draws: Draws | None = None,
     ranks: Ranks = ALONE,
-    **changes: Any,
+    observer: Observer | None = None,
+    **options: Any,
 ) -> Iterator[Step]:
     """Run step by step: yields a `Step` after each. Options are those of `Settings`, given as one or by name.
 
     A sequence of prompts makes one image each; `draws` replaces the draws that the seeds would make. Prompts of more
     than 75 tokens pad the shorter ones beside them with empty chunks, which these images show. `ranks` that share the
-    work all call this with the same arguments, and get the same steps.
+    work all call this with the same arguments, and get the same steps. `observer` hears of every step and every call of
+    the network.
     """
-    return prepare(model, prompt, replace(settings or Settings(), **changes), draws, ranks).steps
+    return prepare(model, prompt, replace(settings or Settings(), **options), draws, ranks, observer).steps
 
 
 def generate(
@@ -85,15 +91,16 @@ def generate(
     *,
     draws: Draws | None = None,
     ranks: Ranks = ALONE,
+    observer: Observer | None = None,
     on_step: Callable[[Step, int], None] | None = None,
-    **changes: Any,
+    **options: Any,
 ) -> Result:
-    """Run to the end and decode: the same run as `denoise`. `on_step(step, num_steps)` hears of each step and of all of
-    their number."""
-    settings = replace(settings or Settings(), **changes)
+    """Run to the end and decode: the same run as `denoise`. `on_step(step, num_steps)` hears of each step and of the
+    number of all."""
+    settings = replace(settings or Settings(), **options)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    prepared = prepare(model, prompt, settings, draws, ranks)
+    prepared = prepare(model, prompt, settings, draws, ranks, observer)
     latents, seconds, began = torch.empty(0), {}, now(model.device)
     received_before = ranks.received_bytes
     for step in prepared.steps:
@@ -115,6 +122,26 @@ def generate(
     return Result(images, latents, record)
 
 
+@torch.no_grad()
+def encode(model: Model, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] -> latents (B, C, H / factor, W / factor), float32, on the model's device: the mean
+    of the VAE's distribution, one image at a time.
+
+    Where the VAE overflows in its own dtype, it encodes again in float32. Raises FloatingPointError where that does not
+    help, and ValueError where the images have another shape or a size that the VAE's factor does not divide.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or any(side % model.factor for side in images.shape[2:]):
+        raise ValueError(
+            f"images of {tuple(images.shape)} cannot be encoded: give (B, 3, H, W) in multiples of {model.factor}"
+        )
+
+    def encoded(vae: VAE, dtype: torch.dtype) -> Tensor:
+        pixels = (2 * images - 1).to(model.device, dtype)
+        return torch.cat([vae.encode(image[None]).mean.float() for image in pixels])
+
+    return _in_safe_dtype(model, encoded)[0]
+
+
 def decode(model: Model, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1], on the CPU; one at a time to save memory.
 
@@ -127,24 +154,26 @@ def decode(model: Model, latents: Tensor) -> Tensor:
 @torch.no_grad()
 def _decode(model: Model, latents: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, torch.dtype]:
     """The images, and the dtype that they were decoded in."""
-    dtype = model.vae_dtype
-    images = _decoded(model.vae, dtype, latents, ranks)
-    if not images.isfinite().all() and dtype != torch.float32:
-        dtype = torch.float32
-        images = _decoded(model.vae, dtype, latents, ranks)
-    if not images.isfinite().all():
-        raise FloatingPointError(f"the VAE gave NaN or infinity; {model.bad_weights() or 'all weights are finite'}")
+
+    def decoded(vae: VAE, dtype: torch.dtype) -> Tensor:
+        return torch.cat([vae.decode(image[None].to(dtype), ranks=ranks).float().cpu() for image in latents])
+
+    images, dtype = _in_safe_dtype(model, decoded)
     return (images / 2 + 0.5).clamp(0, 1), dtype
 
 
-def _decoded(vae: VAE, dtype: torch.dtype, latents: Tensor, ranks: Ranks) -> Tensor:
-    if vae.post_quant_conv.weight.dtype != dtype:
-        vae = deepcopy(vae).to(dtype)
-    return torch.cat([vae.decode(image[None].to(dtype), ranks=ranks).float().cpu() for image in latents])
+def _in_safe_dtype(model: Model, run: Callable[[VAE, torch.dtype], Tensor]) -> tuple[Tensor, torch.dtype]:
+    """The output of the VAE in its own dtype, or where it overflows there in float32; and the dtype."""
+    for dtype in dict.fromkeys((model.vae_dtype, torch.float32)):
+        same = model.vae.post_quant_conv.weight.dtype == dtype
+        values = run(model.vae if same else deepcopy(model.vae).to(dtype), dtype)
+        if values.isfinite().all():
+            return values, dtype
+    raise FloatingPointError(f"the VAE gave NaN or infinity; {model.bad_weights() or 'all weights are finite'}")
 
 
-def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Solver, Schedule]:
-    """The canvas in latents, the solver and the schedule of a run; ValueError where the model cannot do it."""
+def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Schedule]:
+    """The canvas in latents and the schedule of a run; ValueError where the model cannot do it."""
     check_backend(settings.backend, model.device)
     if settings.cuda_graphs and model.device.type != "cuda":
         raise ValueError(f"cuda_graphs=True needs a GPU, and the device is {model.device}: leave it out")
@@ -152,86 +181,89 @@ def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Solver, Sch
     for name in ("prompt_2", "negative_prompt_2"):
         if getattr(settings, name) is not None and model.text.text_encoder_2 is None:
             raise ValueError(f"{name}={getattr(settings, name)!r} is for a second text encoder, which only SDXL has")
-    solver = make_solver(settings.solver, settings.eta)
-    schedule = solver.make_schedule(model.noise, settings.num_steps)
-    return settings.canvas_size(model.native_size, model.factor), solver, schedule
+    schedule = make_schedule(settings.schedule, settings.solver, model.noise, settings.num_steps)
+    return settings.canvas_size(model.native_size, model.factor), schedule
 
 
 def prepare(
     model: Model,
     prompt: str | Sequence[str],
     settings: Settings,
-    draws: Draws | None,
+    draws: Draws | None = None,
     ranks: Ranks = ALONE,
+    observer: Observer | None = None,
     make_denoiser: Callable[..., Denoiser] = Denoiser,
 ) -> Prepared:
     """Check everything and encode the prompts: a run whose first step was not taken. Arguments as of `generate`."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("prompt is an empty list: give at least one prompt")
-    size, solver, schedule = plan(model, settings)
+    size, schedule = plan(model, settings)
     if draws is None:
         draws = Draws(tuple(settings.seed + i for i in range(len(prompts))), model.device)
     text: TextEncoders | SharedText = model.text.skipping(settings.clip_skip)
     if ranks.size > 1:
         text = SharedText(text, ranks, model.device, model.dtype)
     positive, negative = _encode(text, prompts, settings, model.zeros_for_empty_negative)
+    guided = range(*(step_at(share, settings.num_steps) for share in settings.guidance_interval))
     denoiser = make_denoiser(
         unet=model.unet,
         timestep=schedule.timestep,
         coefficients=model.noise.coefficients,
         positive=positive,
         negative=negative,
-        guidance_scale=settings.guidance_scale,
+        guidance=settings.guidance,
+        guided=lambda step: step % settings.num_steps in guided,
         factor=model.factor,
         compiled=compiled(model.unet, cuda_graphs=settings.cuda_graphs) if settings.compile else None,
-        view_batch_size=_view_batch_size(model, settings),
         ranks=ranks,
         items_of_a_call=settings.view_batch_size,
         backend=settings.backend,
+        work=Work(_view_batch_size(model, settings), observers=[] if observer is None else [observer]),
     )
     run = Run(
         denoiser=denoiser,
-        draws=draws,
+        draws=drawing.checked(draws, len(prompts)),
         size=size,
         target_size=size,
         schedule=schedule,
         prompts=prompts,
         text=text,
-        stride=settings.stride,
-        structure_fraction=settings.structure_fraction,
-        detail_guidance_scale=settings.detail_guidance_scale,
-        interaction=settings.interaction,
-        size_conditioning=settings.size_conditioning,
-        cosine_scales=settings.cosine_scales,
-        word_threshold=settings.word_threshold,
+        encode=partial(encode, model),
+        decode=lambda latents: _decode(model, latents, ranks)[0].to(latents.device),
     )
-    method = settings.method if callable(settings.method) else METHODS[settings.method]
-    stages = method(run)
-    _check_stages(stages, settings)
-    stages = guided_between(run, settings.guidance_interval, stages)
-    shape = (len(prompts), model.unet.config.in_channels, *(stages[0].size or size))
-    noise = draws.noise(shape).to(model.device, torch.float32)
-    if noise.shape != shape:
-        raise ValueError(f"draws.noise gave {tuple(noise.shape)} where {shape} is needed")
-    steps = solve(stages, noise * schedule.init_scale, schedule, solver, draws.noise)
-    num_steps = sum(len(stage.steps) for stage in stages)
-    return Prepared(settings, denoiser, draws, size, schedule, stages, num_steps, explained(steps, denoiser, model))
+    stages = settings.method.stages(run) if hasattr(settings.method, "stages") else settings.method(run)
+    try:
+        check_stages(stages or (), settings.num_steps)
+    except ValueError as error:
+        raise ValueError(f"method={settings.method_name} {error}") from None
+    first = stages[0]
+    shape = (len(prompts), model.unet.config.in_channels, *(first.size or size))
+    noise = run.draws.noise(shape).to(model.device, torch.float32)
+    steps = solve(stages, noise * _init_scale(first, schedule), schedule, settings.solver, run.draws.noise)
+    steps = explained(steps, denoiser, model.why_not_finite)
+    return Prepared(
+        settings, denoiser, draws, size, schedule, stages, steps if observer is None else heard(steps, observer)
+    )
+
+
+def heard(steps: Iterator[Step], observer: Observer) -> Iterator[Step]:
+    """The steps, each after the observer has heard of it."""
+    for step in steps:
+        observer.step(step)
+        yield step
+
+
+def _init_scale(first: Stage | Phase, schedule: Schedule) -> float:
+    """The factor of the noise that a run begins with: at a later step, or sigmas of its own, the first one's sigma."""
+    if isinstance(first, Stage) and first.sigmas is not None:
+        return first.sigmas[0]
+    start = first.steps.start % schedule.num_steps
+    return schedule.init_scale if start == 0 else schedule.sigmas[start]
 
 
 def _view_batch_size(model: Model, settings: Settings) -> int | None:
     return settings.view_batch_size or (CPU_VIEW_BATCH if model.device.type == "cpu" else None)
-
-
-def _check_stages(stages: Any, settings: Settings) -> None:
-    """ValueError where a method's stages do not lead to the last step: what they ended with would still be noise."""
-    taken = [step for stage in stages or () for step in stage.steps]
-    in_order = all(a < b for a, b in pairwise(taken))
-    if not taken or not in_order or taken[0] != 0 or (taken[-1] + 1) % settings.num_steps:
-        raise ValueError(
-            f"method={settings.method_name} takes the steps {taken}: its stages must take them in order, each once, "
-            f"from 0 to the last of {settings.num_steps}"
-        )
 
 
 def _encode(
@@ -248,14 +280,15 @@ def _encode(
 
 
 def _record(model: Model, prompt: str | Sequence[str], prepared: Prepared, seconds: dict[str, float]) -> dict[str, Any]:
-    described, ranks = describe(model, prompt, prepared.settings, prepared.draws), prepared.denoiser.ranks
-    held = min(ranks.values(prepared.denoiser.view_batch_size or 0)) or None
+    described = describe(model, prompt, prepared.settings, prepared.draws, prepared.schedule)
+    ranks, work = prepared.denoiser.ranks, prepared.denoiser.work
+    view_batch_size = min(ranks.values(work.view_batch_size or 0)) or None
     return {
         **described,
         "fingerprint": fingerprint(described),
-        "view_batch_size": held,
-        "view_batch_halved": held != _view_batch_size(model, prepared.settings),
-        "network_evaluations": sum(ranks.values(prepared.denoiser.evaluations)),
+        "view_batch_size": view_batch_size,
+        "view_batch_halved": view_batch_size != _view_batch_size(model, prepared.settings),
+        "network_evaluations": sum(ranks.values(work.evaluations)),
         "ranks": ranks.size,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_memory_bytes": peak_memory(model.device),
@@ -270,7 +303,7 @@ def now(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Of the accelerator in this run, or of the process since it began."""
+    """The peak memory in bytes: the accelerator's in this run, or the process's since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

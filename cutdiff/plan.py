@@ -14,17 +14,18 @@ import math
 import sys
 from typing import Any
 
-from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_method, check_used, errors_by_flag
+from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_how, add_option, errors_by_flag
+from cutdiff.options import options_of
 from cutdiff.settings import Settings
 
 TFLOPS = 790.0
-"""What a plain bfloat16 product of large matrices reaches on an H200."""
+"""The rate of a plain bfloat16 product of large matrices on an H200."""
 UTILISATION = 0.5
-"""The share of that rate which this network is aimed at: MLPerf's best entries reach 0.8, with FP8."""
+"""The share of that rate which this network is expected to reach: MLPerf's best entries reach 0.8, with FP8."""
 BANDWIDTH = 50.0
-"""A network card of 400 Gbit/s for each device. Within a machine NVLink has 450."""
+"""Gigabytes a second into a device: a network card of 400 Gbit/s. Within a machine NVLink has 450."""
 MEMORY = 141.0
-"""Of an H200."""
+"""Gigabytes of an H200."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_plan(args: argparse.Namespace) -> dict[str, Any]:
-    """What --json prints; sizes in pixels, memory in bytes, times in seconds."""
+    """The plan as --json prints it; sizes in pixels, memory in bytes, times in seconds."""
     from cutdiff.planning.forecast import decoding, outline, walk
 
     settings = _settings(args)
@@ -68,6 +69,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     hardware = ("devices", "tflops", "utilisation", "bandwidth", "memory", "dtype")
     return {
         "model": model.source,
+        "method": settings.method_name,
         "settings": settings.described(),
         "height": size[0] * model.factor,
         "width": size[1] * model.factor,
@@ -93,7 +95,7 @@ def table(plan: dict[str, Any]) -> str:
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     settings, batch = plan["settings"], plan["view_batch_size"]
     devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)} of {plan['tflops']:g} TFLOP/s"
-    head = f"{settings['method']}, {plan['width']}×{plan['height']}, {settings['num_steps']} steps, {plan['dtype']}"
+    head = f"{plan['method']}, {plan['width']}×{plan['height']}, {settings['num_steps']} steps, {plan['dtype']}"
     memory = [f"{taken / 1e9:.1f} GB for the {part}" for part, taken in plan["peak_bytes"].items()]
     line = f"memory of a device: {', '.join(memory)}; views at once: {batch or 'all'}"
     if max(plan["peak_bytes"].values()) > plan["memory"] * 1e9:
@@ -110,39 +112,32 @@ def _settings(args: argparse.Namespace) -> Settings:
         value = getattr(args, name)
         if not 0 < value < math.inf or (name == "utilisation" and value > 1):
             raise BadArgument(f"--{name} {value} must be above 0{', at most 1' * (name == 'utilisation')}")
-    values = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
-    for name in ("cosine_scales", "guidance_interval"):
-        values[name] = tuple(values[name])
     with errors_by_flag():
-        settings = Settings(**values)
-    check_used(settings)
-    return settings
+        return Settings(**args.options)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m cutdiff.plan",
         description="Tell what drawing a picture takes, without drawing it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
-    parser.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
+    picture, own = parser.add_argument_group("what"), options_of(Settings)
+    add_option(picture, own["width"], "in pixels; none: twice the native size")
+    add_option(picture, own["height"])
     parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: SDXL-base's sizes")
     parser.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the networks")
-    parser.add_argument(
-        "--view-batch-size", type=int, metavar="V",
-        help="patches or views at once; none: all of a step that a device has, halved until memory suffices",
-    )  # fmt: skip
+    what = "patches or views at once; none: all of a step that a device has, halved until memory suffices"
+    add_option(picture, own["view_batch_size"], what)
     parser.add_argument("--json", action="store_true", help="print JSON in the place of the table")
-    add_method(parser.add_argument_group("how"), Settings())
+    add_how(parser.add_argument_group("how"))
     on = parser.add_argument_group("on what")
     on.add_argument("--devices", type=int, default=1, metavar="N", help="that share the patches or views of a step")
     on.add_argument("--tflops", type=float, default=TFLOPS, metavar="T", help="of a device; that of an H200")
     on.add_argument("--utilisation", type=float, default=UTILISATION, metavar="U", help="of --tflops, as expected")
     on.add_argument("--bandwidth", type=float, default=BANDWIDTH, metavar="B", help="GB/s into a device")
     on.add_argument("--memory", type=float, default=MEMORY, metavar="GB", help="of a device")
-    return parser.parse_args(argv)
+    return parser.parse_run(argv)
 
 
 if __name__ == "__main__":

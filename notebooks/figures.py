@@ -1,4 +1,4 @@
-"""What the notebooks show of results/: tables and plots, every number with its 95% interval."""
+"""Tables and plots of results/ for the notebooks: every number has its 95% interval."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from matplotlib.axes import Axes
 from studies import RESULTS, result_path
 
 from cutdiff.evaluation.cells import Cell
-from cutdiff.evaluation.report import SHARES, table
+from cutdiff.evaluation.report import table
+from cutdiff.evaluation.score import SHARES
 
 MAIN = ("one of each", "right caption", "kernel whole", "kernel crops", "seams", "detail", "agreement")
-"""Of the scores, what the tables show; all of them are in the JSON."""
+"""The scores that the tables show; all scores are in the JSON."""
 Row = dict[str, Any]
 
 
@@ -27,44 +28,44 @@ def rows(cells: Iterable[Cell], results: Path = RESULTS) -> list[Row]:
 
 
 def truth(side: int, results: Path = RESULTS) -> list[Row]:
-    """What other true renders score at a size, where that was measured."""
+    """The result of other true renders at a size in a list, which is empty where that was not measured."""
     path = results / f"truth-{side}.json"
     return [json.loads(path.read_text())] if path.exists() else []
 
 
-def show(found: Sequence[Row], scores: Sequence[str] = MAIN) -> Markdown:
-    """A table of results. Seconds are left out: of processes that share two cores they say little."""
-    return Markdown(table(found, scores, costs=("evaluations", "TFLOP")))
+def show(results: Sequence[Row], scores: Sequence[str] = MAIN) -> Markdown:
+    """Make a table of results, without the seconds: the processes shared two cores, so that these say little."""
+    return Markdown(table(results, scores, costs=("evaluations", "TFLOP")))
 
 
 def missing(cells: Iterable[Cell], results: Path = RESULTS) -> str:
-    """Which of the cells have no result yet."""
+    """A sentence that names the cells without a result."""
     names = [f"{cell.name} {cell.side}" for cell in cells if not result_path(cell, results).exists()]
     return f"not measured yet: {', '.join(names) or 'none'}"
 
 
-def bars(found: Sequence[Row], score: str, axis: Axes | None = None, names: Sequence[str] | None = None) -> None:
-    """One bar a result, from top to bottom."""
-    axis = plt.subplots(figsize=(6, 0.3 * len(found) + 0.6))[1] if axis is None else axis
-    values, errors = _values(found, score)
-    labels = [row["name"] for row in found] if names is None else names
-    axis.barh(range(len(found)), values, xerr=errors, color="0.75", ecolor="0.2", capsize=2)
-    axis.set_yticks(range(len(found)), labels, fontsize=8)
+def bars(results: Sequence[Row], score: str, axis: Axes | None = None, names: Sequence[str] | None = None) -> None:
+    """Draw one bar for each result, from top to bottom."""
+    axis = plt.subplots(figsize=(6, 0.3 * len(results) + 0.6))[1] if axis is None else axis
+    values, errors = _values(results, score)
+    labels = [row["name"] for row in results] if names is None else names
+    axis.barh(range(len(results)), values, xerr=errors, color="0.75", ecolor="0.2", capsize=2)
+    axis.set_yticks(range(len(results)), labels, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(_label(score), fontsize=8)
 
 
-def curve(x: Sequence[float], found: Sequence[Row], score: str, axis: Axes, label: str | None = None) -> None:
-    """A score over a number."""
-    values, errors = _values(found, score)
+def curve(x: Sequence[float], results: Sequence[Row], score: str, axis: Axes, label: str | None = None) -> None:
+    """Draw a score over a number."""
+    values, errors = _values(results, score)
     axis.errorbar(x, values, yerr=errors, marker="o", markersize=3, capsize=2, label=label)
     axis.set_ylabel(_label(score), fontsize=8)
 
 
-def _values(found: Sequence[Row], score: str) -> tuple[list[float], list[list[float]]]:
-    """Values, and how far their intervals reach below and above them."""
+def _values(results: Sequence[Row], score: str) -> tuple[list[float], list[list[float]]]:
+    """The values of a score, and the reach of their intervals below and above them."""
     factor = 100 if score in SHARES else 1
-    scores = [{key: factor * value for key, value in row["scores"][score].items()} for row in found]
+    scores = [{key: factor * row["scores"][score][key] for key in ("value", "low", "high")} for row in results]
     low = [max(0.0, s["value"] - s["low"]) for s in scores]
     high = [max(0.0, s["high"] - s["value"]) for s in scores]
     return [s["value"] for s in scores], [low, high]

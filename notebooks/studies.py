@@ -33,9 +33,10 @@ from cutdiff.cli.arguments import BadArgument, Parser
 from cutdiff.evaluation.cells import Cell, folder_of, picture_paths
 from cutdiff.evaluation.report import save_sheet
 from cutdiff.evaluation.testbed import Testbed, environment
-from cutdiff.methods import METHODS, attention_scaling, direct, hidiffusion, scalecrafter
+from cutdiff.options import written
 from cutdiff.output.images import save_json
 from cutdiff.settings import Settings
+from cutdiff.specs import METHODS, TABLES, options_of, parse, resolve
 
 RESULTS = Path(__file__).with_name("results")
 BASE = Settings(num_steps=10, guidance_scale=4.0, view_batch_size=16)
@@ -54,11 +55,15 @@ def cell(method: Any = "cutdiffusion", size: int = 256, **options: Any) -> Cell:
     return Cell(",".join([settings.method_name, *(f"{name}={value}" for name, value in options.items())]), settings)
 
 
+WHOLE = ("direct", "attention_scaling", "scalecrafter", "hidiffusion")
+"""The methods that show the network the whole canvas."""
+
+
 STUDIES: dict[str, list[Cell]] = {
     "table-2x2": [cell(method) for method in METHODS],
     "table-3x3": [cell(method, 384) for method in METHODS],
     "table-4x4": [cell(method, 512) for method in METHODS],
-    "told-native": [cell(told_native(method)) for method in (direct, attention_scaling, scalecrafter, hidiffusion)],
+    "told-native": [cell(told_native(resolve("method", name))) for name in WHOLE],
     "ablation": [
         cell(),
         cell(interaction="none"),
@@ -107,8 +112,9 @@ def measure(cells: Sequence[Cell], testbed: Testbed, results: Path = RESULTS) ->
     """Draw and score the cells that have no result yet; ValueError where one has another cell's."""
     for cell in cells:
         path = result_path(cell, results)
-        settings = json.loads(json.dumps(cell.settings.described()))
-        if not known(path, settings, testbed):
+        if known(path, cell.settings, testbed):
+            print(f"{path.name} is there, of {testbed.num} pictures or more", flush=True)
+        else:
             testbed.draw([cell])
             save(path, testbed.row(cell), testbed)
 
@@ -116,26 +122,34 @@ def measure(cells: Sequence[Cell], testbed: Testbed, results: Path = RESULTS) ->
 def measure_floor(side: int, testbed: Testbed, results: Path = RESULTS) -> None:
     """What other true renders would score at a size."""
     path = results / f"truth-{side}.json"
-    if not known(path, {}, testbed):
+    if not known(path, None, testbed):
         save(path, testbed.floor(side), testbed)
 
 
-def known(path: Path, settings: dict[str, Any], testbed: Testbed) -> bool:
-    """Whether there is a result of as many pictures; ValueError where it is of anything else."""
+def known(path: Path, settings: Settings | None, testbed: Testbed) -> bool:
+    """True where there is a result of as many pictures; ValueError where it is of anything else. True renders have no
+    settings."""
     if not path.exists():
         return False
-    found = json.loads(path.read_text())
-    found["settings"] = completed(found["settings"])
-    wanted = {"settings": settings, "caption_seed": testbed.caption_seed, "model": environment(testbed.model)["model"]}
+    result = json.loads(path.read_text())
+    wanted = {"caption_seed": testbed.caption_seed, "model": environment(testbed.model)["model"], "settings": {}}
+    if settings is not None:
+        wanted["settings"] = json.loads(json.dumps(settings.described()))
+        result["settings"] = completed(result["settings"], settings)
     for name, value in wanted.items():
-        if found[name] != value:
+        if result[name] != value:
             raise ValueError(f"{path} is the result of another {name}: delete it to measure again")
-    return found["num"] >= testbed.num
+    return result["num"] >= testbed.num
 
 
-def completed(settings: dict[str, Any]) -> dict[str, Any]:
+def completed(settings: dict[str, Any], wanted: Settings) -> dict[str, Any]:
     """A result's settings with those that came after it was measured, which had no effect then: their defaults."""
-    return {**json.loads(json.dumps(Settings().described())), **settings} if settings else {}
+    complete = {**json.loads(json.dumps(Settings().described())), **settings}
+    for kind in TABLES:
+        name, options = parse(kind, complete[kind])
+        defaults = {option: written(known.default) for option, known in options_of(getattr(wanted, kind)).items()}
+        complete[kind] = ",".join([name, *(f"{option}={value}" for option, value in {**defaults, **options}.items())])
+    return complete
 
 
 def save_sheets(study: str, testbed: Testbed, results: Path = RESULTS) -> None:
@@ -153,8 +167,8 @@ def result_path(cell: Cell, results: Path = RESULTS) -> Path:
 def save(path: Path, result: dict[str, Any], testbed: Testbed) -> None:
     """Write a result with what it takes to repeat it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = {"batch": testbed.batch, "caption_seed": testbed.caption_seed, **environment(testbed.model)}
-    save_json(path, {**result, **told})
+    how = {"batch": testbed.batch, "caption_seed": testbed.caption_seed, **environment(testbed.model)}
+    save_json(path, {**result, **how})
     print(f"wrote {path.name}", flush=True)
 
 

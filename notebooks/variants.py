@@ -1,12 +1,12 @@
 """CutDiffusion and magnify with one part taken out or changed: for the ablations and sweeps.
 
-Every one is a method, as those in `cutdiff.methods`; the name of the function is the name of the method.
+Every one is a method, a plain function of a run; the name of the function is the name of the method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -14,24 +14,23 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cutdiff.methods.cutdiffusion import cutdiffusion, denoise_patches
+from cutdiff.methods.cutdiffusion import CutDiffusion
 from cutdiff.methods.direct import direct
-from cutdiff.methods.magnify import enlarged, magnify
-from cutdiff.methods.multidiffusion import denoise_views
+from cutdiff.methods.magnify import Magnify
 from cutdiff.methods.shared import Run
-from cutdiff.models.inside import replaced
 from cutdiff.models.unet import Context, UNet
-from cutdiff.sampling.denoiser import Denoiser, Inputs
+from cutdiff.sampling.denoiser import Call, Denoiser
 from cutdiff.sampling.operators import grid_for
-from cutdiff.sampling.solvers import CanvasDenoiser, Phase, Stage
+from cutdiff.sampling.stages import CanvasDenoiser, Phase, Stage
+from cutdiff.specs import name_of
 
-Method = Callable[[Run], list[Stage]]
+Method = Callable[[Run], Sequence[Stage | Phase]]
 
 
 def contiguous_patches(run: Run) -> list[Stage]:
     """No relocation: patches are tiles of the canvas, which exchange pixels as the interleaved ones do."""
-    structure, detail = cutdiffusion(run)
-    rows, columns = grid_for(run.size, run.denoiser.native_size)
+    structure, detail = CutDiffusion().stages(run)
+    rows, columns = grid_for(run.size, run.native_size)
     sides = {"rows": rows, "columns": columns}
 
     def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
@@ -46,40 +45,38 @@ def interaction_every(k: int) -> Method:
     """Patches exchange pixels at steps 0, k, 2k … only."""
 
     def method(run: Run) -> list[Stage]:
-        structure, detail = cutdiffusion(run)
-        still = denoise_patches(run, grid_for(run.size, run.denoiser.native_size), "none")
+        structure, detail = CutDiffusion().stages(run)
+        still, _ = CutDiffusion(interaction="none").stages(run)
 
         def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
-            return (still if step % k else structure.denoise)(latents, sigma, step)
+            return (still if step % k else structure).denoise(latents, sigma, step)
 
         return [replace(structure, denoise=denoise), detail]
 
     return _named(method, f"interaction_every_{k}")
 
 
-def conditioned(structure: str, detail: str) -> Method:
+def conditioned(structure: Any, detail: Any) -> Method:
     """Size conditioning "native" or "target", for each stage by itself."""
 
     def method(run: Run) -> list[Stage]:
-        return [
-            cutdiffusion(replace(run, size_conditioning=structure))[0],
-            cutdiffusion(replace(run, size_conditioning=detail))[1],
-        ]
+        stages = [CutDiffusion(size_conditioning=sizes).stages(run) for sizes in (structure, detail)]
+        return [stages[0][0], stages[1][1]]
 
     return _named(method, f"structure_{structure}_detail_{detail}")
 
 
 def without_jitter(run: Run) -> list[Stage]:
     """Views stand on the same grid at every step."""
-    structure, detail = cutdiffusion(run)
-    return [structure, replace(detail, denoise=denoise_views(run, (0, 0)))]
+    structure, detail = CutDiffusion().stages(run)
+    return [structure, replace(detail, denoise=CutDiffusion().on_views(run, jitter=(0, 0)))]
 
 
 def cosine_weights(run: Run) -> list[Stage]:
     """A view counts less towards its border: sin² of the way across it, on both axes."""
-    structure, detail = cutdiffusion(run)
+    structure, detail = CutDiffusion().stages(run)
     rise = [torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() for side in run.window]
-    return [structure, replace(detail, denoise=denoise_views(run, run.jitter, torch.outer(*rise)))]
+    return [structure, replace(detail, denoise=CutDiffusion().on_views(run, weights=torch.outer(*rise)))]
 
 
 def deep_reused(k: int, *stages: str) -> Method:
@@ -88,11 +85,9 @@ def deep_reused(k: int, *stages: str) -> Method:
     same number. Views stand still for it: a patch's pixels come from elsewhere at every step all the same."""
 
     def method(run: Run) -> list[Stage]:
-        structure, detail = without_jitter(run) if "detail" in stages else cutdiffusion(run)
-        return [
-            replace(stage, denoise=_reusing(run, k, stage)) if stage.name in stages else stage
-            for stage in (structure, detail)
-        ]
+        plain = without_jitter if "detail" in stages else CutDiffusion().stages
+        reusing = [plain(replace(run, denoiser=reusing_denoiser(run, k, stage))) for stage in plain(run)]
+        return [reusing[number][number] if stage.name in stages else stage for number, stage in enumerate(plain(run))]
 
     return _named(method, f"deep_reused_every_{k}_{'_and_'.join(stages)}")
 
@@ -102,36 +97,34 @@ def deep_reused_direct(k: int) -> Method:
 
     def method(run: Run) -> list[Stage]:
         (stage,) = direct(run)
-        return [replace(stage, denoise=_reusing(run, k, stage))]
+        return direct(replace(run, denoiser=reusing_denoiser(run, k, stage)))
 
     return _named(method, f"deep_reused_every_{k}_direct")
 
 
-def _reusing(run: Run, k: int, stage: Stage) -> CanvasDenoiser:
+def reusing_denoiser(run: Run, k: int, stage: Stage) -> Denoiser:
+    """The denoiser of a stage, which runs the levels below the finest one in its first of every `k` steps."""
     unet = run.denoiser.unet
     kept: dict[int, Tensor] = {}  # by the number of a pass in its step
+    passes, last = count(), -1
 
-    def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
-        whole = (step - stage.steps.start) % k == 0
-        passes = count()
+    def network(call: Call) -> Tensor:
+        nonlocal passes, last
+        if call.step != last:
+            passes, last = count(), call.step
+        number = next(passes)
+        if (call.step - stage.steps.start) % k and number in kept and len(kept[number]) == len(call.inputs[0]):
+            return _finest(unet, kept[number], *call.inputs)
+        outputs: list[Any] = []
+        hook = unet.up_blocks[-2].register_forward_hook(lambda _module, _args, output: outputs.append(output))
+        try:
+            prediction = run.denoiser.evaluate(call.inputs)
+        finally:
+            hook.remove()
+        kept[number] = outputs[0]
+        return prediction
 
-        def network(_images: Tensor, rows: Inputs) -> Tensor:
-            number = next(passes)
-            if not whole and number in kept and len(kept[number]) == len(rows[0]):
-                return _finest(unet, kept[number], *rows)
-            found: list[Any] = []
-            hook = unet.up_blocks[-2].register_forward_hook(lambda _module, _args, output: found.append(output))
-            try:
-                prediction = run.denoiser.evaluate(rows)
-            finally:
-                hook.remove()
-            kept[number] = found[0]
-            return prediction
-
-        with replaced(run.denoiser, network=network):
-            return stage.denoise(latents, sigma, step)
-
-    return denoise
+    return replace(run.denoiser, network=network)
 
 
 def _finest(unet: UNet, below: Tensor, x: Tensor, timesteps: Tensor, context: Context, *added: Tensor) -> Tensor:
@@ -143,39 +136,39 @@ def _finest(unet: UNet, below: Tensor, x: Tensor, timesteps: Tensor, context: Co
     return unet.conv_out(unet.conv_norm_out(x))
 
 
-def not_held(run: Run) -> list[Stage | Phase]:
+def not_held(run: Run) -> Sequence[Stage | Phase]:
     """Magnify, whose estimates may leave the native picture."""
-    structure, detail = magnify(run)
-    assert isinstance(structure, Stage)
-    return [structure, enlarged(run, detail.steps, hold=lambda run, picture, denoise: denoise)]
+
+    class NotHeld(Magnify):
+        def hold(self, run: Run, picture: Tensor, denoise: CanvasDenoiser) -> CanvasDenoiser:
+            return denoise
+
+    return NotHeld().stages(run)
 
 
-def told_native(method: Method) -> Method:
+@dataclass(frozen=True)
+class Native(Denoiser):
+    """A denoiser whose network is told that it draws a picture of native size, whatever it draws."""
+
+    def through(self, *args: Any, **options: Any) -> Tensor:
+        native = (self.native_size, self.native_size)
+        return super().through(*args, **{**options, "original_size": native, "target_size": native})
+
+
+def told_native(method: Method | Any) -> Method:
     """A method on the whole canvas, whose network is told that it draws a picture of native size.
 
     What "original size: twice the native one" means, a network learned from its training pictures: SDXL a large picture
     that was shrunk, the embedded model a crop that was magnified.
     """
 
-    def variant(run: Run) -> list[Stage]:
-        native = (run.denoiser.native_size, run.denoiser.native_size)
+    def variant(run: Run) -> Sequence[Stage | Phase]:
+        native = replace(run, denoiser=Native(**vars(run.denoiser)))
+        return method.stages(native) if hasattr(method, "stages") else method(native)
 
-        def through(*args: Any, **options: Any) -> Tensor:
-            told = {**options, "original_size": native, "target_size": native}
-            return Denoiser.through(run.denoiser, *args, **told)
-
-        def inside(denoise: CanvasDenoiser) -> CanvasDenoiser:
-            def told(latents: Tensor, sigma: float, step: int) -> Tensor:
-                with replaced(run.denoiser, through=through):
-                    return denoise(latents, sigma, step)
-
-            return told
-
-        return [replace(stage, denoise=inside(stage.denoise)) for stage in method(run)]
-
-    return _named(variant, f"{method.__name__}_told_native")
+    return _named(variant, f"{name_of('method', method)}_told_native")
 
 
-def _named(method: Method, name: str) -> Method:
+def _named(method: Method, name: str) -> Any:
     method.__name__ = name
     return method

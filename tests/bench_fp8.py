@@ -1,9 +1,10 @@
-"""What FP8 costs in quality, on a CPU: `python tests/bench_fp8.py`.
+"""The cost of FP8 in quality, on a CPU: `python tests/bench_fp8.py`.
 
 The embedded model draws the same captions and seeds in float32, in bfloat16, and in bfloat16 with FP8 by the reference
-arithmetic, which a GPU's differs from by rounding. Prints how far the final latents are from those of the run that each
-is compared with (norm of the difference over norm), and the PSNR of the pictures, in dB; medians over the pictures with
-least and most. What bfloat16 itself costs stands beside it for scale. Of speed it says nothing.
+arithmetic, from which a GPU's differs by rounding. The script prints the distance of the final latents from those of
+the run that each is compared with (norm of the difference over norm), and the PSNR of the pictures in dB: medians over
+the pictures, with the least and the most. The cost of bfloat16 itself stands beside it for scale. It does not measure
+speed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""How long an SDXL-sized checkpoint takes to load, against diffusers: `python tests/bench_loading.py FOLDER`.
+"""The time to load a checkpoint of SDXL's size, against diffusers: `python tests/bench_loading.py FOLDER`.
 
-Writes random float16 weights of SDXL's sizes (6.9 GB) into FOLDER in the diffusers layout, where there are none, and
-ends. Then loads them by turns with cutdiff and with diffusers, each time in a process of its own with the files in the
-page cache, and prints medians of the seconds from path to model, peak memory, and the time that reading takes.
+The script writes random float16 weights of SDXL's sizes (6.9 GB) into FOLDER in the diffusers layout where there are
+none, and ends. Started again, it loads them by turns with cutdiff and with diffusers, each time in a process of its own
+with the files in the page cache, and prints medians of the seconds from path to model, the peak memory, and the time
+that reading takes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cutdiff.models.config import SDXL_UNET, SDXL_VAE
 from cutdiff.models.text import TextEncoders
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
@@ -33,7 +34,7 @@ LOADERS = ("cutdiff", "diffusers")
 
 
 def write(folder: Path) -> None:
-    """SDXL-base with random weights."""
+    """Write SDXL-base with random weights."""
     special = {"bos_token_id": 56, "eos_token_id": 57}
     with torch.device("meta"):
         unet, vae = UNet(SDXL_UNET), VAE(SDXL_VAE)
@@ -65,7 +66,7 @@ def load(loader: str, folder: Path) -> None:
 
 
 def read(folder: Path) -> tuple[float, int]:
-    """Seconds to read all weight files, and their bytes."""
+    """Read all weight files; returns the seconds that it took and their bytes."""
     began, total = time.perf_counter(), 0
     for path in folder.rglob("*.safetensors"):
         with path.open("rb") as file:

@@ -1,8 +1,8 @@
-"""The networks on a CPU against diffusers' with the same weights, and how long the commands take to begin and to draw:
+"""The speed of the networks on a CPU against diffusers' with the same weights, and of the commands' start and demo:
 `python tests/bench_networks.py`.
 
-Networks run by turns in one process, in float32; of a U-Net ours has the text's keys and values kept, as in a run after
-its first step. Ratios are medians over the rounds, each of one pair, with least and most.
+Networks run by turns in one process, in float32. Our U-Net has kept the text's keys and values, as in a run after its
+first step. Ratios are medians over the rounds, each of one pair, with the least and the most.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """The same computation, ours and theirs."""
+    """The same computation by our network and by theirs."""
 
     name: str
     ours: Callable[[], Tensor]

@@ -1,9 +1,9 @@
-"""How the VAE decodes on a CPU, whole and in bands, against diffusers, whole and in tiles: `python tests/bench_vae.py`.
+"""The VAE's decoder on a CPU, whole and in bands, against diffusers' whole and in tiles: `python tests/bench_vae.py`.
 
-Random float32 weights of SDXL's VAE decode the same latents by turns, each time in a process of its own. Prints medians
-of the seconds that pass and of those that the processors work, the peak memory of the process with its weights, and how
-far the image is at most from that in bands, which is how cutdiff decodes unless it is told otherwise, in its standard
-deviations. diffusers' tiles have 512 pixels a side.
+Random float32 weights of SDXL's VAE decode the same latents by turns, each time in a process of its own. The script
+prints medians of the seconds that pass and of those that the processors work, the peak memory of the process with its
+weights, and the largest distance of the image from that in bands, cutdiff's default, in standard deviations of the
+image. diffusers' tiles have 512 pixels a side.
 """
 
 from __future__ import annotations

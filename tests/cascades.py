@@ -1,4 +1,4 @@
-"""What the cascades were run on beside the published code: a network, text and draws that nothing else changes.
+"""The network, text and draws that the cascades were run on beside the published code; nothing else changes them.
 
 The fixtures hold what the published pipelines ended with on them (github.com/PRIS-CV/DemoFusion at 5024487 and
 github.com/lzhxmu/AccDiffusion at d8b52c7: their `__call__`, in one view batch, at guidance 7.5 and a blur of 0.8), and
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import QUICK_UNET
 from torch import Tensor
 
 from cutdiff.checkpoint.model import Model
-from cutdiff.models.config import UNetConfig
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
 from cutdiff.sampling.draws import Draws
@@ -26,7 +26,7 @@ LENGTH, CONTEXT_DIM, POOLED_DIM = 14, 16, 8
 
 
 class Words:
-    """Stands for text encoders whose tokens are words: a random vector for each, and for what frames them."""
+    """A stand-in for text encoders: its tokens are words, each with a random vector, as have the start and the end."""
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         return [(word, [i]) for i, word in enumerate(prompt.split(), start=1)]
@@ -52,19 +52,16 @@ def _vector(token: str) -> Tensor:
 
 
 def network(model: Model, native_size: int, levels: int) -> Model:
-    """`model` with a U-Net of its own, which looks at the text on its coarsest level only, and with `Words`."""
+    """Give `model` a U-Net that reads the text on its coarsest level only, and `Words` as its text encoders."""
     torch.manual_seed(0)
     unet = UNet(
-        UNetConfig(
+        replace(
+            QUICK_UNET,
             channels=(8,) + (16,) * (levels - 1),
-            layers_per_block=1,
             transformer_layers=(0,) * (levels - 1) + (1,),
-            mid_transformer_layers=1,
             num_heads=(2,) * levels,
             context_dim=CONTEXT_DIM,
             pooled_dim=POOLED_DIM,
-            size_embedding_dim=8,
-            norm_groups=4,
             native_size=native_size,
         )
     )
@@ -78,10 +75,10 @@ class Replayed(Draws):
     seeds: tuple[int, ...] = (0,)
     num_steps: int = 0
     origins: tuple[Any, ...] = ()
-    """(V, 2) of (top, left), of each step of the phases after the first, or of each such phase."""
+    """(V, 2) of (top, left) for each step of the phases after the first, or for each such phase."""
     noises: tuple[Tensor, ...] = ()
     index: tuple[Tensor, ...] = ()
-    """(N, C, h, w), of each step of the phases after the first."""
+    """(N, C, h, w) for each step of the phases after the first."""
 
     def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
         return self.phase_noise(shape, 1)
@@ -105,7 +102,7 @@ def noises(shapes: list[tuple[int, ...]], seed: int) -> tuple[Tensor, ...]:
 
 
 def shuffles(count: int, shape: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
-    """Random permutations along the first of (N, C, h, w), at each position by itself."""
+    """Random permutations along the first axis of (N, C, h, w), drawn for each position by itself."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.rand(shape, generator=generator).argsort(dim=0) for _ in range(count))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,16 +17,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
 
 from refusal import CommandLine
-from tiny import Tiny, random_model
+from tiny import QUICK_UNET, QUICK_VAE, Tiny, put_in_cache, random_model
 
 import cutdiff
 from cutdiff.checkpoint import save_folder
 from cutdiff.checkpoint.families import SDXL
 from cutdiff.checkpoint.model import Model
-from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.scenes.vocabulary import WIDTH, make_text_encoders
 
 collect_ignore = [] if find_spec("triton") else ["test_kernels.py", "test_fused.py"]  # there is none for macOS
@@ -35,11 +35,11 @@ settings.load_profile("ci")
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the kernels run: interpreted on the CPU, compiled on a GPU."""
-    from triton import knobs  # which is not had on macOS
+    """The device that kernels run on: interpreted on the CPU, compiled on a GPU."""
+    from triton import knobs  # there is none for macOS
 
     if request.param == "cpu" and not knobs.runtime.interpret:
-        pytest.skip("compiled in this process: the interpreter needs one of its own")
+        pytest.skip("kernels are compiled in this process: the interpreter needs one of its own")
     return request.param
 
 
@@ -49,23 +49,10 @@ def pytest_sessionstart() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Model:
-    """A random network of the family: native size 8 latents, 8 pixels each, the scenes' words."""
+    """A random model that draws in hundredths of a second: native size 8 latents of 8 pixels, the scenes' words."""
     torch.manual_seed(0)
-    unet = UNet(
-        UNetConfig(
-            channels=(16, 32),
-            layers_per_block=1,
-            transformer_layers=(0, 1),
-            mid_transformer_layers=1,
-            num_heads=(2, 4),
-            context_dim=2 * WIDTH,
-            pooled_dim=WIDTH,
-            size_embedding_dim=8,
-            norm_groups=4,
-            native_size=8,
-        )
-    )
-    vae = VAE(VAEConfig(channels=(8, 8, 8, 16), layers_per_block=1, norm_groups=4, scaling_factor=0.5))
+    unet = UNet(replace(QUICK_UNET, context_dim=2 * WIDTH, pooled_dim=WIDTH))
+    vae = VAE(replace(QUICK_VAE, scaling_factor=0.5))
     return Model(
         unet=unet.eval().requires_grad_(False),
         vae=vae.eval().requires_grad_(False),
@@ -79,7 +66,7 @@ def tiny_model() -> Model:
 
 @pytest.fixture(scope="session")
 def quick_folder(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model that draws in hundredths of a second."""
+    """The folder of `tiny_model`."""
     folder = tmp_path_factory.mktemp("models") / "quick"
     save_folder(
         folder,
@@ -100,13 +87,13 @@ def model() -> Model:
 
 @pytest.fixture
 def command_line(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    """That of the sampler, after all that it imports."""
+    """The sampler's command line, after all that it imports."""
     return CommandLine(tmp_path / "out", capsys)
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
-    """Of SDXL's shape, to be written and read."""
+    """A random model of SDXL's shape, to be written and read."""
     return random_model(SDXL)
 
 
@@ -132,3 +119,8 @@ def single_file(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def tokenizer_in_cache(folder: Path, empty_cache: Path) -> None:
+    put_in_cache(empty_cache, "openai/clip-vit-large-patch14", folder / "tokenizer")

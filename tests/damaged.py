@@ -1,4 +1,4 @@
-"""Files as they should not be, and a witness of what is opened."""
+"""Damaged files, and a record of the files that are opened."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fuzz_read import packed
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 6938040682\n"
 HTML = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
 DEEP = 10_000
-"""Levels of JSON."""
+"""The number of nested levels of JSON."""
 OPENED: list[Path] = []
 """Every file that Python opened; an audit hook cannot be taken away again."""
 
@@ -37,7 +37,7 @@ def file(header: Any, data: bytes = bytes(8)) -> bytes:
 
 
 def written(text: str) -> bytes:
-    """A file whose one tensor has in its entry what JSON's own writer would not write."""
+    """A file with one tensor, whose entry has text that JSON's own writer would not write."""
     return file(b'{"a":{"dtype":"F32",%s}}' % text.encode())
 
 
@@ -47,7 +47,7 @@ def two(first: tuple[int, int], second: tuple[int, int], size: int = 16) -> byte
 
 
 def pickled(value: object, *, zipped: bool, **options: Any) -> bytes:
-    """As torch saves it, in the format of today or without a zip archive around it."""
+    """Pickle a value as torch does, in the format of today or without a zip archive around it."""
     if not zipped:
         return pickle.dumps(value, **options)
     buffer = BytesIO()

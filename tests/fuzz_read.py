@@ -1,4 +1,4 @@
-"""Damaged safetensors files and indexes, through the reader: `python tests/fuzz_read.py --num 100000 --seed 0`.
+"""Feed damaged safetensors files and indexes to the reader: `python tests/fuzz_read.py --num 100000 --seed 0`.
 
 Each must be read or refused with one line of ValueError, in under a second of processor time and 64 MiB of memory.
 """
@@ -55,7 +55,7 @@ FRAGMENTS = (
 
 
 def valid_file(names: str, metadata: dict[str, str]) -> tuple[dict[str, Any], bytes]:
-    """Header and data of a file with a tensor for each letter, one of them without elements."""
+    """The header and the data of a file with a tensor for each letter, one of them without elements."""
     kinds = (("F32", [2, 3], 24), ("F16", [4], 8), ("I64", [], 8), ("BF16", [0, 5], 0), ("F8_E5M2", [1, 2, 3], 6))
     header, end = dict[str, Any](__metadata__=metadata), 0
     for name, (dtype, shape, size) in zip(names, kinds, strict=False):
@@ -138,7 +138,7 @@ def damaged_index(rng: random.Random) -> bytes:
 
 
 def read_file(folder: Path, rng: random.Random) -> None:
-    """A damaged file; one that is accepted must be one that the safetensors library reads too."""
+    """Read a damaged file; if it is accepted, the safetensors library must read it too."""
     path = folder / "damaged.safetensors"
     path.write_bytes(damaged_file(rng))
     tensors = read_tensors(path)
@@ -149,7 +149,7 @@ def read_file(folder: Path, rng: random.Random) -> None:
 
 
 def read_index(folder: Path, rng: random.Random) -> None:
-    """A damaged index of sound shards; where it is accepted, nothing but those was named."""
+    """Read a damaged index of sound shards; if it is accepted, it must have named nothing but those."""
     (folder / INDEX).write_bytes(damaged_index(rng))
     paths = find_weights(folder, STEM)
     assert {*paths} <= {folder / shard for shard in SHARDS}
@@ -163,9 +163,9 @@ def make_shards(folder: Path) -> None:
 
 @contextmanager
 def limits(memory: int = MEMORY, seconds: float = 1) -> Iterator[None]:
-    """At most so many bytes more than now, where the kernel tells how many that are, and seconds of the processor.
+    """Limit the memory that the block adds, where the kernel tells how much that is, and its processor time.
 
-    A minute by the clock, too, in which what blocks is found, whatever else the machine does.
+    The block may also take no more than a minute by the clock, after which it counts as hanging.
     """
 
     def stop(number: int, _: object) -> NoReturn:
@@ -189,7 +189,7 @@ def limits(memory: int = MEMORY, seconds: float = 1) -> Iterator[None]:
 
 
 def outcome(target: Callable[[Path, random.Random], None], folder: Path, rng: random.Random) -> str:
-    """ "read" or the words of the refusal that do not depend on the file; anything else is raised."""
+    """ "read", or the words of the refusal that do not depend on the file. Any other error is raised."""
     with limits():
         try:
             target(folder, rng)

@@ -1,4 +1,4 @@
-"""The published schedulers (diffusers), set up as our configuration says: the oracle of schedules and solvers."""
+"""The published schedulers (diffusers), set up as our configuration says: the oracle for schedules and solvers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
 from cutdiff.sampling.edm import EDMConfig
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 
 
 def published_euler(config: NoiseConfig) -> EulerDiscreteScheduler:
@@ -32,7 +32,7 @@ def published_edm(config: EDMConfig) -> EDMEulerScheduler:
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """Schedulers made and run inside compute in float64 where their code says float32.
+    """Let schedulers that are made and run in the block compute in float64 where their code says float32.
 
     Their own float32 loses more than the 1e-5 that we ask for, in three places. Cumulative products of alphas near 0
     or 1 are rounded before sigma is taken from them: 1e-5 of SDXL's smallest sigma, 2e-3 of the cosine schedule's

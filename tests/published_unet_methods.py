@@ -1,4 +1,4 @@
-"""A tiny network of SDXL's layout and runs on it, whose final latents by the published codes lie beside this file.
+"""A tiny network of SDXL's layout and runs on it; their final latents by the published codes lie beside this file.
 
 published_unet_methods.npz was made by running github.com/YingqingHe/ScaleCrafter (commit 9dc1185: its loop with eta = 0
 and without FreeU; its processor of scaled attention over unfused attention) and github.com/megvii-research/HiDiffusion
@@ -10,27 +10,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from tiny import QUICK_UNET
 from torch import Tensor
 
-from cutdiff.models.config import UNetConfig
 from cutdiff.models.text import TextStates
 
-CONFIG = UNetConfig(
+CONFIG = replace(
+    QUICK_UNET,
     in_channels=2,
     out_channels=2,
     channels=(8, 16, 32),
+    layers_per_block=2,
     transformer_layers=(0, 2, 2),
     mid_transformer_layers=2,
     num_heads=(1, 2, 4),
     context_dim=12,
     pooled_dim=6,
-    size_embedding_dim=8,
-    norm_groups=4,
-    native_size=8,
 )
 STEPS, GUIDANCE = 10, 5.0
 
@@ -42,7 +42,7 @@ RUNS: dict[str, tuple[str, tuple[int, int], int]] = {
     "hidiffusion_2": ("hidiffusion", (16, 24), 8),
     "hidiffusion_4": ("hidiffusion", (16, 24), 4),
 }
-"""Method, canvas and native size in latents."""
+"""The method, the canvas and the native size in latents of each run."""
 
 
 def published_latents(name: str) -> Tensor:
@@ -65,7 +65,7 @@ def weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def states() -> tuple[TextStates, TextStates]:
-    """Positive, negative."""
+    """The positive and the negative states."""
     return tuple(  # type: ignore[return-value]
         TextStates(_uniform(2000 + i, (1, 5, CONFIG.context_dim)), _uniform(3000 + i, (1, CONFIG.pooled_dim)))
         for i in range(2)
@@ -77,6 +77,6 @@ def noise(size: tuple[int, int]) -> Tensor:
 
 
 def _uniform(stream: int, shape: tuple[int, ...]) -> Tensor:
-    """Between -1 and 1, from the raw bits of a counter."""
+    """Numbers between -1 and 1, from the raw bits of a counter."""
     raw = np.random.Philox(key=stream).random_raw(math.prod(shape))
     return torch.from_numpy((raw / 2.0**63 - 1).astype(np.float32)).view(shape)

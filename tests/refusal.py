@@ -1,4 +1,4 @@
-"""What bad input gets from the command line, whatever it is: one line, a status, and nothing else."""
+"""The refusal of bad input by the command line: one line, a status, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fuzz_read import limits
 from cutdiff.sample import main
 
 SECONDS = 5
-"""Of the processor, since the clock also tells what else a machine does."""
+"""A limit in processor time, because the clock also depends on what else the machine does."""
 MEMORY = 512 * 2**20
-"""Bytes by which the process may grow."""
+"""The number of bytes by which the process may grow."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class CommandLine:
     capsys: pytest.CaptureFixture[str]
 
     def refuses(self, arguments: Sequence[object], status: int, *words: str, apart: bool = False) -> str:
-        """The line of the refusal after the name of the program, which has all of `words`.
+        """Assert that `arguments` are refused with all `words`; returns the line without the program's name.
 
-        No file or folder beside or below `out` is made, and no file changed. It comes within the bounds above in this
-        process, whose imports are done; `apart`: as a user calls it, in a process of its own.
+        No file or folder beside or below `out` is made, and no file changed. The refusal comes within the bounds above
+        in this process, whose imports are done, or with `apart` in a process of its own, as a user calls it.
         """
         before = self._files()
         given = ["--out", str(self.out), "--device", "cpu", *map(str, arguments)]
@@ -55,7 +55,7 @@ class CommandLine:
 
 
 def _apart(arguments: list[str]) -> tuple[int, str, str]:
-    """Without a bound on the time, most of which imports take."""
+    """Run the command in a process of its own, without a bound on the time, most of which imports take."""
     command = [sys.executable, "-m", "cutdiff.sample", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr

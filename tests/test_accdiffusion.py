@@ -1,4 +1,4 @@
-"""AccDiffusion: its published run, the words that each view is told, and the attention that they are found by."""
+"""AccDiffusion: its published run, the words in each view's prompt, and the attention that selects them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cascades import PROMPT, Replayed, Words, fixture, network, noises, shuffles
+from tiny import relative_error
 from torch import Tensor
 
 import cutdiff
@@ -23,10 +24,6 @@ from cutdiff.settings import SOLVER_NAMES
 
 def latents(model: Model, method: str = "accdiffusion", prompt: str | list[str] = PROMPT, **options: Any) -> Tensor:
     return list(cutdiff.denoise(model, prompt, method=method, **options))[-1].latents
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("published", fixture("accdiffusion"))

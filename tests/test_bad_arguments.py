@@ -1,4 +1,4 @@
-"""Bad input: what prompts and options can be. What cannot be used gets one line and status 2, and draws nothing."""
+"""Bad input: prompts and options. One that cannot be used gets one line and status 2, and nothing is drawn."""
 
 from __future__ import annotations
 
@@ -219,14 +219,14 @@ LINES: dict[bytes, str] = {
     b'{"prompt": "a", "negative_prompt": "\\u0000"}': r"the prompt '\x00' holds a NUL",
     b"a \xff house": "byte 3 is not UTF-8",
 }
-"""Lines of a file of prompts, and what is said of them."""
+"""Lines of a file of prompts, and the messages about them."""
 LATE = ("multiple of 8", "clip-skip")
-"""What is known only when the model is."""
+"""Words of messages that can come only once the model is known."""
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_line_of_a_file_of_prompts(line: bytes, tmp_path: Path, command_line: CommandLine) -> None:
-    """It is named; where no line is good, nothing is drawn."""
+    """The message names the line; where no line is good, nothing is drawn."""
     file = tmp_path / "prompts.txt"
     last = b"" if any(words in LINES[line] for words in LATE) else b"\n{"
     file.write_bytes(b"\n# a tent\n" + line + last)

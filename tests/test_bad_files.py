@@ -1,4 +1,4 @@
-"""Bad input: what a file can be instead of a model. The command line says so in one line, within bounds."""
+"""Bad input: files that are no models. The command line says so in one line, within bounds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def bound(path: Path) -> None:
 
 
 def unreadable(path: Path) -> None:
-    """Without permission; for root, whom that does not keep out, with an error of the disk."""
+    """Make a file without permission; for root, who can read it all the same, one with an error of the disk."""
     path.write_bytes(file({}, b""))
     path.chmod(0)
     if os.access(path, os.R_OK):
@@ -160,11 +160,11 @@ FILES: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
     "a device": (device, PIPE),
     "a socket": (bound, PIPE),
 }
-"""What stands in a model's place, its bytes or how it is made, and what is said of it after its path."""
+"""Files in a model's place: their bytes or the function that makes them, and the message after the path."""
 
 
 def put(name: str, path: Path) -> str:
-    """Make what the table says there; what is said of it."""
+    """Make the file that the table names at `path`; returns the message about it."""
     content, expected = FILES[name]
     if isinstance(content, bytes):
         path.write_bytes(content)

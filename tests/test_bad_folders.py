@@ -1,4 +1,4 @@
-"""Bad input: what a model's folder can be. The command line says so in one line; nothing outside is opened or run."""
+"""Bad input: folders that are no models. The command line says so in one line; nothing outside is opened or run."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ INDEXES: dict[str, tuple[dict[str, str], Callable[[Path], None], str]] = {
         "'b' is in two shards, 'a.safetensors' and 'b.safetensors': download them again",
     ),
 }
-"""Where an index puts keys, what befell its shards, and what is said of it; many more are in test_read.py."""
+"""Indexes: where they put keys, the damage to their shards, and the message; many more are in test_read.py."""
 
 
 @pytest.mark.parametrize("name", INDEXES)
@@ -141,7 +141,7 @@ FOLDERS: dict[str, tuple[str, bytes | None, str]] = {
     "page for merges": ("tokenizer/merges.txt", HTML, "tokenizer/merges.txt is a web page"),
     "endless merges": ("tokenizer/merges.txt", bytes(MAX_TEXT + 1), f"merges.txt has {MAX_TEXT + 1} bytes, more than"),
 }
-"""A part of a model's folder, what it holds instead (None: it is missing), and what must be said."""
+"""A part of a model's folder, its wrong contents (None where it is missing), and the message."""
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -196,7 +196,7 @@ class TestNothingOutsideIsOpened:
 
 
 class Bomb:
-    """What runs code when it is unpickled: it makes the file that it was given."""
+    """An object that runs code when it is unpickled: it makes the file that it was given."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

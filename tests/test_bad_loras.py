@@ -1,4 +1,4 @@
-"""Bad input: every way a LoRA's file can be wrong. The command line says which in one line."""
+"""Bad input: every way in which a LoRA's file can be wrong. The command line says which in one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOWN, UP, ALPHA = (f"{LAYER}.{part}" for part in ("lora_down.weight", "lora_up.w
 
 
 def put(**sizes: tuple[int, ...]) -> Callable[[Tensors], None]:
-    """Other factors of those shapes in the place of the layer's LoRA."""
+    """Put other factors of those shapes in the place of the layer's LoRA."""
 
     def edit(tensors: Tensors) -> None:
         for key in (DOWN, UP):
@@ -165,7 +165,7 @@ WRONG: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
         }.items()
     },
 }
-"""How a good file is made a bad one, and what is said of it."""
+"""Functions that make a good file a bad one, and the messages."""
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -219,7 +219,7 @@ CONFIGS: dict[str, tuple[dict[str, object] | None, str]] = {
         for name, value in {"layer_replication": [[0, 2]], "use_qalora": True, "use_bdlora": [1]}.items()
     },
 }
-"""What stands beside a file that PEFT wrote, and what is said of it."""
+"""Files beside one that PEFT wrote, and the messages about them."""
 
 
 @pytest.mark.parametrize("name", CONFIGS)

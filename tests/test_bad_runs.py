@@ -1,4 +1,4 @@
-"""Bad input: where pictures cannot go, and runs that are cut off. No half a file is left, and the next run is fine."""
+"""Bad input: places where pictures cannot go, and runs cut off. Nothing half done is left; the next run works."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "direct-128x128-seed0"
 
 @pytest.mark.parametrize("limit", [0, 3000])
 def test_full_disk(limit: int, tmp_path: Path) -> None:
-    """A limit on the size of files stands for it: writing fails in the same place, in the middle of a file."""
+    """A limit on the size of files stands in for a full disk: writing fails in the middle of a file, as there."""
     code = (
         "import resource, signal, sys; from cutdiff.sample import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(main(sys.argv[1:]))"
@@ -88,7 +88,7 @@ def test_output_path_not_writable(tmp_path: Path, command_line: CommandLine) -> 
 
 
 def test_killed_in_the_middle_of_a_write(tmp_path: Path) -> None:
-    """Which waits for ever here."""
+    """The write waits until the process is killed."""
     code = (
         "import os, sys, time; import cutdiff.output.images as images; from cutdiff.sample import main;"
         "images.os.replace = lambda *_: (print('writing', flush=True), time.sleep(600)); main(sys.argv[1:])"
@@ -128,7 +128,7 @@ def test_interrupted_in_the_middle_of_a_run(tmp_path: Path) -> None:
 
 
 def test_interrupted_in_an_import(tmp_path: Path) -> None:
-    """In text that is executed, as dataclasses do: that Python would end by the signal, however it was caught."""
+    """The import executes text, as dataclasses do: Python would end by the signal although it was caught."""
     (tmp_path / "torch.py").write_text("exec('raise KeyboardInterrupt')")
     command = [sys.executable, "-m", "cutdiff.sample"]
     child = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)

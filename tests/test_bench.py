@@ -1,4 +1,4 @@
-"""The bench: what it proves before it times, what it counts, and its command line. The baselines' arithmetic is in
+"""The bench: its proofs before it times, its counts, and its command line. The baselines' arithmetic is in
 test_published_loop.py."""
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import QUICK_UNET, QUICK_VAE
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,30 +26,17 @@ from cutdiff.bench.parity import NotEqual, prove, prove_again
 from cutdiff.bench.report import summary, table
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import cast, network_inputs, random_model
-from cutdiff.models.config import SDXL_UNET, UNetConfig, VAEConfig
+from cutdiff.models.config import SDXL_UNET
 from cutdiff.settings import Settings
 
 CPU = torch.device("cpu")
-UNET = UNetConfig(
-    channels=(16, 32),
-    layers_per_block=1,
-    transformer_layers=(0, 1),
-    mid_transformer_layers=1,
-    num_heads=(2, 4),
-    context_dim=24,
-    pooled_dim=12,
-    size_embedding_dim=8,
-    norm_groups=4,
-    native_size=8,
-)
-VAE_TINY = VAEConfig(channels=(8, 8, 8, 16), layers_per_block=1, norm_groups=4)
 SIZE = (16, 16)
 SETTINGS = Settings(height=128, width=128)
 
 
 @pytest.fixture
 def small() -> Model:
-    return random_model(UNET, VAE_TINY, CPU)
+    return random_model(QUICK_UNET, QUICK_VAE, CPU)
 
 
 def pair(model: Model) -> tuple[Ours, PublishedLoop]:
@@ -100,7 +88,7 @@ def test_all_run_in_low_precision(small: Model, dtype: torch.dtype) -> None:
 def test_the_compiled_loop_is_captured_whole_and_ends_in_the_same_latents(
     small: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As dynamo captures it; what a backend makes of it is not ours."""
+    """The loop is tested as dynamo captures it, whatever a backend makes of that."""
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     loops = make_baselines(small, ["c", "d"], SIZE)
@@ -112,14 +100,14 @@ def test_the_compiled_loop_is_captured_whole_and_ends_in_the_same_latents(
 
 @pytest.mark.parametrize("num_steps", [4, 5])
 def test_flops_are_those_of_the_evaluations_that_a_run_takes(small: Model, num_steps: int) -> None:
-    flops = count_flops(UNET, VAE_TINY, SIZE, num_steps)
+    flops = count_flops(QUICK_UNET, QUICK_VAE, SIZE, num_steps)
     record = cutdiff.generate(small, "", SETTINGS, num_steps=num_steps).record
     assert flops["network"] == sum(flops[stage] for stage in STAGES)
-    assert flops["network"] == record["network_evaluations"] * unet_flops(UNET)
+    assert flops["network"] == record["network_evaluations"] * unet_flops(QUICK_UNET)
 
 
 def test_flops_of_sdxl_are_those_of_its_layers_with_attention() -> None:
-    """Without attention's two products it is known to take 5.98 TFLOP at 1024²."""
+    """Without attention's two products, SDXL is known to take 5.98 TFLOP at 1024²."""
     scores = 0.0
     for level, blocks in ((1, 5 * 2), (2, 5 * 10 + 10)):
         tokens, width = (SDXL_UNET.native_size >> level) ** 2, SDXL_UNET.channels[level]
@@ -128,7 +116,7 @@ def test_flops_of_sdxl_are_those_of_its_layers_with_attention() -> None:
 
 
 class Fake:
-    """A contestant whose latents are given."""
+    """A contestant that ends in given latents."""
 
     what = "fake"
     unet = vae = nn.Identity()
@@ -159,7 +147,7 @@ def timing(structure: float, detail: float) -> Timing:
 
 
 def test_ratios_are_medians_over_the_rounds_and_the_floor_is_flops_at_the_peak() -> None:
-    """A slow round, in which everyone took thrice as long, changes no ratio."""
+    """A slow round, in which everything takes three times as long, changes no ratio."""
     ours = [timing(1, 1), timing(3, 3), timing(1, 1)]
     others = [timing(2, 3), timing(6, 9), timing(4, 4)]
     flops = {"structure": 10.0, "detail": 10.0, "network": 20.0, "decode": 5.0}
@@ -210,7 +198,7 @@ def test_ours_in_8_bits_is_one_more_row(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 class Operators(TorchDispatchMode):
-    """The names of those that ran."""
+    """The names of the contestants that ran."""
 
     def __init__(self) -> None:
         super().__init__()

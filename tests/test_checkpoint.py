@@ -45,12 +45,8 @@ from cutdiff.checkpoint import load
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import NETWORKS, assign
 from cutdiff.checkpoint.configs import (
-    NOISE_DEFAULTS,
-    SCHEDULERS,
     UNET_FIXED,
     VAE_FIXED,
-    noise_config,
-    noise_to_diffusers,
     unet_config,
     unet_to_diffusers,
     vae_config,
@@ -61,17 +57,18 @@ from cutdiff.checkpoint.files import LISTED
 from cutdiff.checkpoint.infer import infer_blueprint
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
 from cutdiff.checkpoint.model import sha256
+from cutdiff.checkpoint.schedulers import NOISE_DEFAULTS, SCHEDULERS, noise_config, noise_to_diffusers
 from cutdiff.checkpoint.single import split
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 
 CPU = torch.device("cpu")
 
 
 def another(value: Any) -> Any:
-    """A value of the same kind that is not this one."""
+    """Another value of the same kind."""
     if isinstance(value, bool):
         return not value
     return "another" if isinstance(value, str) or value is None else value + 1

@@ -37,7 +37,7 @@ def test_a_method_that_changes_the_network_is_not_compiled(tiny_model: Model, me
 
 @pytest.mark.parametrize("method", [name for name in METHOD_NAMES if name not in CHANGING_THE_NETWORK])
 def test_the_other_methods_change_nothing_in_the_network(tiny_model: Model, method: str) -> None:
-    """Neither an attribute of a module nor a hook: what a compiler might not see."""
+    """They change neither an attribute of a module nor a hook, which a compiler might not see."""
     unet = tiny_model.unet
     before = [dict(vars(module)) for module in unet.modules()]
 
@@ -54,7 +54,7 @@ def test_the_other_methods_change_nothing_in_the_network(tiny_model: Model, meth
 
 @pytest.mark.gpu
 def test_cuda_graphs_draw_the_same(tiny_model: Model) -> None:
-    """A stage of full batches and one with a smaller last one, twice: recorded, and replayed with another prompt."""
+    """A stage of full batches, and one whose last batch is smaller, are recorded, and replayed with another prompt."""
     torch.compiler.reset()
     model = on("cuda", tiny_model)
     for prompt in ("a red house", "a blue tree at night"):

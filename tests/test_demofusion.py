@@ -1,4 +1,4 @@
-"""DemoFusion: its published run, what every phase keeps, and the pieces that it is made of."""
+"""DemoFusion: its published run, the properties of every phase, and the pieces that it is made of."""
 
 from __future__ import annotations
 
@@ -11,22 +11,19 @@ from cascades import PROMPT, Replayed, fixture, network, noises
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tiny import relative_error
 from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.methods.demofusion import gaussian_blur, phase_sizes, with_moments
 from cutdiff.sampling.draws import Draws
-from cutdiff.sampling.solvers import Step
+from cutdiff.sampling.stages import Step
 from cutdiff.settings import SOLVER_NAMES
 
 
 def run(model: Model, **options: Any) -> list[Step]:
     return list(cutdiff.denoise(model, PROMPT, method="demofusion", **options))
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 def moments(x: Tensor) -> Tensor:

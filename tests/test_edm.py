@@ -1,4 +1,4 @@
-"""EDM models: their schedule and solvers against the published ones, and how each kind of file is told and saved."""
+"""EDM models: their schedule and solvers against the published ones, and how each kind of file is read and saved."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import in_float64, published_edm
 from safetensors.torch import save_file
-from tiny import VAE_TINY, Tiny, assert_bit_equal, edit_json, put_in_cache
+from tiny import VAE_TINY, Tiny, assert_bit_equal, edit_json
 from torch import Tensor
 
 import cutdiff
-from cutdiff.checkpoint.configs import EDM_SCHEDULERS, noise_config, noise_to_diffusers, vae_config, vae_to_diffusers
+from cutdiff.checkpoint.configs import vae_config, vae_to_diffusers
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.noise import NoiseOptions, decide_noise
+from cutdiff.checkpoint.schedulers import EDM_SCHEDULERS, noise_config, noise_to_diffusers
 from cutdiff.methods import METHODS
 from cutdiff.models.config import VAEConfig
 from cutdiff.models.vae import VAE
 from cutdiff.sample import main
 from cutdiff.sampling.edm import EDMConfig, edm_schedule
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.solvers import Stage, make_solver, solve
 from cutdiff.settings import SOLVER_NAMES
 
@@ -58,7 +59,7 @@ def configs(draw: st.DrawFn) -> EDMConfig:
 
 
 def network(x: Tensor, timestep: float) -> Tensor:
-    """Stands for a U-Net: smooth, not linear, mixes channels, and depends on the timestep."""
+    """A stand-in for a U-Net: smooth, not linear, mixing channels, and depending on the timestep."""
     return torch.einsum("ij,bjhw->bihw", MIX.to(x), torch.tanh(x)) + 0.3 * x + math.sin(3 * timestep)
 
 
@@ -100,7 +101,7 @@ def test_the_schedule_is_the_published_one(config: EDMConfig, num_steps: int) ->
 
 @pytest.mark.parametrize("sigma_schedule", ["karras", "exponential"])
 def test_one_step_begins_at_the_noisiest_sigma(sigma_schedule: str) -> None:
-    """The published exponential schedule begins it at sigma_min, with noise of sigma_max."""
+    """The published exponential schedule begins a single step at sigma_min, with noise of sigma_max."""
     assert edm_schedule(EDMConfig(sigma_schedule=sigma_schedule), 1).sigmas == (pytest.approx(80), 0)
     for num_steps in (0, 1001):
         with pytest.raises(ValueError, match=f"num_steps={num_steps} must be between 1 and 1000"):
@@ -128,7 +129,7 @@ def test_solvers_go_where_the_published_one_goes(solver: str, config: EDMConfig)
 
 @given(st.floats(1e-3, 200), st.floats(0.1, 2))
 def test_the_network_is_shown_unit_variance_and_must_say_unit_variance(sigma: float, sigma_data: float) -> None:
-    """The paper's equations 117 and 131: c_in is one over the state's deviation, c_out that of the best estimate."""
+    """By the paper's equations 117 and 131, c_in is one over the state's deviation, c_out the best estimate's."""
     for kind, sign in (("epsilon", 1), ("v_prediction", -1)):
         c_in, c_skip, c_out = EDMConfig(sigma_data=sigma_data, prediction_type=kind).coefficients(sigma)
         assert c_in**2 * (sigma**2 + sigma_data**2) == pytest.approx(1)
@@ -178,7 +179,7 @@ class TestMethods:
 
 
 def with_statistics(tiny: Tiny) -> Tiny:
-    """Its VAE, as Playground's configuration has it."""
+    """Give the model's VAE the statistics of Playground's configuration."""
     vae = VAE(replace(VAE_TINY, latents_mean=MEAN, latents_std=STD, scaling_factor=0.5)).eval().requires_grad_(False)
     vae.load_state_dict(tiny.vae.state_dict())
     return replace(tiny, vae=vae)
@@ -212,7 +213,7 @@ class TestFolders:
         assert not torch.allclose(drawn.images, plain, rtol=0, atol=1e-2), "the statistics matter"
 
     def test_as_playground_is_published(self, tiny: Tiny, tmp_path: Path) -> None:
-        """Its scheduler_config.json names the multistep solver."""
+        """Playground's scheduler_config.json names the multistep solver."""
         folder = with_statistics(tiny).save(tmp_path)
         fields = {
             "_class_name": "EDMDPMSolverMultistepScheduler", "_diffusers_version": "0.27.0.dev0",
@@ -237,7 +238,7 @@ class TestFolders:
 class TestStatistics:
     @torch.no_grad()
     def test_encoding_undoes_decoding(self) -> None:
-        """Latents of unscaled moments `MEAN` and `STD` have mean 0 and the deviation `scaling_factor`."""
+        """Latents whose unscaled moments are `MEAN` and `STD` get mean 0 and the deviation `scaling_factor`."""
         plain = VAE(replace(VAE_TINY, scaling_factor=1.0))
         marked = VAE(replace(VAE_TINY, latents_mean=MEAN, latents_std=STD, scaling_factor=0.5))
         marked.load_state_dict(plain.state_dict())
@@ -273,10 +274,6 @@ def cosxl(**sigmas: float) -> dict[str, Tensor]:
 
 
 class TestSingleFiles:
-    @pytest.fixture
-    def tokenizer_in_cache(self, folder: Path, empty_cache: Path) -> None:
-        put_in_cache(empty_cache, "openai/clip-vit-large-patch14", folder / "tokenizer")
-
     @pytest.mark.parametrize("shape", [(1, 4, 1, 1), (4,)])
     @pytest.mark.usefixtures("tokenizer_in_cache")
     def test_playground(self, tiny: Tiny, tmp_path: Path, shape: tuple[int, ...]) -> None:
@@ -303,7 +300,7 @@ class TestSingleFiles:
         assert (again.noise, again.vae.config) == (model.noise, model.vae.config)
 
     def test_what_no_mark_says_is_the_folders(self, tiny: Tiny, tmp_path: Path) -> None:
-        """How sigmas are spaced; and all of a VAE's configuration but the latents."""
+        """The folder gives the spacing of the sigmas, and all of a VAE's configuration but the latents' statistics."""
         save_file({**tiny.original(), **playground()}, tmp_path / "model.safetensors")
         noise = EDMConfig(sigma_max=50, sigma_schedule="exponential", rho=3)
         model = cutdiff.load(tmp_path / "model.safetensors", config=tiny.save(tmp_path / "folder", noise=noise))

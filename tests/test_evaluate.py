@@ -1,4 +1,4 @@
-"""The evaluation: what it draws, what it scores, and that it goes on where it stopped."""
+"""The evaluation: its pictures, its scores, and how it continues where it stopped."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
-from tiny import Tiny, assert_bit_equal, edit_json, put_in_cache, random_model
+from tiny import Tiny, assert_bit_equal, edit_json, random_model
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -25,7 +25,7 @@ from cutdiff.checkpoint.noise import NoiseOptions, decide_noise
 from cutdiff.checkpoint.single import convert, split
 from cutdiff.methods import METHODS
 from cutdiff.models.config import SD15_UNET, SD21_UNET, SD_VAE, SDXL_UNET, SDXL_VAE
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 
 KEYS = Path(__file__).parent / "fixtures" / "checkpoint_keys.json.gz"
 """Keys and shapes of the single files of SDXL-base 1.0, SD 1.5 and SD 2.1."""
@@ -43,13 +43,8 @@ def other(request: pytest.FixtureRequest) -> Tiny:
     return random_model(request.param)
 
 
-@pytest.fixture
-def tokenizer_in_cache(folder: Path, empty_cache: Path) -> None:
-    put_in_cache(empty_cache, "openai/clip-vit-large-patch14", folder / "tokenizer")
-
-
 def as_saved(model: Tiny) -> Tiny:
-    """As diffusers' layout has it: without the last layer of text states, where that one is not read."""
+    """The model in diffusers' layout: without the text encoder's last layer where that one is not read."""
     encoder = model.text.text_encoder
     if model.text.layer == 1:
         return model
@@ -125,7 +120,7 @@ class TestLayouts:
         assert [*tmp_path.iterdir()] == []
 
     def test_old_names_of_the_text_encoder(self, folder: Path, tmp_path: Path) -> None:
-        """Early files of SD 1 lack `text_model.`, and hold tables of the noise schedule."""
+        """Early files of SD 1 lack `text_model.` and have tables of the noise schedule."""
         model = random_model(SD15)
         named = {key.replace("text_model.", ""): tensor for key, tensor in model.original().items()}
         save_file(
@@ -138,7 +133,7 @@ class TestLayouts:
 class TestWhatOtherToolsWrite:
     @pytest.mark.parametrize("place", ["folder", "option"])
     def test_old_names_of_the_vae(self, other: Tiny, tmp_path: Path, place: str) -> None:
-        """diffusers before 0.13, and the folders on the hub that it wrote."""
+        """diffusers wrote these names before version 0.13, and folders on the hub still have them."""
         folder = as_saved(other).save(tmp_path)
         path = folder / "vae" / "diffusion_pytorch_model.safetensors"
         names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -153,7 +148,7 @@ class TestWhatOtherToolsWrite:
 
     @pytest.mark.usefixtures("tokenizer_in_cache")
     def test_sd21_in_the_layout_of_sdxls_code(self, tmp_path: Path) -> None:
-        """As SD-Turbo is."""
+        """SD-Turbo is published in this layout."""
         model = random_model(SD21)
         tensors = {k.replace("cond_stage_model.", "conditioner.embedders.0."): v for k, v in model.original().items()}
         save_file(tensors, tmp_path / "turbo.safetensors")
@@ -234,7 +229,7 @@ class TestAgainstDiffusers:
 @pytest.mark.usefixtures("tokenizer_in_cache")
 @torch.no_grad()
 def test_a_square_projection_is_read_the_way_its_layout_has_it(tmp_path: Path, layout: str) -> None:
-    """A probe: OpenCLIP multiplies states by its matrix from the right, transformers' linear layer by its transpose."""
+    """OpenCLIP multiplies states by its matrix from the right, transformers' linear layer by its transpose."""
     model = random_model(SDXL)
     encoder = CLIPTextModelWithProjection(
         type(model.text.text_encoder.config)(**{**model.text.encoders[1].config.to_dict(), "projection_dim": 128})
@@ -303,7 +298,7 @@ class TestOtherFiles:
         ("channels", "what"), [(9, "an inpainting model"), (8, "one that edits pictures, as InstructPix2Pix does")]
     )
     def test_more_than_text_to_image(self, channels: int, what: str, configured: bool, tmp_path: Path) -> None:
-        """Which is told before anything else of the model is asked for."""
+        """The message comes before the rest of the model is looked at."""
         model = random_model(SD15)
         config = model.save(tmp_path / "folder") if configured else None
         wider = replace(model, unet=type(model.unet)(replace(model.unet.config, in_channels=channels)))
@@ -321,7 +316,7 @@ class TestOtherFiles:
 
 
 class TestDecision:
-    """Option > marker key > metadata > scheduler > default, for what is predicted and for zero terminal SNR."""
+    """The order for the prediction type and zero terminal SNR is option, marker key, metadata, scheduler, default."""
 
     V = NoiseConfig(prediction_type="v_prediction")
 

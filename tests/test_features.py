@@ -1,4 +1,4 @@
-"""The features: shapes, training, and the embedded weights, which must tell true sets from spoilt ones."""
+"""The features: their shapes, their training, and the embedded weights, which must tell true sets from spoilt ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from renders import pictures, random_pictures, scenes
 from torch import Tensor
 
 from cutdiff.checkpoint.locate import embedded
@@ -25,7 +26,7 @@ from cutdiff.evaluation.features import (
 )
 from cutdiff.evaluation.metrics import frechet_distance, kernel_distance
 from cutdiff.scenes import world
-from cutdiff.scenes.render import Crop, render
+from cutdiff.scenes.render import Crop
 from cutdiff.training import features as train_features
 from cutdiff.training.features import UNSEEN, targets
 
@@ -35,26 +36,22 @@ def network() -> FeatureNet:
     return load_features()
 
 
-def pictures(n: int, size: int, seed: int) -> Tensor:
-    return render(world.sample(n, torch.Generator().manual_seed(seed)), size) / 2 + 0.5
-
-
 def test_the_embedded_features_know_the_world(network: FeatureNet) -> None:
-    scenes = world.sample(200, torch.Generator().manual_seed(50))
+    drawn = scenes(200, seed=50)
     with torch.no_grad():
-        *logits, visible, measures = network.answers(render(scenes, PIXELS) / 2 + 0.5)
+        *logits, visible, measures = network.answers(pictures(drawn, PIXELS))
     guesses = torch.stack([guess.argmax(1) for guess in logits], dim=1)
-    assert ((guesses == scenes.choices).float().mean(0) >= 0.97).all()
+    assert ((guesses == drawn.choices).float().mean(0) >= 0.97).all()
     assert (visible > 0).float().mean() >= 0.99
-    assert (measures[:, 0] - scenes.subject_x).abs().mean() < 0.03
-    assert (measures[:, 6] - scenes.horizon).abs().mean() < 0.03
+    assert (measures[:, 0] - drawn.subject_x).abs().mean() < 0.03
+    assert (measures[:, 6] - drawn.horizon).abs().mean() < 0.03
 
 
 def test_true_sets_are_close_and_spoilt_ones_are_not(network: FeatureNet) -> None:
-    """100 pictures each; a set with its halves exchanged, and a set that is never at night."""
-    first, second = pictures(100, PIXELS, seed=51), pictures(100, PIXELS, seed=52)
-    scenes = world.sample(150, torch.Generator().manual_seed(53))
-    daylight = render(scenes[scenes.time != world.TIMES.index("night")][:100], PIXELS) / 2 + 0.5
+    """The spoilt sets of 100 pictures have their halves exchanged, or are never at night."""
+    first, second = random_pictures(100, PIXELS, seed=51), random_pictures(100, PIXELS, seed=52)
+    drawn = scenes(150, seed=53)
+    daylight = pictures(drawn[drawn.time != world.TIMES.index("night")][:100], PIXELS)
     truth = whole_features(network, first)
     for distance in (frechet_distance, kernel_distance):
         floor = distance(truth, whole_features(network, second))
@@ -66,8 +63,8 @@ def test_crops_tell_an_enlarged_and_a_repeated_picture_from_the_truth(network: F
     def features(images: Tensor) -> Tensor:
         return crop_features(network, images).flatten(0, 1)
 
-    first, second = pictures(60, 256, seed=54), pictures(60, 256, seed=55)
-    native = pictures(60, PIXELS, seed=55)
+    first, second = random_pictures(60, 256, seed=54), random_pictures(60, 256, seed=55)
+    native = random_pictures(60, PIXELS, seed=55)
     truth = features(first)
     for distance in (frechet_distance, kernel_distance):
         floor = distance(truth, features(second))
@@ -76,7 +73,7 @@ def test_crops_tell_an_enlarged_and_a_repeated_picture_from_the_truth(network: F
 
 
 def test_features_are_scaled_and_do_not_depend_on_the_batch(network: FeatureNet) -> None:
-    images = pictures(256, PIXELS, seed=56)
+    images = random_pictures(256, PIXELS, seed=56)
     features = whole_features(network, images)
     assert features.shape == (256, DIM)
     assert features.mean(0).abs().max() < 0.3
@@ -85,7 +82,7 @@ def test_features_are_scaled_and_do_not_depend_on_the_batch(network: FeatureNet)
 
 
 def test_crops_of_a_native_picture_are_the_picture(network: FeatureNet) -> None:
-    images = pictures(3, PIXELS, seed=57)
+    images = random_pictures(3, PIXELS, seed=57)
     torch.testing.assert_close(crop_features(network, images)[:, 0], whole_features(network, images))
 
 
@@ -105,17 +102,17 @@ def test_pictures_of_a_wrong_size_are_refused(network: FeatureNet) -> None:
 
 
 def test_targets_are_what_a_crop_shows() -> None:
-    """The upper left quarter of a scene whose subject stands at the right and whose sun stands at the left."""
-    scenes = world.sample(64, torch.Generator().manual_seed(0))
-    scenes = scenes[(scenes.subject_x > 0.6) & (scenes.body_x > 0.1) & (scenes.horizon > 0.6)][:1]
+    """The crop is the upper left quarter of a scene whose subject is at the right and whose sun is at the left."""
+    drawn = scenes(64)
+    drawn = drawn[(drawn.subject_x > 0.6) & (drawn.body_x > 0.1) & (drawn.horizon > 0.6)][:1]
     half = torch.full((1,), 0.5)
-    wanted = targets(scenes, Crop(half - 0.5, half - 0.5, half), torch.tensor([1]))
-    assert wanted.choices.tolist() == [[UNSEEN, UNSEEN, UNSEEN, UNSEEN, scenes.time.item()]]
+    wanted = targets(drawn, Crop(half - 0.5, half - 0.5, half), torch.tensor([1]))
+    assert wanted.choices.tolist() == [[UNSEEN, UNSEEN, UNSEEN, UNSEEN, drawn.time.item()]]
     assert wanted.visible.tolist() == [[0, 1]]
     assert wanted.measured.tolist() == [[0, 0, 0, 1, 1, 1, 0, 1, 1]]
     x, y, radius, _, side, blurred = wanted.measures[0, 3:].tolist()
     assert (x, y, radius) == pytest.approx(
-        (2 * scenes.body_x.item(), 2 * scenes.body_y.item(), 2 * scenes.body_radius.item())
+        (2 * drawn.body_x.item(), 2 * drawn.body_y.item(), 2 * drawn.body_radius.item())
     )
     assert (side, blurred) == (-1, 1)
 
@@ -127,7 +124,7 @@ def test_training_runs_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     for steps in ("2", "3"):
         train_features.main([*arguments, "--steps", steps, "--set-size", "8"])
     network = load_features(tmp_path / "out")
-    features = whole_features(network, pictures(2, PIXELS, seed=0))
+    features = whole_features(network, random_pictures(2, PIXELS, seed=0))
     assert features.isfinite().all()
     readme = (tmp_path / "out" / "README.md").read_text()
     assert "3 steps of 4 pictures" in readme

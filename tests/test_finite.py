@@ -1,4 +1,4 @@
-"""A value that is not finite ends the run, and is told where it came from: no picture is made of it."""
+"""A value that is not finite ends the run with a message that says where it came from; no picture is made of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cutdiff.models.vae import VAE
 
 PROMPT = "a red house"
 RUN = {"num_steps": 4, "height": 128, "width": 128, "guidance_scale": 2.0}
-"""Twice the native size: 4 patches, then at a stride of 8 latents 4 views."""
+"""The picture is twice the native size: 4 patches, then 4 views at a stride of 8 latents."""
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_weights_are_named_by_a_run_and_by_the_check(folder: Path, copy: Path) -
 
 
 def half(vae: VAE) -> VAE:
-    """In float16, with a configuration that says that it fits."""
+    """Copy the VAE in float16, with a configuration that says that this type fits."""
     copy = deepcopy(vae).half()
     copy.config = replace(copy.config, force_upcast=False)
     return copy

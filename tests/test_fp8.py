@@ -33,7 +33,7 @@ from cutdiff.models.fp8 import (
 from cutdiff.models.unet import PixelwiseLinear
 
 RUN = {"num_steps": 2, "height": 128, "width": 128, "guidance_scale": 2.0}
-"""Twice the native size of the random network."""
+"""The picture is twice the native size of the random network."""
 
 
 def rows(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -60,7 +60,7 @@ def linear(seed: int, inputs: int, outputs: int, *, bias: bool = True, dtype: to
 def test_elements_are_within_half_a_step_of_the_format(
     seed: int, shape: tuple[int, int], exponent: int, spread: int, dtype: torch.dtype
 ) -> None:
-    """Rows from 1e-30 to 1e36, whose elements differ by up to 2^12 and more."""
+    """Rows of sizes from 1e-30 to 1e36, whose elements differ by factors up to 2^12 and more."""
     x = rows(seed, *shape) * torch.exp2(exponent + spread * (rows(seed + 1, *shape).sigmoid() - 1))
     x = x.to(dtype)
     values, scale = quantize(x)
@@ -175,7 +175,7 @@ def test_layers_that_the_hardware_cannot_multiply_are_left(tiny_model: Model) ->
 
 
 def test_a_network_is_a_little_off(model: Model) -> None:
-    """One pass of the embedded one, over noise, with text and without."""
+    """It is one pass of the embedded network over noise, with text and without."""
     unet = deepcopy(model.unet)
     quantize_transformers(unet)
     config = unet.config
@@ -263,8 +263,10 @@ class TestOnAGPU:
         [(1, 16, 16), (77, 640, 640), (128, 5120, 1280), (1000, 1280, 10240), (2048, 5120, 1280)],
     )
     def test_the_product_is_the_reference(self, num: int, inputs: int, outputs: int, bias: bool) -> None:
-        """But for bfloat16 and the accumulators of the tensor cores, which hold some 14 bits. (128, 5120, 1280) is
-        SD 1.5's middle: few rows and many columns are where cuBLAS has lacked kernels."""
+        """They differ by bfloat16 and by the accumulators of the tensor cores, which have some 14 bits.
+
+        (128, 5120, 1280) is SD 1.5's middle: cuBLAS has lacked kernels for few rows and many columns.
+        """
         x, weight = quantize(rows(0, num, inputs).cuda()), quantize(rows(1, outputs, inputs).cuda())
         added = rows(2, outputs, dtype=torch.bfloat16).cuda() if bias else None
         arguments = (*x, *weight, added, torch.bfloat16)

@@ -49,7 +49,7 @@ from cutdiff.sample import main
 
 
 def formula(factors: Tensors, shape: tuple[int, ...]) -> Tensor:
-    """The change in float64, before it is scaled, each format by one sum over all indices."""
+    """The change in float64 before it is scaled, for each format by one sum over all indices."""
     f = {name.removesuffix(".weight"): factor.double() for name, factor in factors.items()}
     core = "rs..., ro, si -> oi..."
     if "diff" in f:
@@ -75,7 +75,7 @@ def formula(factors: Tensors, shape: tuple[int, ...]) -> Tensor:
 
 
 def one_module(path: Path, factors: Tensors, shape: tuple[int, ...], alpha: Tensor | None = None) -> Tensor:
-    """What a file that changes a single weight of that shape adds to it."""
+    """The sum that a file adds to a weight of that shape, the only one that it changes."""
     save_file({f"lora_unet_layer.{name}": factor for name, factor in with_alpha(factors, alpha).items()}, path)
     target = Target("unet", "layer.weight", torch.Size(shape))
     changes = read_changes(path, {"lora_unet_layer": target}, 0)
@@ -194,12 +194,12 @@ NAMES = [
     ("lora_te2_text_model_encoder_layers_1_self_attn_q_proj.alpha", "text_encoder_2", QUERY, "alpha"),
     ("text_encoder_2.text_projection.lora_A.weight", "text_encoder_2", "text_projection", "lora_down"),
 ]
-"""Keys as the tools write them; the network and module that each is for, and the part that it holds."""
+"""Keys as the tools write them, the network and module that each is for, and the part that it holds."""
 
 
 @pytest.fixture(scope="module")
 def sdxl() -> dict[str, Target]:
-    """The names of SDXL's U-Net and of small text encoders."""
+    """The names in SDXL's U-Net and in small text encoders."""
     text = tiny_text()
     with torch.device("meta"):
         return targets(Networks(UNet(SDXL_UNET), VAE(SDXL_VAE), text.text_encoder, text.text_encoder_2))
@@ -232,7 +232,7 @@ class TestNames:
 
 
 def by_diffusers(folder: Path, file: Path, scale: float) -> Any:
-    """The pipeline with a LoRA fused into its weights."""
+    """diffusers' pipeline with a LoRA fused into its weights."""
     is_sdxl = (folder / "text_encoder_2").exists()
     kind = StableDiffusionXLPipeline if is_sdxl else StableDiffusionPipeline
     pipeline: Any = kind.from_pretrained(folder, local_files_only=True)
@@ -243,7 +243,7 @@ def by_diffusers(folder: Path, file: Path, scale: float) -> Any:
 
 
 def assert_agrees(model: Model, pipeline: Any) -> None:
-    """All weights are those of the pipeline, to rounding."""
+    """Assert that all weights are those of the pipeline, to rounding."""
     for name, network in networks(model).items():
         theirs = getattr(pipeline, name).state_dict()
         assert theirs.keys() == network.state_dict().keys()
@@ -271,14 +271,14 @@ class TestAgainstDiffusers:
         assert (ours - before).abs().max() > 0.1
 
     def test_kohya_for_sd_1_5(self, tmp_path: Path) -> None:
-        """and SD 1.5 in diffusers'."""
+        """kohya's scripts train SD 1.5 in diffusers' layout."""
         tiny = random_model(SD15)
         folder, file = tiny.save(tmp_path / "model"), tmp_path / "lora.safetensors"
         save_file(whole_lora(tiny, original=False), file)
         assert_agrees(load(folder, loras=[(file, -1.5)]), by_diffusers(folder, file, -1.5))
 
     def test_what_diffusers_trains_and_writes(self, folder: Path, tmp_path: Path) -> None:
-        """PEFT's names, and alphas in the metadata."""
+        """The file has PEFT's names, and alphas in the metadata."""
         pipeline: Any = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
         adapters = {
             "unet": LoraConfig(
@@ -317,7 +317,7 @@ class TestAgainstDiffusers:
     )
     @pytest.mark.parametrize("name", ["adapter_model", "style"])
     def test_what_peft_writes(self, folder: Path, tmp_path: Path, config: Any, name: str) -> None:
-        """An adapter of the U-Net by itself, whose alpha stands in adapter_config.json beside it, whatever its name."""
+        """The alpha of a U-Net's adapter stands in adapter_config.json beside it, whatever the file's name."""
         unet = UNet2DConditionModel.from_pretrained(folder / "unet")
         adapted: Any = get_peft_model(unet, config)
         with torch.no_grad():
@@ -368,7 +368,7 @@ class TestMerging:
     def test_both_layouts_of_the_model_take_the_same_file(
         self, folder: Path, single_file: Path, two: tuple[Path, Path]
     ) -> None:
-        """Of a single file the second text encoder's queries, keys and values lie in one matrix."""
+        """In a single file, the second text encoder's queries, keys and values lie in one matrix."""
         assert_bit_equal(load(single_file, config=folder, loras=[(two[0], 1)]), load(folder, loras=[(two[0], 1)]))
 
     def test_only_what_is_changed_is_copied(self, tiny: Tiny, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def steps(model: Model, prompt: str | list[str] = PROMPT, **options: Any) -> lis
 
 @pytest.fixture
 def run(tiny_model: Model) -> Run:
-    """On a canvas of 16×16 latents, twice the native size, with 4 steps."""
+    """A run on a canvas of 16×16 latents, twice the native size, with 4 steps."""
     found: list[Run] = []
 
     def spy(run: Run) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The methods as canvas denoisers: what must hold whatever the network says, on a small random one."""
+"""The methods as canvas denoisers: properties that hold for every network, tested on a small random one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tiny import relative_error
 from torch import Tensor, nn
 
 import cutdiff
@@ -29,10 +30,6 @@ PROMPT = "a red house at night"
 
 def latents(model: Model, prompt: str | list[str] = PROMPT, **options: Any) -> Tensor:
     return list(cutdiff.denoise(model, prompt, **options))[-1].latents
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 def test_the_command_line_knows_every_name() -> None:
@@ -74,7 +71,7 @@ def test_every_size_that_is_a_multiple_of_8_can_be_drawn(
 def test_the_stages_meet_for_every_number_of_steps(
     tiny_model: Model, num_steps: int, fraction: float, odd: bool
 ) -> None:
-    """Structure first, detail after, no step missed; the state is on the canvas at every step."""
+    """Structure comes first and detail after it, no step is missed, and the state is on the canvas at every step."""
     size = 72 if odd else 128
     steps = list(
         cutdiff.denoise(tiny_model, PROMPT, height=size, width=size, num_steps=num_steps, structure_fraction=fraction)
@@ -132,7 +129,7 @@ def test_without_structure_cutdiffusion_is_multidiffusion_with_jitter(tiny_model
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_batch_that_memory_does_not_hold_is_halved_until_it_does(tiny_model: Model, method: str) -> None:
-    """Memory runs out at the end of a pass, after all that a method may note of it."""
+    """Memory runs out at the end of a pass, after everything that a method may record in it."""
     last, seen = tiny_model.unet.conv_out, []
 
     def forward(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The metrics, against closed forms and by what they must do when a picture gets better or worse."""
+"""The metrics against closed forms, and their direction when a picture gets better or worse."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from renders import random_pictures
 from torch import Tensor
 
 from cutdiff.evaluation.metrics import (
@@ -22,8 +23,6 @@ from cutdiff.evaluation.metrics import (
     resampled_kernel_distance,
     seams,
 )
-from cutdiff.scenes import world
-from cutdiff.scenes.render import render
 
 seeds = st.integers(0, 2**32)
 
@@ -40,10 +39,6 @@ def exact(n: int, mean: Tensor, root: Tensor, seed: int) -> Tensor:
     return white @ root.T + mean
 
 
-def pictures(n: int, size: int, seed: int) -> Tensor:
-    return render(world.sample(n, torch.Generator().manual_seed(seed)), size) / 2 + 0.5
-
-
 @given(seeds, st.integers(2, 40), st.integers(1, 8))
 def test_a_set_is_at_no_frechet_distance_from_itself(seed: int, n: int, d: int) -> None:
     x = normal(n, d, seed=seed)
@@ -52,7 +47,7 @@ def test_a_set_is_at_no_frechet_distance_from_itself(seed: int, n: int, d: int) 
 
 @given(seeds, st.integers(2, 6))
 def test_frechet_distance_of_gaussians_on_common_axes(seed: int, d: int) -> None:
-    """|μ₁ − μ₂|² + Σ (σ₁ − σ₂)² where the covariances commute, whatever the axes."""
+    """It is |μ₁ − μ₂|² + Σ (σ₁ − σ₂)² where the covariances commute, on any axes."""
     axes = torch.linalg.qr(normal(d, d, seed=seed)).Q
     means, deviations = normal(2, d, seed=seed + 1), normal(2, d, seed=seed + 2).abs() + 0.1
     x, y = (exact(30, means[i], axes @ torch.diag(deviations[i]) @ axes.T, seed + 3 + i) for i in (0, 1))
@@ -75,7 +70,7 @@ def test_kernel_distance_is_its_definition(seed: int, n: int, m: int, d: int) ->
 
 
 def test_kernel_distance_is_unbiased() -> None:
-    """Small sets of one distribution: 0 on average, within four standard errors, and negative about as often as not."""
+    """For small sets of one distribution it is 0 on average, to four standard errors, and often negative."""
     values = torch.tensor(
         [kernel_distance(normal(6, 3, seed=2 * i), normal(9, 3, seed=2 * i + 1)) for i in range(2000)]
     )
@@ -101,7 +96,7 @@ def test_bootstrap_covers_a_mean() -> None:
 
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
 def test_centered_bootstrap_covers_a_distance(distance: Callable[[Tensor, Tensor], float]) -> None:
-    """Two sets of 100: the centered interval holds the mean over fresh pairs of sets, the plain one lies above it."""
+    """For sets of 100, the centered interval holds the mean over fresh pairs of sets; the plain one lies above it."""
     pairs = [(normal(100, 16, seed=2 * i), normal(100, 16, seed=2 * i + 1) + 0.2) for i in range(200)]
     expected = sum(distance(*pair) for pair in pairs) / len(pairs)
     for centered in (True, False):
@@ -123,12 +118,12 @@ def test_bootstrap_repeats_itself_and_resamples_each_set() -> None:
 
 
 def test_true_pictures_have_no_seams() -> None:
-    assert seams(pictures(100, 256, seed=1), [64, 128, 192], [64, 128, 192]).mean() == pytest.approx(1, abs=0.2)
+    assert seams(random_pictures(100, 256, seed=1), [64, 128, 192], [64, 128, 192]).mean() == pytest.approx(1, abs=0.2)
 
 
 @given(st.integers(1, 63), st.integers(1, 63), st.floats(0.03, 0.3), seeds)
 def test_seams_rise_where_parts_do_not_meet(row: int, column: int, step: float, seed: int) -> None:
-    images = pictures(2, 64, seed=seed) * 0.5
+    images = random_pictures(2, 64, seed=seed) * 0.5
     pasted = images.clone()
     pasted[:, :, row:] += step
     pasted[:, :, :, column:] += step
@@ -147,17 +142,19 @@ def test_borders_must_lie_inside() -> None:
 
 
 def test_detail_is_that_of_the_truth_and_an_enlarged_picture_has_little() -> None:
-    truth, more = pictures(40, 256, seed=2), pictures(40, 256, seed=3)
+    truth, more = random_pictures(40, 256, seed=2), random_pictures(40, 256, seed=3)
     assert detail(truth, truth) == 1
     assert detail(more, truth) == pytest.approx(1, abs=0.2)
-    enlarged = F.interpolate(pictures(40, 128, seed=2), scale_factor=2, mode="bicubic", antialias=True).clamp(0, 1)
+    enlarged = F.interpolate(random_pictures(40, 128, seed=2), scale_factor=2, mode="bicubic", antialias=True).clamp(
+        0, 1
+    )
     assert detail(enlarged, truth) < 0.3
     assert detail(truth + 0.02 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0)), truth) > 1
 
 
 @given(st.integers(1, 62))
 def test_detail_begins_at_the_native_limit(half_periods: int) -> None:
-    """Cosines of so many half periods across 64 px, of which a picture of 32 px holds up to 32."""
+    """The pictures are cosines of so many half periods across 64 px, of which a picture of 32 px holds up to 32."""
     x = (torch.arange(64) + 0.5) / 64
     wave = torch.cos(torch.pi * half_periods * x).expand(1, 3, 64, 64)
     expected = 0.5 if half_periods > 32 else 0.0
@@ -166,8 +163,8 @@ def test_detail_begins_at_the_native_limit(half_periods: int) -> None:
 
 
 def test_agreement_is_high_for_the_same_scene_and_low_for_another() -> None:
-    native = pictures(20, 128, seed=4)
-    large = pictures(20, 256, seed=4)
+    native = random_pictures(20, 128, seed=4)
+    large = random_pictures(20, 256, seed=4)
     same = agreement(large, native)
     assert (same > 30).all()
     assert (agreement(large.roll(1, 0), native) < same - 10).all()

@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import QUICK_UNET, QUICK_VAE, relative_error
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -23,11 +24,6 @@ from cutdiff.models.vae import VAE, DiagonalGaussian
 
 TOLERANCE = 1e-5
 SEEDS = st.integers(0, 2**32)
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def generator(seed: int) -> torch.Generator:
@@ -108,7 +104,7 @@ def test_unet_is_the_published_one(
 
 
 def test_every_key_of_sdxl_base_is_the_published_one() -> None:
-    """Written out, not made from our configuration: this is stable-diffusion-xl-base-1.0."""
+    """The configuration of stable-diffusion-xl-base-1.0 is written out here, not made from ours."""
     with torch.device("meta"):
         theirs = UNet2DConditionModel(
             block_out_channels=(320, 640, 1280),
@@ -150,7 +146,7 @@ def test_every_key_of_the_sdxl_vae_is_the_published_one() -> None:
 @pytest.mark.parametrize("config", [SDXL_UNET, SD15_UNET, SD21_UNET], ids=["SDXL", "SD 1.5", "SD 2.1"])
 @torch.no_grad()
 def test_full_size_unet_is_the_published_one(config: UNetConfig) -> None:
-    """Up to 2.6 billion float32 weights, held once: 10 GiB, and the activations of one image."""
+    """Up to 2.6 billion float32 weights are in memory once: 10 GiB, and the activations of one image."""
     with torch.device("meta"):
         theirs, ours = published_unet(config), UNet(config)
     theirs.to_empty(device="cpu")
@@ -161,26 +157,11 @@ def test_full_size_unet_is_the_published_one(config: UNetConfig) -> None:
     assert relative_error(ours.eval()(*inputs), run_published_unet(theirs, *inputs)) <= 1e-4
 
 
-SMALL_UNET = UNetConfig(
-    channels=(8, 16),
-    layers_per_block=1,
-    transformer_layers=(0, 1),
-    mid_transformer_layers=1,
-    num_heads=(1, 2),
-    context_dim=16,
-    pooled_dim=8,
-    size_embedding_dim=4,
-    norm_groups=4,
-    native_size=16,
-)
-SMALL_VAE = VAEConfig(channels=(8, 8, 16), layers_per_block=1, norm_groups=4)
-
-
 @torch.no_grad()
 def test_an_image_does_not_depend_on_its_neighbours() -> None:
-    unet = UNet(SMALL_UNET)
+    unet = UNet(QUICK_UNET)
     randomise(unet, seed=0)
-    inputs = unet_inputs(SMALL_UNET, seed=1, batch=3, height=9, width=12, tokens=5)
+    inputs = unet_inputs(QUICK_UNET, seed=1, batch=3, height=9, width=12, tokens=5)
     alone = torch.cat([unet(*(tensor[i : i + 1] for tensor in inputs)) for i in range(3)])
     assert relative_error(unet(*inputs), alone) <= TOLERANCE
 
@@ -188,10 +169,10 @@ def test_an_image_does_not_depend_on_its_neighbours() -> None:
 @torch.no_grad()
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**31))
 def test_text_that_was_read_once_gives_what_reading_it_for_every_item_gives(texts: int, items: int, seed: int) -> None:
-    unet = UNet(SMALL_UNET)
+    unet = UNet(QUICK_UNET)
     randomise(unet, seed)
-    x, timesteps, _, pooled, size_ids = unet_inputs(SMALL_UNET, seed, batch=items, height=8, width=6, tokens=5)
-    states = torch.randn(texts, 5, SMALL_UNET.context_dim, generator=generator(seed))
+    x, timesteps, _, pooled, size_ids = unet_inputs(QUICK_UNET, seed, batch=items, height=8, width=6, tokens=5)
+    states = torch.randn(texts, 5, QUICK_UNET.context_dim, generator=generator(seed))
     rows = torch.randint(texts, (items,), generator=generator(seed))
     whole = unet(x, timesteps, states[rows], pooled, size_ids)
     read = unet.read(states)[rows]
@@ -208,11 +189,11 @@ BACKEND = "aot_eager"
 @torch.no_grad()
 def test_unet_compiles_without_a_graph_break_at_fixed_and_changing_sizes() -> None:
     torch.compiler.reset()
-    unet = UNet(SMALL_UNET)
+    unet = UNet(QUICK_UNET)
     randomise(unet, seed=0)
     compiled = torch.compile(unet, fullgraph=True, backend=BACKEND)
     for batch, height, width in ((2, 16, 16), (3, 9, 13)):  # recompiled with symbols for what changed
-        inputs = unet_inputs(SMALL_UNET, seed=1, batch=batch, height=height, width=width, tokens=5)
+        inputs = unet_inputs(QUICK_UNET, seed=1, batch=batch, height=height, width=width, tokens=5)
         assert relative_error(compiled(*inputs), unet(*inputs)) <= TOLERANCE
     x, timesteps, context, *rest = inputs
     read = unet.read(context)
@@ -222,7 +203,7 @@ def test_unet_compiles_without_a_graph_break_at_fixed_and_changing_sizes() -> No
 @torch.no_grad()
 def test_vae_compiles_without_a_graph_break_at_fixed_and_changing_sizes() -> None:
     torch.compiler.reset()
-    vae = VAE(SMALL_VAE)
+    vae = VAE(QUICK_VAE)
     randomise(vae, seed=0)
     decode = torch.compile(vae.decode, fullgraph=True, backend=BACKEND)
     for batch, height, width in ((2, 4, 4), (3, 3, 5)):
@@ -271,7 +252,7 @@ def test_vae_decodes_as_the_published_one(config: VAEConfig, seed: int, batch: i
 @given(config=vae_configs(), seed=SEEDS, batch=st.integers(1, 3), height=st.integers(16, 50), width=st.integers(16, 50))
 @torch.no_grad()
 def test_vae_encodes_as_the_published_one(config: VAEConfig, seed: int, batch: int, height: int, width: int) -> None:
-    """Sizes that the factor does not divide, too: both drop the same pixels."""
+    """Both drop the same pixels where the factor does not divide the size."""
     ours, theirs = same_vaes(config, seed)
     images = torch.rand(batch, config.in_channels, height, width, generator=generator(seed)) * 2 - 1
     distribution, expected = ours.encode(images), theirs.encode(images, return_dict=False)[0]
@@ -348,7 +329,7 @@ def make_encoder(kind: type, width: int, layers: int, activation: str) -> nn.Mod
 
 @pytest.fixture(scope="module")
 def text() -> TextEncoders:
-    """SDXL's pair: different widths, depths and activations, and the second pads with "!"."""
+    """SDXL's pair of encoders: widths, depths and activations differ, and the second pads with "!"."""
     return TextEncoders(
         tokenizer=make_tokenizer("<|endoftext|>"),
         tokenizer_2=make_tokenizer("!</w>"),
@@ -358,7 +339,7 @@ def text() -> TextEncoders:
 
 
 def token_ids(text: TextEncoders, prompts: list[str]) -> list[Tensor]:
-    """Of each encoder, (B, L), where every prompt fits one chunk."""
+    """The token ids (B, L) for each encoder, of prompts that fit one chunk."""
     (chunk,) = text.tokenize(prompts)
     return [tokens.ids for tokens in chunk]
 

@@ -1,16 +1,16 @@
-"""What a plan tells is what a run takes: evaluations and FLOPs exactly, memory within 15%."""
+"""A plan tells what a run takes: evaluations and FLOPs exactly, memory within 15%."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from test_bench import VAE_TINY
-from tiny import Tiny
+from tiny import QUICK_UNET, QUICK_VAE, Tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,35 +18,25 @@ import cutdiff
 from cutdiff.bench.__main__ import SMALL_UNET
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import random_model
-from cutdiff.models.config import UNetConfig
 from cutdiff.plan import main
 from cutdiff.planning.forecast import decoding, outline, sized, walk, weight_bytes
 from cutdiff.planning.meter import Meter
 from cutdiff.settings import METHOD_NAMES, Settings
 
-UNET = UNetConfig(
-    channels=(16, 32, 32),
-    layers_per_block=1,
-    transformer_layers=(0, 1, 3),
-    mid_transformer_layers=2,
-    num_heads=(2, 4, 4),
-    context_dim=24,
-    pooled_dim=12,
-    size_embedding_dim=8,
-    norm_groups=4,
-    native_size=8,
+UNET = replace(
+    QUICK_UNET, channels=(16, 32, 32), transformer_layers=(0, 1, 3), mid_transformer_layers=2, num_heads=(2, 4, 4)
 )
 CPU = torch.device("cpu")
 
 
 def sizes_of(model: Model) -> Model:
-    """The same on the meta device."""
+    """The same model on the meta device."""
     return sized(model.unet.config, model.vae.config, model.dtype)
 
 
 @pytest.fixture(scope="module")
 def small() -> Model:
-    return random_model(UNET, VAE_TINY, CPU)
+    return random_model(UNET, QUICK_VAE, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +60,7 @@ CASES: list[tuple[int, int, dict[str, Any]]] = [
 def test_counts_of_every_step_are_those_of_the_run(
     method: str, height: int, width: int, options: dict[str, Any], small: Model
 ) -> None:
-    """Attention by its formula, since torch's counter does not know the CPU's kernel."""
+    """Attention is counted by its formula, because torch's counter does not know the CPU's kernel."""
     settings = Settings(method=method, height=height, width=width, **options)
     flops, stages = [0], []
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -107,7 +97,7 @@ def test_evaluations_are_those_of_a_run_with_prompts(options: dict[str, Any], ti
     [("cutdiffusion", 2048, 5.6), ("cutdiffusion", 4096, 27.8), ("direct", 2048, 4.6), ("demofusion", 2048, 12.0)],
 )
 def test_sdxl_takes_what_arithmetic_on_its_layers_says(method: str, side: int, seconds: float, sdxl: Model) -> None:
-    """At 790 TFLOP/s; keys and values of the text, computed once, spare 0.8%."""
+    """The seconds are for 790 TFLOP/s; keys and values of the text, computed once, spare 0.8%."""
     planned = walk(sdxl, Settings(method=method, height=side, width=side))
     assert sum(stage.total.flops for stage in planned.stages) / 790e12 == pytest.approx(seconds, rel=0.02)
 
@@ -125,8 +115,8 @@ def test_flops_of_decoding_are_counted(size: tuple[int, int], small: Model) -> N
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_memory_is_within_15_percent_of_what_lives_in_a_run(method: str) -> None:
-    """Beside the weights: on a CPU, whose operators hold more than kernels do."""
-    model = random_model(SMALL_UNET, VAE_TINY, CPU)
+    """It is the memory besides the weights, on a CPU, whose operators keep more than kernels do."""
+    model = random_model(SMALL_UNET, QUICK_VAE, CPU)
     settings = Settings(method=method, height=256, width=192, num_steps=2, view_batch_size=4)
     with Meter() as meter:
         for _ in cutdiff.denoise(model, "", settings):
@@ -152,7 +142,7 @@ def test_memory_of_decoding_in_bands_is_what_lives(sdxl: Model) -> None:
 
 
 def test_weights_are_those_of_the_networks(sdxl: Model) -> None:
-    """6.94 GB of SDXL-base in 16 bits."""
+    """SDXL-base has 6.94 GB of weights in 16 bits."""
     assert weight_bytes(sdxl) == pytest.approx(6.94e9, rel=1e-3)
     float16 = outline(None, "float16")
     assert float16.vae_dtype == torch.float32
@@ -177,7 +167,7 @@ def test_what_memory_does_not_hold_is_halved_as_a_run_halves_it(small: Model) ->
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32])
 def test_the_busiest_device_has_its_share_and_is_sent_the_rest(devices: int, small: Model) -> None:
-    """Of the 18 rows of nine views: 18, 9, 5, 3, 2, and 1 each, with more devices than rows too."""
+    """It has 18, 9, 5, 3, 2 and 1 of the 18 rows of nine views, also where there are more devices than rows."""
     settings = Settings(method="multidiffusion", height=128, width=128, num_steps=2)
     (stage,) = walk(sizes_of(small), settings, devices).stages
     mine, row_bytes = math.ceil(18 / devices), 4 * 8 * 8 * 4

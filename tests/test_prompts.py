@@ -1,4 +1,4 @@
-"""Prompts as people type them: the syntax, the chunks, the states that come of them, and the command line."""
+"""Prompts as people type them: their syntax, their chunks, their text states, and the command line."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def text(request: pytest.FixtureRequest) -> TextEncoders:
 
 
 def published(text: TextEncoders, prompts: list[str], **options: Any) -> TextStates:
-    """What diffusers' `encode_prompt` gives."""
+    """The text states that diffusers' `encode_prompt` gives."""
     # Its pipelines look for the final norm where older releases of transformers keep it.
     object.__setattr__(text.text_encoder, "text_model", text.text_encoder)
     config = SimpleNamespace(force_zeros_for_empty_prompt=True)
@@ -246,7 +246,7 @@ def test_clip_skip_counts_from_the_last_layer(text: TextEncoders) -> None:
 
 
 def test_sd21_is_read_at_the_same_layer_from_a_single_file() -> None:
-    """Which holds all 24 layers."""
+    """The single file has all 24 layers."""
     whole = TextEncoders(make_tokenizer("!</w>"), None, make_encoder(CLIPTextModel, 8, 24, "gelu"), None, layer=2)
     assert whole.skipping(2).layer == 2
     assert whole.skipping(24).layer == 24
@@ -362,7 +362,7 @@ def test_the_layer_is_read_for_the_run_and_the_model_stays_as_it_is(tiny_model: 
 
 
 def pictures(folder: Path) -> list[tuple[str, dict[str, Any], str]]:
-    """Names, records and texts of the pictures in a folder."""
+    """The names, records and texts of the pictures in a folder."""
     found = []
     for path in sorted(folder.glob("*.png")):
         with Image.open(path) as image:

@@ -1,6 +1,6 @@
-"""CutDiffusion against its published loop, which lives with the bench: state as a list of patches, diffusers' networks
-and scheduler, averages after its step. It shares nothing with cutdiff but weights and text states, and its draws are
-handed to cutdiff through `Draws`.
+"""CutDiffusion against its published loop, which lives with the bench: its state is a list of patches, its networks and
+scheduler are diffusers', and it averages after the scheduler's step. It shares nothing with cutdiff but the weights and
+the text states, and its draws are handed to cutdiff through `Draws`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WINDOW, STRIDE, GUIDANCE = 8, 4, 7.5
 
 
 class PublishedRun:
-    """Draws of a published run, made beforehand: noise by patch, an index for every step, jittered windows."""
+    """The draws of a published run, made beforehand: noise by patch, an index for every step, jittered windows."""
 
     def __init__(self, grid: tuple[int, int], num_steps: int, seed: int) -> None:
         self.grid, self.num_steps = grid, num_steps
@@ -36,7 +36,7 @@ class PublishedRun:
         self.windows = [self._windows(generator) for _ in range(num_steps)]
 
     def _windows(self, generator: torch.Generator) -> list[tuple[int, int]]:
-        """Tops and lefts on the padded canvas, so never negative."""
+        """The tops and lefts of views on the padded canvas, which are never negative."""
         reach = (WINDOW - STRIDE) // 4
         starts = []
         for tiles in self.grid:

@@ -1,4 +1,4 @@
-"""The reader: what a file, an index or a folder can be instead of what it should be, and what is said of it."""
+"""The reader: files, indexes and folders that are not as they should be, and the messages about them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ HEADERS = {
     "comment": (file(b"{/**/}"), "stands '/**/}' where a string belongs"),
     "second-object": (file(b"{}{}", b""), f"stands '{{}}' where nothing but space belongs: {AGAIN}"),
 }
-"""Headers with one flaw, and what must be said of them after the path; those of whole files: test_bad_files.py."""
+"""Headers with one flaw, and the messages after the path; flaws of whole files are in test_bad_files.py."""
 
 
 class TestHeader:
@@ -100,7 +100,7 @@ class TestHeader:
             assert re.search(r": (download|convert) [^:]+$", message), "it says what to do"
 
     def test_safetensors_itself_refuses_no_file_that_is_accepted_here(self, tmp_path: Path) -> None:
-        """What is accepted at the borders of the format."""
+        """Files at the borders of the format are accepted."""
         accepted = {
             "nothing": file({}, b""),
             "padded": file(b"{}" + b" " * 62, b""),
@@ -224,12 +224,12 @@ class TestTensors:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """The number of this process's bytes that are in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Equal as bytes, since not every dtype compares."""
+    """Compare tensors as bytes, because not every dtype compares."""
     return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(
         a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
     )
@@ -348,7 +348,7 @@ class TestIndex:
 
 
 def test_fuzzing() -> None:
-    """A little of what `python tests/fuzz_read.py` does at length, in a process whose memory it can limit."""
+    """This is a short run of `python tests/fuzz_read.py`, in a process whose memory it can limit."""
     if not Path("/proc/self/statm").exists():
         pytest.skip("the kernel does not tell the memory of a process")
     command = [sys.executable, str(Path(__file__).with_name("fuzz_read.py")), "--num", "1000", "--seed", "1"]

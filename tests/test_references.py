@@ -1,4 +1,4 @@
-"""Pictures against a folder of reference images: metrics of a maintained library, fed by files of the user's own."""
+"""Pictures against a folder of reference images: a maintained library's metrics, with networks of the user's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = ["a red house at night", "a blue tree at day", "a pink tent"]
 
 
 class Moments(nn.Module):
-    """Stands for Inception: means and deviations of the colours as features, shares of them as probabilities."""
+    """A stand-in for Inception: its features are means and deviations of colours, its probabilities shares of them."""
 
     def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
         pixels = images.float().flatten(2) / 255
@@ -67,8 +67,10 @@ def test_distances_are_those_of_the_features(tmp_path: Path, features: Path) -> 
     references = References.load(tmp_path / "truth", features, None)
     scores = compare(ours, ["a scene"] * 24, references, native=32)
     pixels = [np.stack([np.asarray(Image.open(path)) for path in paths]) for paths in (ours, truth)]
-    found, wanted = (Moments()(torch.from_numpy(p).permute(0, 3, 1, 2), return_features=True) for p in pixels)
-    assert scores["FID whole"].value == pytest.approx(frechet_distance(found, wanted), rel=1e-3)
+    ours_features, truth_features = (
+        Moments()(torch.from_numpy(p).permute(0, 3, 1, 2), return_features=True) for p in pixels
+    )
+    assert scores["FID whole"].value == pytest.approx(frechet_distance(ours_features, truth_features), rel=1e-3)
     assert set(scores) == {f"{name} {part}" for name in ("FID", "KID", "IS") for part in ("whole", "crops")}
     assert scores["IS whole"].value > 1
     assert scores == compare(ours, ["a scene"] * 24, references, native=32), "the same every time"
@@ -94,8 +96,8 @@ def test_the_clip_score_is_a_cosine_of_embeddings(tmp_path: Path, clip: Path) ->
     images = [Image.open(path).copy() for path in pictures]
     with torch.no_grad():
         given = {"text": PROMPTS, "images": images, "return_tensors": "pt", "padding": True}
-        found = model(**processor(**given))
-    cosines = (found.logits_per_image / model.logit_scale.exp()).diagonal()
+        output = model(**processor(**given))
+    cosines = (output.logits_per_image / model.logit_scale.exp()).diagonal()
     torch.testing.assert_close(scores, 100 * cosines.clamp(min=0), rtol=1e-3, atol=1e-3)
     assert scores.max() > 0
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from renders import pictures, scenes
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
@@ -16,16 +16,6 @@ from cutdiff.evaluation.metrics import psnr
 from cutdiff.scenes import world
 from cutdiff.scenes.read import read
 from cutdiff.scenes.render import Crop, render
-from cutdiff.scenes.world import Scenes
-
-
-def scenes(n: int, seed: int = 0) -> Scenes:
-    return world.sample(n, torch.Generator().manual_seed(seed))
-
-
-def pictures(drawn: Scenes, size: int) -> Tensor:
-    """True renders in [0, 1]."""
-    return render(drawn, size) / 2 + 0.5
 
 
 def test_captions_name_what_is_drawn() -> None:
@@ -35,7 +25,7 @@ def test_captions_name_what_is_drawn() -> None:
 
 
 def test_a_crop_is_the_same_part_of_the_whole_picture_drawn_larger() -> None:
-    """Both put their pixels at the same places: 64 px of a quarter are those of the whole at 128 px, to rounding."""
+    """Both have their pixels at the same places: the 64 px of a quarter are those of the whole at 128 px, rounded."""
     drawn = scenes(8)
     corner = Crop(torch.full((8,), 0.5), torch.full((8,), 0.25), torch.full((8,), 0.5))
     part = render(drawn, 64, corner)
@@ -43,7 +33,7 @@ def test_a_crop_is_the_same_part_of_the_whole_picture_drawn_larger() -> None:
 
 
 def test_resolutions_agree() -> None:
-    """A picture drawn at 256 px and averaged down is the one drawn at 128 px, but for the corners of shapes."""
+    """A picture drawn at 256 px and averaged down is the one drawn at 128 px except at the corners of shapes."""
     drawn = scenes(16)
     error = (F.avg_pool2d(render(drawn, 256), 2) - render(drawn, 128)).abs()
     assert error.mean() < 2e-3
@@ -59,7 +49,7 @@ def test_the_embedded_vae_reconstructs_true_scenes(model: Model, size: int) -> N
 
 @pytest.mark.parametrize(("num", "share"), [(64, 0.9), pytest.param(500, 0.97, marks=pytest.mark.slow)])
 def test_the_embedded_model_draws_what_captions_name(model: Model, num: int, share: float) -> None:
-    """Pictures at native size: one body and one subject, of the caption's kind and colour."""
+    """Pictures at native size have one body and one subject, of the caption's kind and colour."""
     choices = scenes(num, seed=500).choices
     right = []
     for first in range(0, num, 50):
@@ -88,7 +78,7 @@ def test_the_embedded_folder_is_small_and_its_hashes_are_those_written_beside_it
 
 
 def test_direct_at_native_size_is_what_diffusers_draws(model: Model) -> None:
-    """Same folder, same noise, same prompt, float32: mean absolute difference at most one level of 255."""
+    """With the same folder, noise and prompt, in float32, pixels differ by one level of 255 at most on average."""
     from diffusers import StableDiffusionXLPipeline
 
     from cutdiff.sampling.draws import Draws

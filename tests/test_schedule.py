@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import in_float64, published_ddim, published_euler
 
-from cutdiff.sampling.schedule import (
+from cutdiff.sampling.noise import (
     BETA_SCHEDULES,
     SPACINGS,
     NoiseConfig,
@@ -29,7 +29,7 @@ MAKERS = pytest.mark.parametrize("make", [euler_schedule, ddim_schedule])
 
 @st.composite
 def noise_configs(draw: st.DrawFn) -> NoiseConfig:
-    """Any beta schedule and any spacing, over 20 to 1000 training timesteps, with an offset that stays among them."""
+    """Draw any beta schedule and spacing, over 20 to 1000 training timesteps, with an offset that stays among them."""
     return NoiseConfig(
         num_train_timesteps=draw(st.integers(20, 1000)),
         beta_start=draw(st.floats(1e-4, 1e-3)),
@@ -94,7 +94,7 @@ def test_ddim_schedule_is_the_published_one(config: NoiseConfig, data: st.DataOb
     ("spacing", "steps_offset"), [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)]
 )
 def test_timesteps_are_the_published_ones_at_every_common_length(spacing: str, steps_offset: int) -> None:
-    """Halves are rounded alike: at 48 steps "trailing" lands on one."""
+    """Halves are rounded in the same way: at 48 steps, "trailing" lands on one."""
     config = NoiseConfig(timestep_spacing=spacing, steps_offset=steps_offset)
     euler, ddim = published_euler(config), published_ddim(config)
     for num_steps in (*range(1, 51), 61, 96, 100, 250, 999):
@@ -108,8 +108,8 @@ def test_timesteps_are_the_published_ones_at_every_common_length(spacing: str, s
 
 @MAKERS
 def test_leading_never_leaves_the_trained_timesteps(make) -> None:
-    """As many steps as timesteps plus an offset reach past the end: the published Euler then asks the network for
-    timestep 1000, the published DDIM fails. We stay at 999."""
+    """As many steps as timesteps, plus an offset, reach past the end: the published Euler then asks the network for
+    timestep 1000, and the published DDIM fails. Ours stay at 999."""
     schedule = make(NoiseConfig(timestep_spacing="leading", steps_offset=1), 1000)
     assert schedule.timesteps[:3] == (999, 999, 998)
     assert schedule.timesteps[-1] == 1

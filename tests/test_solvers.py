@@ -1,4 +1,4 @@
-"""Whole trajectories against the published schedulers, and what every step and the loop over them must keep."""
+"""Whole trajectories against the published schedulers, and the properties of every step and of the loop over them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from published import in_float64, published_ddim, published_euler
 from torch import Tensor
 
-from cutdiff.sampling.schedule import BETA_SCHEDULES, NoiseConfig, Schedule, euler_schedule
+from cutdiff.sampling.noise import BETA_SCHEDULES, NoiseConfig, Schedule, euler_schedule
 from cutdiff.sampling.solvers import Phase, Solver, Stage, Step, euler_step, make_solver, noise_scale, solve
 
 # The published Euler turns tensors into arrays in a way that numpy 2 is about to drop.
@@ -35,7 +35,7 @@ SPACINGS = pytest.mark.parametrize(
 
 
 def network(x: Tensor, timestep: float) -> Tensor:
-    """Stands for a U-Net: smooth, not linear, mixes channels, and depends on the timestep."""
+    """A stand-in for a U-Net: smooth, not linear, mixing channels, and depending on the timestep."""
     return torch.einsum("ij,bjhw->bihw", MIX.to(x), torch.tanh(x)) + 0.3 * x + math.sin(timestep / 200)
 
 
@@ -159,7 +159,7 @@ def test_ddim_goes_where_the_published_one_goes(
 
 
 def begins_without_signal(config: NoiseConfig, num_steps: int) -> bool:
-    """Whether the first step reads the last timestep, and that has a zero signal-to-noise ratio."""
+    """Tell whether the first step reads the last timestep and that has a signal-to-noise ratio of zero."""
     first = make_solver("ddim").make_schedule(config, num_steps).timesteps[0]
     return config.rescale_betas_zero_snr and first == config.num_train_timesteps - 1
 
@@ -216,13 +216,13 @@ weights = st.floats(-3, 3)
 
 
 def randn(seed: int, count: int) -> list[Tensor]:
-    """Standard normal tensors in float64, so that what must hold exactly holds to 1e-12."""
+    """Standard normal tensors in float64, so that exact properties hold to 1e-12."""
     return list(torch.randn((count, *SHAPE), generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 
 
 @given(st.integers(0, 2**32), sigmas, fractions, weights)
 def test_a_step_is_affine_in_denoised(seed: int, sigma: float, fraction: float, weight: float) -> None:
-    """So that averaging estimates and stepping once equals stepping each and averaging."""
+    """Averaging estimates and stepping once therefore equals stepping each and averaging."""
     x, a, b = randn(seed, 3)
     target = sigma * fraction
     mixed = euler_step(x, weight * a + (1 - weight) * b, sigma, target)

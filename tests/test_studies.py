@@ -1,4 +1,4 @@
-"""The studies: their variants of methods, and that every committed result is one of a cell as it is defined."""
+"""The studies: their variants of methods, and the committed results, each of a cell as it is defined."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_other_variant_draws_something_else(tiny_model: Model, method: Any
 
 
 def test_a_network_that_is_told_the_native_size_hears_of_nothing_else(tiny_model: Model) -> None:
-    """At native size that is what it is told anyway; beyond, it is what changes the picture, and is counted."""
+    """At native size that changes nothing; on a larger canvas it changes the picture, and calls are counted."""
     told = variants.told_native(direct)
     native = {"height": 64, "width": 64}
     assert torch.equal(latents(tiny_model, told, **native), latents(tiny_model, "direct", **native))
@@ -69,7 +69,7 @@ def test_a_network_that_is_told_the_native_size_hears_of_nothing_else(tiny_model
 
 
 def test_deep_features_that_are_reused_save_whole_evaluations(tiny_model: Model) -> None:
-    """The finest level, given what the levels below said at this very step, says what the network says."""
+    """The finest level, given the output of the levels below at the same step, computes what the network computes."""
     options = {"num_steps": 4, "height": 64, "width": 64}
     plain, reused = (
         cutdiff.generate(tiny_model, "a red house", method=method, **options)

@@ -1,4 +1,4 @@
-"""The methods that change the inside of the U-Net: their operators, what they leave behind, and the published codes."""
+"""The methods that change the inside of the U-Net: their operators, the network after runs, and the published codes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from published_unet_methods import CONFIG, GUIDANCE, RUNS, STEPS, noise, published_latents, states, weights
+from tiny import relative_error
 from torch import Tensor, nn
 
 from cutdiff.methods import METHODS, Run
@@ -26,14 +27,14 @@ from cutdiff.models.unet import TransformerBlock, UNet
 from cutdiff.models.windows import attend_in_windows
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.solvers import make_solver, solve
 from cutdiff.scenes.vocabulary import make_text_encoders
 from cutdiff.settings import SOLVER_NAMES
 
 METHOD_NAMES = ("attention_scaling", "scalecrafter", "hidiffusion")
 EMBEDDED = replace(CONFIG, layers_per_block=1, transformer_layers=(0, 1, 1), mid_transformer_layers=1)
-"""Of the embedded model's layout."""
+"""A configuration with the embedded model's layout."""
 
 
 def make_unet(config: UNetConfig = CONFIG) -> UNet:
@@ -76,11 +77,6 @@ def latents(method: str, run: Run, *, solver: str = "ddim", start: Tensor | None
     x = (noise(run.size) if start is None else start) * schedule.init_scale
     steps = solve(METHODS[method](run), x, schedule, make_solver(solver), lambda shape, step: x)
     return list(steps)[-1].latents
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
-    return ((a - b).norm() / b.norm()).item()
 
 
 def sample(*shape: int, seed: int = 0) -> Tensor:
@@ -153,7 +149,7 @@ def test_runs_that_take_turns_do_not_touch_each_other(method: str) -> None:
 
 @pytest.mark.parametrize(("size", "evaluations"), [((16, 16), 2 * 10), ((32, 32), 2 * 10 + 7)])
 def test_noise_damped_guidance_is_counted(size: tuple[int, int], evaluations: int) -> None:
-    """One evaluation more, of the negative row alone, in each of the first 70% of the steps."""
+    """Each of the first 70% of the steps takes one evaluation more, of the negative row alone."""
     run = make_run(size)
     latents("scalecrafter", run)
     assert run.denoiser.evaluations == evaluations
@@ -311,7 +307,7 @@ def resnets(block: str, count: int, factor: float) -> dict[str, float]:
 
 
 def test_the_published_settings_of_sdxl_are_met() -> None:
-    """Of the published lists, the names that SDXL has."""
+    """The names of the published lists that SDXL has."""
     with torch.device("meta"):
         unet = UNet(SDXL_UNET)
     for scale in (2, 2.5):
@@ -434,7 +430,7 @@ def test_the_resampler_is_a_dilated_convolution_with_stride_4() -> None:
 
 
 def test_an_axis_of_native_size_keeps_its_network() -> None:
-    """On 8 x 16 the deep levels see 2 x 2, the native size, not 1 x 2."""
+    """On 8 × 16 the deep levels get 2 × 2, the native size, not 1 × 2."""
     run, seen = make_run((8, 16)), []
     hook = run.denoiser.unet.mid_block.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[2:]))
     latents("hidiffusion", run)

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_models import SEEDS, generator, randomise, relative_error, vae_configs
+from test_models import SEEDS, generator, vae_configs
+from tiny import QUICK_VAE, relative_error
 from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
+from cutdiff.checkpoint.random_model import randomise
 from cutdiff.models.bands import GPU_BAND_BYTES, Limits, in_bands
 from cutdiff.models.config import SDXL_VAE, VAEConfig
 from cutdiff.models.layers import Downsample
@@ -23,7 +25,7 @@ from cutdiff.models.vae import VAE
 from cutdiff.planning.meter import Meter
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
-SMALL = VAEConfig(channels=(8, 16, 16), layers_per_block=1, norm_groups=4)
+SMALL = replace(QUICK_VAE, channels=(8, 16, 16))
 
 
 def make_vae(config: VAEConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> VAE:
@@ -37,7 +39,7 @@ def make_vae(config: VAEConfig, dtype: torch.dtype = torch.float32, seed: int = 
 
 @st.composite
 def limits(draw: st.DrawFn) -> Limits:
-    """From single rows to the whole, and from no picture kept to all."""
+    """Draw limits from single rows to the whole, and from no picture in memory to all."""
     return Limits(int(10 ** draw(st.floats(0, 6))), int(10 ** draw(st.floats(0, 6))))
 
 
@@ -72,7 +74,7 @@ def test_decoding_gives_the_whole(
 def test_encoding_gives_the_whole(
     config: VAEConfig, seed: int, dtype: torch.dtype, shape: tuple[int, int, int], limits: Limits
 ) -> None:
-    """Sizes that the factor does not divide, too."""
+    """The sizes include those that the factor does not divide."""
     vae, (batch, height, width) = make_vae(config, dtype, seed), shape
     images = torch.rand(batch, config.in_channels, height, width, generator=generator(seed), dtype=dtype) * 2 - 1
     assert relative_error(in_bands(vae.encoder, images, limits), vae.encoder(images)) <= ROUNDING[dtype]
@@ -123,7 +125,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 @pytest.mark.parametrize("method", ["decode", "encode"])
 @torch.no_grad()
 def test_sdxl_at_4096_takes_less_than_8_gb_in_16_bits(method: str) -> None:
-    """Tensors that have only sizes, with the weights; the whole at once takes three times as much."""
+    """The tensors have only sizes, and the weights count; the whole at once takes three times as much."""
     with torch.device("meta"):
         vae = VAE(SDXL_VAE).half()
         pictures = torch.empty(1, 4, 512, 512) if method == "decode" else torch.empty(1, 3, 4096, 4096)
@@ -135,7 +137,7 @@ def test_sdxl_at_4096_takes_less_than_8_gb_in_16_bits(method: str) -> None:
 
 @pytest.mark.parametrize("height", [128, 512])
 def test_what_is_held_is_two_pictures_and_a_few_bands(height: int) -> None:
-    """Of a decoder that keeps nothing it need not: its last level, and the one before at half the size."""
+    """The decoder keeps the pictures of its last level, and of the one before at half the size, and nothing else."""
     vae, width = make_vae(SMALL), 64
     latents = torch.randn(1, 4, height // 4, width // 4, generator=generator(1))
     held = (SMALL.channels[0] + SMALL.channels[1] / 4 + SMALL.out_channels) * height * width * 4
@@ -181,8 +183,8 @@ def test_size_decides_and_can_be_overruled(model: Model, banded_sizes: list[tupl
 @pytest.mark.parametrize("banded", [None, False])
 @pytest.mark.parametrize("side", [16, 47, 64])
 def test_a_picture_of_any_size_keeps_its_digits(model: Model, side: int, banded: bool | None) -> None:
-    """The error of a group norm in channels_last grows eightfold with each doubling of the side: a large picture goes
-    in bands, or whole in the other layout."""
+    """The error of a group norm in channels_last grows eightfold with each doubling of the side: a large picture is
+    decoded in bands, or whole in the other layout."""
     latents = torch.randn(1, 4, side, side, generator=generator(0)).contiguous(memory_format=torch.channels_last)
     exact = deepcopy(model.vae).double().decode(latents.double(), banded=False)
     assert relative_error(model.vae.decode(latents, banded=banded).double(), exact) <= 3e-5
@@ -205,7 +207,7 @@ def test_what_is_trained_runs_whole(monkeypatch: pytest.MonkeyPatch, banded_size
 def test_a_run_decodes_in_bands(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch, banded_sizes: list[tuple[int, ...]]
 ) -> None:
-    """In float32 too, where float16 overflows."""
+    """It decodes in bands in float32 too, where float16 overflows."""
     vae = deepcopy(tiny_model.vae).half()
     vae.config = replace(vae.config, force_upcast=False)
     vae.decoder.conv_in.weight.mul_(6e4)
@@ -251,7 +253,7 @@ def test_a_term_that_is_read_after_its_sum_is_an_error() -> None:
 
 @pytest.mark.parametrize("band_bytes", [1, 10_000])
 def test_padding_and_strides_of_other_networks(band_bytes: int) -> None:
-    """What the VAE does not use: symmetric downsampling, dilation, groups, and zeros above."""
+    """The VAE does not use these: symmetric downsampling, dilation, groups, and zeros above."""
     down = Downsample(8)
     dilated = torch.nn.Conv2d(8, 6, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1), groups=2)
 

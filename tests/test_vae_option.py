@@ -1,4 +1,4 @@
-"""A VAE from elsewhere in the place of a model's own, and what the command line tells of the model."""
+"""A VAE from elsewhere in the place of a model's own, and the command line's account of the model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def original(vae: VAE) -> dict[str, Tensor]:
 
 
 def write(vae: VAE, layout: str, place: Path) -> tuple[Path, Path]:
-    """What is passed as the VAE, and the file that holds its weights."""
+    """Write a VAE; returns the path to pass as --vae, and the file that holds its weights."""
     if layout.endswith("folder"):
         folder = place / "vae" if layout == "model folder" else place
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from cutdiff.models.config import SD15_UNET, SD21_UNET, UNetConfig, VAEConfig
 from cutdiff.models.text import TextEncoders
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 
 LENGTH = 16
 UNET = UNetConfig(
@@ -38,7 +38,22 @@ UNET = UNetConfig(
     pooled_dim=64,
     size_embedding_dim=8,
 )
+"""SDXL's layout, to be written and read."""
 VAE_TINY = VAEConfig(channels=(32, 32, 64), layers_per_block=1)
+QUICK_UNET = UNetConfig(
+    channels=(16, 32),
+    layers_per_block=1,
+    transformer_layers=(0, 1),
+    mid_transformer_layers=1,
+    num_heads=(2, 4),
+    context_dim=24,
+    pooled_dim=12,
+    size_embedding_dim=8,
+    norm_groups=4,
+    native_size=8,
+)
+"""SDXL's architecture at a native size of 64 px, to be run: tests that need another one change its fields."""
+QUICK_VAE = VAEConfig(channels=(8, 8, 8, 16), layers_per_block=1, norm_groups=4)
 SD15_TINY = replace(
     SD15_UNET, channels=(32, 64, 64, 64), layers_per_block=1, num_heads=(8, 8, 8, 8), context_dim=64, native_size=64
 )
@@ -87,7 +102,7 @@ def as_convolution(key: str, tensor: Tensor) -> Tensor:
 
 
 def to_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names to OpenCLIP's, written the other way round than the package's conversion."""
+    """Rename transformers' tensors to OpenCLIP's names, written the other way round than the package's conversion."""
     written = {
         "token_embedding.weight": tensors["text_model.embeddings.token_embedding.weight"],
         "positional_embedding": tensors["text_model.embeddings.position_embedding.weight"],
@@ -149,7 +164,7 @@ def tiny_text() -> TextEncoders:
 
 
 def random_model(family: Family) -> Tiny:
-    """Weights that no initialisation would give: biases and norms are constants when they are new."""
+    """Make a model with weights that no initialisation gives: biases and norms are constants when they are new."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if family is SDXL:
@@ -182,6 +197,12 @@ def networks(model: Model | Tiny) -> dict[str, nn.Module]:
     return dict(zip(NETWORKS, (model.unet, model.vae, *model.text.encoders), strict=False))
 
 
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The norm of the difference over that of the second tensor."""
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
 def assert_bit_equal(a: Model | Tiny, b: Model | Tiny) -> None:
     for name, network in networks(a).items():
         ours, theirs = network.state_dict(), networks(b)[name].state_dict()
@@ -201,7 +222,7 @@ def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
 
 
 def on(device: str, model: Model) -> Model:
-    """A copy of the model on the device."""
+    """The model on the device: itself on the CPU, else a copy."""
     if device == "cpu":
         return model
     copy = deepcopy(model)

@@ -42,9 +42,9 @@ from cutdiff.models.fp8 import check_fp8, quantize_transformers
 from cutdiff.models.fused import check_fused, fuse
 from cutdiff.output.images import save_json
 from cutdiff.pipeline import now, peak_memory
+from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import check_backend, grid_for
-from cutdiff.sampling.schedule import NoiseConfig
-from cutdiff.sampling.solvers import make_solver
+from cutdiff.sampling.schedules import make_schedule
 from cutdiff.settings import BACKENDS, Settings
 
 SMALL_UNET = UNetConfig(
@@ -214,7 +214,7 @@ def _settings(args: argparse.Namespace, unet: UNetConfig, vae: VAEConfig) -> Set
             compile=args.compile,
             backend=args.backend,
         )
-        make_solver(settings.solver).make_schedule(NoiseConfig(), settings.num_steps)
+        make_schedule(settings.schedule, settings.solver, NoiseConfig(), settings.num_steps)
     return settings
 
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import TOKENS
-from cutdiff.methods.cutdiffusion import STRUCTURE_FRACTION
+from cutdiff.methods.cutdiffusion import CutDiffusion
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
@@ -154,7 +154,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, side: int, repeats: in
 
 def count_flops(unet: UNetConfig, vae: VAEConfig, size: tuple[int, int], num_steps: int) -> dict[str, float]:
     """Of each part, for one picture of `size` latents, no smaller than native, with guidance; attention included."""
-    switch = math.ceil(STRUCTURE_FRACTION * num_steps)
+    switch = math.ceil(CutDiffusion().structure_fraction * num_steps)
     patches = math.prod(grid_for(size, unet.native_size))
     window, stride = unet.native_size, unet.native_size // 2
     views = len(view_grid(size, (window, window), (stride, stride)))

@@ -18,10 +18,12 @@ import torch
 import cutdiff
 from cutdiff.cli.arguments import DEMO_PROMPT, BadArgument, Parser, errors_by_flag
 from cutdiff.output.images import save_json
-from cutdiff.parallel.launch import alike, joined, own_gpu
+from cutdiff.parallel.launch import joined
+from cutdiff.parallel.process import alike, own_gpu
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Result, now
-from cutdiff.settings import METHOD_NAMES, Settings
+from cutdiff.settings import Settings
+from cutdiff.specs import METHODS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,7 +111,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m cutdiff.bench.scaling", description="Time one process and all that torchrun started."
     )
-    parser.add_argument("--method", default="cutdiffusion", choices=METHOD_NAMES, help="of the picture")
+    parser.add_argument("--method", default="cutdiffusion", metavar="SPEC", help=f"{', '.join(METHODS)}, or your own")
     parser.add_argument("--size", type=int, metavar="PX", help="of its side; none: twice the native size")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="of the picture")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="pairs that are timed")

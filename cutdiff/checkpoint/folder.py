@@ -1,4 +1,4 @@
-"""Reading the diffusers folder layout: a sub-folder for each part, a config.json in each, weights in safetensors."""
+"""Reading a diffusers folder: a sub-folder for each part, with its config.json and its weights in safetensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks
-from cutdiff.checkpoint.configs import boolean, noise_config, unet_config, vae_config
+from cutdiff.checkpoint.configs import unet_config, vae_config
+from cutdiff.checkpoint.fields import boolean
 from cutdiff.checkpoint.keys import modern_vae
 from cutdiff.checkpoint.read import find_weights, read_json, read_tensors
+from cutdiff.checkpoint.schedulers import noise_config
+from cutdiff.checkpoint.tokenizer import read_tokenizer
 from cutdiff.models.config import UNetConfig
 from cutdiff.sampling.edm import AnyNoise
 
@@ -25,14 +28,14 @@ PIPELINES = {"StableDiffusionXLPipeline": True, "StableDiffusionPipeline": False
 """The pipelines whose folders are read, and whether they have two text encoders."""
 OLD_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
 OLD_SIZE = 64
-"""What early folders of SD 1 say otherwise by mistake, and diffusers' StableDiffusionPipeline repairs; in latents, the
-least native size, where a configuration was written before release 0.9."""
+"""The least native size, in latents, in a configuration that was written before release 0.9. Like OLD_SCHEDULER it
+repairs mistakes in early folders of SD 1, as diffusers' StableDiffusionPipeline does."""
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-"""What weight files are called; `model` where a network is not listed."""
+"""The names of weight files without their suffix; a network that is not listed has `model`."""
 
 
 def read_blueprint(folder: Path) -> Blueprint:
-    """Configurations, tokenizers and schedule of a diffusers folder; no weights are read.
+    """Read configurations, tokenizers and schedule of a diffusers folder, but no weights.
 
     Raises ValueError where the folder is no text-to-image pipeline of a family that is read, a part is missing, or a
     configuration is not supported.
@@ -61,7 +64,7 @@ def read_blueprint(folder: Path) -> Blueprint:
 
 
 def weight_files(folder: Path, names: Iterable[str]) -> dict[str, list[Path]]:
-    """The weight files of the networks of those names. Raises ValueError where there are none."""
+    """The weight files of each of the networks in `names`. Raises ValueError where one has none."""
     return {name: find_weights(folder / name, STEMS.get(name, "model")) for name in names}
 
 
@@ -82,7 +85,7 @@ def read_weights(files: Mapping[str, list[Path]], networks: Networks) -> dict[st
 
 def _read_text(folder: Path, encoder: str, tokenizer: str) -> tuple[CLIPTextConfig, CLIPTokenizer]:
     config = parse(folder / encoder / "config.json", clip.clip_config)
-    return config, clip.read_tokenizer(folder / tokenizer, config.max_position_embeddings)
+    return config, read_tokenizer(folder / tokenizer, config.max_position_embeddings)
 
 
 def _zeros_for_empty(index: Mapping[str, Any]) -> bool:
@@ -101,7 +104,7 @@ def _repaired_noise(fields: Mapping[str, Any]) -> AnyNoise:
 
 
 def parse(path: Path, parser: Callable[[Mapping[str, Any]], T]) -> T:
-    """A configuration file through its parser, whose ValueError is headed by the file."""
+    """Parse a configuration file; the name of the file heads the parser's ValueError."""
     fields = read_json(path)
     try:
         return parser(fields)

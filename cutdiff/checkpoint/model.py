@@ -1,4 +1,4 @@
-"""A loaded model: the networks, how their noise was scheduled, and where they came from."""
+"""A loaded model: its networks, the noise that they were trained with, and the files that they came from."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from cutdiff.sampling.edm import AnyNoise
 if TYPE_CHECKING:
     from cutdiff.models.text import TextEncoders
 
-
 LISTED = 5
-"""How many weights an error names before it only counts them."""
+"""The number of weights that an error names before it only counts them."""
 
 
 @dataclass(frozen=True)
 class MergedLora:
-    """A LoRA that is in a model's weights: `scale` times what the file says."""
+    """A LoRA that was merged into a model's weights, `scale` times."""
 
     path: str
     scale: float
@@ -35,27 +34,29 @@ class MergedLora:
 
 @dataclass(frozen=True)
 class Model:
-    """What `cutdiff.load` returns and every run reads: networks in evaluation mode, in which a run leaves no trace."""
+    """The model that `cutdiff.load` returns and every run reads.
+
+    Its networks are in evaluation mode, and a run leaves no trace in them.
+    """
 
     unet: UNet
     vae: VAE
     text: TextEncoders
     noise: AnyNoise
     zeros_for_empty_negative: bool
-    """Whether an empty negative prompt is zeros (as SDXL was trained) and not the encoding of an empty string."""
+    """True where an empty negative prompt is zeros, as SDXL was trained, and not the encoding of an empty string."""
     source: str
     """The folder or file that the weights were read from."""
     files: dict[str, Path]
     """The weight files, by their paths relative to `source`."""
     decided_by: dict[str, str] = field(default_factory=dict)
-    """Which source decided what of `noise`: "option", "marker key …", "metadata …", "scheduler" or "default"; by the
-    names of `noise.described()`."""
+    """The source that decided each part of `noise`, by the names of `noise.described()`: "option", "marker key …",
+    "metadata …", "scheduler" or "default"."""
     loras: tuple[MergedLora, ...] = ()
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of every weight file, by the names of `files`. Made when it is first asked for: it reads all of them,
-        which `load` need not."""
+        """The SHA-256 of every weight file, by the names of `files`; computed on first use, as it reads all bytes."""
         return {name: sha256(path) for name, path in self.files.items()}
 
     @property
@@ -68,17 +69,17 @@ class Model:
 
     @property
     def fp8(self) -> bool:
-        """Whether the U-Net's transformers multiply in 8 bits."""
+        """True where the U-Net's transformers multiply in 8 bits."""
         return any(isinstance(module, FP8Linear) for module in self.unet.modules())
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """What the VAE decodes in: its weights' dtype, or float32 where its configuration says that it overflows."""
+        """The dtype in which the VAE decodes: its weights', or float32 where it would overflow in float16."""
         own = self.vae.post_quant_conv.weight.dtype
         return torch.float32 if own == torch.float16 and self.vae.config.force_upcast else own
 
     def bad_weights(self) -> str:
-        """What an error says of weights that hold NaN or infinity, by name; empty where there are none."""
+        """A message that names the weights that hold NaN or infinity; empty where there are none."""
         networks: dict[str, nn.Module] = {"unet": self.unet, "vae": self.vae}
         networks |= dict(zip(("text_encoder", "text_encoder_2"), self.text.encoders, strict=False))
         bad = {
@@ -95,23 +96,30 @@ class Model:
             return f"weights do not fit float16, {named}: use bfloat16 or float32"
         return f"weights hold NaN or infinity, {named}: download them again"
 
+    def why_not_finite(self) -> str:
+        """The cause, as an error says it, of a value that the model computed and that is not finite."""
+        bad = self.bad_weights()
+        if bad or self.dtype == torch.float32:
+            return bad or "all weights are finite"
+        return f"all weights are finite, so {dtype_name(self.dtype)} overflowed: use float32 or bfloat16"
+
     @property
     def native_size(self) -> int:
-        """Side, in latents, of the pictures that the model was trained on."""
+        """The side, in latents, of the pictures that the model was trained on."""
         return self.unet.config.native_size
 
     @property
     def factor(self) -> int:
-        """Pixels of an image for one latent, on each axis."""
+        """The pixels of an image for one latent, on each axis."""
         return self.vae.config.factor
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file's bytes, in hexadecimal."""
+    """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As options and records have it: "float32"."""
+    """The name of a dtype in options and records, such as "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,7 @@
-"""The arguments of `python -m cutdiff.sample`. Imports no torch."""
+"""The arguments of command lines. Imports no torch before an option of a method, solver, schedule or guidance is given.
+
+Flags of these are made from the fields of the objects that the command line names; `--method NAME --help` lists them.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,26 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
-from cutdiff.settings import (
-    BACKENDS,
-    INTERACTIONS,
-    MAX_FLOAT32,
-    METHOD_NAMES,
-    PREDICTION_TYPES,
-    SIZE_CONDITIONINGS,
-    SOLVER_NAMES,
-    SPACINGS,
-    STAGED,
-    WITHOUT_VIEWS,
-    Settings,
-    nearest,
-    not_one_of,
-)
+from cutdiff import specs
+from cutdiff.options import MAX_FLOAT32, Option, nearest, not_one_of, options_of, read
+from cutdiff.settings import PREDICTION_TYPES, SPACINGS, Settings
+from cutdiff.specs import TABLES
 
 DEMO_PROMPT = "a red house with mountains over a meadow at day"
 Group = argparse._ArgumentGroup
 DTYPES = ("float32", "bfloat16", "float16")
+HOW = (*TABLES, "num_steps", "guidance_interval")
+"""The options of a run that say how a picture is drawn, and neither which one nor where."""
 
 
 class BadArgument(Exception):
-    """An argument that cannot be used; its message is the line that the user sees."""
+    """An argument that cannot be used; its message is the line that the user reads."""
 
 
 def of_flag(error: Exception) -> BadArgument:
@@ -44,7 +39,7 @@ def of_flag(error: Exception) -> BadArgument:
 
 @contextmanager
 def errors_by_flag() -> Iterator[None]:
-    """Say what an error says of an option by the command line's name."""
+    """Let errors name an option as the command line does."""
     try:
         yield
     except ValueError as error:
@@ -56,54 +51,78 @@ def flag_of(name: str) -> str:
     return "--" + {"num_steps": "steps"}.get(name, name).replace("_", "-")
 
 
-def check_used(settings: Settings) -> None:
-    """BadArgument for an option that the method has no use for."""
-    if settings.stride is not None and settings.method in WITHOUT_VIEWS:
-        raise BadArgument(f"--stride {settings.stride} is for methods with views, not {settings.method}: leave it out")
-    if settings.structure_fraction is not None and settings.method not in STAGED:
-        raise BadArgument(
-            f"--structure-fraction {settings.structure_fraction} is for {' and '.join(STAGED)}, not {settings.method}: "
-            "leave it out"
-        )
-
-
 class Parser(argparse.ArgumentParser):
     """Raises BadArgument, which names what was most likely meant."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": _Formatter, **options})
+        self.things: dict[str, Any] = {}
 
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"unrecognized arguments:(?: | .* )(-[^ ]+)", message)
         hint = ""
         if unknown:
-            meant = nearest(unknown[1], self._option_string_actions) if unknown[1].startswith("--") else ""
-            message = f"{unknown[1]} is no option{meant}"
+            message = f"{unknown[1]} {self._no_option(unknown[1])}"
         if self._get_positional_actions() and (unknown or "ignored explicit argument" in message):
             hint = '; a prompt that begins with - comes last, after --: -- "-…"'
         elif option := re.search(r"(--[\w-]+): expected one argument", message):
             hint = f"; a value that begins with - is given as {option[1]}=-…"
         raise BadArgument(f"{message} (see --help{hint})")
 
+    def _no_option(self, flag: str) -> str:
+        name = flag.partition("=")[0].lstrip("-").replace("-", "_")
+        if self.things and flag.startswith("--") and specs.owners(name):
+            return specs.no_option(name, self.things)
+        return f"is no option{nearest(flag, self._option_string_actions) if flag.startswith('--') else ''}"
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(action, not_one_of(value, action.choices))
 
+    def parse_run(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The arguments, those that are options of a run under `options`, with flags for the options of the objects
+        that they name. BadArgument where such an object cannot be had."""
+        arguments = [*(sys.argv[1:] if argv is None else argv)]
+        before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        for kind in TABLES:
+            before.add_argument(flag_of(kind))
+        try:
+            named = vars(before.parse_known_args(arguments)[0])
+        except SystemExit:  # a flag without its value, which the parser itself tells of
+            named = {}
+        if self._misses_flags(arguments) or (named and {"-h", "--help"} & {*arguments}):
+            with errors_by_flag():
+                self.things = {kind: specs.resolve(kind, named.get(kind, kind_default(kind))) for kind in TABLES}
+            for kind, thing in self.things.items():
+                group = self.add_argument_group(f"options of {kind} {specs.name_of(kind, thing)}")
+                for option in options_of(thing).values():
+                    if flag_of(option.name) not in self._option_string_actions:
+                        add_option(group, option._replace(default=getattr(thing, option.name)))
+        return self.parse_args(arguments, argparse.Namespace(options={}))
 
-def parse(argv: list[str] | None, given: argparse.Namespace | None = None) -> argparse.Namespace:
-    """The arguments; what they leave out is as `given`, or the default."""
+    def _misses_flags(self, arguments: list[str]) -> bool:
+        """True where a flag is given that the parser does not have."""
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        flags = {argument.partition("=")[0] for argument in arguments[:end] if argument.startswith("--")}
+        return any(not any(known.startswith(flag) for known in self._option_string_actions) for flag in flags)
+
+
+def kind_default(kind: str) -> Any:
+    """The method, solver, schedule or guidance where none is named."""
+    return options_of(Settings)[kind].default
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of `python -m cutdiff.sample`; those that are options of a run, and were given, under `options`."""
     parser = Parser(
         prog="python -m cutdiff.sample",
         usage="%(prog)s [PROMPT] [options]",
         description="Draw a picture past the size that a diffusion model was trained at.",
-        formatter_class=_Formatter,
+        epilog="A method, solver, schedule and guidance have options of their own: --method NAME --help lists them.",
     )
-    for add, title in (
-        (_add_prompt, "what to draw"),
-        (_add_model, "the model"),
-        (add_method, "how"),
-        (_add_run, "where"),
-    ):
-        add(parser.add_argument_group(title), Settings())
-    args = parser.parse_args(argv, argparse.Namespace(**vars(given) if given else {}))
-    args.cosine_scales, args.guidance_interval = tuple(args.cosine_scales), tuple(args.guidance_interval)
+    for add, title in ((_add_prompt, "what to draw"), (_add_model, "the model"), (add_how, "how"), (_add_run, "where")):
+        add(parser.add_argument_group(title))
+    args = parser.parse_run(argv)
     if args.num_images < 1:
         raise BadArgument(f"--num-images {args.num_images} must be at least 1")
     if args.prompt is not None and args.prompts is not None:
@@ -111,15 +130,69 @@ def parse(argv: list[str] | None, given: argparse.Namespace | None = None) -> ar
     return args
 
 
+def add_option(group: Group, option: Option, help: str = "") -> None:
+    """A flag for an option of a run, which goes into `options` of the arguments where it is given."""
+    text = help or f"{option.doc[:1].lower()}{option.doc[1:]}"
+    shown = "" if option.default in (None, False, "") else f" ({_shown(option.default)})"
+    told: dict[str, Any] = {"dest": option.name, "action": _Given, "help": f"{text}{shown}".replace("%", "%%").strip()}
+    if option.type is bool:
+        told |= {"action": _Set, "nargs": 0}
+    elif get_origin(option.type) is tuple and get_args(option.type)[-1] is not Ellipsis:
+        kinds = get_args(option.type)
+        told |= {"nargs": len(kinds), "type": _reader(option.name, kinds[0]), "metavar": option.name[0].upper()}
+    else:
+        told |= {"type": _reader(option.name, option.type), "metavar": option.name.rpartition("_")[2].upper()}
+    group.add_argument(flag_of(option.name), default=argparse.SUPPRESS, **told)
+
+
+def add_how(group: Group) -> None:
+    """The options of a run that say how a picture is drawn."""
+    own = options_of(Settings)
+    for kind, table in TABLES.items():
+        add_option(group, own[kind]._replace(type=str), f"{', '.join(table)}, or module:object; NAME,option=value")
+    for name in HOW:
+        if name not in TABLES:
+            add_option(group, own[name])
+
+
+class _Given(argparse.Action):
+    """Put a value into `options` of the arguments."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+        namespace.options = {**namespace.options, self.dest: tuple(values) if isinstance(values, list) else values}
+
+
+class _Set(_Given):
+    """Put True into `options` of the arguments."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+        super().__call__(parser, namespace, True, flag)
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Tells the defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default is False or action.default in ([], "")
+        silent = action.default in (None, False, argparse.SUPPRESS, "") or action.default == []
         return action.help if silent else super()._get_help_string(action)
 
 
-def _add_prompt(group: Group, defaults: Settings) -> None:
+def _reader(name: str, kind: Any) -> Any:
+    def convert(text: str) -> Any:
+        try:
+            return read(name, text, kind)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).partition("=")[2]) from None
+
+    return convert
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _add_prompt(group: Group) -> None:
+    own = options_of(Settings)
     group.add_argument(
         "prompt", nargs="?", metavar="PROMPT",
         help="(word:1.2) and (word) weigh more, [word] less, BREAK begins a new chunk of tokens; "
@@ -130,16 +203,16 @@ def _add_prompt(group: Group, defaults: Settings) -> None:
         help="in the place of PROMPT, a prompt a line, or a JSON object with a prompt and options of its own: "
         '{"prompt": "a tent", "width": 256, "seed": 7}; blank lines and those that begin with # are skipped',
     )  # fmt: skip
-    group.add_argument("--negative-prompt", default=defaults.negative_prompt, metavar="TEXT", help="what not to draw")
-    group.add_argument("--prompt-2", metavar="TEXT", help="for SDXL's second text encoder; none: PROMPT")
-    group.add_argument("--negative-prompt-2", metavar="TEXT", help="for the second; none: the negative prompt")
-    group.add_argument("--width", type=int, metavar="W", help="in pixels; none: twice the native size")
-    group.add_argument("--height", type=int, metavar="H", help="in pixels; none: twice the native size")
-    group.add_argument("--seed", type=int, default=defaults.seed, metavar="S", help="of the first picture")
+    add_option(group, own["negative_prompt"], "what not to draw")
+    add_option(group, own["prompt_2"], "for SDXL's second text encoder; none: PROMPT")
+    add_option(group, own["negative_prompt_2"], "for the second; none: the negative prompt")
+    add_option(group, own["width"], "in pixels; none: twice the native size")
+    add_option(group, own["height"])
+    add_option(group, own["seed"])
     group.add_argument("--num-images", type=int, default=1, metavar="K", help="pictures, with seeds S, S+1, …")
 
 
-def _add_model(group: Group, defaults: Settings) -> None:
+def _add_model(group: Group) -> None:
     group.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: the embedded one")
     group.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
     group.add_argument("--vae", metavar="PATH", help="folder or file whose VAE replaces the model's")
@@ -158,10 +231,7 @@ def _add_model(group: Group, defaults: Settings) -> None:
         "--timestep-spacing", choices=SPACINGS,
         help="how timesteps are picked; few-step models want trailing; none: as the model says",
     )  # fmt: skip
-    group.add_argument(
-        "--clip-skip", type=int, metavar="N",
-        help="the layer of the text encoders that is read, 1 the last; none: as the model was trained",
-    )  # fmt: skip
+    add_option(group, options_of(Settings)["clip_skip"])
     group.add_argument(
         "--check-weights",
         action="store_true",
@@ -169,48 +239,8 @@ def _add_model(group: Group, defaults: Settings) -> None:
     )
 
 
-def add_method(group: Group, defaults: Settings) -> None:
-    group.add_argument(
-        "--method", default=defaults.method, choices=METHOD_NAMES, metavar="NAME", help=", ".join(METHOD_NAMES)
-    )
-    group.add_argument(
-        "--steps", type=int, default=defaults.num_steps, metavar="N", dest="num_steps",
-        help="of each phase, where a method draws a cascade of sizes",
-    )  # fmt: skip
-    group.add_argument("--guidance-scale", type=float, default=defaults.guidance_scale, metavar="G", help="1 is off")
-    group.add_argument(
-        "--detail-guidance-scale", type=float, metavar="G",
-        help="in the detail stage; none: 1 for magnify, else that of the run",
-    )  # fmt: skip
-    group.add_argument(
-        "--guidance-interval", type=float, nargs=2, default=defaults.guidance_interval, metavar=("FROM", "TO"),
-        help="shares of the steps between which guidance is on; outside a step costs half",
-    )  # fmt: skip
-    group.add_argument("--solver", default=defaults.solver, choices=SOLVER_NAMES, help="of the steps")
-    group.add_argument("--eta", type=float, default=defaults.eta, metavar="E", help="fresh noise of ddim, 0 to 1")
-    group.add_argument(
-        "--structure-fraction", type=float, metavar="F",
-        help="where in the steps the detail stage begins; none: 0.5 for cutdiffusion, 0.3 for magnify",
-    )  # fmt: skip
-    group.add_argument("--stride", type=int, metavar="L", help="between views, in latents; none: half a window")
-    group.add_argument(
-        "--interaction", default=defaults.interaction, choices=INTERACTIONS, help="how patches exchange pixels"
-    )
-    group.add_argument(
-        "--size-conditioning", default=defaults.size_conditioning, choices=SIZE_CONDITIONINGS,
-        help="what the network is told of sizes; target: as the published code",
-    )  # fmt: skip
-    group.add_argument(
-        "--cosine-scales", type=float, nargs=3, default=defaults.cosine_scales, metavar=("SKIP", "DILATED", "BLUR"),
-        help="how fast DemoFusion's guides fade",
-    )  # fmt: skip
-    group.add_argument(
-        "--word-threshold", type=float, default=defaults.word_threshold, metavar="C",
-        help="share of a view that a word must fill for AccDiffusion",
-    )  # fmt: skip
-
-
-def _add_run(group: Group, defaults: Settings) -> None:
+def _add_run(group: Group) -> None:
+    own = options_of(Settings)
     group.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
     group.add_argument("--overwrite", action="store_true", help="draw over other pictures of the same names")
     group.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
@@ -230,20 +260,11 @@ def _add_run(group: Group, defaults: Settings) -> None:
     group.add_argument(
         "--offload", action="store_true", help="keep the text encoders off the GPU but for the time of encoding"
     )
-    group.add_argument(
-        "--view-batch-size", type=int, metavar="V",
-        help="patches or views that go through the network at once; none: 16 on a CPU, all of a step on a GPU",
-    )  # fmt: skip
-    group.add_argument("--compile", action="store_true", help="compile the network first, which takes minutes")
-    group.add_argument(
-        "--cuda-graphs", action="store_true",
-        help="with --compile, on a GPU: record the network for each number of rows, for small batches",
-    )  # fmt: skip
-    group.add_argument(
-        "--backend", default=defaults.backend, choices=BACKENDS, help="of the operators around the network"
-    )
+    for name in ("view_batch_size", "compile", "cuda_graphs", "backend"):
+        add_option(group, own[name])
     group.add_argument("--log-json", action="store_true", help="print a JSON object for each picture, not its path")
     group.add_argument("-v", "--verbose", action="store_true", help="tell what was read and what it cost")
+    group.add_argument("--debug", action="store_true", help="where the run fails, print the traceback too")
 
 
 def _seconds(text: str) -> float:

@@ -1,7 +1,7 @@
 """A file of prompts: a prompt a line, or a JSON object with a prompt and options of its own. Imports no torch.
 
-A line that begins with { is JSON; one that is blank or begins with # is skipped. Options become arguments of the
-command line, so that they are read and checked in one place.
+A line that begins with { is JSON; one that is blank or begins with # is skipped. Options have the names of `Settings`,
+which checks them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,9 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from typing import Any, cast
 
-from cutdiff.settings import Settings, nearest
-
-FIELDS = Settings.__dataclass_fields__
-NAMES = ["prompt", *("steps" if name == "num_steps" else name for name in FIELDS)]
 MAX_BYTES = 1 << 24
-LISTS = [name for name, field in FIELDS.items() if isinstance(field.default, tuple)]
 
 
 def read_lines(path: Path) -> list[tuple[int, bytes]]:
@@ -33,7 +29,7 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
 
 
 def _other_format(content: bytes) -> str | None:
-    """What the whole of a file is where its lines are no prompts by themselves."""
+    """The format of a file whose lines are no prompts by themselves, None where they are."""
     if content[:20].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page or XML"
     if not content.startswith((b"[", b"{")):
@@ -47,43 +43,27 @@ def _other_format(content: bytes) -> str | None:
     return None
 
 
-def parse_line(line: bytes) -> tuple[str, list[str]]:
-    """The prompt and its options as arguments of the command line. ValueError where the line cannot be read."""
+def parse_line(line: bytes) -> tuple[str, dict[str, Any]]:
+    """The prompt and the options of its own. ValueError where the line cannot be read."""
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
     if not text.startswith("{"):
-        return text, []
+        return text, {}
     try:
         pairs = json.loads(text, object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"a line that begins with {{ must be a JSON object ({error})") from None
-    options = {}
-    for name, value in pairs:
-        known = _known(name)
+    options: dict[str, Any] = {}
+    for name, value in cast(list[tuple[str, Any]], pairs):
+        known = {"steps": "num_steps"}.get(name, name.replace("-", "_"))
         if known in options:
             raise ValueError(f"{name} is given twice")
+        if isinstance(value, list) and value and isinstance(value[0], tuple):
+            raise ValueError(f"{name} must be a text, a number or a list of numbers, not an object")
         options[known] = value
     prompt = options.pop("prompt", None)
     if not isinstance(prompt, str):
         raise ValueError('an object needs "prompt", a text')
-    return prompt, [argument for name, value in options.items() for argument in _arguments(name, value)]
-
-
-def _known(name: str) -> str:
-    """An option's name as in `NAMES`, whichever way it is spelt."""
-    known = "steps" if name == "num_steps" else name.replace("-", "_")
-    if known not in NAMES:
-        raise ValueError(f"{name!r} is no option of a prompt{nearest(known, NAMES) or ', only ' + ', '.join(NAMES)}")
-    return known
-
-
-def _arguments(name: str, value: object) -> list[str]:
-    """An option as arguments; a value starts no option of its own."""
-    flag = f"--{name.replace('_', '-')}"
-    if name not in LISTS and type(value) in (str, int, float):
-        return [f"{flag}={value}"]
-    if name in LISTS and isinstance(value, list) and all(type(number) in (int, float) for number in value):
-        return [flag, *map(str, value)]
-    raise ValueError(f"{name} must be {'a list of numbers' if name in LISTS else 'a text or a number'}, not {value!r}")
+    return prompt, options

@@ -1,4 +1,4 @@
-"""What a command line asks for: which pictures, by which names, and which of them are there already.
+"""The pictures that a command line asks for, their names, and which of them are there already.
 
 The pictures of --prompts or --num-images are a set: each has the name of its line, method, size and seed, is finished
 or absent, and a name that another picture has is an error. Where PROMPT alone is drawn, a number is added to such a
@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cutdiff.cli.arguments import DEMO_PROMPT, BadArgument, check_used, errors_by_flag, flag_of, parse
+from cutdiff.cli.arguments import DEMO_PROMPT, BadArgument, errors_by_flag, flag_of
 from cutdiff.cli.promptfile import parse_line, read_lines
 from cutdiff.settings import Settings
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """What a prompt asks for."""
+    """A prompt and the options of its pictures."""
 
     prompt: str
     settings: Settings
     line: int = 0
-    """In the file of prompts, counted from 1; 0 where there is none."""
+    """The number of its line in the file of prompts, counted from 1; 0 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class BadLine(BadArgument):
 
 
 def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine]]:
-    """What is to be drawn, the prompt or those of the file, each checked; and the lines that cannot be."""
+    """The prompt, or those of the file, each checked; and the lines that cannot be drawn."""
     if args.prompts is None:
         prompt = DEMO_PROMPT if args.prompt is None else args.prompt
-        return [Request(prompt, _settings(prompt, args))], []
+        return [Request(prompt, _settings(prompt, args, {}))], []
     try:
         lines = read_lines(args.prompts)
     except OSError as error:
@@ -65,14 +65,14 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
     for number, line in lines:
         try:
             prompt, own = parse_line(line)
-            requests.append(Request(prompt, _settings(prompt, parse(own, args) if own else args), number))
+            requests.append(Request(prompt, _settings(prompt, args, own), number))
         except (ValueError, BadArgument) as error:
             bad.append(BadLine(args.prompts, number, error))
     return requests, bad
 
 
 def check_fit(model: Model, args: argparse.Namespace, requests: list[Request]) -> tuple[list[Request], list[BadLine]]:
-    """Those that this model can draw, and the lines that it cannot. BadArgument where there are no lines."""
+    """The requests that this model can draw, and the lines that it cannot. BadArgument where there are no lines."""
     from cutdiff.pipeline import plan
 
     fit, bad = [], []
@@ -98,13 +98,14 @@ def plan_pictures(model: Model, args: argparse.Namespace, requests: list[Request
 
 
 def is_set(args: argparse.Namespace) -> bool:
-    """Whether the pictures belong together, so that each keeps its name."""
+    """True where the pictures belong together, so that each keeps its name."""
     return args.prompts is not None or args.num_images > 1
 
 
 def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed: int) -> Picture:
     from cutdiff.output.images import numbered, read_record
     from cutdiff.output.record import describe, fingerprint
+    from cutdiff.pipeline import plan
     from cutdiff.sampling.draws import Draws
 
     settings = replace(request.settings, seed=seed)
@@ -114,7 +115,7 @@ def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed
     picture = Picture(request.prompt, settings, request.line, args.out / f"{stem}.png", finished=False)
     if not picture.path.exists():
         return picture
-    described = describe(model, request.prompt, settings, Draws((seed,)))
+    described = describe(model, request.prompt, settings, Draws((seed,)), plan(model, settings)[1])
     for path in takewhile(Path.exists, numbered(args.out, stem)):
         record = read_record(path)
         if record.get("fingerprint") == fingerprint(described):
@@ -129,7 +130,7 @@ def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed
 
 
 def _difference(described: dict[str, Any], record: dict[str, Any]) -> str:
-    """How the picture of a record is another than the described one."""
+    """The difference of a record's picture from the described one, as an error tells it."""
     from cutdiff.output.record import changes
 
     if not record:
@@ -141,16 +142,15 @@ def _difference(described: dict[str, Any], record: dict[str, Any]) -> str:
     return f"was drawn with {', '.join(told) or 'what its record does not tell'}"
 
 
-def _settings(prompt: str, args: argparse.Namespace) -> Settings:
-    """The arguments that are options of the run, checked."""
-    values = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
-    for text in (prompt, *(value for value in values.values() if isinstance(value, str))):
+def _settings(prompt: str, args: argparse.Namespace, own: dict[str, Any]) -> Settings:
+    """The arguments that are options of the run, with a line's own in their place, checked."""
+    options = {**args.options, **own}
+    for text in (prompt, *(value for value in options.values() if isinstance(value, str))):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise BadArgument(f"the prompt {text!r} is not valid UTF-8: check the terminal's encoding")
         if "\0" in text:
             raise BadArgument(f"the prompt {text!r} holds a NUL, which a PNG's text cannot hold: leave it out")
     with errors_by_flag():
-        settings = Settings(**values)
-        Settings(seed=settings.seed + args.num_images - 1)
-    check_used(settings)
+        settings = Settings(**options)
+        replace(settings, seed=settings.seed + args.num_images - 1)
     return settings

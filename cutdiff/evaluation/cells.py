@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.output.images import save_json, to_pil, write_atomically
+from cutdiff.output.record import describe, fingerprint
 from cutdiff.pipeline import generate
+from cutdiff.pipeline import plan as plan_run
 from cutdiff.planning.meter import Meter
+from cutdiff.sampling.draws import Draws
 from cutdiff.settings import Settings
 
 
@@ -32,7 +37,7 @@ class Cell:
 
     @property
     def side(self) -> int:
-        """Of its square pictures, in pixels."""
+        """The side of its square pictures, in pixels."""
         assert self.settings.width is not None
         return self.settings.width
 
@@ -48,20 +53,21 @@ def draw(
 ) -> None:
     """Draw a picture for each caption, seeds counting on from the first, as `folder`/0000.png and so on.
 
-    `folder`/cell.json holds what determines the pictures but for their captions, which stand with their cost in
+    `folder`/cell.json holds all that determines the pictures but for their captions, which stand with their cost in
     `folder`/batches.jsonl, a line for each batch that is finished: those are not drawn again. ValueError where the
     folder holds other pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plan = {"name": cell.name, "settings": cell.settings.described(), "batch": batch}
-    plan |= {"model": model.hashes, "dtype": dtype_name(model.dtype)}
+    described = describe(model, "", cell.settings, Draws((cell.settings.seed,)), plan_run(model, cell.settings)[1])
+    plan = {"name": cell.name, "settings": cell.settings.described(), "sources": cell.settings.sources()}
+    plan |= {"batch": batch, "dtype": dtype_name(model.dtype), "fingerprint": fingerprint(described)}
     plan = json.loads(json.dumps(plan))  # as it will be read back
-    described, log = folder / "cell.json", folder / "batches.jsonl"
-    if not described.exists():
-        save_json(described, plan)
+    planned, log = folder / "cell.json", folder / "batches.jsonl"
+    if not planned.exists():
+        save_json(planned, plan)
     finished = {line["first"]: line["captions"] for line in _lines(log)}
     known = all(a == b for i, drawn in finished.items() for a, b in zip(drawn, captions[i:], strict=False))
-    if json.loads(described.read_text()) != plan or not known:
+    if json.loads(planned.read_text()) != plan or not known:
         raise ValueError(f"{folder} holds pictures that were drawn otherwise: take another --out, or delete it")
     for first in range(0, len(captions), batch):
         part = captions[first : first + batch]
@@ -70,6 +76,19 @@ def draw(
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         on_batch(len(part))
+
+
+def draw_cells(model: Model, cells: Sequence[Cell], captions: Sequence[str], out: Path, *, batch: int) -> None:
+    """Draw what is not drawn yet of `cells`, below `out`. Where standard error is no terminal, a line tells of each."""
+    with tqdm(total=len(cells) * len(captions), unit="picture", disable=None) as bar:
+        for number, cell in enumerate(cells, start=1):
+            bar.set_description(f"{cell.name} {cell.side}", refresh=False)
+            began = time.perf_counter()
+            draw(model, cell, captions, folder_of(out, cell), batch=batch, on_batch=bar.update)
+            if bar.disable:
+                seconds = time.perf_counter() - began
+                what = f"{number} of {len(cells)}: {cell.name} {cell.side} px, {len(captions)} pictures"
+                print(f"cutdiff: {what} in {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def _draw_batch(model: Model, settings: Settings, captions: Sequence[str], first: int, folder: Path) -> dict[str, Any]:
@@ -96,7 +115,7 @@ def _draw_batch(model: Model, settings: Settings, captions: Sequence[str], first
 
 
 def cost(folder: Path) -> dict[str, float | None]:
-    """Of one picture: network evaluations, TFLOP, seconds; and the peak memory of the batches, in MB."""
+    """The cost of one picture: network evaluations, TFLOP, seconds; and the peak memory of the batches, in MB."""
     lines = _lines(folder / "batches.jsonl")
     timed = [line for line in lines if line["seconds"] is not None]
     pictures, timed_pictures = (sum(len(line["captions"]) for line in some) for some in (lines, timed))
@@ -109,12 +128,12 @@ def cost(folder: Path) -> dict[str, float | None]:
 
 
 def folder_of(out: Path, cell: Cell) -> Path:
-    """Where the pictures of a cell are, below `out`."""
+    """The folder of a cell's pictures, below `out`."""
     return out / f"{cell.name}-{cell.side}"
 
 
 def picture_paths(folder: Path, num: int) -> list[Path]:
-    """Of the first `num` pictures of a folder."""
+    """The files of the first `num` pictures of a folder."""
     return [folder / f"{i:04}.png" for i in range(num)]
 
 

@@ -1,7 +1,7 @@
 """Features of pictures for distances between sets: a small network that was trained to say what a scene shows.
 
-It sees 128 px. A larger picture is shown to it in two ways that give two separate numbers: whole, averaged down, which
-asks for the composition, and as crops at full resolution, which asks for what a native-size window of it looks like.
+It takes pictures of 128 px. A larger picture is given to it in two ways, for two separate distances: whole and averaged
+down, which compares compositions, and as crops at full resolution, which compares what native-size windows look like.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ PIXELS = 128
 DIM = 32
 WEIGHTS = "weights/features"
 CHOICES = tuple(len(v) for v in (world.COLORS, world.SUBJECTS, world.RIDGES, world.GROUNDS, world.TIMES))
+"""Numbers of colours, subjects, ridges, grounds and times that are told apart."""
 NUM_VISIBLE, NUM_MEASURES = 2, 9
-"""What is asked besides the choices: whether subject and body are in the picture, and numbers such as where; see
-`train_features.Targets`."""
+"""Numbers of the other answers: the presence of subject and body, and measures such as their places, which
+`cutdiff.training.features.Targets` lists."""
 
 
 class FeatureNet(nn.Module):
-    """Five halvings by 3×3 convolutions, a linear layer to the features, a linear layer to the answers."""
+    """A network of five halvings by 3×3 convolutions, a linear layer to the features, and one to the answers."""
 
     mean: Tensor
     std: Tensor
@@ -44,19 +45,20 @@ class FeatureNet(nn.Module):
         self.register_buffer("std", torch.ones(DIM))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures (N, 3, 128, 128) in [0, 1] -> features (N, 32), each of mean 0 and deviation 1 on true renders."""
+        """Features (N, 32) of pictures (N, 3, 128, 128) in [0, 1], of mean 0 and deviation 1 on true renders."""
         return (self.raw_features(images) - self.mean) / self.std
 
     def answers(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What it was trained to answer, for pictures (N, 3, 128, 128) in [0, 1].
+        """The answers that the network was trained to give, for pictures (N, 3, 128, 128) in [0, 1].
 
-        Logits (N, K) of each of the five choices in the order of `Scenes.choices`; logits (N, 2) of what is visible;
-        measures (N, 9).
+        They are the logits (N, K) of each of the five choices in the order of `Scenes.choices`, the logits (N, 2) that
+        subject and body are visible, and the measures (N, 9).
         """
         answers = self.heads(F.silu(self.raw_features(images)))
         return answers.split([*CHOICES, NUM_VISIBLE, NUM_MEASURES], dim=1)
 
     def raw_features(self, images: Tensor) -> Tensor:
+        """Features (N, 32) of pictures (N, 3, 128, 128) in [0, 1], as the linear layer gives them."""
         if images.shape[1:] != (3, PIXELS, PIXELS):
             raise ValueError(f"pictures are (N, 3, {PIXELS}, {PIXELS}), not {tuple(images.shape)}")
         h = self.conv_in(images * 2 - 1)
@@ -66,7 +68,7 @@ class FeatureNet(nn.Module):
 
 
 class _Halving(nn.Module):
-    """Half the resolution, then a residual convolution."""
+    """A convolution to half the resolution, then a residual one."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class _Halving(nn.Module):
 
 
 def load_features(path: Path | None = None, device: str | torch.device = "cpu") -> FeatureNet:
-    """The network in the folder `path`, by default the embedded one. Raises FileNotFoundError where there is none."""
+    """Load the network in the folder `path`, by default the embedded one. FileNotFoundError where there is none."""
     tensors = read_tensors((embedded(WEIGHTS) if path is None else path) / "model.safetensors")
     network = FeatureNet()
     network.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
@@ -108,10 +110,10 @@ def crop_features(network: FeatureNet, images: Tensor, part: int = 64) -> Tensor
 
 
 def grid_crops(images: Tensor, size: int = PIXELS) -> Tensor:
-    """Square windows on a regular grid that covers the picture, row by row: (N, 3, H, W) -> (N, K, 3, size, size).
+    """Cut square windows on a regular grid that covers the picture, row by row: (N, 3, H, W) -> (N, K, 3, size, size).
 
-    ceil(H / size) × ceil(W / size) windows, which overlap evenly where a side is no multiple of `size`. Raises
-    ValueError for a picture smaller than a window.
+    There are ceil(H / size) × ceil(W / size) windows, which overlap evenly where a side is no multiple of `size`.
+    Raises ValueError for a picture smaller than a window.
     """
     starts = [_window_starts(length, size) for length in images.shape[2:]]
     windows = [images[:, :, top : top + size, left : left + size] for top in starts[0] for left in starts[1]]
@@ -119,7 +121,7 @@ def grid_crops(images: Tensor, size: int = PIXELS) -> Tensor:
 
 
 def blur(images: Tensor, factor: int) -> Tensor:
-    """What is left of pictures (N, 3, H, W) that were shrunk by `factor` and enlarged again."""
+    """Blur pictures (N, 3, H, W): shrink them by `factor` and enlarge them again."""
     return F.interpolate(F.avg_pool2d(images, factor), size=images.shape[2:], mode="bilinear")
 
 

@@ -1,6 +1,7 @@
-"""Distances between sets of pictures, and what a large picture has of seams, of detail and of its native twin.
+"""Distances between sets of pictures, and measures of a large picture's seams, its detail and its native twin.
 
-Pure functions of tensors. Per-picture values are (N,), so that `bootstrap` can give every mean its interval.
+All are pure functions of tensors. Values of single pictures are (N,), so that `bootstrap` can give every mean its
+interval.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KERNELS_AT_ONCE = 2**22
-"""Values of the kernel that are held at once, to bound memory."""
+"""Number of the kernel's values that are in memory at once, to bound it."""
 SEAM_CAP = 0.05
-"""Step between neighbouring pixels, in [0, 1], above which a gradient counts no more: the outlines of objects are few
-and steep, a seam is faint and long, and must not drown in them."""
+"""The step between neighbouring pixels, in [0, 1], above which a steeper one counts no more: the outlines of objects
+are few and steep, and a seam, which is faint and long, must not drown in them."""
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Fréchet distance between the Gaussians fitted to two sets of features (N, d) and (M, d), in float64.
 
     |μx − μy|² + tr(Σx + Σy − 2 (Σx^½ Σy Σx^½)^½), with unbiased covariances (Dowson & Landau 1982; FID: Heusel et al.
-    2017, arXiv 1706.08500). It grows as the sets shrink: compare it with its value between two true sets of this size.
+    2017, arXiv 1706.08500). It grows as the sets shrink: compare it with its value for two true sets of this size.
     """
     x, y = _features(x, y)
     root = _square_root(torch.cov(x.T).reshape(x.shape[1], -1))
@@ -35,7 +36,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 def kernel_distance(x: Tensor, y: Tensor) -> float:
     """Squared maximum mean discrepancy of two sets of features (N, d) and (M, d), in float64.
 
-    Unbiased, so that it averages to 0 between sets of one distribution and is often below:
+    It is unbiased, so that it averages to 0 between sets of one distribution and is often below 0:
     mean_{i≠j} k(xi, xj) + mean_{i≠j} k(yi, yj) − 2 mean_{ij} k(xi, yj), with k(a, b) = (a·b / d + 1)³
     (KID: Bińkowski et al. 2018, arXiv 1801.01401).
     """
@@ -46,8 +47,8 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
 def resampled_kernel_distance(x: Tensor, y: Tensor) -> Callable[[Tensor, Tensor], float]:
     """`kernel_distance` between the crops of chosen pictures, given features of all of them, (N, K, d) and (M, K, d).
 
-    The function takes which pictures of either set, 1-D and with repetition. It is made for resampling: kernels are
-    summed over the crops of each pair of pictures once, not in every round.
+    The function that is returned takes the indices of pictures of either set, 1-D and with repetition. It is made for
+    resampling: kernels are summed over the crops of each pair of pictures once, not in every round.
     """
     x, y = x.double(), y.double()
     within = [(_sums_over_crops(s, s), _kernel_with_itself(s).sum(1)) for s in (x, y)]
@@ -72,12 +73,12 @@ def bootstrap(
     rounds: int = 1000,
     centered: bool = False,
 ) -> tuple[float, float]:
-    """95% percentile interval of a statistic: from its 2.5% to its 97.5% quantile over resampled pictures.
+    """The 95% percentile interval of a statistic: from its 2.5% to its 97.5% quantile over resampled pictures.
 
     values: one (N, ...) tensor or several, such as the features of two sets; each is resampled along its first
         dimension, with replacement and by itself, and all are passed to `statistic`.
-    centered: move the interval so that the mean over the resamples falls on the value itself. For distances between
-        sets: pictures that are drawn twice raise every resampled distance, by more than its spread.
+    centered: move the interval so that the mean over the resamples falls on the value itself. Distances between sets
+        need this: pictures that are drawn twice raise every resampled distance, by more than its spread.
 
     Source: Efron & Tibshirani 1993, chapters 10 (bias) and 13 (percentiles).
     """
@@ -95,12 +96,12 @@ def bootstrap(
 
 
 def seams(images: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-    """Gradient energy across given border lines over that across all other lines: (N, 3, H, W) -> (N,).
+    """The gradient energy across given border lines over that across all other lines: (N, 3, H, W) -> (N,).
 
-    About 1 where nothing shows at the borders. A border at row r lies between pixel rows r − 1 and r, one at column c
-    likewise. The energy of a line is the mean over its pixels of min(g², SEAM_CAP²), g² the squared step across
-    the line averaged over the channels; rows are compared with rows and columns with columns, each in the
-    proportion of its borders. Raises ValueError for a border outside the picture or no border at all.
+    It is about 1 where nothing shows at the borders. A border at row r lies between the pixel rows r − 1 and r, and
+    likewise for columns. The energy of a line is the mean over its pixels of min(g², SEAM_CAP²), where g² is the
+    squared step across the line averaged over the channels; rows are compared with rows and columns with columns, each
+    in proportion to its borders. Raises ValueError for a border outside the picture, and where there is no border.
     """
     on, elsewhere = images.new_zeros(len(images)), images.new_zeros(len(images))
     for axis, positions in ((2, rows), (3, columns)):
@@ -118,11 +119,11 @@ def seams(images: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor
 
 
 def detail_energy(images: Tensor, native: int = 128) -> Tensor:
-    """Spectral energy that a picture of `native` pixels on the shorter side could not hold: (N, 3, H, W) -> (N,).
+    """The spectral energy that a picture of `native` pixels on the shorter side cannot hold: (N, 3, H, W) -> (N,).
 
-    Mean over channels and pixels of |F|² at all frequencies above `native`'s Nyquist limit on either axis, which is
-    native / (2 · min(H, W)) cycles a pixel. F is the spectrum of the picture continued by its mirror images (as in the
-    cosine transform): opposite borders do not meet, and their jump would pass for detail.
+    It is the mean over channels and pixels of |F|² at all frequencies above `native`'s Nyquist limit on either axis,
+    which is native / (2 · min(H, W)) cycles a pixel. F is the spectrum of the picture continued by its mirror images
+    (as in the cosine transform), because opposite borders do not meet, and their jump would pass for detail.
     """
     height, width = images.shape[2:]
     limit = native / (2 * min(height, width))
@@ -132,26 +133,26 @@ def detail_energy(images: Tensor, native: int = 128) -> Tensor:
 
 
 def detail(images: Tensor, truth: Tensor, native: int = 128) -> float:
-    """Detail of a set of pictures as a share of the truth's: mean of `detail_energy` over that of true renders.
+    """The detail of a set of pictures as a share of the truth's: mean `detail_energy` over that of true renders.
 
-    1 for the truth, near 0 for enlarged native pictures, above 1 for noise or invented texture. The sets are (N, 3, H,
-    W) and (M, 3, H, W), and need not be paired.
+    It is 1 for the truth, near 0 for enlarged native pictures, and above 1 for noise or invented texture. The sets are
+    (N, 3, H, W) and (M, 3, H, W), and need not be paired.
     """
     return (detail_energy(images, native).mean() / detail_energy(truth, native).mean()).item()
 
 
 def agreement(images: Tensor, native_images: Tensor) -> Tensor:
-    """How well large pictures keep to their native twins: PSNR in dB after averaging down, (N,).
+    """The agreement of large pictures with their native twins: PSNR in dB after averaging down, (N,).
 
-    (N, 3, H, W) and (N, 3, h, w), the same noise and prompts at both sizes. In pixels, not in features: it asks whether
-    the same things stand at the same places, which features are free to ignore, and it needs no network.
+    The pictures (N, 3, H, W) and (N, 3, h, w) have the same prompts and seeds. They are compared in pixels, not in
+    features: features are free to ignore where things stand, and pixels need no network.
     """
     height, width = native_images.shape[2:]
     return psnr(F.adaptive_avg_pool2d(images, (height, width)), native_images)
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB: two (N, 3, H, W) in [0, 1] -> (N,)."""
+    """The peak signal-to-noise ratio of each picture in dB: two (N, 3, H, W) in [0, 1] -> (N,)."""
     return -10 * torch.log10((images - truth).square().mean((1, 2, 3)))
 
 
@@ -164,13 +165,13 @@ def _features(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mirrored_spectrum(images: Tensor) -> Tensor:
-    """Mean |F|² over the channels of pictures continued by their mirror images: (N, 3, H, W) -> (N, 2H, 2W)."""
+    """The mean |F|² over the channels of pictures continued by their mirror images: (N, 3, H, W) -> (N, 2H, 2W)."""
     wide = torch.cat([images, images.flip(3)], dim=3)
     return torch.fft.fft2(torch.cat([wide, wide.flip(2)], dim=2), norm="ortho").abs().square().mean(1)
 
 
 def _sums_over_crops(x: Tensor, y: Tensor) -> Tensor:
-    """Kernels of (N, K, d) with (M, K, d), summed over all pairs of crops of each pair of pictures: (N, M)."""
+    """The kernels of (N, K, d) with (M, K, d), summed over all pairs of crops of each pair of pictures: (N, M)."""
     flat = y.flatten(0, 1)
     parts = x.split(max(1, KERNELS_AT_ONCE // (len(flat) * x.shape[1])))
     kernels = (_cubed(part.flatten(0, 1) @ flat.T, x.shape[2]) for part in parts)  # (n·K, M·K)
@@ -179,7 +180,7 @@ def _sums_over_crops(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _kernel_with_itself(x: Tensor) -> Tensor:
-    """(N, K, d) -> (N, K)."""
+    """The kernel of each crop with itself: (N, K, d) -> (N, K)."""
     return _cubed(x.square().sum(2), x.shape[2])
 
 
@@ -190,6 +191,6 @@ def _cubed(products: Tensor, dim: int) -> Tensor:
 
 
 def _square_root(matrix: Tensor) -> Tensor:
-    """Of a symmetric positive semidefinite matrix (d, d)."""
+    """The square root of a symmetric positive semidefinite matrix (d, d)."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -1,9 +1,9 @@
 """Compare pictures of any model with a folder of reference images: FID, KID, IS and CLIP score, whole and in crops.
 
 FID (Heusel et al. 2017), KID (Bińkowski et al. 2018) and IS (Salimans et al. 2016) are torchmetrics'; the CLIP score
-(Hessel et al. 2021, cosines times 100) is that of transformers' CLIP. The networks are files of the user's own, because
-nothing is downloaded, and because published numbers differ by them. FID and KID grow and vary with few pictures: the
-papers of this field take thousands.
+(Hessel et al. 2021, cosines times 100) is computed with transformers' CLIP. The networks are files of the user's own,
+because nothing is downloaded and because published numbers depend on them. FID and KID grow and vary where there are
+few pictures: the papers of this field take thousands.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
 
 Size = tuple[int, int]
-"""Width, height: Pillow's order."""
+"""Width and height, in Pillow's order."""
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 CROPS = 10
-"""Native-size crops of each picture, at random places: as the papers do (CutDiffusion, section 4.1)."""
+"""Number of native-size crops of each picture, at random places, as in the papers (CutDiffusion, section 4.1)."""
 SUBSET, SPLITS = 100, 10
-"""Pictures in each of KID's subsets (all, where there are fewer), and the parts that IS is averaged over (one, below a
-hundred pictures)."""
+"""The number of pictures in each of KID's subsets (all, where there are fewer), and the number of splits that IS is
+averaged over (one, where there are fewer than a hundred pictures)."""
 
 
 @dataclass(frozen=True)
 class References:
-    """What pictures are compared with, and by which networks."""
+    """The images that pictures are compared with, and the networks that compare them."""
 
     images: list[Path]
     network: torch.jit.ScriptModule
     """(N, 3, H, W) uint8 of any size -> features (N, d) with `return_features=True`, else class probabilities (N, k).
 
-    The Inception file that the StyleGAN family shares, inception-2015-12-05.pt, is such a one.
+    An example is the Inception file that the StyleGAN family shares, inception-2015-12-05.pt.
     """
     clip: tuple[CLIPModel, CLIPProcessor] | None = None
     device: torch.device | str = "cpu"
@@ -53,10 +53,10 @@ class References:
 
     @staticmethod
     def load(folder: Path, features: Path, clip: Path | None, device: torch.device | str = "cpu") -> References:
-        """Read the networks and look at every image; ValueError, before anything is drawn, where one is no use.
+        """Read the networks and open every image; ValueError where one of them is of no use.
 
-        features: a TorchScript file. clip: a folder with a CLIP model, its processor and tokenizer, as transformers
-        saves them.
+        features: a TorchScript file.
+        clip: a folder with a CLIP model, its processor and tokenizer, as transformers saves them.
         """
         for what, path in (("references", folder), ("features", features), ("clip", clip)):
             if path is not None and not path.exists():
@@ -66,27 +66,29 @@ class References:
         try:
             network = torch.jit.load(features, map_location=device).eval()
         except RuntimeError:
-            raise ValueError(
-                f"--features {features} is no TorchScript file: see cutdiff/evaluation"
-            ) from None
+            remedy = "pass one such as inception-2015-12-05.pt"
+            raise ValueError(f"--features {features} is no TorchScript file: {remedy}") from None
         return References(_images(folder), network, None if clip is None else _load_clip(clip, device), device)
 
     @torch.no_grad()
     def features(self, paths: Sequence[Path], size: Size, crop: int | None) -> Tensor:
-        """Of pictures at `size` (width, height), or of their crops: (N or N·CROPS, d)."""
+        """Features of pictures at `size` (width, height), or of their crops: (N or N·CROPS, d)."""
         parts = _parts(paths, size, crop)
         return torch.cat([self.network(part.to(self.device), return_features=True).float().cpu() for part in parts])
 
     @torch.no_grad()
     def probabilities(self, paths: Sequence[Path], size: Size, crop: int | None) -> Tensor:
-        """Of classes, without the bias of the last layer where the network can leave it out, as IS is published."""
+        """Class probabilities of pictures at `size` (width, height), or of their crops: (N or N·CROPS, k).
+
+        The bias of the last layer is left out where the network has an option for that, as in the published IS.
+        """
         known = {argument.name for argument in self.network.forward.schema.arguments}  # pyright: ignore[reportFunctionMemberAccess]
         options = {"no_output_bias": True} if "no_output_bias" in known else {}
         parts = _parts(paths, size, crop)
         return torch.cat([self.network(part.to(self.device), **options).float().cpu() for part in parts])
 
     def truth(self, size: Size, crop: int | None) -> Tensor:
-        """Features of the references, computed once for each size."""
+        """Features of the references at `size`, or of their crops, computed once for each size."""
         key = (*size, crop)
         if key not in self._features:
             self._features[key] = self.features(self.images, size, crop)
@@ -94,11 +96,12 @@ class References:
 
 
 def compare(pictures: Sequence[Path], prompts: Sequence[str], references: References, native: int) -> dict[str, Score]:
-    """Scores of pictures, one for each prompt and all of one size, against the references at that size.
+    """Score pictures, one for each prompt and all of one size, against the references at that size.
 
-    Crops are squares of `native` pixels. A reference is enlarged or shrunk to cover the picture's size, its middle is
-    taken. The CLIP score has its 95% bootstrap interval; KID and IS have two standard deviations over their subsets and
-    splits to either side, where there are enough pictures for more than one; FID has none.
+    Crops are squares of `native` pixels. A reference is enlarged or shrunk until it covers the picture's size, and its
+    middle is taken. The interval of the CLIP score is the 95% bootstrap interval. That of KID and IS reaches two
+    standard deviations over their subsets and splits to either side, where there are enough pictures for more than one
+    of these. FID has none.
     """
     with Image.open(pictures[0]) as first:
         size = first.size
@@ -113,12 +116,12 @@ def compare(pictures: Sequence[Path], prompts: Sequence[str], references: Refere
 
 
 def _distances(ours: Tensor, truth: Tensor) -> dict[str, Score]:
-    """torchmetrics' FID and KID, which are given features (N, d) and (M, d) where they expect pictures."""
+    """Compute torchmetrics' FID and KID of features (N, d) and (M, d), which they are given in place of pictures."""
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
     given = nn.Identity()
-    given.num_features = ours.shape[1]  # pyright: ignore[reportArgumentType]  (where torchmetrics looks)
+    given.num_features = ours.shape[1]  # pyright: ignore[reportArgumentType]  (torchmetrics reads it)
     subset = min(SUBSET, len(ours), len(truth))
     frechet, kernel = FrechetInceptionDistance(given), _buffering(KernelInceptionDistance, given, subset_size=subset)
     for metric in (frechet, kernel):
@@ -129,12 +132,12 @@ def _distances(ours: Tensor, truth: Tensor) -> dict[str, Score]:
 
 
 def _inception_score(probabilities: Tensor) -> Score:
-    """torchmetrics' IS of class probabilities (N, k); of one split, where there are few pictures."""
+    """Compute torchmetrics' IS of class probabilities (N, k), in one split where there are few pictures."""
     from torchmetrics.image.inception import InceptionScore
 
     splits = SPLITS if len(probabilities) >= SPLITS**2 else 1
     inception = _buffering(InceptionScore, nn.Identity(), splits=splits)
-    # It takes logits, whose softmax these are; and it takes a standard deviation of its splits, also of a single one.
+    # It expects logits, and the softmax of these is the probabilities; it takes the deviation even of a single split.
     inception.update(probabilities.clamp(min=torch.finfo(torch.float32).tiny).log())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "std\\(\\): degrees of freedom")
@@ -142,14 +145,14 @@ def _inception_score(probabilities: Tensor) -> Score:
 
 
 def _buffering(metric: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Make a metric that keeps all it is given; it warns of what that costs, which features do not."""
+    """Make a metric that keeps all that it is given; it warns of the memory, which is little for features."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric .* will save all extracted features")
         return metric(*args, **options)
 
 
 def _drawn(metric: Any, spread: float | None) -> Score:
-    """What a metric computes that draws its subsets from the global generator: the same every time."""
+    """Compute a metric that draws its subsets from the global generator so that it is the same every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         mean, std = (value.item() for value in metric.compute())
@@ -158,14 +161,14 @@ def _drawn(metric: Any, spread: float | None) -> Score:
 
 @torch.no_grad()
 def clip_scores(pictures: Sequence[Path], prompts: Sequence[str], model: CLIPModel, processor: CLIPProcessor) -> Tensor:
-    """100 times the cosine between each picture and its prompt, not below 0: (N,)."""
+    """100 times the cosine between each picture and its prompt, at least 0: (N,)."""
     cosines = []
     for path, prompt in zip(pictures, prompts, strict=True):
         with Image.open(path) as image:
             given = {"text": [prompt], "images": image.convert("RGB"), "return_tensors": "pt", "truncation": True}
             inputs = processor(**given).to(model.device)
-        found = model(**inputs)
-        cosines.append(F.cosine_similarity(found.image_embeds, found.text_embeds).cpu())
+        output = model(**inputs)
+        cosines.append(F.cosine_similarity(output.image_embeds, output.text_embeds).cpu())
     return 100 * torch.cat(cosines).clamp(min=0)
 
 
@@ -181,7 +184,7 @@ def _load_clip(folder: Path, device: torch.device | str) -> tuple[CLIPModel, CLI
 
 
 def _images(folder: Path) -> list[Path]:
-    """The images in a folder, at least two, of which each can be opened."""
+    """List the images in a folder; ValueError unless there are two, and each can be opened."""
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
     if len(paths) < 2:
         raise ValueError(f"--references {folder} holds {len(paths)} images ({', '.join(ENDINGS)}): 2 are needed")
@@ -194,7 +197,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _parts(paths: Sequence[Path], size: Size, crop: int | None) -> Iterator[Tensor]:
-    """Each picture, or its crops, at `size` (width, height): (1 or CROPS, 3, H, W), uint8."""
+    """Read each picture at `size` (width, height), or CROPS crops of it: (1 or CROPS, 3, H, W), uint8."""
     generator = np.random.default_rng(0)
     for path in tqdm(paths, desc="features", leave=False, disable=None):
         with Image.open(path) as image:

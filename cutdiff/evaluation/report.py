@@ -1,4 +1,4 @@
-"""What an evaluation looks like: a Markdown table of scores, and a contact sheet of pictures."""
+"""The report of an evaluation: a Markdown table of scores, and a contact sheet of pictures."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from cutdiff.evaluation.cells import pictures
-
-SHARES = ("bodies not one", "subjects not one", "one of each", "right subject", "right caption")
-"""Shown as percentages."""
-
+from cutdiff.evaluation.score import SHARES
 
 COSTS = ("evaluations", "TFLOP", "seconds", "peak MB")
 
 
 def table(cells: Sequence[Mapping], names: Sequence[str] | None = None, costs: Sequence[str] = COSTS) -> str:
-    """A row for each cell of an evaluation's JSON; intervals in brackets, "–" for what has no number.
+    """A Markdown table with a row for each cell of an evaluation's JSON.
 
-    names, costs: the columns, by default all that there are.
+    Shares are percentages, intervals are in brackets, and "–" stands where there is no number.
+
+    names, costs: the scores and costs that are shown, by default all that there are.
     """
     if names is None:
         names = list(dict.fromkeys(name for cell in cells for name in cell["scores"]))
@@ -40,13 +39,13 @@ def _line(values: Sequence[str]) -> str:
 
 
 def save_sheet(path: Path, folders: Sequence[Path], num: int, columns: int = 8) -> None:
-    """A contact sheet of folders of an evaluation, a row each, of the first of their `num` pictures."""
+    """Save a contact sheet with a row for each folder of an evaluation, of the first of its `num` pictures."""
     sheet = contact_sheet([pictures(folder, min(num, columns)) for folder in folders], columns)
     Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
 
 
 def contact_sheet(rows: Sequence[Tensor], columns: int = 8, side: int = 160, gap: int = 4) -> Tensor:
-    """The first pictures of each row, the same seeds down the columns: [(N, 3, H, W) uint8] -> (3, H', W') uint8."""
+    """Tile the first pictures of each row, one seed a column: [(N, 3, H, W) uint8] -> (3, H', W') uint8."""
     columns = min(columns, *(len(row) for row in rows))
     pitch = side + gap
     sheet = torch.full((3, len(rows) * pitch + gap, columns * pitch + gap), 255, dtype=torch.uint8)

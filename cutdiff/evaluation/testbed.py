@@ -11,19 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cutdiff
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.evaluation import score
-from cutdiff.evaluation.cells import Cell, cost, draw, folder_of, pictures
+from cutdiff.evaluation.cells import Cell, cost, draw_cells, folder_of, pictures
 from cutdiff.evaluation.features import FeatureNet, load_features
 from cutdiff.scenes import world
 from cutdiff.scenes.world import Scenes
 from cutdiff.settings import Settings
 
 NATIVE, FLOOR = "native", "other truth"
-"""Names of the cells that no method draws: direct inference at native size, and true renders compared with others."""
+"""The names of the cells that no method draws: direct inference at native size, and true renders beside others."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,11 @@ class Testbed:
     num: int
     folder: Path
     batch: int = 8
-    """Pictures that are drawn at once."""
+    """The pictures that are drawn at once."""
     caption_seed: int = score.CAPTION_SEED
-    """Of the list of scenes: what is chosen on one list is judged on another."""
+    """The seed of the list of scenes: what is chosen on one list is judged on another."""
+    native_name: str = NATIVE
+    """The name of the native pictures' cell."""
     _truths: dict[int, score.Facts] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -51,7 +52,7 @@ class Testbed:
 
     @property
     def native(self) -> int:
-        """Side of the native pictures, in pixels."""
+        """The side of the native pictures, in pixels."""
         return self.model.native_size * self.model.factor
 
     @cached_property
@@ -64,34 +65,30 @@ class Testbed:
 
     @property
     def native_cell(self) -> Cell:
-        return Cell(NATIVE, replace(self.base, method="direct", height=self.native, width=self.native))
+        return Cell(self.native_name, replace(self.base, method="direct", height=self.native, width=self.native))
 
     def draw(self, cells: Sequence[Cell]) -> None:
         """Draw what is not drawn yet of `cells` and of the native pictures."""
         captions = world.captions(self.scenes.choices)
-        every = [self.native_cell, *cells]
-        with tqdm(total=len(every) * self.num, unit="picture", disable=None) as bar:
-            for cell in every:
-                bar.set_description(f"{cell.name} {cell.side}", refresh=False)
-                draw(self.model, cell, captions, folder_of(self.folder, cell), batch=self.batch, on_batch=bar.update)
+        draw_cells(self.model, [self.native_cell, *cells], captions, self.folder, batch=self.batch)
 
     def row(self, cell: Cell) -> dict[str, Any]:
         """Scores and costs of a cell that was drawn."""
         images = pictures(folder_of(self.folder, cell), self.num)
         natives = None if cell.side == self.native else pictures(folder_of(self.folder, self.native_cell), self.num)
-        border = (cell.settings.stride or self.model.native_size // 2) * self.model.factor
-        scores = self._score(images, self.scenes, natives, border)
+        stride = getattr(cell.settings.method, "stride", None) or self.model.native_size // 2
+        scores = self._score(images, self.scenes, natives, stride * self.model.factor)
         spent = cost(folder_of(self.folder, cell))
         return row_of(cell.name, cell.side, self.num, scores, spent, cell.settings.described())
 
     def floor(self, side: int) -> dict[str, Any]:
-        """Other true renders as if a method had drawn them: what a perfect one would score."""
+        """The scores of other true renders, which a perfect method would have."""
         others = score.scenes(self.num, score.FLOOR_SEED)
         scores = self._score(score.true_renders(others, side), others, None, self.native // 2)
         return row_of(FLOOR, side, self.num, scores, {}, {})
 
     def truth(self, side: int) -> score.Facts:
-        """What is measured of the scenes' true renders, once."""
+        """The facts of the scenes' true renders, measured once."""
         if side not in self._truths:
             self._truths[side] = score.gather_facts(score.true_renders(self.scenes, side), self.network, self.native)
         return self._truths[side]
@@ -105,13 +102,13 @@ class Testbed:
 def row_of(
     name: str, side: int, num: int, scores: dict[str, score.Score], spent: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the results hold of a cell, as JSON can."""
-    found = {key: asdict(value) for key, value in scores.items()}
-    return {"name": name, "size": side, "num": num, "scores": found, "cost": spent, "settings": settings}
+    """A cell of the results, as JSON can hold it."""
+    values = {key: asdict(value) for key, value in scores.items()}
+    return {"name": name, "size": side, "num": num, "scores": values, "cost": spent, "settings": settings}
 
 
 def environment(model: Model) -> dict[str, Any]:
-    """The model, and what it runs on."""
+    """The model, and the machine that it runs on."""
     on_gpu = model.device.type == "cuda"
     return {
         "model": {"sha256": model.hashes},

@@ -1,41 +1,10 @@
-"""The methods by name. Each turns a denoiser for the native size into stages of canvas denoisers."""
+"""The methods, one file each: a denoiser for the native size becomes stages of denoisers for the canvas.
 
-from collections.abc import Callable, Sequence
+`cutdiffusion.py` is the one to read first; what several methods share is in `shared.py`, and no method imports another.
+A method is a frozen dataclass, whose fields are its options, with `stages(run)`, or a plain function of a `Run`. The
+names are in `cutdiff.specs`; a method of one's own needs none.
+"""
 
-from cutdiff.methods.accdiffusion import accdiffusion
-from cutdiff.methods.attention_scaling import attention_scaling
-from cutdiff.methods.cutdiffusion import cutdiffusion
-from cutdiff.methods.demofusion import demofusion
-from cutdiff.methods.direct import direct
-from cutdiff.methods.hidiffusion import hidiffusion
-from cutdiff.methods.magnify import magnify
-from cutdiff.methods.multidiffusion import multidiffusion
-from cutdiff.methods.scalecrafter import scalecrafter
-from cutdiff.methods.shared import Run
-from cutdiff.sampling.solvers import Phase, Stage
+from cutdiff.specs import METHODS
 
-METHODS: dict[str, Callable[[Run], Sequence[Stage | Phase]]] = {
-    "direct": direct,
-    "attention_scaling": attention_scaling,
-    "scalecrafter": scalecrafter,
-    "hidiffusion": hidiffusion,
-    "multidiffusion": multidiffusion,
-    "cutdiffusion": cutdiffusion,
-    "demofusion": demofusion,
-    "accdiffusion": accdiffusion,
-    "magnify": magnify,
-}
-
-__all__ = [
-    "METHODS",
-    "Run",
-    "accdiffusion",
-    "attention_scaling",
-    "cutdiffusion",
-    "demofusion",
-    "direct",
-    "hidiffusion",
-    "magnify",
-    "multidiffusion",
-    "scalecrafter",
-]
+__all__ = ["METHODS"]

@@ -13,19 +13,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
 
-from cutdiff.methods.direct import denoise_whole
-from cutdiff.methods.shared import Run
+from cutdiff.methods.shared import Run, on_whole_inside
 from cutdiff.models.inside import blocks, replaced, size_at
 from cutdiff.models.unet import TransformerBlock, UNet
-from cutdiff.sampling.denoiser import Size
-from cutdiff.sampling.solvers import Stage
+from cutdiff.options import Options
+from cutdiff.sampling.denoiser import Denoiser
+from cutdiff.sampling.stages import Size, Stage
 
 
-def attention_scaling(run: Run) -> list[Stage]:
+@dataclass(frozen=True)
+class AttentionScaling(Options):
     """D'(x) at every step, its scales those of the canvas; a canvas smaller than native gets smaller scales."""
-    changed = denoise_whole(run, lambda step: scaled_attention(run.denoiser.unet, run.size))
-    return [Stage("attention_scaling", range(run.num_steps), changed)]
+
+    changes_network: ClassVar[bool] = True
+
+    def stages(self, run: Run) -> list[Stage]:
+        @contextmanager
+        def changed(step: int) -> Iterator[Denoiser]:
+            with scaled_attention(run.denoiser.unet, run.size):
+                yield run.denoiser
+
+        return [Stage("attention_scaling", range(run.num_steps), on_whole_inside(changed))]
 
 
 @contextmanager

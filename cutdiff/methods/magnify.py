@@ -12,56 +12,53 @@ with a residual are DemoFusion's (2311.16973), which draws every size between an
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from cutdiff.methods.cutdiffusion import switch_step
-from cutdiff.methods.demofusion import denoise_picture, fade, phase_sizes
-from cutdiff.methods.multidiffusion import denoise_views
-from cutdiff.methods.shared import Run, guided
-from cutdiff.sampling.solvers import CanvasDenoiser, Phase, Stage
-
-Hold = Callable[[Run, Tensor, CanvasDenoiser], CanvasDenoiser]
-
-STRUCTURE_FRACTION = 0.3
-"""Of the steps that the details leave out: measured in notebooks/better.ipynb."""
+from cutdiff.methods.shared import Run, Stages, Tiled, fade, phase_sizes, step_at, with_guidance_scale
+from cutdiff.options import Scale, Share
+from cutdiff.sampling.stages import CanvasDenoiser, Phase, Stage
 
 
-def magnify(run: Run) -> list[Stage | Phase]:
+@dataclass(frozen=True, kw_only=True)
+class Magnify(Tiled):
     """All steps on the native picture, then the steps from structure_fraction · num_steps on, at least the last one."""
-    smallest, *larger = phase_sizes(run.size, run.denoiser.native_size)
-    stages: list[Stage | Phase] = [
-        Stage("structure", range(run.num_steps), denoise_picture(replace(run, size=smallest)), smallest)
-    ]
-    if larger:
-        first = min(switch_step(run, STRUCTURE_FRACTION), run.num_steps - 1)
-        stages.append(enlarged(run, range(run.num_steps + first, 2 * run.num_steps)))
-    return stages
 
+    structure_fraction: Share = 0.3
+    """The share of the steps, rounded up, that the details leave out: measured in notebooks/better.ipynb."""
+    detail_guidance_scale: Scale = 1.0
+    """The guidance scale of the detail stage; 1 evaluates the prompt alone."""
 
-def enlarged(run: Run, steps: range, hold: Hold | None = None) -> Phase:
-    """The detail stage on the run's canvas, from what the structure stage ended with; `hold` in place of `held`."""
+    def stages(self, run: Run) -> Stages:
+        smallest, *larger = phase_sizes(run.size, run.native_size)
+        stages: Stages = [
+            Stage("structure", range(run.num_steps), self.on_whole(replace(run, size=smallest)), smallest)
+        ]
+        if larger:
+            first = min(step_at(self.structure_fraction, run.num_steps), run.num_steps - 1)
+            stages.append(self.enlarged(run, range(run.num_steps + first, 2 * run.num_steps)))
+        return stages
 
-    def begin(picture: Tensor) -> tuple[Tensor, Stage]:
-        guide = F.interpolate(picture, run.size, mode="bicubic")
-        sigma = run.schedule.sigmas[steps.start % run.num_steps]
-        x = guide + sigma * run.draws.phase_noise(tuple(guide.shape), 2).to(guide)
-        scale = 1.0 if run.detail_guidance_scale is None else run.detail_guidance_scale
-        views = guided(run, scale, denoise_views(run, run.jitter))
-        return x, Stage("detail", steps, (hold or held)(run, picture, views), run.size)
+    def enlarged(self, run: Run, steps: range) -> Phase:
+        """The detail stage on the run's canvas, from what the structure stage ended with."""
 
-    return Phase(steps, run.size, begin)
+        def begin(picture: Tensor) -> tuple[Tensor, Stage]:
+            guide = F.interpolate(picture, run.size, mode="bicubic")
+            sigma = run.schedule.sigmas[steps.start % run.num_steps]
+            x = guide + sigma * run.draws.phase_noise(tuple(guide.shape), 2).to(guide)
+            views = self.on_views(with_guidance_scale(run, self.detail_guidance_scale))
+            return x, Stage("detail", steps, self.hold(run, picture, views), run.size)
 
+        return Phase(steps, run.size, begin)
 
-def held(run: Run, picture: Tensor, denoise: CanvasDenoiser) -> CanvasDenoiser:
-    """Move what `denoise` estimates towards `picture` (B, C, h, w) in all that a canvas of that size can hold."""
+    def hold(self, run: Run, picture: Tensor, denoise: CanvasDenoiser) -> CanvasDenoiser:
+        """Move the estimate of `denoise` towards `picture` (B, C, h, w) in all that a canvas of that size can hold."""
 
-    def hold(x: Tensor, sigma: float, step: int) -> Tensor:
-        denoised = denoise(x, sigma, step)
-        missing = picture - F.adaptive_avg_pool2d(denoised, (picture.shape[2], picture.shape[3]))
-        return denoised + fade(run, sigma) * F.interpolate(missing, run.size, mode="bicubic")
+        def held(x: Tensor, sigma: float, step: int) -> Tensor:
+            denoised = denoise(x, sigma, step)
+            missing = picture - F.adaptive_avg_pool2d(denoised, (picture.shape[2], picture.shape[3]))
+            return denoised + fade(run, sigma) * F.interpolate(missing, run.size, mode="bicubic")
 
-    return hold
+        return held

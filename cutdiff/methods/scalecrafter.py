@@ -20,20 +20,39 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cutdiff.methods.direct import denoise_whole, direct
-from cutdiff.methods.shared import Run, step_at
+from cutdiff.methods.shared import Run, on_whole_inside, step_at
 from cutdiff.models.inside import blocks, replaced
 from cutdiff.models.unet import DownLevel, MidBlock, UNet
-from cutdiff.sampling.denoiser import Denoiser, Inputs
-from cutdiff.sampling.solvers import Stage
+from cutdiff.options import Options
+from cutdiff.sampling.denoiser import Call, Denoiser, Inputs
+from cutdiff.sampling.stages import Stage
+
+
+@dataclass(frozen=True)
+class ScaleCrafter(Options):
+    """Re-dilated for the first steps, then as it is; direct inference where the canvas is nowhere past native."""
+
+    changes_network: ClassVar[bool] = True
+
+    def stages(self, run: Run) -> list[Stage]:
+        scale = max(run.size) / run.native_size
+        if scale <= 1:
+            return [Stage("direct", range(run.num_steps), run.denoiser)]
+        plan = plan_for(scale)
+        until = step_at(plan.share, run.num_steps)
+        changed = partial(redilated_step, run.denoiser, plan, until)
+        return [
+            Stage("redilated", range(until), on_whole_inside(changed)),
+            Stage("direct", range(until, run.num_steps), run.denoiser),
+        ]
 
 
 @dataclass(frozen=True)
@@ -44,32 +63,32 @@ class Dilations:
     up: tuple[float, ...]
     down: tuple[float, ...] = ()
 
-    def at(self, block: nn.Module, depth: int) -> float:
-        """Of a block `depth` levels above the deepest."""
+    def of(self, block: nn.Module, depth: int) -> float:
+        """The factor of a block `depth` levels above the deepest."""
         if isinstance(block, MidBlock):
             return self.mid
         factors = self.down if isinstance(block, DownLevel) else self.up
         return factors[depth] if depth < len(factors) else 1.0
 
     def shrunk(self, remaining: float) -> Dilations:
-        """At the step where the share `remaining` of the re-dilated steps is left: whole factors, not below 2."""
+        """The dilations of a step with the share `remaining` of re-dilated ones to go: whole factors, not below 2."""
         mid, up, down = ([max(math.ceil(f * remaining), 2) for f in fs] for fs in ((self.mid,), self.up, self.down))
         return Dilations(mid[0], tuple(up), tuple(down))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is spread, and for how long."""
+    """The convolutions that are spread, and for how long."""
 
     share: float
-    """Of the steps, from the first one on."""
+    """The share of the steps, from the first one on, in which they are."""
     dilations: Dilations
     base: Dilations | None = None
-    """What noise-damped guidance takes the estimate without a prompt from; None: plain guidance, constant dilations."""
+    """The dilations of noise-damped guidance's estimate without a prompt; None: plain guidance, constant dilations."""
 
 
 def plan_for(scale: float) -> Plan:
-    """For a canvas whose longer side is `scale` times the native one: the published settings at 2, 2.5 and 4.
+    """The plan for a canvas whose longer side is `scale` times the native one: as published at 2, 2.5 and 4.
 
     Elsewhere the factors follow the scale; noise-damped guidance and the further levels come in above 3.
     """
@@ -79,43 +98,28 @@ def plan_for(scale: float) -> Plan:
     return Plan(0.7, wide, base=Dilations(mid=0.5 * scale, up=(0.5 * scale,)))
 
 
-def scalecrafter(run: Run) -> list[Stage]:
-    """Re-dilated for the first steps, then as it is; direct inference where the canvas is nowhere past native."""
-    scale = max(run.size) / run.denoiser.native_size
-    if scale <= 1:
-        return direct(run)
-    plan = plan_for(scale)
-    until = step_at(plan.share, run.num_steps)
-    changed = partial(_redilated_step, run.denoiser, plan, until)
-    return [
-        Stage("redilated", range(until), denoise_whole(run, changed)),
-        Stage("direct", range(until, run.num_steps), denoise_whole(run)),
-    ]
-
-
 @contextmanager
-def _redilated_step(denoiser: Denoiser, plan: Plan, until: int, step: int) -> Iterator[None]:
+def redilated_step(denoiser: Denoiser, plan: Plan, until: int, step: int) -> Iterator[Denoiser]:
+    """The denoiser of `step`, the network re-dilated inside the block or, for noise-damped guidance, in each call."""
     if plan.base is None:
         with redilated(denoiser.unet, plan.dilations):
-            yield
+            yield denoiser
         return
     remaining = (until - step) / until
     wide, base = plan.dilations.shrunk(remaining), plan.base.shrunk(remaining)
-    if denoiser.copies == 1:
-        with redilated(denoiser.unet, wide):
-            yield
-        return
 
-    def damped(_images: Tensor, rows: Inputs) -> Tensor:
+    def damped(call: Call) -> Tensor:
         """A pair (base, base + positive − negative), which plain guidance turns into the noise-damped estimate."""
         with redilated(denoiser.unet, wide):
-            negative, positive = denoiser.evaluate(rows).float().unflatten(0, (-1, 2)).unbind(1)
+            prediction = denoiser.evaluate(call.inputs)
+        if call.copies == 1:
+            return prediction
+        negative, positive = prediction.float().unflatten(0, (-1, 2)).unbind(1)
         with redilated(denoiser.unet, base):
-            calm = denoiser.evaluate(cast(Inputs, tuple(values[::2] for values in rows))).float()
+            calm = denoiser.evaluate(cast(Inputs, tuple(values[::2] for values in call.inputs))).float()
         return torch.stack([calm, calm + positive - negative], dim=1).flatten(0, 1)
 
-    with replaced(denoiser, network=damped):
-        yield
+    yield replace(denoiser, network=damped)
 
 
 @contextmanager
@@ -124,7 +128,7 @@ def redilated(unet: UNet, dilations: Dilations) -> Iterator[None]:
     last = len(unet.down_blocks) - 1
     with ExitStack() as changes:
         for level, block in blocks(unet):
-            factor = dilations.at(block, last - level)
+            factor = dilations.of(block, last - level)
             for module in block.modules():
                 if factor > 1 and isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
                     changes.enter_context(replaced(module, forward=partial(redilated_conv, module, factor)))

@@ -1,72 +1,250 @@
-"""What every method is given."""
+"""The `Run` that methods are given, and the parts that several of them share: views, patches, a cascade, fades."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cutdiff.models.inside import replaced
-from cutdiff.models.text import TextEncoders
-from cutdiff.parallel.ranks import SharedText
-from cutdiff.sampling.denoiser import Denoiser, Size
+from cutdiff.models.shared_text import SharedText
+from cutdiff.models.text import TextEncoders, TextStates
+from cutdiff.options import Between, Count, Options
+from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
-from cutdiff.sampling.schedule import Schedule
-from cutdiff.sampling.solvers import CanvasDenoiser, Phase, Stage
+from cutdiff.sampling.operators import Patches, Views, pad_to_grid
+from cutdiff.sampling.schedules import Schedule
+from cutdiff.sampling.stages import CanvasDenoiser, Phase, Size, Stage
+
+Grain = Literal["channel", "pixel", "none"]
+"""The unit that patches exchange: a channel of a pixel (the published code), a whole pixel (the paper), nothing."""
+Power = Annotated[float, Between(0)]
+Stages = list[Stage | Phase]
+BLUR = 0.8
+"""The standard deviation, in latents, of the Gaussian that DemoFusion's patches are blurred with at first.
+
+The published examples are called with it; the published function's own default is 1.
+"""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run on a canvas: the denoiser for the native size, the draws, and the options that methods read."""
+    """One run on a canvas: what a method is given."""
 
     denoiser: Denoiser
+    """The denoiser for the native size."""
     draws: Draws
     size: Size
-    """Of the canvas, in latents."""
+    """The size of the canvas, in latents."""
     target_size: Size
-    """Of the finished picture: that of the canvas, but on the way to it in a cascade of sizes."""
+    """The size of the finished picture: that of the canvas, but on the way to it in a cascade of sizes."""
     schedule: Schedule
     prompts: list[str]
     text: TextEncoders | SharedText
-    stride: int | None = None
-    """Between views, in latents; half of the window where it is None."""
-    structure_fraction: float | None = None
-    detail_guidance_scale: float | None = None
-    interaction: str = "channel"
-    size_conditioning: str = "native"
-    cosine_scales: tuple[float, float, float] = (3.0, 1.0, 1.0)
-    word_threshold: float = 0.3
+    encode: Callable[[Tensor], Tensor]
+    """Images (B, 3, H, W) in [0, 1] -> latents (B, C, h, w), float32, as `cutdiff.encode`."""
+    decode: Callable[[Tensor], Tensor]
+    """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32, on the latents' device, as `cutdiff.decode`."""
 
     @property
     def num_steps(self) -> int:
-        """Of the schedule."""
+        """The steps of the schedule."""
         return self.schedule.num_steps
 
     @property
+    def native_size(self) -> int:
+        """The side, in latents, of the pictures that the network was trained on."""
+        return self.denoiser.native_size
+
+    @property
     def window(self) -> Size:
-        """Of a view: the native size, or the canvas where that is smaller."""
-        native = self.denoiser.native_size
-        return min(native, self.size[0]), min(native, self.size[1])
+        """The size of a view: the native one, or the canvas where that is smaller."""
+        return min(self.native_size, self.size[0]), min(self.native_size, self.size[1])
 
-    @property
-    def strides(self) -> Size:
-        """Between views, on each axis."""
-        wanted = max(1, self.denoiser.native_size // 2) if self.stride is None else self.stride
-        return min(wanted, self.window[0]), min(wanted, self.window[1])
 
-    @property
-    def jitter(self) -> Size:
-        """How far a view may move on each axis; a single view, which is the whole picture, does not."""
-        if self.size == self.window:
+@dataclass(frozen=True, kw_only=True)
+class Tiled(Options):
+    """The options of methods whose network is shown patches or views of the canvas, and how they show them."""
+
+    stride: Count | None = None
+    """The distance between views, in latents; None: half of the model's native size."""
+    size_conditioning: Literal["native", "target"] = "native"
+    """The sizes that the network is told: "native", those of the patch or crop that it sees, or "target", the finished
+    picture's, as the published CutDiffusion code has it."""
+
+    def strides(self, run: Run) -> Size:
+        """The distance between views on each axis."""
+        wanted = max(1, run.native_size // 2) if self.stride is None else self.stride
+        return min(wanted, run.window[0]), min(wanted, run.window[1])
+
+    def jitter(self, run: Run) -> Size:
+        """The most that a view moves on each axis; a single view, which is the whole picture, does not."""
+        if run.size == run.window:
             return 0, 0
-        return (self.window[0] - self.strides[0]) // 4, (self.window[1] - self.strides[1]) // 4
+        (height, width), (down, right) = run.window, self.strides(run)
+        return (height - down) // 4, (width - right) // 4
 
-    @property
-    def told_size(self) -> Size | None:
-        """What the network is told a patch to be: a whole picture of its own size (None), or the finished picture."""
-        return None if self.size_conditioning == "native" else self.target_size
+    def conditioning_size(self, run: Run) -> Size | None:
+        """The size that a patch is said to be: its own (None), or that of the finished picture."""
+        return None if self.size_conditioning == "native" else run.target_size
+
+    def on_whole(self, run: Run) -> CanvasDenoiser:
+        """D on the whole canvas, conditioned as a picture of its own size, or as the finished one."""
+        size = self.conditioning_size(run)
+
+        def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
+            return run.denoiser(latents, sigma, step, original_size=size, target_size=size)
+
+        return denoise
+
+    def on_patches(
+        self, run: Run, grid: Size, interaction: Grain, show: Callable[[Tensor, float], Tensor] | None = None
+    ) -> CanvasDenoiser:
+        """relocate ∘ permute⁻¹ ∘ D ∘ permute ∘ cut: all patches draw one picture, because they keep exchanging pixels.
+
+        A canvas that the grid does not divide is padded for the cut and cropped after the relocation. Conditioned
+        "native", every patch is a whole picture of its own size. The network is shown `show(canvas, sigma)` in the
+        place of the canvas.
+        """
+        size = self.conditioning_size(run)
+
+        def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
+            canvas = pad_to_grid(latents, grid)
+            batch, channels, height, width = canvas.shape
+            shape = (batch, channels, height // grid[0], width // grid[1])
+            patches = Patches(grid, run.draws.permutation(step, grid, shape, interaction))
+            shown = None if show is None else show(canvas, sigma)
+            denoised = run.denoiser.through(
+                patches, canvas, sigma, step, shown=shown, original_size=size, target_size=size
+            )
+            return denoised[:, :, : run.size[0], : run.size[1]]
+
+        return denoise
+
+    def on_views(self, run: Run, *, jitter: Size | None = None, weights: Tensor | None = None) -> CanvasDenoiser:
+        """average ∘ D ∘ views, which stand elsewhere at every step where there is `jitter`; `weights` as in `Views`."""
+        most = self.jitter(run) if jitter is None else jitter
+
+        def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
+            origins = run.draws.view_origins(step, run.size, run.window, self.strides(run), most)
+            return self.on_views_at(run, origins, most, latents, sigma, step, weights=weights)
+
+        return denoise
+
+    def on_views_at(
+        self,
+        run: Run,
+        origins: Tensor,
+        jitter: Size,
+        latents: Tensor,
+        sigma: float,
+        step: int,
+        *,
+        positive: TextStates | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """average ∘ D ∘ views at `origins` (B, V, 2) or (V, 2); `positive` are text states of each view.
+
+        Conditioned "native", every view is the crop that it is: original size = the canvas, crop = the view's origin,
+        not below 0, target = the window. "target": original = target = the finished picture, and the crop is counted
+        from the corner of a canvas that is padded by the jitter's range.
+        """
+        origins = origins.expand(len(latents), *origins.shape[-2:])  # (B, V, 2)
+        corner = origins.flatten(0, 1).cpu()
+        if self.size_conditioning == "native":
+            crops, original, target = corner.clamp(min=0), run.size, run.window
+        else:
+            crops, original, target = corner + corner.new_tensor(jitter), run.target_size, run.target_size
+        return run.denoiser.through(
+            Views(origins, run.window, run.size, weights, device=latents.device),
+            latents,
+            sigma,
+            step,
+            positive=positive,
+            crop_origins=crops,
+            original_size=original,
+            target_size=target,
+        )
+
+
+MakeLocal = Callable[[Run, range], CanvasDenoiser]
+"""(a run on a phase's canvas, the phase's steps) -> its denoiser of views; made when the phase begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cascade(Tiled):
+    """DemoFusion's cascade of sizes (its head tells of it), which AccDiffusion goes through as well."""
+
+    cosine_scales: tuple[Power, Power, Power] = (3.0, 1.0, 1.0)
+    """The powers of a cosine by which the skip residual, the dilated sampling and the blur fade."""
+
+    def cascade(self, run: Run, first: Callable[[Run], CanvasDenoiser], local: MakeLocal, interaction: Grain) -> Stages:
+        """A stage that draws the whole picture, at most of native size, and a phase for every size up to the run's."""
+        smallest, *larger = phase_sizes(run.size, run.native_size)
+        start = Stage("phase 1", range(run.num_steps), first(replace(run, size=smallest)), smallest)
+        phases = [
+            self._phase(replace(run, size=size), number, local, interaction)
+            for number, size in enumerate(larger, start=2)
+        ]
+        return [start, *phases]
+
+    def _phase(self, run: Run, number: int, local: MakeLocal, interaction: Grain) -> Phase:
+        """Phase `number`, counted from 1, on the canvas of `run`, whose patches lie on a grid of number × number."""
+        steps = range((number - 1) * run.num_steps, number * run.num_steps)
+        grid = (min(number, run.size[0]), min(number, run.size[1]))  # a canvas thinner than that has no more patches
+        skip, dilated, blur = self.cosine_scales
+
+        def begin(previous: Tensor) -> tuple[Tensor, Stage]:
+            guide = F.interpolate(previous, run.size, mode="bicubic")
+            noise = run.draws.phase_noise(tuple(guide.shape), number).to(guide)
+            views = local(run, steps)
+
+            def show(canvas: Tensor, sigma: float) -> Tensor:
+                width = BLUR * (0.99 * fade(run, sigma) ** blur + 0.01)
+                return with_moments(gaussian_blur(canvas, width, radius=number - 1), canvas)
+
+            patches = self.on_patches(run, grid, interaction, show)
+
+            def hold(x: Tensor, sigma: float, step: int) -> Tensor:
+                return torch.lerp(x, guide + sigma * noise, fade(run, sigma) ** skip)
+
+            def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
+                return torch.lerp(views(x, sigma, step), patches(x, sigma, step), fade(run, sigma) ** dilated)
+
+            def end(x: Tensor) -> Tensor:
+                return with_moments(x, previous)
+
+            start = guide + run.schedule.sigmas[0] * noise
+            return start, Stage(f"phase {number}", steps, denoise, run.size, before=hold, end=end)
+
+        return Phase(steps, run.size, begin)
+
+
+def on_whole_inside(changed: Callable[[int], AbstractContextManager[Denoiser]]) -> CanvasDenoiser:
+    """D'(x) on the whole canvas, inside `changed(step)`, which changes the network and gives the denoiser to call."""
+
+    def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
+        with changed(step) as denoiser:
+            return denoiser(latents, sigma, step)
+
+    return denoise
+
+
+def with_guidance_scale(run: Run, scale: float | None) -> Run:
+    """The run with another guidance scale, or itself where that is None. ValueError where its guidance has none."""
+    if scale is None:
+        return run
+    guidance: Any = run.denoiser.guidance
+    if not hasattr(guidance, "guidance_scale"):
+        raise ValueError(
+            f"detail_guidance_scale={scale} needs a guidance with a guidance_scale, which {guidance!r} lacks"
+        )
+    return replace(run, denoiser=replace(run.denoiser, guidance=replace(guidance, guidance_scale=scale)))
 
 
 def step_at(share: float, num_steps: int) -> int:
@@ -74,32 +252,31 @@ def step_at(share: float, num_steps: int) -> int:
     return math.ceil(round(share * num_steps, 9))  # 0.28 · 50 is 14, whatever floats say
 
 
-def guided(run: Run, scale: float | None, denoise: CanvasDenoiser) -> CanvasDenoiser:
-    """`denoise` under a guidance scale of its own, or the run's where that is None."""
-
-    def with_scale(latents: Tensor, sigma: float, step: int) -> Tensor:
-        with replaced(run.denoiser, guidance_scale=scale):
-            return denoise(latents, sigma, step)
-
-    return denoise if scale is None else with_scale
+def fade(run: Run, sigma: float) -> float:
+    """Half a cosine, from 1 at the noisiest timestep to 0 at the cleanest (DemoFusion, section 3.3)."""
+    return (1 - math.cos(math.pi * run.schedule.fraction(sigma))) / 2
 
 
-def guided_between(run: Run, interval: tuple[float, float], stages: Sequence[Stage | Phase]) -> list[Stage | Phase]:
-    """The stages with guidance in the steps from one share of the schedule to another only."""
-    first, last = (step_at(share, run.num_steps) for share in interval)
+def phase_sizes(size: Size, native: int) -> list[Size]:
+    """The canvases of a cascade up to `size`, of its shape, the longer axis by multiples of the native size."""
+    longest = max(size)
+    height, width = (
+        [max(1, side * k * native // longest) for k in range(1, math.ceil(longest / native))] for side in size
+    )
+    return [*zip(height, width, strict=True), size]
 
-    def limited(stage: Stage) -> Stage:
-        def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
-            with replaced(run.denoiser, guided=first <= step % run.num_steps < last):
-                return stage.denoise(latents, sigma, step)
 
-        return replace(stage, denoise=denoise)
+def gaussian_blur(canvas: Tensor, width: float, radius: int) -> Tensor:
+    """Blur each channel of (B, C, H, W) with a Gaussian of deviation `width`, cut off past `radius`; zeros outside."""
+    offsets = torch.arange(-radius, radius + 1, device=canvas.device)
+    taps = torch.exp(-(offsets**2) / (2 * width**2))
+    taps = (taps / taps.sum()).to(canvas)
+    channels = canvas.shape[1]
+    kernel = torch.outer(taps, taps).expand(channels, 1, -1, -1)
+    return F.conv2d(canvas, kernel, padding=radius, groups=channels)
 
-    def begun(phase: Phase) -> Phase:
-        def begin(latents: Tensor) -> tuple[Tensor, Stage]:
-            state, stage = phase.begin(latents)
-            return state, limited(stage)
 
-        return replace(phase, begin=begin)
-
-    return [limited(part) if isinstance(part, Stage) else begun(part) for part in stages]
+def with_moments(x: Tensor, like: Tensor) -> Tensor:
+    """x (B, C, H, W), scaled and moved to the mean and standard deviation of `like`, each image by itself."""
+    (x_std, x_mean), (std, mean) = (torch.std_mean(t, dim=(1, 2, 3), keepdim=True) for t in (x, like))
+    return (x - x_mean) / x_std * std + mean

@@ -1,1 +1,8 @@
-"""The networks of the SDXL family, by hand. They know nothing of schedules or files."""
+"""The networks of the Stable Diffusion families, by hand, and changing their inside for the time of a step.
+
+Read `unet` first: its attributes are the keys of diffusers checkpoints; `layers` has the blocks that it shares with
+the `vae`, and `config` the sizes of every network. `inside` changes a network for the time of a step.
+
+Networks map tensors to tensors. They know nothing of sigmas and schedules, of steps and methods, or of files: this room
+imports only `cutdiff.parallel`, `cutdiff.settings` and the kernels.
+"""

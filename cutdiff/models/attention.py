@@ -1,7 +1,8 @@
-"""Where in the picture each token of the text is looked at: cross-attention maps, recorded while the U-Net runs."""
+"""Recorded cross-attention: where in the picture the U-Net looks at each token of the text."""
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,31 +15,37 @@ from cutdiff.models.unet import Context, UNet
 
 
 class AttentionMaps:
-    """What was recorded: for every layer, the weights of each batch that it saw, averaged over the heads."""
+    """A recording: the weights of each batch that each layer has attended with, averaged over the heads.
+
+    It records what the thread does that made it; another thread that runs the network meanwhile adds nothing.
+    """
 
     def __init__(self) -> None:
-        self._seen: defaultdict[Attention, list[Tensor]] = defaultdict(list)
+        self._recorded: defaultdict[Attention, list[Tensor]] = defaultdict(list)
         self._pending: dict[Attention, Tensor] = {}
+        self._thread = threading.get_ident()
 
     def add(self, layer: Attention, args: tuple[Tensor, Context], output: Tensor) -> None:
         """A forward hook of `layer`, whose arguments were x and the context."""
-        self._pending[layer] = layer.weights(*args).mean(dim=1)
+        if threading.get_ident() == self._thread:
+            self._pending[layer] = layer.weights(*args).mean(dim=1)
 
     def keep(self, *_: object) -> None:
-        """A forward hook of the U-Net: a pass that fails on the way, and is taken again, leaves nothing."""
-        for layer, weights in self._pending.items():
-            self._seen[layer].append(weights)
+        """A forward hook of the U-Net: only a pass that ends is recorded, so one that is repeated counts once."""
+        if threading.get_ident() == self._thread:
+            for layer, weights in self._pending.items():
+                self._recorded[layer].append(weights)
 
     def mean(self) -> Tensor:
-        """The mean over the layers: (items, h·w, tokens), float32, items in the order in which they were seen."""
-        return torch.stack([torch.cat(batches) for batches in self._seen.values()]).mean(dim=0)
+        """The mean over the layers: (items, h·w, tokens), float32, items in the order in which they were recorded."""
+        return torch.stack([torch.cat(batches) for batches in self._recorded.values()]).mean(dim=0)
 
 
 @contextmanager
 def recorded_attention(unet: UNet) -> Iterator[AttentionMaps]:
-    """Record the attention over the text at `map_level`, on the way down and up, of all that the network does inside.
+    """Record the attention over the text in all passes inside the block, at `map_level` on the way down and up.
 
-    Nothing that the network computes changes. ValueError where no level looks at the text.
+    Nothing that the network computes changes. Raises ValueError where no level attends to the text.
     """
     level = map_level(unet)
     maps = AttentionMaps()
@@ -53,7 +60,7 @@ def recorded_attention(unet: UNet) -> Iterator[AttentionMaps]:
 
 
 def map_level(unet: UNet) -> int:
-    """The coarsest level that looks at the text; a map there has 1 / 2^level of the latents' height and width."""
+    """The coarsest level that attends to the text; a map there has 1 / 2^level of the latents' height and width."""
     levels = [level for level, layers in enumerate(unet.config.transformer_layers) if layers]
     if not levels:
         raise ValueError("no level of the network attends to the text: there are no maps to record")

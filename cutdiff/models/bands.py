@@ -1,17 +1,17 @@
-"""A convolutional network over a picture of any size: band by band of rows, with the result of the whole at once.
+"""A convolutional network over a picture of any size, computed in bands of rows: the result is that of the whole.
 
-`in_bands(network, x)` calls the network's own `forward` on a `Banded` picture, which torch functions turn into another:
-a convolution asks its input for a halo of rows, a group norm passes over all of its input once for the statistics.
-There are no tiles that could leave seams, and there is no second description of the network.
+`in_bands(network, x)` calls the network's own `forward` on a `Banded` picture, which each torch function turns into
+another one: a convolution asks its input for a halo of rows, a group norm passes over all of its input once for the
+statistics. There are no tiles that could leave seams, and there is no second description of the network.
 
-Memory: of an SDXL decoder at 4096² in 16 bits, the 256 channels that enter the last level would take 8.6 GB at full
-size, and 128 channels take 4.3 GB. A picture whose statistics are taken is kept where it is small (`kept_bytes`) and
-computed anew in each pass where it is not: here the upsampled input and the first convolution of each block. A sum is
-always kept, in the place of its left term where that was kept. So at most 128 channels of the full and 256 of half the
-size live at once, 192 values for each pixel or 6.4 GB, and a few bands: 7.1 GB with the weights.
+Memory: in an SDXL decoder at 4096² in 16 bits, the 256 channels that enter the last level would take 8.6 GB at full
+size, and 128 channels take 4.3 GB. A picture whose statistics are taken is kept if it is small (`kept_bytes`) and
+computed anew in each pass if it is not: the upsampled input and the first convolution of each block are. A sum is
+always kept, in the place of its left term if that was kept. So at most 128 channels of the full size and 256 of half
+the size live at once, 192 values for each pixel or 6.4 GB, and a few bands: 7.1 GB with the weights.
 
-Ranks share the bands of every pass, and each gets the rows that the others computed of a picture that is kept: the
-pictures are those of one process, to the bit.
+Ranks share the bands of every pass, and each gets the rows of a kept picture that the others computed: the pictures
+are those of one process, to the bit.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from torch import Tensor
 from cutdiff.parallel.ranks import ALONE, Ranks
 
 KEPT_BYTES = 2 << 30
-CPU_BAND_BYTES = 4 << 20  # what a core's cache holds some of, and malloc gives again without new pages from the system
-GPU_BAND_BYTES = 64 << 20  # enough pixels to fill it
+CPU_BAND_BYTES = 4 << 20  # a core's cache holds a few of these, and malloc reuses them without new pages
+GPU_BAND_BYTES = 64 << 20  # enough pixels to keep a GPU busy
 
 Rows = Callable[[int, int], Tensor]
-"""(top, bottom) -> these rows of a picture, without the last: (B, C, bottom - top, W)."""
+"""(top, bottom) -> the rows of a picture from `top` up to and without `bottom`: (B, C, bottom - top, W)."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is held at once, and by whom."""
+    """The memory that bands may take, and the processes that share them."""
 
     band_bytes: int
-    """Of a band; it has at least one row."""
+    """The size of a band, which has at least one row however large that is."""
     kept_bytes: int = KEPT_BYTES
-    """Of the largest picture that is kept after its statistics were taken."""
+    """The size of the largest picture that is kept after its statistics were taken."""
     ranks: Ranks = ALONE
     """The processes that share the bands."""
 
     @staticmethod
     def on(device: torch.device, ranks: Ranks = ALONE) -> Limits:
-        """What keeps a device busy."""
+        """Bands that are large enough to keep the device busy."""
         return Limits(CPU_BAND_BYTES if device.type == "cpu" else GPU_BAND_BYTES, ranks=ranks)
 
 
@@ -57,15 +57,15 @@ class Limits:
 def in_bands(network: Callable[[Tensor], Tensor], x: Tensor, limits: Limits | None = None) -> Tensor:
     """`network(x)`, to rounding, for pictures x (B, C, H, W); without gradients.
 
-    The network may use the `FUNCTIONS` below, and sums that are the last to read their left term. Raises
-    NotImplementedError where it calls another function of torch; other operators and methods a `Banded` has not.
+    The network may call the `FUNCTIONS` below and add pictures, if the sum is the last to read its left term. Raises
+    NotImplementedError where it calls another function of torch. A `Banded` has no other operators and methods.
     """
     picture = Banded(x.shape, x.dtype, x.device, limits or Limits.on(x.device), _rows_of(x))
     return cast(Banded, network(cast(Tensor, picture))).whole().contiguous()
 
 
 class Banded:
-    """A picture (B, C, H, W) whose rows are computed when they are asked for, each time anew until it is kept."""
+    """A picture (B, C, H, W) whose rows are computed whenever they are asked for, until it is kept."""
 
     def __init__(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, limits: Limits, rows: Rows
@@ -75,7 +75,7 @@ class Banded:
         self.device = device
         self.limits = limits
         self.rows = rows
-        self.widest = self.num_bytes  # of the pictures that its rows are computed from
+        self.widest = self.num_bytes  # the size of the largest picture that its rows are computed from
         self.kept: Tensor | None = None
 
     @classmethod
@@ -85,7 +85,7 @@ class Banded:
         return FUNCTIONS[function](*args, **(kwargs or {}))
 
     def __add__(self, other: Banded | Tensor) -> Banded:
-        """Kept, in the place of the left term where that was kept: nothing can read it afterwards."""
+        """The sum, which is kept. It takes the place of a kept left term, which nothing can read afterwards."""
         other_rows = _rows_of(other) if isinstance(other, Tensor) else other.rows
         total = self.into(lambda top, bottom: self.rows(top, bottom) + other_rows(top, bottom))
         if isinstance(other, Banded):
@@ -100,11 +100,11 @@ class Banded:
         return self.whole().flatten(start_dim)
 
     def into(self, rows: Rows, channels: int | None = None, size: Sequence[int] | None = None) -> Banded:
-        """What `rows` makes of this picture; its channels and its size are the same where they are not given."""
+        """The picture that `rows` makes of this one, with the same channels and size unless others are given."""
         shape = (self.shape[0], channels or self.shape[1], *(size or self.shape[2:]))
-        made = Banded(shape, self.dtype, self.device, self.limits, rows)
-        made.widest = max(made.widest, self.widest)
-        return made
+        picture = Banded(shape, self.dtype, self.device, self.limits, rows)
+        picture.widest = max(picture.widest, self.widest)
+        return picture
 
     @property
     def num_bytes(self) -> int:
@@ -117,31 +117,31 @@ class Banded:
         return [*range(0, height, step), height]
 
     def bands(self) -> Iterator[tuple[int, int]]:
-        """The first row of each band that is this rank's, and the row after its last."""
+        """For each band of this rank, its first row and the row after its last."""
         edges, ranks = self.edges(), self.limits.ranks
         first, end = ranks.starts(len(edges) - 1)[ranks.rank : ranks.rank + 2]
         return pairwise(edges[first : end + 1])
 
     def scan(self) -> Iterator[Tensor]:
-        """This rank's bands. A picture that is small enough is kept on the way."""
+        """The bands of this rank, one after the other. A picture that is small enough is kept on the way."""
         if self.kept is None and self.num_bytes <= self.limits.kept_bytes:
             return self._keeping()
         return (self.rows(top, bottom) for top, bottom in self.bands())
 
     def fill(self, whole: Tensor) -> None:
-        """Fill in the bands of other ranks."""
+        """Write the bands of the other ranks into `whole`, which has this rank's."""
         edges = self.edges()
         starts = [edges[start] for start in self.limits.ranks.starts(len(edges) - 1)]
         self.limits.ranks.gather(whole.permute(0, 2, 3, 1), starts, dim=1)  # as it lies in memory
 
     def whole(self) -> Tensor:
-        """The picture as a tensor, which is kept."""
+        """The picture as a tensor; it is kept from now on."""
         if self.kept is None:
             deque(self._keeping(), maxlen=0)
         return cast(Tensor, self.kept)
 
     def keep(self, whole: Tensor) -> None:
-        """Read `whole` from now on, and let go of what this was computed from."""
+        """Take all rows from `whole` from now on, and forget the pictures that they were computed from."""
         self.kept, self.rows = whole, _rows_of(whole)
         self.widest = self.num_bytes
 
@@ -156,24 +156,24 @@ class Banded:
 
 
 def _rows_of(x: Tensor) -> Rows:
-    """In channels_last, where a band of one picture is contiguous."""
+    """The rows of a tensor in channels_last, where a band of one picture is contiguous."""
     return lambda top, bottom: x[:, :, top:bottom].contiguous(memory_format=torch.channels_last)
 
 
 def _overwritten(x: Banded, total: Banded) -> Tensor:
-    """Write `total`, which is made of the kept x, over x, and give that tensor.
+    """Write `total`, which is computed from the kept picture x, over x, and return that tensor.
 
-    A band waits until the rows that later ones may read lie below it.
+    A band is written only when later bands can read no row above its end.
     """
     tensor, read = cast(Tensor, x.kept), x.rows
-    topmost = 0  # of the rows that were read for the last band
+    topmost = 0  # the first row of x that the last band has read
 
     def watched(top: int, bottom: int) -> Tensor:
         nonlocal topmost
         topmost = min(topmost, top)
         return read(top, bottom)
 
-    def gone(top: int, bottom: int) -> Tensor:
+    def overwritten(top: int, bottom: int) -> Tensor:
         raise RuntimeError("a sum took the place of its left term, which is read after it: swap its terms")
 
     x.kept, x.rows = None, watched
@@ -187,12 +187,12 @@ def _overwritten(x: Banded, total: Banded) -> Tensor:
     for top, bottom, band in waiting:
         tensor[:, :, top:bottom] = band
     total.fill(tensor)
-    x.rows = gone
+    x.rows = overwritten
     return tensor
 
 
 def _with_zeros(x: Banded, top: int, bottom: int, left: int = 0, right: int = 0) -> Tensor:
-    """Rows of x with zeros for those that lie outside of it, and columns of zeros beside them."""
+    """Rows of x, zeros for those that lie outside of it, and columns of zeros beside them."""
     first = min(max(top, 0), x.shape[2] - 1)
     last = max(min(bottom, x.shape[2]), first + 1)
     sides = (left, right, first - top, bottom - last)  # a negative number crops
@@ -222,8 +222,10 @@ def _conv2d(
 
 def _conv_transpose2d(x: Banded, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Banded:
     if tuple(weight.shape[2:]) != (4, 4) or (stride, padding) != (2, 1):
-        told = f"kernel={tuple(weight.shape[2:])}, stride={stride}, padding={padding}"
-        raise NotImplementedError(f"a transposed convolution with {told} cannot run in bands: doubling by 4×4 can")
+        parameters = f"kernel={tuple(weight.shape[2:])}, stride={stride}, padding={padding}"
+        raise NotImplementedError(
+            f"a transposed convolution with {parameters} cannot run in bands: doubling by 4×4 can"
+        )
 
     def rows(top: int, bottom: int) -> Tensor:
         first, last = max((top - 1) // 2, 0), min(bottom // 2 + 1, x.shape[2])
@@ -234,16 +236,17 @@ def _conv_transpose2d(x: Banded, weight: Tensor, bias: Tensor | None, stride: in
 
 
 def _group_norm(x: Banded, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Banded:
-    """Statistics in float32 at least, of each channel in each band, from which those of a group follow."""
+    """Group norm: float32 statistics of each channel in each band are merged into those of each group."""
     dtype, ranks = torch.promote_types(x.dtype, torch.float32), x.limits.ranks
     counts = [x.shape[3] * (bottom - top) for top, bottom in pairwise(x.edges())]
     starts = ranks.starts(len(counts))
-    found = torch.empty(len(counts), 2, *x.shape[:2], dtype=dtype, device=x.device)  # mean and sum of squares (B, C)
-    for band, part in zip(x.scan(), found[starts[ranks.rank] :], strict=False):  # the scan goes to its end
+    # The mean and the sum of squares (B, C) of each band.
+    statistics = torch.empty(len(counts), 2, *x.shape[:2], dtype=dtype, device=x.device)
+    for band, part in zip(x.scan(), statistics[starts[ranks.rank] :], strict=False):  # the parts go on for later ranks
         torch.mean(band, (2, 3), dtype=dtype, out=part[0])
         torch.sum((band - part[0, :, :, None, None]).square_(), (2, 3), out=part[1])
-    ranks.gather(found, starts)
-    mean, square = found.unflatten(3, (num_groups, -1)).unbind(1)  # (bands, B, G, C/G)
+    ranks.gather(statistics, starts)
+    mean, square = statistics.unflatten(3, (num_groups, -1)).unbind(1)  # (bands, B, G, C/G)
     count = torch.tensor(counts).to(mean)[:, None, None, None]
     total = sum(counts) * mean.shape[3]
     center = (count * mean).sum((0, 3), keepdim=True) / total  # (1, B, G, 1)

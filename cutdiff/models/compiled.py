@@ -1,4 +1,4 @@
-"""The U-Net through torch.compile: kernels of its own for a device, after minutes of compiling."""
+"""The U-Net through torch.compile: after minutes of compiling it runs on kernels that were made for the device."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cutdiff.models.unet import Context, UNet
 
 BACKEND = "inductor"
 GRAPHS = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
-"""Where a graph cannot be recorded, that is an error, not a slower run."""
+"""The options that record CUDA graphs; a graph that cannot be recorded is an error and not a slower run."""
 
 
 def compiled(unet: UNet, *, cuda_graphs: bool = False) -> Callable[..., Tensor]:
-    """`unet.forward`, compiled as one graph when it is first called; what was compiled serves later runs too.
+    """`unet.forward`, compiled as one graph at its first call; later runs reuse what was compiled.
 
-    The number of rows stays open, so that the stages of a run and its last, smaller batches do not each compile anew.
-    `cuda_graphs` are recorded for each number of rows; what they give is copied, as the next call writes over it.
-    What is changed inside of `unet` afterwards is not always seen: hooks are not.
+    The number of rows stays open, so neither another stage of a run nor its last, smaller batch compiles anew. With
+    `cuda_graphs` a graph is recorded for each number of rows, and its output is copied, as the next call writes over
+    it. A later change inside of `unet` may have no effect: hooks that are added do not run.
     """
     graphs: dict[str, Any] = {"options": GRAPHS} if cuda_graphs else {}
     run = torch.compile(unet, fullgraph=True, backend=BACKEND, **graphs)

@@ -1,9 +1,12 @@
-"""Frozen sizes of every network. The constants are SDXL-base's, SD 1.5's and SD 2.1's; smaller networks are other
-values."""
+"""The sizes of every network, as frozen dataclasses. The constants are those of SDXL-base, SD 1.5 and SD 2.1; smaller
+networks have other values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+Size = tuple[int, int]
+"""Height and width, in pixels, latents or tokens."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,14 @@ class UNetConfig:
     num_heads: tuple[int, ...] = (5, 10, 20)
     context_dim: int = 2048
     pooled_dim: int = 1280
-    """Of the pooled text, and below of each embedded number of size and crop: both 0 where a family knows neither."""
+    """The width of the pooled text; 0 in families that do not read it."""
     size_embedding_dim: int = 256
+    """The width of each embedded number of size and crop; 0 in families that do not read them."""
     linear_projections: bool = True
-    """Whether the projections into and out of transformers are linear layers, and not 1×1 convolutions."""
+    """True where linear layers lead into and out of transformers, and False where 1×1 convolutions do."""
     norm_groups: int = 32
     native_size: int = 128
-    """Side of the square latents that the network was trained on."""
+    """The side of the square latents that the network was trained on."""
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -44,12 +48,12 @@ class UNetConfig:
 
     @property
     def added_dim(self) -> int:
-        """Width of what is embedded beside the time: the pooled text and six numbers of size and crop."""
+        """The width of the pooled text and the six embedded numbers of size and crop, side by side."""
         return self.pooled_dim + 6 * self.size_embedding_dim
 
     @property
     def time_dim(self) -> int:
-        """Width of the time embedding."""
+        """The width of the time embedding."""
         return 4 * self.channels[0]
 
 
@@ -65,11 +69,11 @@ class VAEConfig:
     norm_groups: int = 32
     scaling_factor: float = 0.13025
     force_upcast: bool = True
-    """Whether the network overflows in float16 and therefore decodes in float32 there."""
+    """True where the network overflows in float16, so that it decodes in float32 instead."""
     latents_mean: tuple[float, ...] | None = None
-    """With `latents_std`, statistics of each channel of unscaled latents; scaled ones then have the mean 0 and the
-    deviation `scaling_factor`."""
+    """The mean of each channel of unscaled latents; scaled latents then have the mean 0."""
     latents_std: tuple[float, ...] | None = None
+    """The standard deviation of each channel of unscaled latents; that of scaled latents is then `scaling_factor`."""
 
     def __post_init__(self) -> None:
         mean, std = self.latents_mean, self.latents_std
@@ -86,7 +90,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels of an image for one latent, on each axis."""
+        """The pixels of an image for one latent, on each axis."""
         return 2 ** (len(self.channels) - 1)
 
 
@@ -104,5 +108,5 @@ SD15_UNET = UNetConfig(
     native_size=64,
 )
 SD21_UNET = replace(SD15_UNET, num_heads=(5, 10, 20, 20), context_dim=1024, linear_projections=True, native_size=96)
-"""Of the v-prediction model; SD 2.1 base, which predicts epsilon, differs in its native size of 64."""
+"""The U-Net of SD 2.1, which predicts v; that of SD 2.1 base, which predicts epsilon, has the native size 64."""
 SD_VAE = VAEConfig(scaling_factor=0.18215, force_upcast=False)

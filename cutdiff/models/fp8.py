@@ -1,5 +1,5 @@
-"""Linear layers in 8-bit floats (E4M3), scaled by rows: a weight by its output rows, once; an input by its tokens, in
-every pass.
+"""Linear layers in 8-bit floats (E4M3) with a scale for each row: once for each output row of a weight, and in every
+pass for each token of an input.
 
 Format: Micikevicius et al. 2022 (arXiv 2209.05433).
 """
@@ -14,15 +14,15 @@ from cutdiff.models.unet import Transformer, UNet
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-"""Of a row of zeros, which has none of its own."""
+"""The scale of a row of zeros."""
 MULTIPLE = 16
-"""Of which the hardware's product wants both sides of a weight."""
+"""Both sides of a weight must be multiples of this for the product in hardware."""
 
 
 class FP8Linear(nn.Module):
-    """A linear layer made of another: (..., in) -> (..., out), in the dtype of the input.
+    """An 8-bit copy of a linear layer: (..., in) -> (..., out), in the dtype of the input.
 
-    It does not keep the weight that it was made of, so a model with such layers cannot be saved.
+    It does not keep the weight that it is a copy of, so a model with such layers cannot be saved.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -39,10 +39,10 @@ class FP8Linear(nn.Module):
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (M, K) as row-major E4M3 (M, K) and float32 scales (M, 1), whose product they are.
+    """Rows (M, K) -> row-major E4M3 (M, K) and float32 scales (M, 1), whose product the rows are.
 
-    The largest of a row becomes the largest of the format. Each element is off by at most 2^-4 of itself or 2^-10 of
-    the scale. A row that holds NaN or infinity has a scale that is not finite, so that no product of it is.
+    The largest element of a row becomes the largest number of the format. Each element is off by at most 2^-4 of itself
+    or 2^-10 of the scale. A row with NaN or infinity has a scale that is not finite, and so no finite product.
     """
     scale = (x.abs().amax(dim=1, keepdim=True).float() / LARGEST).clamp(min=SMALLEST_SCALE)
     return (x / scale).to(FORMAT).contiguous(), scale
@@ -51,8 +51,11 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 def scaled_product(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """x (M, K) · weight (N, K) transposed + bias (N,) -> (M, N) by the tensor cores, whose fast accumulators hold some
-    14 bits: little beside the format's 4. RuntimeError where the device cannot; bfloat16 can be had most widely."""
+    """x (M, K) · weight (N, K) transposed + bias (N,) -> (M, N) by tensor cores; RuntimeError on a device without them.
+
+    The fast accumulators hold some 14 bits; their error is small beside that of the format's 4. The most devices can
+    give bfloat16.
+    """
     return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         x, weight.t(), scale_a=x_scale, scale_b=weight_scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
     )
@@ -61,15 +64,16 @@ def scaled_product(
 def scaled_product_reference(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The same on any device: float32, rounded once at the end."""
+    """The product of `scaled_product` on any device, in float32 and rounded once at the end."""
     product = x.float() @ (weight.float() * weight_scale).t() * x_scale
     return (product if bias is None else product + bias).to(dtype)
 
 
 def quantize_transformers(unet: UNet) -> None:
-    """Put `FP8Linear` in the place of the linear layers of a network's transformers, under their names.
+    """Put an `FP8Linear` in the place of each linear layer of the network's transformers, under its name.
 
-    Left as they are: keys and values of the text, made once a prompt, and layers whose sides are no multiples of 16.
+    The layers that make keys and values of the text stay, as they run once a prompt, and so do layers whose sides are
+    no multiples of 16.
     """
     for transformer in [module for module in unet.modules() if isinstance(module, Transformer)]:
         for name, layer in list(transformer.named_modules()):
@@ -80,7 +84,7 @@ def quantize_transformers(unet: UNet) -> None:
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError where a network of `dtype` on `device` cannot have such layers; a product on the device tells."""
+    """Try a product on `device`; ValueError where a network of `dtype` there cannot have such layers."""
     if device.type == "cpu":
         raise ValueError("fp8=True needs a GPU (Ada, Hopper or later), and the device is cpu: leave it out")
     if dtype != torch.bfloat16:

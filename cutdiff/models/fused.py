@@ -1,8 +1,8 @@
-"""Norms and gates of a U-Net by the Triton kernels of `cutdiff_kernels.network`, under the names of what they replace.
+"""A U-Net's norms and gates as Triton kernels (`cutdiff_kernels.network`), under the names of the layers they replace.
 
-A layer shares the parameters of the one that it was made of, so a network with such layers is saved as before. It has
-no gradients, and no FLOP counter sees its products. Whether it is faster is for the bench to say
-(`python -m cutdiff.bench --also fused`); until it has, the sampler runs without.
+A fused layer shares the parameters of the layer that it replaces, so the network is saved as before. It has no
+gradients, and a FLOP counter does not see its products. The sampler runs without fused layers until the bench
+(`python -m cutdiff.bench --also fused`) has shown on a GPU that they are faster.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cutdiff.models.unet import GEGLU, UNet
 
 @torch.library.custom_op("cutdiff::group_norm", mutates_args=())
 def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-    """`cutdiff_kernels.reference_network.group_norm`, which a compiler takes as it is."""
+    """The kernel of `cutdiff_kernels.reference_network.group_norm`, which torch.compile does not look into."""
     from cutdiff_kernels import network
 
     return network.group_norm(x, num_groups, weight, bias, eps, silu=silu)
@@ -31,7 +31,7 @@ def _(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu
 
 @torch.library.custom_op("cutdiff::geglu", mutates_args=())
 def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`cutdiff_kernels.reference_network.geglu`, which a compiler takes as it is."""
+    """The kernel of `cutdiff_kernels.reference_network.geglu`, which torch.compile does not look into."""
     from cutdiff_kernels import network
 
     return network.geglu(x, weight, bias)
@@ -43,7 +43,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class FusedGroupNorm(nn.Module):
-    """A group norm made of another, with its SiLU if it has one: (B, C, h, w) -> the same, in channels_last."""
+    """The kernel for a group norm, with its SiLU if it has one: (B, C, h, w) -> (B, C, h, w) in channels_last."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class FusedGroupNorm(nn.Module):
 
 
 class FusedGEGLU(nn.Module):
-    """A gated linear layer made of another: (..., dim) -> (..., hidden)."""
+    """The kernel for a gated linear layer: (..., dim) -> (..., hidden)."""
 
     def __init__(self, gated: GEGLU) -> None:
         super().__init__()
@@ -66,9 +66,9 @@ class FusedGEGLU(nn.Module):
 
 
 def fuse(unet: UNet) -> None:
-    """Put fused layers in the place of group norms and of gated linear layers, but of those in 8 bits.
+    """Put fused layers in the place of all group norms, and of gated linear layers that are not in 8 bits.
 
-    ValueError where no kernel can run on the network's device.
+    Raises ValueError where no kernel can run on the network's device.
     """
     check_fused(unet.conv_in.weight.device)
     for name, module in list(unet.named_modules()):
@@ -79,7 +79,7 @@ def fuse(unet: UNet) -> None:
 
 
 def check_fused(device: torch.device) -> None:
-    """ValueError where a network on `device` cannot have such layers."""
+    """Raise ValueError where a network on `device` cannot have fused layers."""
     try:
         runs_on = import_module("cutdiff_kernels.launch").runs_on
     except ModuleNotFoundError as error:

@@ -23,10 +23,10 @@ def sinusoidal_embedding(values: Tensor, dim: int) -> Tensor:
 
 
 def channels_last(network: nn.Module) -> None:
-    """Lay the weights of convolutions out with the channels of a position side by side, in place.
+    """Lay out the weights of convolutions with the channels of a position side by side, in place.
 
-    A convolution's output lies so if its weights or its input do: feature maps stay in the layout that tensor cores
-    want, in which pixels are a transformer's tokens without a copy.
+    A convolution whose weights or input have this layout gives it to its output. So all feature maps have the layout
+    that tensor cores want, and their pixels become a transformer's tokens without a copy.
     """
     network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing from torch's stub)
 
@@ -44,7 +44,7 @@ class EmbeddingMLP(nn.Module):
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """A group norm and what stands after it before every convolution: x·sigmoid(x)."""
+    """A group norm and the SiLU, x·sigmoid(x), that follows it before every convolution."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.silu(super().forward(input), inplace=True)
@@ -82,7 +82,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, context_dim: int | None = None, bias: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.scale = 1 / math.sqrt(dim // num_heads)  # of the scores before the softmax
+        self.scale = 1 / math.sqrt(dim // num_heads)  # the factor of the scores before the softmax
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
@@ -97,15 +97,18 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
     def keys_and_values(self, context: Tensor | TextContext) -> tuple[Tensor, Tensor]:
-        """Of each position of the context: (B, heads, M, dim / heads) both."""
+        """The keys and the values of all positions of the context, (B, heads, M, dim / heads) each."""
         if isinstance(context, TextContext):
             return context.keys_and_values(self)
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def weights(self, x: Tensor, context: Tensor | TextContext) -> Tensor:
-        """How much each position of x (B, L, dim) looks at each of context (B, M, context_dim): (B, heads, L, M)."""
+        """The weights of each position of x (B, L, dim) on those of context (B, M, context_dim): (B, heads, L, M).
+
+        `forward` attends with these weights. Here they are float32.
+        """
         q, k = self._split(self.to_q(x)).float(), self.keys_and_values(context)[0].float()
-        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        return (self.scale * (q @ k.mT)).softmax(dim=-1)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, dim / heads)
@@ -113,16 +116,16 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class TextContext:
-    """What each attention layer makes of the text, computed once for the P distinct rows that B items read.
+    """The keys and values that each attention layer makes of the text, computed once for P texts that B items read.
 
-    It stands wherever a context (B, M, context_dim) may, and is cut into parts in the same way. What was changed in a
-    layer's `to_k` and `to_v` since then, it does not show: `Denoiser.keeps_text`.
+    It can stand wherever a context (B, M, context_dim) can, and is indexed in the same way. A later change of a layer's
+    `to_k` and `to_v` has no effect on it.
     """
 
     kept: Mapping[Attention, tuple[Tensor, Tensor]]
-    """Keys and values (P, heads, M, dim / heads) of each layer."""
+    """The keys and values of each layer, (P, heads, M, dim / heads) each."""
     rows: Tensor
-    """Which of the P rows each item reads: (B,), whole numbers."""
+    """The index, 0 to P - 1, of the text that each item reads: (B,)."""
 
     def __len__(self) -> int:
         return len(self.rows)

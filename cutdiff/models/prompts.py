@@ -1,14 +1,14 @@
-r"""What people type in a prompt: weights and breaks.
+r"""The syntax of a prompt: words with weights, and breaks between chunks.
 
 The rules are those of AUTOMATIC1111's stable-diffusion-webui (`prompt_parser.parse_prompt_attention`). `(word)` weighs
 1.1 times as much, `[word]` 1 / 1.1 times, `(word:1.3)` 1.3 times; brackets within brackets multiply. A closing bracket
-that nothing opened is text, and one that is missing closes at the end. `\(`, `\)`, `\[`, `\]` and `\\` are text; any
-other backslash is dropped. `BREAK`, a word of its own, begins a new chunk.
+that no bracket opened is text, and one that is missing is assumed at the end. `\(`, `\)`, `\[`, `\]` and `\\` are text;
+any other backslash is dropped. `BREAK`, a word of its own, begins a new chunk.
 
-A number is digits with at most one point, as there: `(x:nan)` and `(x:1e9)` are text in brackets, of weight 1.1.
-Departures: so is `(x:1.2.3)`, an error there; a weight stays within ±`MAX_WEIGHT`, so that none overflows; and `BREAK`
-breaks within brackets too. Steps as in `[a:b:0.5]`, alternatives as in `[a|b]` and `AND`, which that program reads
-elsewhere, are text.
+A number is digits with at most one point, as there: `(x:nan)` and `(x:1e9)` are text in brackets, of weight 1.1. There
+are three departures. `(x:1.2.3)`, an error there, is text in brackets too; a weight stays within ±`MAX_WEIGHT`, so that
+none overflows; and `BREAK` begins a new chunk within brackets too. Steps such as `[a:b:0.5]`, alternatives such as
+`[a|b]` and `AND`, which that program reads elsewhere, are text.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from itertools import groupby, pairwise
 from operator import itemgetter
 
 Pieces = list[tuple[str, float]]
-"""Text and its weight, piece by piece."""
+"""Pieces of text, each with its weight."""
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
-"""What brackets multiply by that give no number."""
+"""The factor of a bracket without a number."""
 MAX_WEIGHT = 1000.0
 
 SYNTAX = re.compile(
@@ -37,16 +37,16 @@ BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
 def parse_weights(prompt: str) -> list[Pieces]:
-    """The pieces of a prompt, in their order, in one list for each part between BREAKs. Every string is a prompt.
+    """The pieces of a prompt in their order, in one list for each part between BREAKs. No string is an error.
 
     Neighbours of one weight are one piece, and no piece is empty.
     """
-    # Brackets in their order, after one around everything: what each multiplies by, and which one of its kind is around
-    # it. Kinds are kept apart because they may overlap.
+    # All brackets in their order, after one around everything: the factor of each, and the number of the one of its
+    # kind around it. Round and square brackets are counted apart because they may overlap.
     factors, outer = [1.0], [0]
     opened = {"(": [0], "[": [0]}
-    found: list[tuple[str, int, int]] = []  # text, and the innermost brackets around it
-    breaks: list[int] = []  # before which of them
+    placed: list[tuple[str, int, int]] = []  # text, and the innermost brackets around it
+    breaks: list[int] = []  # the indices of the texts that begin a new part
     for match in SYNTAX.finditer(prompt):
         token = match[0]
         if token in opened:
@@ -61,17 +61,17 @@ def parse_weights(prompt: str) -> list[Pieces]:
             opened["["].pop()
         else:
             texts = BREAK.split(token) if match["escaped"] is None else [match["escaped"]]
-            breaks += range(len(found) + 1, len(found) + len(texts))
-            found += [(text, opened["("][-1], opened["["][-1]) for text in texts]
+            breaks += range(len(placed) + 1, len(placed) + len(texts))
+            placed += [(text, opened["("][-1], opened["["][-1]) for text in texts]
     weights = [1.0]
     for number in range(1, len(factors)):
         weights.append(_limited(weights[outer[number]] * _limited(factors[number])))
-    pieces = [(text, _limited(weights[i] * weights[j])) for text, i, j in found]
+    pieces = [(text, _limited(weights[i] * weights[j])) for text, i, j in placed]
     return [_merged(pieces[start:stop]) for start, stop in pairwise([0, *breaks, len(pieces)])]
 
 
 def written(text: str, weight: float = 1.0) -> str:
-    """A word as it is typed to have this weight."""
+    """The text as one types it to give it this weight."""
     text = re.sub(r"([()\[\]\\])", r"\\\1", text)
     return text if weight == 1 else f"({text}:{weight:.4f})"
 

@@ -1,7 +1,7 @@
-"""Text to conditioning: one CLIP encoder or two, and their tokenizers, through transformers.
+"""The text side of a model: one CLIP encoder or two, with their tokenizers, by transformers.
 
-A prompt is read in chunks of the encoders' length (77 tokens), whose states follow each other; the pooled state is the
-first chunk's, as in A1111 and ComfyUI.
+A prompt is read in chunks of the encoders' length (77 tokens), whose states follow each other. The pooled state is that
+of the first chunk, as in A1111 and ComfyUI.
 
 Sources: Rombach et al. 2022 (arXiv 2112.10752), section 3.3: the states of one encoder, whose final norm SD 1.5 and
 SD 2.1 keep. Podell et al. 2023 (arXiv 2307.01952), section 2.1: the penultimate states of two encoders side by side,
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 CUT_DEPTH = 23
-"""Of SD 2.1's encoder in a diffusers folder, which leaves out the last of 24 layers because the one before is read."""
+"""The depth of SD 2.1's encoder in a diffusers folder, which omits the last of 24 layers as the one before is read."""
 
 
 @dataclass(frozen=True)
 class TextStates:
-    """What the U-Net reads of B prompts: `context` (B, L, context_dim) and `pooled` (B, pooled_dim), which is empty
-    (B, 0) in families with one encoder."""
+    """The states of B prompts: `context` (B, L, context_dim) and `pooled` (B, pooled_dim).
+
+    In families with one encoder `pooled` is empty, (B, 0).
+    """
 
     context: Tensor
     pooled: Tensor
@@ -42,7 +44,7 @@ class TextStates:
         return TextStates(torch.zeros_like(other.context), torch.zeros_like(other.pooled))
 
     def repeat(self, times: int) -> TextStates:
-        """Every row `times` in a row: what all views of a picture share."""
+        """The states with every row `times` in a row, for all views of each picture."""
         return TextStates(self.context.repeat_interleave(times, dim=0), self.pooled.repeat_interleave(times, dim=0))
 
 
@@ -55,9 +57,9 @@ class TextEncoders:
     text_encoder: CLIPTextModel
     text_encoder_2: CLIPTextModelWithProjection | None
     layer: int = 2
-    """Which layer's states are read, counted from the end: 1 is the last."""
+    """The layer whose states are read, counted from the end: 1 is the last."""
     encodes_on: torch.device | None = None
-    """Where encoders that rest elsewhere are copied for the time of encoding; None: they stay where they are."""
+    """The device to which encoders are copied for the time of encoding; None: they encode where they are."""
 
     @property
     def tokenizers(self) -> list[PreTrainedTokenizerBase]:
@@ -72,11 +74,11 @@ class TextEncoders:
         return self.text_encoder.device
 
     def offloaded(self) -> TextEncoders:
-        """Copies that rest on the CPU, of which `encode` in turn makes a passing copy where these encoders are."""
+        """Encoders that rest on the CPU; `encode` copies them to the device of these encoders while it runs."""
         return replace(self.on(torch.device("cpu")), encodes_on=self.device)
 
     def on(self, device: torch.device) -> TextEncoders:
-        """A copy whose weights are on `device`; those that are there already are shared."""
+        """A copy with its weights on `device`; it shares the weights that are there already."""
         weights = [tensor for encoder in self.encoders for tensor in (*encoder.parameters(), *encoder.buffers())]
         moved = {id(tensor): _moved(tensor, device) for tensor in weights}
         first, second = deepcopy((self.text_encoder, self.text_encoder_2), moved)
@@ -86,7 +88,7 @@ class TextEncoders:
         """The same encoders read at another layer, counted from the end as A1111 does: 1 is the last; None: this one.
 
         diffusers' `clip_skip` counts on from the layer that the family was trained with: its 0 is 1 here for SD 1.5,
-        and 2 for SDXL and SD 2.1. ValueError where the encoders have no such layer.
+        and 2 for SDXL and SD 2.1. Raises ValueError where the encoders have no such layer.
         """
         if clip_skip is None:
             return self
@@ -97,7 +99,7 @@ class TextEncoders:
         return replace(self, layer=clip_skip - left_out)
 
     def length(self, prompt: str) -> int:
-        """How long the context of a prompt is, in tokens."""
+        """The length of a prompt's context, in tokens."""
         return max(tokenizer.model_max_length * len(tokenize(tokenizer, prompt)) for tokenizer in self.tokenizers)
 
     def tokenize(
@@ -108,10 +110,10 @@ class TextEncoders:
         min_length: int = 0,
         comma_window: int = COMMA_WINDOW,
     ) -> list[list[Tokens]]:
-        """Chunk by chunk, what each encoder reads; the second reads `prompt_2`, or the same where that is None.
+        """The tokens that each encoder reads, chunk by chunk; the second reads `prompt_2`, or the same if that is None.
 
-        There are as many chunks as the longest prompt takes, at least for `min_length` tokens; a shorter prompt ends in
-        empty ones. `comma_window` is told of in `tokens.split`.
+        There are as many chunks as the longest prompt takes, and enough for `min_length` tokens; a shorter prompt ends
+        in empty ones. `tokens.split` explains `comma_window`.
         """
         texts = (prompts, prompts if prompt_2 is None else [prompt_2] * len(prompts))
         chunks = [
@@ -129,11 +131,11 @@ class TextEncoders:
         ]
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
-        """The words of a prompt and where the tokens of each stand in the context; see `tokens.words`."""
+        """The words of a prompt, and the places of each word's tokens in the context; see `tokens.words`."""
         return words(self.tokenizer, prompt)
 
     def encode_tokens(self, first: Tensor, second: Tensor | None = None) -> TextStates:
-        """Token ids of each encoder (B, L) -> text states; differentiable."""
+        """The token ids of each encoder (B, L) -> text states, with gradients."""
         states = self.text_encoder(first, output_hidden_states=True).hidden_states[-self.layer]
         if self.text_encoder_2 is None:
             context = final_norm(self.text_encoder)(states)
@@ -160,7 +162,7 @@ class TextEncoders:
         return TextStates(torch.cat([chunk.context for chunk in states], dim=1), states[0].pooled)
 
     def _encode_chunk(self, read: Sequence[Tokens]) -> TextStates:
-        """What each encoder reads -> states, of which the context is weighted."""
+        """The tokens that each encoder reads -> states, the context weighted."""
         states = self.encode_tokens(*(part.ids for part in read))
         contexts = states.context.split([encoder.config.hidden_size for encoder in self.encoders], dim=2)
         context = [weighted(part, tokens.weights) for part, tokens in zip(contexts, read, strict=True)]
@@ -173,10 +175,10 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def weighted(states: Tensor, weights: Tensor) -> Tensor:
-    """Each token's states (B, L, C) times its weight (B, L), scaled so that the mean of every chunk stays what it was.
+    """Multiply the states (B, L, C) by their tokens' weights (B, L), and scale each chunk to the mean that it had.
 
     Source: AUTOMATIC1111's stable-diffusion-webui, `sd_emphasis.EmphasisOriginal`, the default there. That code takes
-    the mean over the batch, this one of each prompt. States whose weights are 1 come back to the bit.
+    the mean over the batch, this one for each prompt. States whose weights are all 1 come back to the bit.
     """
     plain = states.float()
     emphasised = plain * weights[:, :, None]
@@ -186,5 +188,5 @@ def weighted(states: Tensor, weights: Tensor) -> Tensor:
 
 
 def final_norm(encoder: CLIPTextModel) -> nn.Module:
-    """The norm after the last layer; releases of transformers differ in where they keep it."""
+    """The norm after the last layer, wherever this release of transformers keeps it."""
     return getattr(encoder, "text_model", encoder).final_layer_norm

@@ -1,4 +1,4 @@
-"""Prompts to tokens: chunks of the encoders' length, as many as a prompt takes.
+"""Tokenizing prompts, in chunks of the encoders' length, as many as a prompt takes.
 
 Source: AUTOMATIC1111's stable-diffusion-webui, `sd_hijack_clip.tokenize_line`.
 """
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_WORD = "</w>"
-"""How CLIP's vocabulary marks a token that a word ends with."""
+"""The end of a token, in CLIP's vocabulary, that is the last of its word."""
 COMMA_WINDOW = 20
-"""A full chunk ends after its last comma, where that is one of as many tokens before its end."""
+"""The number of tokens at the end of a full chunk among which `split` looks for a comma."""
 
 Chunk = list[tuple[int, float]]
-"""Token ids and their weights, without what frames them."""
+"""Token ids and their weights, without the tokens that begin and end a chunk."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What one encoder reads of a chunk of B prompts: token `ids` and their `weights`, both (B, L)."""
+    """One chunk of each of B prompts, as one encoder reads it: token `ids` and their `weights`, both (B, L)."""
 
     ids: Tensor
     weights: Tensor
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, comma_window: int = COMMA_WINDOW) -> list[Chunk]:
-    """The chunks of a prompt; at least one, which may be empty."""
+    """The chunks of a prompt. There is at least one, which may be empty."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -46,7 +46,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, comma_window: int 
 
 
 def split(parts: Sequence[Chunk], size: int, comma: int, comma_window: int) -> list[Chunk]:
-    """The tokens of each part in chunks of at most `size`; nothing after the last BREAK is no chunk.
+    """The tokens of each part in chunks of at most `size`. An empty part after the last BREAK is no chunk.
 
     A chunk that is full ends after its last comma, where that is one of its last `comma_window` tokens and no comma
     follows the chunk.
@@ -63,7 +63,7 @@ def split(parts: Sequence[Chunk], size: int, comma: int, comma_window: int) -> l
 
 
 def frame(tokenizer: PreTrainedTokenizerBase, chunks: Sequence[Chunk], device: torch.device) -> Tokens:
-    """One chunk of each prompt, begun, ended and padded to the encoder's length."""
+    """One chunk of each prompt between the tokens that begin and end it, padded to the encoder's length."""
     length = tokenizer.model_max_length
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     ids = [[begin, *(token for token, _ in chunk), end] for chunk in chunks]
@@ -75,9 +75,9 @@ def frame(tokenizer: PreTrainedTokenizerBase, chunks: Sequence[Chunk], device: t
 
 
 def words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[tuple[str, list[int]]]:
-    """The words of a prompt, punctuation too, and where the tokens of each stand in its chunks, one after another.
+    """The words of a prompt, punctuation too, and the places of each word's tokens in its chunks, one after another.
 
-    A word is given as it would be typed alone: without the brackets around it, with its weight where that is not 1.
+    A word is written as one would type it alone: with its weight, if that is not 1, in brackets of its own.
     """
     placed = [
         (number * tokenizer.model_max_length + place, token, weight)
@@ -85,10 +85,10 @@ def words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[tuple[str, li
         for place, (token, weight) in enumerate(chunk, start=1)
     ]
     names = tokenizer.convert_ids_to_tokens([token for _, token, _ in placed])
-    found, begin = [], 0
+    result, begin = [], 0
     for stop, name in enumerate(names, start=1):
         if name.endswith(END_OF_WORD) or stop == len(placed):
             word = str(tokenizer.decode([token for _, token, _ in placed[begin:stop]])).strip()
-            found.append((written(word, placed[begin][2]), [place for place, _, _ in placed[begin:stop]]))
+            result.append((written(word, placed[begin][2]), [place for place, _, _ in placed[begin:stop]]))
             begin = stop
-    return found
+    return result

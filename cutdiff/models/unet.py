@@ -1,5 +1,6 @@
-"""The U-Net of SDXL, SD 1.5 and SD 2.1: resnets and transformer blocks on a few levels, conditioned on time and text,
-in SDXL also on size and crop.
+"""The U-Net of SDXL, SD 1.5 and SD 2.1: resnets and transformer blocks on a few levels.
+
+It is conditioned on time and text, in SDXL also on size and crop.
 
 Sources: Rombach et al. 2022 (arXiv 2112.10752), appendix E; Podell et al. 2023 (arXiv 2307.01952), section 2. Attribute
 names are the keys of diffusers checkpoints.
@@ -23,7 +24,7 @@ from cutdiff.models.layers import (
 )
 
 Context = Tensor | TextContext
-"""States of the text (B, L, context_dim), or what `UNet.read` made of them."""
+"""The states of the text (B, L, context_dim), or the keys and values that `UNet.read` made of them."""
 
 
 class GEGLU(nn.Module):
@@ -39,6 +40,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """A gated layer and a linear one: (..., dim) -> (..., dim)."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         # The checkpoint's keys are net.0 and net.2; a dropout without effect stood between them in training.
@@ -49,7 +52,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention over the text, feed-forward; each with its norm and residual."""
+    """Self-attention, attention over the text and a feed-forward network, each with a norm and a residual."""
 
     def __init__(self, dim: int, num_heads: int, context_dim: int) -> None:
         super().__init__()
@@ -98,7 +101,7 @@ class Transformer(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Repeat pixels (nearest) to twice the size, or to `size` where an odd level was halved, then convolve."""
+    """Repeat pixels (nearest) to twice the size, or to `size` if an odd level was halved, then convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -110,7 +113,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution, on the way down or up: resnets, each followed by a transformer where the level has them."""
+    """One resolution, on the way down or up: resnets, each followed by a transformer in a level with attention."""
 
     def __init__(self, config: UNetConfig, level: int, widths: list[tuple[int, int]]) -> None:
         super().__init__()
@@ -121,14 +124,16 @@ class Level(nn.Module):
         self.upsamplers = nn.ModuleList()
 
     def layer(self, index: int, x: Tensor, time: Tensor, context: Context) -> Tensor:
-        """The resnet `index` and its transformer."""
+        """Apply the resnet `index` and its transformer."""
         x = self.resnets[index](x, time)
         return self.attentions[index](x, context) if len(self.attentions) else x
 
 
 class DownLevel(Level):
+    """A level on the way down, which ends in a feature map of half the size, unless it is the last level."""
+
     def forward(self, x: Tensor, time: Tensor, context: Context) -> list[Tensor]:
-        """Every feature map that the way up will want, the last one being what the next level goes on with."""
+        """All feature maps that the way up joins. The next level takes the last one."""
         outputs = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time, context)
@@ -137,10 +142,12 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
+    """A level on the way up, which joins the feature maps of its counterpart on the way down."""
+
     def forward(
         self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context, size: tuple[int, int] | None
     ) -> Tensor:
-        """Join the skips, last one first, and go up to `size`, where there is a level above."""
+        """Join the skips, the last one first, and upsample to `size` if there is a level above."""
         for i, skip in enumerate(reversed(skips)):
             x = self.layer(i, torch.cat([x, skip], dim=1), time, context)
         for upsample in self.upsamplers:
@@ -149,6 +156,8 @@ class UpLevel(Level):
 
 
 class MidBlock(nn.Module):
+    """A transformer between two resnets, at the coarsest resolution: (B, C, h, w) -> (B, C, h, w)."""
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         width = config.channels[-1]
@@ -162,6 +171,8 @@ class MidBlock(nn.Module):
 
 
 class UNet(nn.Module):
+    """The whole network: noisy latents, time, text and size conditioning -> its prediction."""
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -203,8 +214,8 @@ class UNet(nn.Module):
         """Predict the noise (or v) in scaled latents.
 
         x (B, in_channels, h, w) · timesteps (B,) · context (B, L, context_dim) · pooled (B, pooled_dim) ·
-        size_ids (B, 6): original height and width, crop top and left, target height and width, in pixels; what the
-        family has no embedding for is not read.
+        size_ids (B, 6): original height and width, crop top and left, target height and width, in pixels. A family
+        without an embedding of pooled text or sizes does not read them.
         Returns (B, out_channels, h, w). Any h and w work; odd ones are restored on the way up.
         """
         time = self.embed_conditions(timesteps, pooled, size_ids).to(x.dtype)
@@ -223,14 +234,17 @@ class UNet(nn.Module):
         return self.conv_out(self.conv_norm_out(x))
 
     def read(self, states: Tensor) -> TextContext:
-        """What all layers make of text states (P, L, context_dim). Indexed by rows (B,), it is the context of B items:
-        for when many items read the same text, or the same items at many steps."""
+        """The keys and values that all layers make of text states (P, L, context_dim).
+
+        Indexed by rows (B,), they are the context of B items. This saves work where many items read the same text, or
+        the same items take many steps.
+        """
         blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
         rows = torch.arange(len(states), device=states.device)
         return TextContext({block.attn2: block.attn2.keys_and_values(states) for block in blocks}, rows)
 
     def embed_conditions(self, timesteps: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
-        """Time, and in SDXL pooled text and size/crop numbers, as one vector for each item: (B, time_dim)."""
+        """The time, and in SDXL pooled text and numbers of size and crop, as one vector an item: (B, time_dim)."""
         config, dtype = self.config, pooled.dtype
         time = self.time_embedding(sinusoidal_embedding(timesteps, config.channels[0]).to(dtype))
         if not config.added_dim:

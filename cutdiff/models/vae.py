@@ -1,4 +1,4 @@
-"""The KL autoencoder between images and latents. It owns its scaling factor: latents that leave it have unit scale.
+"""The KL autoencoder between images and latents. It owns its scaling factor: its latents have unit scale outside of it.
 
 Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1; sizes of SDXL in `config.SDXL_VAE`.
 """
@@ -20,9 +20,9 @@ from cutdiff.models.layers import Attention, Downsample, GroupNormSiLU, ResnetBl
 from cutdiff.parallel.ranks import ALONE, Ranks
 
 EPS = 1e-6
-SCORE_BYTES = 1 << 30  # of attention at once, in float32: all scores of an image of 1024²
-LARGE_BYTES = 256 << 20  # of the widest activation, as of an SDXL image of 512² in float32: from here on in bands
-CPU_LARGE_BYTES = 32 << 20  # likewise, in float32 on a CPU
+SCORE_BYTES = 1 << 30  # attention scores at once, in float32: all those of an image of 1024²
+LARGE_BYTES = 256 << 20  # the widest activation from which on bands are used: an SDXL image of 512² in float32
+CPU_LARGE_BYTES = 32 << 20  # the same limit in float32 on a CPU
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class DiagonalGaussian:
         return self.mean + self.std * noise.to(self.mean)
 
     def kl(self) -> Tensor:
-        """Divergence from the standard normal, one number for each item of the batch: (B,)."""
+        """The divergence from the standard normal distribution for each item of the batch: (B,)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 
 class SpatialAttention(Attention):
-    """Single-head self-attention over pixels, with its own norm and residual: (B, C, h, w) -> the same."""
+    """Single-head self-attention over pixels, with a norm and a residual: (B, C, h, w) -> (B, C, h, w)."""
 
     def __init__(self, channels: int, *, norm_groups: int) -> None:
         super().__init__(channels, num_heads=1, bias=True)
@@ -59,8 +59,8 @@ class SpatialAttention(Attention):
         return x + super().forward(tokens, context).transpose(1, 2).unflatten(2, x.shape[2:])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """In chunks of queries where all scores would be large: no fused kernel is sure to take so wide a head. Ranks
-        share the chunks."""
+        """Attend in chunks of queries if all scores at once would be large, as no fused kernel is sure to take so wide
+        a head. Ranks share the chunks."""
         num_queries, chunk = q.shape[2], SCORE_BYTES // (4 * q.shape[0] * k.shape[2])
         if chunk >= num_queries:
             return super().attend(q, k, v)
@@ -77,6 +77,8 @@ class SpatialAttention(Attention):
 
 
 class MidBlock(nn.Module):
+    """Attention between two resnets, at the coarsest resolution: (B, C, h, w) -> (B, C, h, w)."""
+
     def __init__(self, channels: int, *, norm_groups: int) -> None:
         super().__init__()
         resnets = [ResnetBlock(channels, channels, norm_groups=norm_groups, eps=EPS) for _ in range(2)]
@@ -88,7 +90,7 @@ class MidBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Repeat pixels to twice the size, then convolve: as a transposed convolution, 4 products an output and not 9."""
+    """Repeat pixels to twice the size and convolve, in one transposed convolution: 4 products an output and not 9."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -99,9 +101,10 @@ class Upsample(nn.Module):
 
 
 def doubling(weight: Tensor) -> Tensor:
-    """A 3×3 convolution (C', C, 3, 3) of repeated pixels as the transposed one (C, C', 4, 4), stride 2, of the pixels.
+    """The weight (C, C', 4, 4) of the transposed convolution, stride 2, that is the 3×3 one of repeated pixels.
 
-    In one dimension the output 2i is w0·x[i - 1] + (w1 + w2)·x[i], and 2i + 1 is (w0 + w1)·x[i] + w2·x[i + 1].
+    `weight` (C', C, 3, 3) is that of the 3×3 convolution. In one dimension the output 2i is
+    w0·x[i - 1] + (w1 + w2)·x[i], and 2i + 1 is (w0 + w1)·x[i] + w2·x[i + 1].
     """
     taps = weight.flip(2, 3)
     taps = F.pad(taps, (0, 1)) + F.pad(taps, (1, 0))
@@ -109,7 +112,7 @@ def doubling(weight: Tensor) -> Tensor:
 
 
 class Level(nn.Module):
-    """The resnets of one resolution and the step to the next one, where there is one."""
+    """The resnets of one resolution, and the step to the next one if there is one."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, *, norm_groups: int) -> None:
         super().__init__()
@@ -173,6 +176,8 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
+    """Encoder and decoder, with the scaling of the latents between them."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
@@ -184,7 +189,7 @@ class VAE(nn.Module):
     def encode(self, images: Tensor, *, banded: bool | None = None) -> DiagonalGaussian:
         """Images (B, 3, H, W) in [-1, 1] -> the distribution of scaled latents (B, 4, H/factor, W/factor).
 
-        `banded` is that of `decode`.
+        `banded` means what it means for `decode`.
         """
         pixels = images[:, 0].numel()
         mean, logvar = self._run(self._encode, images, pixels, banded).chunk(2, dim=1)
@@ -196,8 +201,9 @@ class VAE(nn.Module):
     def decode(self, latents: Tensor, *, banded: bool | None = None, ranks: Ranks = ALONE) -> Tensor:
         """Scaled latents (B, 4, h, w) -> images (B, 3, h·factor, w·factor), about [-1, 1], not clamped.
 
-        `banded`: in bands of rows, in bounded memory, with the same result to rounding but no gradients (see `bands`);
-        None: where the picture is large and nothing asks for gradients. `ranks` share the bands; all get the images.
+        With `banded`, rows are computed in bands, in bounded memory, with the same result to rounding but without
+        gradients (see `bands`). None: if the picture is large and nothing asks for gradients. `ranks` share the bands,
+        and all get the images.
         """
         pixels = latents[:, 0].numel() * self.config.factor**2
         centre, spread = self._statistics(latents)
@@ -218,7 +224,7 @@ class VAE(nn.Module):
         banded: bool | None,
         ranks: Ranks = ALONE,
     ) -> Tensor:
-        """`pixels` are those of all images."""
+        """Apply encoder or decoder to x, in bands or at once. `pixels` counts those of all images."""
         on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
         activation = pixels * max(self.config.channels[:2]) * x.element_size()
         if banded is None:
@@ -231,7 +237,7 @@ class VAE(nn.Module):
                 layer.ranks = ranks
             if banded:
                 return in_bands(network, x, Limits.on(x.device, ranks))
-            # channels_last takes a CPU a fifth less time, but its group norm loses digits of large pictures then.
+            # A CPU takes a fifth less time in channels_last, but its group norm then loses digits in large pictures.
             loses = on_cpu and activation >= CPU_LARGE_BYTES * len(x)
             layout = torch.contiguous_format if loses else torch.channels_last
             return network(x.contiguous(memory_format=layout))
@@ -240,7 +246,7 @@ class VAE(nn.Module):
                 layer.ranks = ALONE
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each channel of unscaled latents, two of (C, 1, 1); 0 and 1 where none are given."""
+        """The mean and deviation of each channel of unscaled latents, (C, 1, 1) each; 0 and 1 if none are known."""
         channels = self.config.latent_channels
         mean, std = self.config.latents_mean or (0.0,) * channels, self.config.latents_std or (1.0,) * channels
         return latents.new_tensor(mean)[:, None, None], latents.new_tensor(std)[:, None, None]

@@ -1,4 +1,4 @@
-"""Self-attention within large windows of a feature map, shifted for each image of a batch.
+"""Self-attention within large windows of a feature map, shifted by its own amount for each image of a batch.
 
 Source: MSW-MSA of HiDiffusion (Zhang et al. 2023, arXiv 2311.17528), section 3.2.
 """
@@ -13,16 +13,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from cutdiff.models.config import Size
 from cutdiff.models.inside import replaced
 from cutdiff.models.layers import Attention
 from cutdiff.models.unet import Context, Transformer, TransformerBlock
-from cutdiff.sampling.denoiser import Size
 
 
 def transform_in_windows(
     transformer: Transformer, windows: Size, quarters: Tensor, x: Tensor, context: Context
 ) -> Tensor:
-    """The transformer on x (B, C, h, w), which tells its self-attentions how their tokens lie."""
+    """Apply a transformer to x (B, C, h, w) with its self-attentions confined to so many `windows` on each axis."""
     with ExitStack() as changes:
         for block in transformer.transformer_blocks:
             attention = cast(TransformerBlock, block).attn1
@@ -32,7 +32,7 @@ def transform_in_windows(
 
 
 def attend_in_windows(attention: Attention, size: Size, windows: Size, quarters: Tensor, tokens: Tensor) -> Tensor:
-    """Self-attention of tokens (B, h·w, C) within `windows`, on a torus shifted by `quarters` (B,) of a window."""
+    """Attend among the tokens (B, h·w, C) of each window, on a torus shifted by `quarters` (B,) of a window."""
     height, width = size
     shift = [quarters * (math.ceil(side / count) // 4) for side, count in zip(size, windows, strict=True)]
     rolled = _rolled(tokens.unflatten(1, size), *shift)  # (B, h, w, C)
@@ -48,7 +48,7 @@ def _attend(attention: Attention, window: Tensor) -> Tensor:
 
 
 def _rolled(x: Tensor, up: Tensor, left: Tensor) -> Tensor:
-    """Each item of x (B, h, w, C) by its own shifts (B,)."""
+    """Roll each item of x (B, h, w, C) up and left by its own shifts (B,)."""
     item, row, column = (torch.arange(length, device=x.device) for length in x.shape[:3])
     row, column = (row + up[:, None]) % x.shape[1], (column + left[:, None]) % x.shape[2]  # (B, h), (B, w)
     return x[item[:, None, None], row[:, :, None], column[:, None, :]]

@@ -1,4 +1,4 @@
-"""What a record says of a picture before it is drawn, and what of that determines the picture."""
+"""The part of a record that is known before a picture is drawn, and the part of that which determines the picture."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ import torch
 import cutdiff
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.schedules import Schedule
 from cutdiff.settings import Settings
+from cutdiff.specs import source_hash
 
 ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
-"""What changes a picture by rounding only, so that a run may go on with another."""
+"""The options that change a picture by rounding only, so that a run may go on with another."""
 
 
-def describe(model: Model, prompt: str | Sequence[str], settings: Settings, draws: Draws) -> dict[str, Any]:
-    """The part of a record that is known before the run; draws of one's own are named by their class only."""
+def describe(
+    model: Model, prompt: str | Sequence[str], settings: Settings, draws: Draws, schedule: Schedule
+) -> dict[str, Any]:
+    """The part of a record that is known before the run; draws of one's own are named by their class, and their source
+    and that of other objects which are not the package's stand under "sources"."""
     height, width = (side * model.factor for side in settings.canvas_size(model.native_size, model.factor))
     seeds = list(getattr(draws, "seeds", ()))  # draws of one's own may have none
+    source = source_hash(draws)
     return {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
         **settings.described(),
@@ -40,6 +46,8 @@ def describe(model: Model, prompt: str | Sequence[str], settings: Settings, draw
             "decided_by": model.decided_by,
         },
         **model.noise.described(),
+        "noise": {"class": type(model.noise).__name__, **vars(model.noise), "schedule": schedule.digest},
+        "sources": settings.sources() | ({} if source is None else {"draws": source}),
         "seed": seeds[0] if seeds else None,
         "draws": {"class": type(draws).__qualname__, "seeds": seeds},
         "device": _device_name(model.device),
@@ -56,13 +64,13 @@ def fingerprint(described: dict[str, Any]) -> str:
 
 
 def changes(described: dict[str, Any], record: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What determines a picture and differs in the record of another, by its name there: (in the record, now)."""
+    """All that determines a picture and differs in the record of another, by its name there: (in the record, now)."""
     now, then = _determining(described), _determining(record)
     return {name: (then.get(name), value) for name, value in now.items() if value != then.get(name)}
 
 
 def _determining(described: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has it. Files count by their contents, wherever they lie."""
+    """All that determines a picture, as JSON has it. Files count by their contents, wherever they lie."""
     kept = {name: value for name, value in described.items() if name not in ROUNDING}
     model = described.get("model", {})
     loras = [(lora["sha256"], lora["scale"]) for lora in model.get("loras", ())]

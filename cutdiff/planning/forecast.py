@@ -1,21 +1,17 @@
-"""What a run takes, before it is run: the method itself goes through its stages on tensors that have sizes only.
+"""The cost of a run, before it is run: the method itself goes through its stages on tensors that have sizes only.
 
-`Rank` takes the denoiser's place on the meta device and counts. Of a stage only steps that differ are tried, of a
-transformer one block, and a network that no method has changed takes for each row what it took before.
+`Rank` takes the denoiser's place on the meta device and counts. Of a stage only steps of different cost are tried, as
+the stage says, and of a transformer one block.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from itertools import groupby
-from types import FunctionType
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,7 +19,6 @@ from torch import Tensor, nn
 
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import TOKENS, GivenText
-from cutdiff.methods.shared import step_at
 from cutdiff.models.bands import GPU_BAND_BYTES, KEPT_BYTES
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.inside import replaced
@@ -31,29 +26,29 @@ from cutdiff.models.text import TextStates
 from cutdiff.models.unet import Transformer, TransformerBlock, UNet
 from cutdiff.models.vae import VAE
 from cutdiff.parallel.ranks import Ranks
-from cutdiff.pipeline import prepare
+from cutdiff.pipeline import Prepared, prepare
 from cutdiff.planning.meter import Meter, Taken
-from cutdiff.sampling.denoiser import Denoiser, Inputs, Size
+from cutdiff.sampling.denoiser import Denoiser, Inputs, Rows
 from cutdiff.sampling.draws import Draws
-from cutdiff.sampling.operators import Operator, Patches, Views
-from cutdiff.sampling.schedule import NoiseConfig
-from cutdiff.sampling.solvers import Phase, Stage
+from cutdiff.sampling.noise import NoiseConfig
+from cutdiff.sampling.operators import Operator, items_of
+from cutdiff.sampling.stages import Phase, Size, Stage
 from cutdiff.settings import Settings
 
 SDXL_TEXT_WEIGHTS = 123_060_480 + 694_659_840
-"""Of CLIP ViT-L and OpenCLIP ViT-bigG."""
+"""The weights of CLIP ViT-L and OpenCLIP ViT-bigG."""
 LIVE_BANDS = 7
-"""Of a decoder in bands, counted at 3072² and 4096²."""
+"""The bands of a decoder that live at once, counted at 3072² and 4096²."""
 
 
 class Cost(NamedTuple):
-    """Of one step."""
+    """The cost of one step."""
 
     evaluations: int = 0
-    """Rows that went through the network, a guidance pair counted as two."""
+    """The rows that went through the network, a guidance pair counted as two."""
     flops: int = 0
     received_bytes: int = 0
-    """What one device is sent of the others' predictions."""
+    """The bytes of the others' predictions that are sent to one device."""
 
 
 class StageCost(NamedTuple):
@@ -67,13 +62,13 @@ class StageCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Walk:
-    """A run, as one of its devices has it."""
+    """A run on one of its devices."""
 
     stages: list[StageCost]
     peak_bytes: int
-    """Weights included."""
+    """The most bytes that live at once, weights included."""
     view_batch_size: int | None
-    """What memory allows at once; None: all of a step."""
+    """The items that memory allows at once; None: all of a step."""
 
 
 def walk(model: Model, settings: Settings, devices: int = 1, memory: float = math.inf) -> Walk:
@@ -92,109 +87,99 @@ def walk(model: Model, settings: Settings, devices: int = 1, memory: float = mat
     stages = []
     with torch.no_grad(), meter, one_block_for_all(model.unet, meter):
         run = prepare(model, "", settings, SizedDraws((0,), "meta"), make_denoiser=rank_of)
-        rank = cast(Rank, run.denoiser)
         x = torch.empty(1, model.unet.config.in_channels, *(run.stages[0].size or run.size), device="meta")
         for part in run.stages:
             x, stage = part.begin(x) if isinstance(part, Phase) else (x, part)
-
-            @cache
-            def cost(step: int, x: Tensor = x, stage: Stage = stage) -> Cost:
-                before = rank.evaluations, meter.flops, ranks.received_bytes
-                sigma = run.schedule.sigmas[step % run.schedule.num_steps]
-                stage.denoise(x if stage.before is None else stage.before(x, sigma, step), sigma, step)
-                after = rank.evaluations, meter.flops, ranks.received_bytes
-                return Cost(*(a - b for a, b in zip(after, before, strict=True)))
-
-            stages.append(StageCost(stage.name, _of_all(cost, stage.steps, settings)))
-    return Walk(stages, weights + meter.peak_bytes, rank.view_batch_size)
+            stages.append(StageCost(stage.name, _costs(run, stage, x, meter)))
+    return Walk(stages, weights + meter.peak_bytes, run.denoiser.work.view_batch_size)
 
 
-def _of_all(cost: Callable[[int], Cost], steps: range, settings: Settings) -> list[Cost]:
-    """The cost of each step. Where the first and the last of some take the same, so do those between: methods change
-    their steps part by part, guidance is on or off, and what is read once is read in the first."""
-    first, last = (step_at(share, settings.num_steps) for share in settings.guidance_interval)
-    costs: list[Cost] = []
-    for _, group in groupby(steps, lambda step: first <= step % settings.num_steps < last):
-        alike = deque(group)
-        while cost(alike[0]) != cost(alike[-1]):
-            costs.append(cost(alike.popleft()))
-        costs += [cost(alike[0])] * len(alike)
-    return costs
+def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
+    """The cost of each step. What is read once is read in the first; of the others, those cost the same which the stage
+    says do, and have guidance on or off."""
+    work, ranks, costs = run.denoiser.work, run.denoiser.ranks, cast(dict[Hashable, Cost], {})
+    sigmas = stage.sigmas or run.schedule.sigmas[:-1]
+
+    def cost(step: int) -> Cost:
+        before = work.evaluations, meter.flops, ranks.received_bytes
+        sigma = sigmas[(step - stage.steps.start) if stage.sigmas else step % run.schedule.num_steps]
+        stage.denoise(x if stage.before is None else stage.before(x, sigma, step), sigma, step)
+        after = work.evaluations, meter.flops, ranks.received_bytes
+        return Cost(*(a - b for a, b in zip(after, before, strict=True)))
+
+    keys = [
+        (stage.cost and stage.cost(step), run.denoiser.guided(step), step == stage.steps.start) for step in stage.steps
+    ]
+    for step, key in zip(stage.steps, keys, strict=True):
+        if key not in costs:
+            costs[key] = cost(step)
+    return [costs[key] for key in keys]
 
 
-@dataclass(kw_only=True)
+@dataclass
+class Trial:
+    """What a step was found to cost."""
+
+    copies: int = 1
+    by_row: dict[Hashable, Taken] = field(default_factory=dict)
+    """The cost of a row of the plain network, by the shape and the kind of the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rank(Denoiser):
     """One of the devices that share the items of every step; it counts and computes nothing."""
 
     meter: Meter
     free_bytes: float
-    """Beside the weights."""
-    _by_row: dict[Any, Taken] = field(default_factory=dict, init=False, repr=False)
-    _taken: Taken | None = field(default=None, init=False)
-    """By a row of the present batch."""
-
-    def __post_init__(self) -> None:
-        others = re.compile(r"transformer_blocks\.[1-9]")  # than the block that stands for all
-        self._tried = [module for name, module in self.unet.named_modules() if not others.search(name)]
+    """The memory beside the weights."""
+    trial: Trial = field(default_factory=Trial, repr=False)
 
     def through(
-        self, operator: Operator, canvas: Tensor, sigma: float, *, positive: TextStates | None = None, **told: Any
+        self,
+        operator: Operator,
+        canvas: Tensor,
+        sigma: float,
+        step: int,
+        *,
+        shown: Tensor | None = None,
+        positive: TextStates | None = None,
+        crop_origins: Tensor | None = None,
+        original_size: Size | None = None,
+        target_size: Size | None = None,
     ) -> Tensor:
-        items, size = _items(operator, canvas)
-        shape = (items * self.copies, canvas.shape[1], *size)
-        inputs = canvas.new_empty(shape, dtype=self.unet.conv_in.weight.dtype)
-        self._taken = None
-        self.predict(inputs, sigma, canvas.new_empty(len(inputs), 6), self.positive if positive is None else positive)
+        copies, (items, size) = self.copies_at(sigma, step), items_of(operator, canvas)
+        inputs = canvas.new_empty(items * copies, canvas.shape[1], *size, dtype=self.unet.conv_in.weight.dtype)
+        rows = Rows(step, sigma, operator, copies, self.positive if positive is None else positive)
+        self.trial.copies = copies
+        self.trial.by_row.clear()  # another step may meet another network
+        self.predict(rows, inputs, canvas.new_empty(len(inputs), 6))
         return torch.empty_like(canvas)
 
     def evaluate(self, inputs: Inputs) -> Tensor:
         rows = len(inputs[0])
-        if self._taken is None or self.network is not None:  # parts of a batch meet the same network
-            self._taken = self._taken_by_row(inputs)
-        flops, num_bytes = self._taken
-        if self.meter.live_bytes + rows * num_bytes > self.free_bytes and rows > self.copies:
+        flops, num_bytes = self._by_row(inputs)
+        if self.meter.live_bytes + rows * num_bytes > self.free_bytes and rows > self.trial.copies:
             raise torch.OutOfMemoryError
         self.meter.add(Taken(rows * flops, rows * num_bytes))
-        self.evaluations += rows
+        self.work.evaluations += rows
         return torch.empty_like(inputs[0])
 
-    def _taken_by_row(self, inputs: Inputs) -> Taken:
-        """Tried once for each kind of row and network, but every time where hooks want to see the network run."""
+    def _by_row(self, inputs: Inputs) -> Taken:
+        """The cost of one row. A plain network is tried once a step, one that a method made its own in every call."""
         x, _, context, *_ = inputs
-        kind = (x.shape[1:], type(context), *map(_state, self._tried))
-        if kind not in self._by_row or any(module._forward_hooks for module in self._tried):
+        kind = (x.shape[1:], type(context))
+        if self.network is not None or kind not in self.trial.by_row:
             taken = self.meter.aside(lambda: self.unet(*inputs))
-            self._by_row[kind] = Taken(taken.flops // len(x), math.ceil(taken.peak_bytes / len(x)))
-        return self._by_row[kind]
+            self.trial.by_row[kind] = Taken(taken.flops // len(x), math.ceil(taken.peak_bytes / len(x)))
+        return self.trial.by_row[kind]
 
 
 class CountingRanks(Ranks):
-    """One of them that is alone, and counts what it would be sent."""
+    """Ranks of which one is there, which counts what it would be sent."""
 
     def gather(self, whole: Tensor, starts: Sequence[int], dim: int = 0) -> None:
         own = starts[self.rank + 1] - starts[self.rank]
         self.received_bytes += whole.nbytes // whole.shape[dim] * (whole.shape[dim] - own)
-
-
-def _state(module: nn.Module) -> Any:
-    """What methods change of a module, as far as it may make a difference to what it takes."""
-    return len(module._forward_hooks), *(_plain(value) for name, value in vars(module).items() if name[0] != "_")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, partial):
-        return value.func, *map(_plain, value.args)
-    if isinstance(value, FunctionType):
-        return value.__code__
-    return value if isinstance(value, int | float | tuple) else type(value)
-
-
-def _items(operator: Operator, canvas: Tensor) -> tuple[int, Size]:
-    """How many items the operator makes of the canvas, and their size."""
-    if isinstance(operator, Views):
-        return operator.origins.shape[:2].numel(), operator.window
-    grid = cast(Patches, operator).grid
-    return len(canvas) * math.prod(grid), (canvas.shape[2] // grid[0], canvas.shape[3] // grid[1])
 
 
 @contextmanager
@@ -228,7 +213,7 @@ class SizedDraws(Draws):
 
 
 def decoding(model: Model, size: Size) -> Taken:
-    """What it takes to decode one picture of `size` latents, by one device that holds all weights.
+    """The cost of decoding one picture of `size` latents on one device that holds all weights.
 
     FLOPs are those of the whole at once, a·n + b·n² for n latents, the square in the attention. Bands compute some anew
     where not all is kept: beside the attention, SDXL's take 1.01 times as many at 2048² in bfloat16 (1.16 in float32),
@@ -259,7 +244,7 @@ def _decoded(vae: VAE, size: Size, *, banded: bool | None = None) -> Taken:
 
 
 def weight_bytes(model: Model) -> int:
-    """Of all networks of a model."""
+    """The bytes of all networks of a model."""
     return sum(_bytes(network) for network in (model.unet, model.vae, *model.text.encoders))
 
 

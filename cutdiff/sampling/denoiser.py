@@ -3,97 +3,166 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cutdiff.models.config import Size
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import Context, UNet
 from cutdiff.parallel.ranks import ALONE, Ranks
+from cutdiff.sampling.guidance import Guidance, LinearGuidance
 from cutdiff.sampling.operators import Operator, Patches, upload
 from cutdiff.sampling.preconditioning import Coefficients
-
-Size = tuple[int, int]
-"""Height, width."""
+from cutdiff.sampling.stages import Step
 
 Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor]
-"""What the U-Net takes, row by row: latents, timesteps, context, pooled, size ids."""
-
-Network = Callable[[Tensor, Inputs], Tensor]
-"""(the image of each row (n,), the rows) -> prediction (n, C, h, w); of a guidance pair, the negative row is first."""
+"""The rows that the U-Net reads: latents, timesteps, context, pooled, size ids."""
 
 
-class _Read(NamedTuple):
-    """The text of the distinct rows, and what it was read from."""
+@dataclass(frozen=True)
+class Call:
+    """One pass of the network over some of the rows of a step; of a guidance pair, the negative row is first."""
+
+    step: int
+    sigma: float
+    operator: Operator
+    """The operator that gathered the rows from the canvas, with its origins or its permutation."""
+    inputs: Inputs
+    first: int
+    """The number of the first row among all of the step."""
+    num_rows: int
+    """All rows of the step."""
+    num_images: int
+    copies: int
+    """The rows of an item: 2 for a guidance pair."""
+
+    @property
+    def rows(self) -> Tensor:
+        """The numbers of the rows among all of the step, (n,) int64."""
+        return torch.arange(self.first, self.first + len(self.inputs[0]), device=self.inputs[0].device)
+
+    @property
+    def images(self) -> Tensor:
+        """The image of each row, (n,) int64."""
+        return self.rows // (self.num_rows // self.num_images)
+
+    @property
+    def items(self) -> Tensor:
+        """The number of each row's patch or view in its image, (n,) int64."""
+        return self.rows // self.copies % (self.num_rows // self.copies // self.num_images)
+
+    @property
+    def prompted(self) -> Tensor:
+        """True for the rows that read the prompt, False for those that read the negative one, (n,) bool."""
+        return self.rows % self.copies == self.copies - 1
+
+
+Network = Callable[[Call], Tensor]
+"""(a call) -> the prediction of each of its rows (n, C, h, w)."""
+
+
+class Observer:
+    """Hears of a run, and changes nothing; with several ranks, each hears of its own calls."""
+
+    def call(self, call: Call, prediction: Tensor) -> None:
+        """The network was called, and predicted (n, C, h, w)."""
+
+    def step(self, step: Step) -> None:
+        """A step was taken."""
+
+
+class _Text(NamedTuple):
+    """The text of the distinct rows, and what it was made from."""
 
     sources: tuple[TextStates, TextStates, UNet]
     """Positive and negative states, and the network."""
     context: Context
     pooled: Tensor
-    cut: dict[int, tuple[Context, Tensor]]
+    by_rows: dict[int, tuple[Context, Tensor]]
     """The text of every row, by their number."""
 
 
 @dataclass
+class Work:
+    """The state that all denoisers of a run share: a count, the batch that memory holds, observers, the text's keys."""
+
+    view_batch_size: int | None = None
+    """The items that go through the network at once; None: all. It is halved where memory does not suffice."""
+    evaluations: int = 0
+    """The rows that this rank evaluated, a guidance pair counted as two; what all evaluate is counted by the first."""
+    observers: list[Observer] = field(default_factory=list)
+    texts: dict[int, _Text] = field(default_factory=dict, repr=False)
+    """The text by the number of copies."""
+
+    @contextmanager
+    def heard_by(self, observer: Observer) -> Iterator[None]:
+        """Let one more observer hear of what happens inside the block."""
+        self.observers.append(observer)
+        try:
+            yield
+        finally:
+            self.observers.remove(observer)
+
+
+@dataclass(frozen=True)
 class Denoiser:
-    """`denoise(latents, sigma)` for a batch of patches or views of B images, whatever their number.
+    """`denoiser(latents, sigma, step)` for a batch of patches or views of B images, whatever their number.
 
     The batch is ordered image first; every image's items share its row of the text states. It is divided among the
-    `ranks`, and split into parts of `view_batch_size` items (a guidance pair is one item), which is halved where memory
-    does not suffice.
+    `ranks`, and split into parts of `work.view_batch_size` items (a guidance pair is one item). A method that wants
+    another one makes it with `dataclasses.replace`: the copy shares the `work`, and nobody else is affected.
     """
 
     unet: UNet
     timestep: Callable[[float], float]
-    """The timestep of a sigma, as `Schedule.timestep` tells it."""
+    """The timestep of a sigma, as `Schedule.timestep` has it."""
     coefficients: Callable[[float], Coefficients]
-    """Around the network at a sigma, as the model's noise configuration tells them."""
+    """The preconditioning at a sigma, as the model's noise configuration has it."""
     positive: TextStates
     negative: TextStates
-    guidance_scale: float
+    guidance: Guidance
     factor: int
-    """Pixels of an image for one latent, on each axis."""
-    view_batch_size: int | None
-    """None: all at once."""
+    """The pixels of an image for one latent, on each axis."""
+    guided: Callable[[int], bool] = lambda step: True
+    """Tells for a step whether guidance is on; where it is off, the prompt alone is evaluated."""
+    network: Network | None = None
+    """A method's own network in the place of one pass of the U-Net, made of calls of `evaluate`."""
+    shares_rows: bool = True
+    """Let ranks share the rows. A method that looks into the network may need all of them on every rank."""
+    keeps_text: bool = True
+    """Make keys and values of the prompt once. Not for a method that changes `to_k` or `to_v` of `attn2`."""
     compiled: Callable[..., Tensor] | None = None
-    """What takes the place of the U-Net's forward pass where it was compiled."""
+    """The compiled forward pass that takes the place of the U-Net's."""
     ranks: Ranks = ALONE
     """The processes that each compute their share of a batch."""
     items_of_a_call: int | None = None
     """Ranks share whole calls of so many items, as one process makes them, which gives the same bits; None: they share
     the rows evenly, those of a guidance pair too."""
     backend: str = "auto"
-    """Of the operators around the network: "auto", "triton" or "reference"."""
-    evaluations: int = field(default=0, init=False)
-    """Rows evaluated so far by this rank, a guidance pair counted as two; what all evaluate is the first rank's."""
-    guided: bool = field(default=True, init=False)
-    """Whether guidance is on; where it is off, only the prompt is evaluated."""
-    divided: bool = field(default=True, init=False)
-    """Whether ranks share the rows; where a method looks into the network, every rank may have to evaluate all."""
-    keeps_text: bool = field(default=True, init=False)
-    """Whether keys and values of the prompt are made once: not where a method changes `to_k` or `to_v` of `attn2`."""
-    network: Network | None = field(default=None, init=False)
-    """What a method puts in the place of one pass of the U-Net, made of calls of `evaluate`."""
-    _read: dict[int, _Read] = field(default_factory=dict, init=False, repr=False)
-    """By `copies`."""
+    """The kind of operators around the network: "auto", "triton" or "reference"."""
+    work: Work = field(default_factory=Work)
 
     @property
     def native_size(self) -> int:
-        """Side, in latents, that the network was trained at."""
+        """The side, in latents, of the pictures that the network was trained on."""
         return self.unet.config.native_size
 
-    @property
-    def copies(self) -> int:
-        """How often the network sees each item: twice for a guidance pair, the positive one last."""
-        return 2 if self.guided and self.guidance_scale != 1 else 1
+    def copies_at(self, sigma: float, step: int) -> int:
+        """The rows of each item: two for a guidance pair, the positive one last."""
+        if not self.guided(step):
+            return 1
+        return 1 if isinstance(self.guidance, LinearGuidance) and self.guidance.scale_at(sigma, step) == 1 else 2
 
     def __call__(
         self,
         latents: Tensor,
         sigma: float,
+        step: int,
         *,
         crop_origins: Tensor | None = None,
         original_size: Size | None = None,
@@ -101,13 +170,14 @@ class Denoiser:
     ) -> Tensor:
         """Estimate x0: latents (B·V, C, h, w) in sigma space, float32 -> denoised, the same shape, float32.
 
-        `original_size` and `target_size`, in latents, and `crop_origins` (B·V, 2) of (top, left), in latents, are what
-        the network is told of each item; left out, each item is a whole picture of its own size.
+        `original_size` and `target_size`, in latents, and `crop_origins` (B·V, 2) of (top, left), in latents, are the
+        size conditioning of each item; left out, each item is a whole picture of its own size.
         """
         return self.through(
             Patches((1, 1)),
             latents,
             sigma,
+            step,
             crop_origins=crop_origins,
             original_size=original_size,
             target_size=target_size,
@@ -119,8 +189,9 @@ class Denoiser:
         operator: Operator,
         canvas: Tensor,
         sigma: float,
+        step: int,
         *,
-        seen: Tensor | None = None,
+        shown: Tensor | None = None,
         positive: TextStates | None = None,
         crop_origins: Tensor | None = None,
         original_size: Size | None = None,
@@ -128,56 +199,60 @@ class Denoiser:
     ) -> Tensor:
         """operator.scatter ∘ D ∘ operator.gather: canvas (B, C, H, W), float32 -> denoised, the same shape, float32.
 
-        D's estimate is linear in its input and in what the network says, and scatter undoes gather: so the input's part
-        is taken from the canvas itself, and each way is one pass. Where `seen` (B, C, H, W) is given, the network reads
-        that, and what it predicts holds for the canvas. `positive` are text states for the prompt's, B rows or one for
-        each item of the operator.
+        D's estimate is linear in its input and in the network's prediction, and scatter undoes gather: so the input's
+        part is taken from the canvas itself, and each way is one pass. Where `shown` (B, C, H, W) is given, the network
+        reads that, and its prediction holds for the canvas. `positive` are text states in the place of the prompt's, B
+        rows or one for each item of the operator. A guidance that is not linear gets both estimates of the canvas.
         """
-        copies, (c_in, c_skip, c_out) = self.copies, self.coefficients(sigma)
+        copies, (c_in, c_skip, c_out) = self.copies_at(sigma, step), self.coefficients(sigma)
         dtype = self.unet.conv_in.weight.dtype
-        read = canvas if seen is None else seen
-        inputs = operator.gather(read, self.backend, c_in=c_in, dtype=dtype, copies=copies)
-        told = _size_ids(inputs, copies, self.factor, crop_origins, original_size, target_size)
-        prediction = self.predict(inputs, sigma, told, self.positive if positive is None else positive)
-        return operator.scatter(
-            prediction,
-            self.backend,
-            copies=copies,
-            guidance_scale=self.guidance_scale,
-            canvas=canvas,
-            c_skip=c_skip,
-            c_out=c_out,
-        )
+        source = canvas if shown is None else shown
+        inputs = operator.gather(source, self.backend, c_in=c_in, dtype=dtype, copies=copies)
+        size_ids = _size_ids(inputs, copies, self.factor, crop_origins, original_size, target_size)
+        rows = Rows(step, sigma, operator, copies, self.positive if positive is None else positive)
+        prediction = self.predict(rows, inputs, size_ids)
+        back = {"canvas": canvas, "c_skip": c_skip, "c_out": c_out}
+        if copies == 1 or isinstance(self.guidance, LinearGuidance):
+            scale = self.guidance.scale_at(sigma, step) if isinstance(self.guidance, LinearGuidance) else 1.0
+            return operator.scatter(prediction, self.backend, copies=copies, guidance_scale=scale, **back)
+        negative, positive_ = (operator.scatter(prediction[half::2], self.backend, **back) for half in (0, 1))
+        return self.guidance(positive_, negative, sigma, step)
 
     def evaluate(self, inputs: Inputs) -> Tensor:
         """One pass of the U-Net over the rows, which are counted."""
         prediction = (self.compiled or self.unet)(*inputs)
-        if self.divided or self.ranks.leads:
-            self.evaluations += len(inputs[0])
+        if self.shares_rows or self.ranks.leads:
+            self.work.evaluations += len(inputs[0])
         return prediction
 
-    def predict(self, inputs: Tensor, sigma: float, size_ids: Tensor, positive: TextStates) -> Tensor:
+    def predict(self, rows: Rows, inputs: Tensor, size_ids: Tensor) -> Tensor:
         """The network's output for all rows (items·copies, C, h, w), of which this rank evaluates its share.
 
         Raises torch.OutOfMemoryError where memory does not suffice for a single item.
         """
-        context, pooled = self._text(len(inputs), positive)
-        timestep = torch.full((1,), self.timestep(sigma), device=inputs.device).expand(len(inputs))
-        ranks = self.ranks if self.divided else ALONE
-        starts = self.shares(len(inputs), ranks)
+        num_rows, copies = len(inputs), rows.copies
+        context, pooled = self._text(num_rows, copies, rows.positive)
+        timestep = torch.full((1,), self.timestep(rows.sigma), device=inputs.device).expand(num_rows)
+        ranks = self.ranks if self.shares_rows else ALONE
+        starts = self.shares(num_rows, copies, ranks)
         first, end = starts[ranks.rank : ranks.rank + 2]
         parts, start = [], first
         while start < end:
-            rows = slice(start, min(start + (self.view_batch_size or len(inputs)) * self.copies, end))
-            part = (inputs[rows], timestep[rows], context[rows], pooled[rows], size_ids[rows])
+            part = slice(start, min(start + (self.work.view_batch_size or num_rows) * copies, end))
+            taken = (inputs[part], timestep[part], context[part], pooled[part], size_ids[part])
+            call = Call(
+                rows.step, rows.sigma, rows.operator, taken, start, num_rows, len(self.positive.context), copies
+            )
             try:
-                parts.append(self._pass(part, start, len(inputs)))
+                parts.append(self.evaluate(taken) if self.network is None else self.network(call))
             except torch.OutOfMemoryError:
-                if len(part[0]) <= self.copies:
+                if len(taken[0]) <= copies:
                     raise
-                self.view_batch_size = max(len(part[0]) // self.copies // 2, 1)
-            else:
-                start = rows.stop
+                self.work.view_batch_size = max(len(taken[0]) // copies // 2, 1)
+                continue
+            for observer in self.work.observers:
+                observer.call(call, parts[-1])
+            start = part.stop
         if ranks.size == 1:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         # A rank without rows does not know what a method's own network gives: float32 holds it.
@@ -187,44 +262,47 @@ class Denoiser:
         ranks.gather(prediction, starts)
         return prediction
 
-    def shares(self, num_rows: int, ranks: Ranks) -> list[int]:
-        """Where the rows of each rank begin, and where the last ones end."""
-        together = 1 if self.network is None else self.copies  # a method may want both rows of a pair
+    def shares(self, num_rows: int, copies: int, ranks: Ranks) -> list[int]:
+        """The first row of each rank, and the end of the last one's."""
+        together = 1 if self.network is None else copies  # a method may want both rows of a pair
         if self.items_of_a_call is not None:
-            together = self.items_of_a_call * self.copies
+            together = self.items_of_a_call * copies
         return [min(start * together, num_rows) for start in ranks.starts(math.ceil(num_rows / together))]
 
-    def _pass(self, part: Inputs, start: int, num_rows: int) -> Tensor:
-        """One pass over the rows from `start` on, of all `num_rows`, as a method may have it."""
-        if self.network is None:
-            return self.evaluate(part)
-        rows = torch.arange(start, start + len(part[0]), device=part[0].device)
-        return self.network(rows // (num_rows // len(self.positive.context)), part)
-
-    def _text(self, num_rows: int, positive: TextStates) -> tuple[Context, Tensor]:
+    def _text(self, num_rows: int, copies: int, positive: TextStates) -> tuple[Context, Tensor]:
         """Context and pooled states of every row. What layers make of the prompt, which all items of an image share at
         every step, is kept; of a view's own states, it is not."""
         sources = (positive, self.negative, self.unet)
-        read = self._read.get(self.copies)
-        if read is None or not self.keeps_text or any(a is not b for a, b in zip(read.sources, sources, strict=True)):
+        text = self.work.texts.get(copies)
+        if text is None or not self.keeps_text or any(a is not b for a, b in zip(text.sources, sources, strict=True)):
             negative = self.negative.repeat(len(positive.context) // len(self.negative.context))
-            states = [negative, positive][-self.copies :]
+            states = [negative, positive][-copies:]
             context = torch.stack([s.context for s in states], dim=1).flatten(0, 1)
             pooled = torch.stack([s.pooled for s in states], dim=1).flatten(0, 1)
-            read = _Read(sources, context, pooled, {})
+            text = _Text(sources, context, pooled, {})
             if self.keeps_text and positive is self.positive:
-                read = self._read[self.copies] = read._replace(context=self.unet.read(context))
-        if num_rows not in read.cut:
-            rows = torch.arange(len(read.pooled), device=read.pooled.device).unflatten(0, (-1, self.copies))
-            rows = rows.repeat_interleave(num_rows // len(read.pooled), dim=0).flatten()
-            read.cut[num_rows] = read.context[rows], read.pooled[rows]
-        return read.cut[num_rows]
+                text = self.work.texts[copies] = text._replace(context=self.unet.read(context))
+        if num_rows not in text.by_rows:
+            rows = torch.arange(len(text.pooled), device=text.pooled.device).unflatten(0, (-1, copies))
+            rows = rows.repeat_interleave(num_rows // len(text.pooled), dim=0).flatten()
+            text.by_rows[num_rows] = text.context[rows], text.pooled[rows]
+        return text.by_rows[num_rows]
+
+
+class Rows(NamedTuple):
+    """The properties that all rows of a step have in common."""
+
+    step: int
+    sigma: float
+    operator: Operator
+    copies: int
+    positive: TextStates
 
 
 def _size_ids(
     inputs: Tensor, copies: int, factor: int, crop_origins: Tensor | None, original: Size | None, target: Size | None
 ) -> Tensor:
-    """What the network is told of each row: (items·copies, 6), original size, crop corner, target size in pixels."""
+    """The size conditioning of each row: (items·copies, 6), original size, crop corner, target size in pixels."""
     num_items, own = len(inputs) // copies, (inputs.shape[2], inputs.shape[3])
     crops = torch.zeros(num_items, 2) if crop_origins is None else crop_origins.cpu().float()
     sizes = torch.tensor([*(original or own), *(target or own)], dtype=torch.float32).expand(num_items, 4)

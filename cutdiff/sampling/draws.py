@@ -6,6 +6,7 @@ A researcher replaces any of the methods, for instance to repeat a run of other 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from cutdiff.sampling.operators import Permutation, SeededPermutation, view_grid
 
 NOISE, ORIGINS, SHIFTS, PHASE_NOISE = 1, 2, 3, 4
-"""What a stream of random numbers is for: no two of them share numbers of a seed."""
+"""The purposes of streams of random numbers: no two of them share numbers of a seed."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Draws:
 
     seeds: tuple[int, ...]
     device: torch.device | str = "cpu"
-    """Where noise goes. It is made on the CPU, so that every device sees the same; origins stay there."""
+    """The device that noise goes to. It is made on the CPU, so that every device gets the same; origins stay there."""
 
     def __post_init__(self) -> None:
         for seed in self.seeds:
@@ -39,7 +40,10 @@ class Draws:
         return self._normal(shape, PHASE_NOISE, phase)
 
     def permutation(self, step: int, grid: tuple[int, int], shape: tuple[int, ...], grain: str) -> Permutation:
-        """How `step` exchanges pixels between the patches of `shape` (B, C, h, w) on `grid` (s_h, s_w)."""
+        """The permutation by which `step` exchanges pixels of patches of `shape` (B, C, h, w) on `grid` (s_h, s_w).
+
+        `grain` is "channel", "pixel" or "none". An explicit index is int64 (N, C or 1, h, w), or one for each image.
+        """
         return SeededPermutation(self.seeds, step, grain)
 
     def view_origins(
@@ -50,7 +54,7 @@ class Draws:
         stride: tuple[int, int],
         jitter: tuple[int, int],
     ) -> Tensor:
-        """Where the views of `step` stand: (B, V, 2) of (top, left), which may reach past the canvas by the jitter.
+        """The corners of the views of `step`: (B, V, 2) of (top, left), which may reach past the canvas by the jitter.
 
         Every axis moves by up to its `jitter`. Views at a border move outwards only, and an axis with a single view
         does not move, so that the views cover the canvas wherever they covered it without jitter.
@@ -66,12 +70,67 @@ class Draws:
         return torch.stack(draws)
 
     def window_shifts(self, step: int) -> Tensor:
-        """By how many quarters of a window `step` shifts windowed attention: (B,), 0 to 3, on the CPU."""
+        """The quarters of a window by which `step` shifts windowed attention: (B,), 0 to 3, on the CPU."""
         return torch.tensor([int(_generator(seed, SHIFTS, step).integers(4)) for seed in self.seeds])
 
     def _normal(self, shape: tuple[int, ...], purpose: int, stream: int) -> Tensor:
         images = [_generator(seed, purpose, stream).standard_normal(shape[1:], np.float32) for seed in self.seeds]
         return torch.from_numpy(np.stack(images)).to(self.device)
+
+
+def checked(draws: Any, num_images: int) -> Draws:
+    """The same draws, of any class; ValueError, which names the draw, where one has not the shape that a run needs."""
+    return cast(Draws, _Checked(draws, num_images))
+
+
+class _Checked:
+    def __init__(self, draws: Any, num_images: int) -> None:
+        self.draws, self.num_images = draws, num_images
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.draws, name)
+
+    def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
+        return _shaped("noise", self.draws.noise(shape, step), shape)
+
+    def phase_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
+        return _shaped("phase_noise", self.draws.phase_noise(shape, phase), shape)
+
+    def permutation(self, step: int, grid: tuple[int, int], shape: tuple[int, ...], grain: str) -> Permutation:
+        index = self.draws.permutation(step, grid, shape, grain)
+        if isinstance(index, Tensor):
+            num_patches, wanted = grid[0] * grid[1], (shape[1], *shape[2:])
+            shapes = [(num_patches, channels, *shape[2:]) for channels in (wanted[0], 1)]
+            _shaped("permutation", index, *shapes, *((self.num_images, *shape) for shape in shapes))
+        elif isinstance(index, SeededPermutation) and len(index.seeds) != self.num_images:
+            raise ValueError(
+                f"draws.permutation gave seeds for {len(index.seeds)} images where {self.num_images} are drawn"
+            )
+        return index
+
+    def view_origins(
+        self,
+        step: int,
+        size: tuple[int, int],
+        window: tuple[int, int],
+        stride: tuple[int, int],
+        jitter: tuple[int, int],
+    ) -> Tensor:
+        origins = self.draws.view_origins(step, size, window, stride, jitter)
+        num_views = origins.shape[-2] if isinstance(origins, Tensor) and origins.ndim > 1 else 1
+        return _shaped("view_origins", origins, (self.num_images, num_views, 2), (num_views, 2), dtype=torch.int64)
+
+    def window_shifts(self, step: int) -> Tensor:
+        return _shaped("window_shifts", self.draws.window_shifts(step), (self.num_images,))
+
+
+def _shaped(name: str, value: Any, *shapes: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """The value where it is a tensor of one of the shapes."""
+    if not isinstance(value, Tensor) or tuple(value.shape) not in shapes or value.dtype != (dtype or value.dtype):
+        what = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        needed = " or ".join(map(str, shapes)) + (f" of {dtype}" if dtype else "")
+        raise ValueError(f"draws.{name} gave {what} where {needed} is needed")
+    return value
 
 
 def _generator(seed: int, purpose: int, stream: int) -> np.random.Generator:

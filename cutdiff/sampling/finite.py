@@ -1,48 +1,45 @@
-"""Values that are not finite: which part of a run they come from."""
+"""Values that are not finite: the part of a run that they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from cutdiff.checkpoint.model import Model, dtype_name
-from cutdiff.models.inside import replaced
-from cutdiff.sampling.denoiser import Denoiser
-from cutdiff.sampling.solvers import NotFinite, Step
+from cutdiff.sampling.denoiser import Call, Denoiser, Observer
+from cutdiff.sampling.stages import NotFinite, Step
 
 
-def explained(steps: Iterator[Step], denoiser: Denoiser, model: Model) -> Iterator[Step]:
-    """The steps of a run; FloatingPointError names step, stage, view and weights where something is not finite."""
+def explained(steps: Iterator[Step], denoiser: Denoiser, cause: Callable[[], str]) -> Iterator[Step]:
+    """The steps of a run; FloatingPointError names step, stage, view and `cause` where something is not finite."""
     try:
         yield from steps
     except NotFinite as error:
-        raise FloatingPointError(f"{error}{_first_item(error, denoiser)}; {_cause(model)}") from None
+        raise FloatingPointError(f"{error}{_first_item(error, denoiser)}; {cause()}") from None
+
+
+class _FirstBad(Observer):
+    """Notes the first item, counted from 1, whose prediction is not finite; 0 where all are."""
+
+    item = 0
+    per_image = 1
+
+    def call(self, call: Call, prediction: Tensor) -> None:
+        finite = prediction.flatten(1).isfinite().all(dim=1)
+        self.per_image = call.num_rows // call.copies // call.num_images
+        if not self.item and not finite.all():
+            self.item = (call.first + int(finite.int().argmin())) // call.copies + 1
 
 
 @torch.no_grad()
 def _first_item(error: NotFinite, denoiser: Denoiser) -> str:
-    """Which patch or view the network fails on, found by taking the step's estimate once more."""
-    found: list[str] = []
-    images = len(error.latents)
-
-    def predict(*args: Any) -> Tensor:
-        prediction = Denoiser.predict(denoiser, *args)
-        finite = prediction.flatten(1).isfinite().all(dim=1)
-        if not found and not finite.all():
-            item, items = int(finite.int().argmin()) // denoiser.copies, len(finite) // denoiser.copies // images
-            found.append(f", first in patch or view {item % items + 1} of {items} of picture {item // items + 1}")
-        return prediction
-
-    with replaced(denoiser, predict=predict):
+    """The patch or view that the network fails on, found by taking the step's estimate once more."""
+    bad = _FirstBad()
+    with denoiser.work.heard_by(bad):
         error.stage.denoise(error.latents, error.sigma, error.step)
-    return found[0] if found else ", although the network's output is finite"
-
-
-def _cause(model: Model) -> str:
-    bad = model.bad_weights()
-    if bad or model.dtype == torch.float32:
-        return bad or "all weights are finite"
-    return f"all weights are finite, so {dtype_name(model.dtype)} overflowed: use float32 or bfloat16"
+    items = [item for item in denoiser.ranks.values(bad.item) if item]
+    if not items:
+        return ", although the network's output is finite"
+    image, item = divmod(min(items) - 1, bad.per_image)
+    return f", first in patch or view {item + 1} of {bad.per_image} of picture {image + 1}"

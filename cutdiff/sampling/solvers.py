@@ -1,146 +1,126 @@
-"""Solvers: pure steps in sigma space, and the loop that yields every step.
+"""Solvers: pure steps in sigma space, from x = x0 + sigma·noise to the same at a smaller sigma.
 
-A step goes from x = x0 + sigma·noise to the same at a smaller sigma, given the network's estimate of x0. Both are
-affine in `denoised`, so averaging estimates and stepping once equals stepping each and averaging.
-Sources: Song et al. 2020 (2010.02502), Karras et al. 2022 (2206.00364).
+A solver that is passed in has `start(schedule, noise)`, which returns the function that takes the steps, with whatever
+memory that needs. It is started anew on every new canvas, and never sees a patch or a view: the estimate of x0 that it
+is given is that of the whole canvas, so a multistep solver has one history, and noise is drawn on the canvas.
+
+Sources: Song et al. 2020 (2010.02502), Karras et al. 2022 (2206.00364), Lu et al. 2022 (2211.01095).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from cutdiff.sampling.edm import AnyNoise, EDMConfig, edm_schedule
-from cutdiff.sampling.schedule import NoiseConfig, Schedule, ddim_schedule, euler_schedule
+from cutdiff.options import Options, Share
+from cutdiff.sampling.edm import AnyNoise
+from cutdiff.sampling.schedules import Schedule, ddim_model_schedule
 
-CanvasDenoiser = Callable[[Tensor, float, int], Tensor]
-"""(latents (B, C, H, W), sigma, step) -> denoised (B, C, H, W)."""
 Noise = Callable[[tuple[int, ...], int], Tensor]
-"""(shape, step) -> standard normal noise."""
+"""(shape, step) -> standard normal noise (B, C, H, W) on the canvas."""
+TakeStep = Callable[[Tensor, Tensor, int], Tensor]
+"""(x (B, C, H, W) at sigmas[i], the estimate of x0, i) -> x at sigmas[i + 1]."""
+
+
+class Solver(Protocol):
+    """A solver as it is passed in. Where it has `model_schedule(model_noise, num_steps)`, that makes the model's own
+    schedule for it; else that is the published Euler scheduler's."""
+
+    def start(self, schedule: Schedule, noise: Noise) -> TakeStep:
+        """The function that takes the steps of `schedule` on one canvas; `noise` is asked only for what is needed."""
+        ...
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A run of consecutive steps that share one canvas denoiser."""
+class Euler(Options):
+    """Follow the straight line through x and its estimate of x0 (Karras et al. 2022, algorithm 1)."""
 
-    name: str
-    steps: range
-    """A run that goes through the schedule of n steps more than once counts on: step i stands at sigma i % n."""
-    denoise: CanvasDenoiser
-    size: tuple[int, int] | None = None
-    """Of its canvas, in latents; None: that of the finished picture."""
-    before: CanvasDenoiser | None = None
-    """What a step is taken from, given what the step before ended with; that itself where it is None."""
-    end: Callable[[Tensor], Tensor] | None = None
-    """What becomes of the state after the last step."""
+    def start(self, schedule: Schedule, noise: Noise) -> TakeStep:
+        def step(x: Tensor, denoised: Tensor, i: int) -> Tensor:
+            return euler_step(x, denoised, schedule.sigmas[i], schedule.sigmas[i + 1])
+
+        return step
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A stage that what came before it makes, for instance on a larger canvas."""
+class EulerAncestral(Options):
+    """Euler's step to a smaller sigma still, and fresh noise up to the next one, as k-diffusion and diffusers have it.
 
-    steps: range
-    size: tuple[int, int]
-    begin: Callable[[Tensor], tuple[Tensor, Stage]]
-    """What the stage before ended with (B, C, H, W) -> the state to go on from, of `size`, and the stage."""
+    In sigma space this is DDIM with eta 1, on Euler's schedule.
+    """
 
+    eta: Share = 1.0
+    """The share of the fresh noise: 0 none, which is Euler's solver, 1 as much as DDPM."""
 
-@dataclass(frozen=True)
-class Step:
-    """One step of a run, after it was taken."""
+    def start(self, schedule: Schedule, noise: Noise) -> TakeStep:
+        def step(x: Tensor, denoised: Tensor, i: int) -> Tensor:
+            return noisy_step(x, denoised, schedule.sigmas[i], schedule.sigmas[i + 1], self.eta, noise, i)
 
-    index: int
-    stage: str
-    sigma: float
-    """The sigma at which the network was evaluated."""
-    latents: Tensor
-    """The canvas after the step, (B, C, H, W), float32."""
-    denoised: Tensor
-    """The estimate of x0 that the step was taken with, (B, C, H, W), float32."""
-
-
-class NotFinite(FloatingPointError):
-    """An estimate of x0 that holds NaN or infinity, and what it was made from."""
-
-    def __init__(self, stage: Stage, latents: Tensor, sigma: float, step: int) -> None:
-        super().__init__(f"step {step} ({stage.name}, sigma {sigma:.4g}) gave NaN or infinity")
-        self.stage, self.latents, self.sigma, self.step = stage, latents, sigma, step
+        return step
 
 
 @dataclass(frozen=True)
-class Solver:
-    """How a run picks its sigmas and how much fresh noise a step adds (`eta`: 0 none, 1 as much as DDPM)."""
+class DDIM(Options):
+    """DDIM (Song et al. 2020), which at eta 0 is Euler's step on the timesteps of the published DDIMScheduler."""
 
-    beta_schedule: Callable[[NoiseConfig, int], Schedule]
-    eta: float = 0.0
+    eta: Share = 0.0
+    """The share of the fresh noise: 0 none, 1 as much as DDPM."""
 
-    def make_schedule(self, noise: AnyNoise, num_steps: int) -> Schedule:
-        """The sigmas of a run; on an EDM model they are the same for every solver."""
-        return edm_schedule(noise, num_steps) if isinstance(noise, EDMConfig) else self.beta_schedule(noise, num_steps)
+    @staticmethod
+    def model_schedule(model_noise: AnyNoise, num_steps: int) -> Schedule:
+        """Sigmas at the published DDIMScheduler's timesteps, of which it goes down a fixed number at every step."""
+        return ddim_model_schedule(model_noise, num_steps)
 
-    def step(self, x: Tensor, denoised: Tensor, sigma: float, target: float, noise: Tensor | None = None) -> Tensor:
-        """Take x (B, C, H, W) from sigma to target; `noise` is standard normal and needed where eta > 0."""
-        up = noise_scale(sigma, target, self.eta)
-        if up == 0:
-            return euler_step(x, denoised, sigma, target)
-        if noise is None:
-            raise ValueError(f"eta={self.eta} adds noise at every step: pass `noise`")
-        return euler_step(x, denoised, sigma, math.sqrt(target**2 - up**2)) + up * noise
+    def start(self, schedule: Schedule, noise: Noise) -> TakeStep:
+        def step(x: Tensor, denoised: Tensor, i: int) -> Tensor:
+            x = noisy_step(x, denoised, schedule.sigmas[i], schedule.targets[i], self.eta, noise, i)
+            rescale = schedule.rescale(i)
+            return x if rescale == 1 else x * rescale
+
+        return step
+
+
+@dataclass(frozen=True)
+class DPMpp2M(Options):
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): of second order, by the estimate of the step before.
+
+    Its first step, and the one to sigma 0, are of first order, as in k-diffusion and diffusers.
+    """
+
+    def start(self, schedule: Schedule, noise: Noise) -> TakeStep:
+        before: list[tuple[int, Tensor]] = []  # the last step's number and its estimate
+
+        def step(x: Tensor, denoised: Tensor, i: int) -> Tensor:
+            sigma, target = schedule.sigmas[i], schedule.sigmas[i + 1]
+            estimate = denoised
+            if before and before[0][0] == i - 1 and target > 0:
+                # Steps of the logarithm of the signal-to-noise ratio, λ = −log sigma.
+                last, now = math.log(schedule.sigmas[i - 1] / sigma), math.log(sigma / target)
+                estimate = torch.lerp(before[0][1], denoised, 1 + now / (2 * last))
+            before[:] = [(i, denoised)]
+            return euler_step(x, estimate, sigma, target)
+
+        return step
 
 
 def euler_step(x: Tensor, denoised: Tensor, sigma: float, target: float) -> Tensor:
-    """Follow the straight line through x and denoised from sigma to target: Euler's step, and DDIM's at eta = 0."""
+    """Follow the straight line through x and `denoised` from sigma to target: Euler's step, and DDIM's at eta = 0."""
     return torch.lerp(denoised, x, target / sigma)
 
 
+def noisy_step(x: Tensor, denoised: Tensor, sigma: float, target: float, eta: float, noise: Noise, step: int) -> Tensor:
+    """Euler's step past the target, and fresh noise back up to it, of which `eta` is the share."""
+    up = noise_scale(sigma, target, eta)
+    if up == 0:
+        return euler_step(x, denoised, sigma, target)
+    return euler_step(x, denoised, sigma, math.sqrt(target**2 - up**2)) + up * noise(tuple(x.shape), step).to(x)
+
+
 def noise_scale(sigma: float, target: float, eta: float) -> float:
-    """Standard deviation of the fresh noise in a step: DDIM's equation 16, written in sigma space."""
+    """The standard deviation of the fresh noise in a step: DDIM's equation 16, written in sigma space."""
     return eta * target * math.sqrt(max(0.0, 1 - (target / sigma) ** 2))
-
-
-def make_solver(name: str, eta: float = 0.0) -> Solver:
-    """Look a solver up by name: "euler" or "ddim" (the only one that takes eta)."""
-    if name not in SOLVERS:
-        raise ValueError(f"solver {name!r} is not one of {', '.join(SOLVERS)}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta} must be between 0 and 1")
-    if eta and name != "ddim":
-        raise ValueError(f"eta={eta} needs the ddim solver, not {name}")
-    return Solver(SOLVERS[name], eta)
-
-
-SOLVERS = {"euler": euler_schedule, "ddim": ddim_schedule}
-
-
-@torch.no_grad()
-def solve(
-    stages: Iterable[Stage | Phase],
-    x: Tensor,
-    schedule: Schedule,
-    solver: Solver,
-    noise: Noise,
-) -> Iterator[Step]:
-    """Run the stages one after another from x (B, C, H, W), float32, and yield every step.
-
-    `noise` is asked only where eta > 0. Raises NotFinite where an estimate is not.
-    """
-    for part in stages:
-        x, stage = part.begin(x) if isinstance(part, Phase) else (x, part)
-        for i in stage.steps:
-            at = i % schedule.num_steps
-            sigma = schedule.sigmas[at]
-            x = x if stage.before is None else stage.before(x, sigma, i)
-            denoised = stage.denoise(x, sigma, i)
-            if not denoised.isfinite().all():
-                raise NotFinite(stage, x, sigma, i)
-            fresh = noise(tuple(x.shape), i).to(x) if solver.eta else None
-            x = solver.step(x, denoised, sigma, schedule.targets[at], fresh)
-            rescale = schedule.rescale(at)
-            x = x if rescale == 1 else x * rescale
-            if stage.end is not None and i == stage.steps[-1]:
-                x = stage.end(x)
-            yield Step(i, stage.name, sigma, x, denoised)

@@ -28,7 +28,7 @@ def label_blobs(mask: Tensor) -> Tensor:
 
 
 def blob_sizes(labels: Tensor) -> Tensor:
-    """Pixels under each number of `label_blobs`, none for the background: (N, H, W) -> (N, H·W + 1) int64."""
+    """Count the pixels under each number of `label_blobs`, 0 for the background: (N, H, W) -> (N, H·W + 1) int64."""
     flat = labels.flatten(1)
     sizes = flat.new_zeros(len(flat), flat.shape[1] + 1).scatter_add_(1, flat, torch.ones_like(flat))
     sizes[:, 0] = 0
@@ -36,24 +36,24 @@ def blob_sizes(labels: Tensor) -> Tensor:
 
 
 def count_blobs(mask: Tensor, smallest: float) -> Tensor:
-    """How many connected regions of at least `smallest` pixels: (N, H, W) bool -> (N,) int64."""
+    """Count the connected regions of at least `smallest` pixels: (N, H, W) bool -> (N,) int64."""
     return (blob_sizes(label_blobs(mask)) >= max(1, smallest)).sum(1)
 
 
 def largest_blob(mask: Tensor) -> Tensor:
-    """The connected region that covers most: (N, H, W) bool -> (N, H, W) bool."""
+    """Keep the connected region that covers most: (N, H, W) bool -> (N, H, W) bool."""
     labels = label_blobs(mask)
     return mask & (labels == blob_sizes(labels).argmax(1)[:, None, None])
 
 
 def opened(mask: Tensor) -> Tensor:
-    """Without what is thinner than three pixels, such as the blended rim of a shape: (N, H, W) bool -> the same."""
+    """Remove what is thinner than three pixels, such as the blended rim of a shape: (N, H, W) bool -> the same."""
     eroded = F.max_pool2d((~mask).float()[:, None], 3, stride=1, padding=1) == 0
     return F.max_pool2d(eroded.float(), 3, stride=1, padding=1)[:, 0] > 0
 
 
 def silhouettes(parts: Tensor, size: int = 24, reach: float = 1.1) -> Tensor:
-    """The parts of a shape seen from its centroid in units of the square root of its area, free of place and scale.
+    """Draw the parts of a shape around its centroid, in units of the square root of its area: free of place and scale.
 
     (N, C, H, W) bool, disjoint -> (N, C, size, size) in [0, 1], which spans ±`reach` units; zeros for an empty shape.
     """

@@ -1,7 +1,8 @@
 """Read a picture of a scene: how many sky bodies and subjects it shows, and every attribute that a caption names.
 
-By colour and connected blobs only, so that every answer can be retraced, and the same rules hold for true renders and
-for generated pictures of any size. Everything is found by its distance to the colours that `render` paints with.
+It goes by colours and connected blobs only, so that every answer can be retraced; the same rules hold for true renders
+and for generated pictures of any size. It recognises everything by the distance to the colours that `render` paints
+with.
 """
 
 from __future__ import annotations
@@ -18,29 +19,31 @@ from cutdiff.scenes.blobs import blob_sizes, count_blobs, label_blobs, largest_b
 from cutdiff.scenes.render import BODY, GROUND, LIGHT, RIDGE, SKY, SUBJECT, render
 
 SMALLEST_BODY, SMALLEST_SUBJECT = 0.003, 0.01
-"""Shares of a native picture, about a third of the smallest that is ever drawn there (0.0095 and 0.03). A blob of fewer
-pixels is not counted, at any size: what repeats in a large picture is as small as in a native one."""
+"""Shares of a native picture that the smallest body and subject to be counted cover: about a third of the smallest that
+is ever drawn there (0.0095 and 0.03). A blob of fewer pixels is not counted in a picture of any size, because what
+repeats in a large picture is as small as in a native one."""
 FINE, COARSE = 256, 64
-"""Shorter side in pixels at which blobs are counted at most, and at which sky, ridge and ground are read."""
+"""Shorter sides in pixels: blobs are counted at the first at most; sky, ridge and ground are read at the second."""
 SHADE, LIT = 0.6, 0.81
-"""A subject is painted in its colour, and partly (roof, band) in that colour times 0.62; its lit parts are those above
-`LIT`, half way between."""
+"""A subject is painted in its colour, and partly (roof, band) in that colour times 0.62. Its lit parts are those above
+`LIT`, which lies half way between the two."""
 SUBJECT_TOLERANCE, BODY_TOLERANCE, SCENERY_TOLERANCE = 0.14, 0.20, 0.15
-"""Distances in RGB within which a pixel has a colour."""
+"""Largest distances in RGB at which a pixel still has a colour."""
 SKY_ROWS, RIDGE_ROWS, GROUND_ROWS = (0.0, 0.3), (0.4, 0.75), (0.75, 1.0)
-"""Where sky and ground always show, and where the ridge does: from and to, in fractions of the height."""
+"""Rows in which sky, ridge and ground are looked for: the first and the last, in fractions of the height."""
 ENOUGH, ENOUGH_RIDGE = 0.2, 0.02
-"""Shares of their rows that a sky or a ground must cover, and a ridge."""
+"""Smallest shares of its rows that a sky or a ground must cover, and that a ridge must cover."""
 SAME_SHAPE = 0.45
-"""Overlap (intersection over union) of silhouettes from which on a blob is a subject of that kind. Of true renders it
-is above 0.69 at 128 px, of a generated house with crooked windows about 0.5, of two tents grown together about 0.25."""
+"""Smallest overlap (intersection over union) of silhouettes at which a blob is a subject of that kind. The overlap is
+above 0.69 for true renders at 128 px, about 0.5 for a generated house with crooked windows, and about 0.25 for two
+tents that have grown together."""
 PART = 16
-"""Pictures that are read at once, to bound memory."""
+"""Number of pictures that are read at once, to bound memory."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read of N pictures, (N,) int64 tensors: two counts, then indices in the lists of `world`.
+    """The contents of N pictures as (N,) int64 tensors: two counts, then indices into the lists of `world`.
 
     An index is -1 where the picture shows none of the list. Subject and colour are those of the largest subject.
     """
@@ -48,7 +51,7 @@ class Reading:
     bodies: Tensor
     """Number of suns and moons."""
     subjects: Tensor
-    """Number of blobs in the colours of subjects, each colour by itself."""
+    """Number of blobs in the colours of subjects, counted for each colour separately."""
     subject: Tensor
     color: Tensor
     ridge: Tensor
@@ -56,15 +59,15 @@ class Reading:
     time: Tensor
 
     def matches(self, choices: Tensor) -> Tensor:
-        """Whether each picture has one body and one subject, of the kind and colour of its caption: (N,) bool.
+        """Tell which pictures have one body and one subject, of the kind and colour of the caption: (N,) bool.
 
-        `choices` (N, 5) as `Scenes.choices` has them.
+        `choices` (N, 5) are those of the captions, as in `Scenes.choices`.
         """
         named = (self.color == choices[:, 0]) & (self.subject == choices[:, 1])
         return (self.bodies == 1) & (self.subjects == 1) & named
 
     def caption_right(self, choices: Tensor) -> Tensor:
-        """Whether each picture matches and also has the ridge, ground and time of its caption: (N,) bool."""
+        """Tell which pictures match and also have the ridge, ground and time of the caption: (N,) bool."""
         scenery = torch.stack([self.ridge, self.ground, self.time], dim=1)
         return self.matches(choices) & (scenery == choices[:, 2:]).all(1)
 
@@ -92,7 +95,7 @@ def _read_part(images: Tensor, native: int) -> tuple[Tensor, ...]:
 
 
 def _body_mask(images: Tensor, time: Tensor) -> Tensor:
-    """Where the colour of the sun or moon of that time is: (N, H, W) bool. An unknown time is taken for day."""
+    """Mark the pixels in the colour of the sun or moon of that time: (N, H, W) bool. An unknown time counts as day."""
     time = time.clamp(min=0)
     body = _table(BODY, world.TIMES, images.device)[time]
     # Sunlit snow is almost as bright: a pixel must be nearer to the sun than to it.
@@ -121,16 +124,16 @@ def _subjects(images: Tensor, smallest: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _kind(parts: Tensor) -> Tensor:
-    """The subject whose lit and shaded parts (N, 2, H, W) look like these, or -1: (N,)."""
-    seen, known = silhouettes(parts)[:, None].flatten(2), _known_silhouettes().to(parts.device).flatten(1)
-    overlap = torch.minimum(seen, known).sum(2) / torch.maximum(seen, known).sum(2)
+    """The subject whose lit and shaded parts look like these (N, 2, H, W), or -1: (N,)."""
+    shown, known = silhouettes(parts)[:, None].flatten(2), _known_silhouettes().to(parts.device).flatten(1)
+    overlap = torch.minimum(shown, known).sum(2) / torch.maximum(shown, known).sum(2)
     best = overlap.max(1)
     return torch.where(best.values >= SAME_SHAPE, best.indices, -1)
 
 
 @cache
 def _known_silhouettes() -> Tensor:
-    """Those of a true render of each subject: (4, 2, size, size)."""
+    """The silhouettes of a true render of each subject: (4, 2, size, size)."""
     scene = world.sample(1, torch.Generator().manual_seed(0))[torch.zeros(len(world.SUBJECTS), dtype=torch.int64)]
     images = render(replace(scene, subject=torch.arange(len(world.SUBJECTS))), FINE) / 2 + 0.5
     return silhouettes(_subjects(images, 1)[2])
@@ -154,7 +157,7 @@ def _ground(rows: Tensor) -> Tensor:
 
 
 def _ridge(rows: Tensor, time: Tensor) -> Tensor:
-    """Hills or mountains: whose colour at that time (N,) more of the middle rows (N, 3, h, W) have, or -1: (N,)."""
+    """The ridge whose colour at that time (N,) covers most of the middle rows (N, 3, h, W), or -1: (N,)."""
     time = time.clamp(min=0)
     light = _table(LIGHT, world.TIMES, rows.device)[time, None]
     top, bottom = (ends[time, None] for ends in _sky(rows.device))
@@ -165,13 +168,13 @@ def _ridge(rows: Tensor, time: Tensor) -> Tensor:
 
 
 def _sky(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Colours of the sky at its top and at the horizon, for each time: two (3, 3)."""
+    """The colours of the sky at its top and at the horizon, for each time: two (3, 3)."""
     colors = torch.tensor([SKY[name] for name in world.TIMES], device=device)
     return colors[:, 0], colors[:, 1]
 
 
 def _vote(distances: Tensor, among: int, enough: float = ENOUGH) -> Tensor:
-    """Which of the colours is nearest to most pixels, or -1 where that is too few: (N, K, h, W) -> (N,).
+    """Choose the colour that is nearest to most pixels, or -1 where these are too few: (N, K, h, W) -> (N,).
 
     Only the first `among` colours can be chosen; the others take pixels from them.
     """
@@ -182,7 +185,7 @@ def _vote(distances: Tensor, among: int, enough: float = ENOUGH) -> Tensor:
 
 
 def _distances(images: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    """From each pixel to the line from one colour to another: (N, 3, H, W), 2 × (N or 1, K, 3) -> (N, K, H, W)."""
+    """Distance of each pixel to the line between two colours: (N, 3, H, W), 2 × (N or 1, K, 3) -> (N, K, H, W)."""
     pixels = images[:, None]  # (N, 1, 3, H, W)
     start, along = starts[..., None, None], (ends - starts)[..., None, None]
     offset = pixels - start
@@ -200,7 +203,7 @@ def _rows(images: Tensor, rows: tuple[float, float]) -> Tensor:
 
 
 def _shrink(images: Tensor, side: int) -> Tensor:
-    """Average large pictures down so that their shorter side has `side` pixels."""
+    """Average larger pictures down so that their shorter side has `side` pixels."""
     height, width = images.shape[2:]
     scale = side / min(height, width)
     return images if scale >= 1 else F.adaptive_avg_pool2d(images, (round(height * scale), round(width * scale)))

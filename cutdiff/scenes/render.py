@@ -1,8 +1,8 @@
-"""Render scenes from signed distances: any crop at any resolution, exact, in one batch.
+"""Render scenes from signed distances: exact pictures of any crop at any resolution, in one batch.
 
 Every shape is a signed distance (negative inside) in units of the scene's side. A pixel's coverage is the distance
-over the pixel's size, clipped to [0, 1]: a box filter for straight edges, so that the same edge stays sharp at every
-resolution and a crop equals the same part of the whole picture drawn larger.
+over the pixel's size, clipped to [0, 1]. That is a box filter for straight edges, so that the same edge stays sharp at
+every resolution and a crop equals the same part of the whole picture drawn larger.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SUBJECT = {
     "pink": (0.96, 0.34, 0.66),
 }
 LIGHT = {"day": (1.0, 1.0, 1.0), "sunset": (0.92, 0.80, 0.76), "night": (0.42, 0.45, 0.55)}
-"""What the time of day does to ground and ridge; the subject is drawn in its own colour at every time."""
+"""The colours of ground and ridge are multiplied by these; the subject is drawn in its own colour at every time."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,13 @@ class Crop:
 
     @staticmethod
     def whole(n: int, device: torch.device | str = "cpu") -> Crop:
+        """The whole of N scenes."""
         zeros = torch.zeros(n, device=device)
         return Crop(zeros, zeros, zeros + 1)
 
     @staticmethod
     def sample(n: int, generator: torch.Generator, *, min_side: float, whole: float) -> Crop:
-        """Whole scenes with probability `whole`, else crops with sides down to `min_side`, uniform in log."""
+        """Draw whole scenes with probability `whole`, else crops whose log side is uniform down to `min_side`."""
         device = generator.device
         side = min_side ** torch.rand(n, generator=generator, device=device)
         side = torch.where(torch.rand(n, generator=generator, device=device) < whole, 1.0, side)
@@ -114,7 +115,7 @@ class _Painter:
         return _over(image, self.coverage(distance), color)
 
     def ridge_line(self) -> Tensor:
-        """y of the ridge above the horizon: three sines for hills, three triangle waves for mountains."""
+        """The ridge's y above the horizon: three sines for hills, three triangle waves for mountains."""
         phases = self.scenes.ridge_phases[:, :, None, None]
         hills = sum(
             a * torch.sin(w * self.x + phases[:, i]) for i, (w, a) in enumerate([(6, 0.5), (11, 0.3), (17, 0.2)])

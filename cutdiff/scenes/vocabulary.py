@@ -1,4 +1,4 @@
-"""The embedded model's tokenizer and text encoders, untrained: CLIP's formats and architecture, few words."""
+"""The embedded model's tokenizers and text encoders, untrained: CLIP's formats and architecture with few words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH = 64
 
 
 def make_text_encoders() -> TextEncoders:
-    """Two tokenizers over the words of the world and two small CLIP encoders with random weights."""
+    """Make two tokenizers over the words of the world and two small CLIP encoders with random weights."""
     vocabulary, merges = _byte_pairs(world.captions(_all_choices()))
 
     def tokenizer(pad_token: str) -> CLIPTokenizer:
@@ -47,7 +47,8 @@ def make_text_encoders() -> TextEncoders:
     )
     first, second = CLIPTextModel(config), CLIPTextModelWithProjection(config)
     for encoder in (first, second):
-        # CLIP starts its embeddings at 0.02 and trains for long; these have minutes, and must differ from the start.
+        # CLIP starts with embeddings of deviation 0.02 and trains for long; these train for minutes, and must differ
+        # from the start.
         embeddings = next(p for name, p in encoder.named_parameters() if name.endswith("token_embedding.weight"))
         torch.nn.init.normal_(embeddings, std=0.5)
     return TextEncoders(tokenizer(END), tokenizer("!"), first, second)  # SDXL's second tokenizer pads with "!"
@@ -59,7 +60,7 @@ def _all_choices() -> torch.Tensor:
 
 
 def _byte_pairs(texts: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte-pair merges under which every word of the texts is one token, over all bytes, as CLIP's vocabulary is."""
+    """A vocabulary over all bytes, as CLIP's is, and its merges, under which every word of the texts is one token."""
     trained = Tokenizer(BPE(end_of_word_suffix=END_OF_WORD))
     trained.pre_tokenizer = Whitespace()
     trained.train_from_iterator(

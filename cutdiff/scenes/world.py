@@ -1,4 +1,4 @@
-"""What a scene is: its vocabulary, its parameters, its caption.
+"""The world of scenes: its vocabulary, the parameters of a scene, and its caption.
 
 Each scene has exactly one sky body and one subject, so that repetition can be counted. Lengths are fractions of the
 side of the (square) scene; y points down.
@@ -20,7 +20,7 @@ RIDGES = ("hills", "mountains")
 
 @dataclass(frozen=True)
 class Scenes:
-    """Parameters of N scenes, one entry of every tensor for each: choices are int64, lengths and phases float32."""
+    """The parameters of N scenes: tensors with an entry for each, int64 for choices, float32 for lengths and phases."""
 
     time: Tensor
     ground: Tensor
@@ -28,24 +28,24 @@ class Scenes:
     color: Tensor
     ridge: Tensor
     horizon: Tensor
-    """y of the ground's upper edge."""
+    """The y of the ground's upper edge."""
     subject_x: Tensor
     subject_size: Tensor
     balloon_y: Tensor
-    """y of the middle of the envelope, for balloons; the other subjects stand on the ground."""
+    """The y of the middle of a balloon's envelope; the other subjects stand on the ground."""
     body_x: Tensor
     body_y: Tensor
     body_radius: Tensor
     ridge_height: Tensor
     ridge_phases: Tensor
-    """(N, 6) phases of the waves that make the ridge."""
+    """The phases (N, 6) of the waves that make the ridge."""
 
     def __len__(self) -> int:
         return len(self.time)
 
     @property
     def choices(self) -> Tensor:
-        """(N, 5) indices of colour, subject, ridge, ground and time: what a caption names."""
+        """All that a caption names: (N, 5) indices of colour, subject, ridge, ground and time."""
         return torch.stack([self.color, self.subject, self.ridge, self.ground, self.time], dim=1)
 
     def __getitem__(self, index: slice | Tensor) -> Scenes:
@@ -83,10 +83,10 @@ def sample(n: int, generator: torch.Generator) -> Scenes:
 
 
 def captions(choices: Tensor, keep: Tensor | None = None) -> list[str]:
-    """Name what can be named, such as "a red house with mountains over a meadow at sunset".
+    """Captions that name what can be named, such as "a red house with mountains over a meadow at sunset".
 
-    `choices` (N, 5) as `Scenes.choices` has them. `keep` (N, 3), bool, leaves out the ridge, the ground or the time of
-    a caption where it is False.
+    `choices` (N, 5) is as in `Scenes.choices`. `keep` (N, 3), bool, leaves the ridge, the ground or the time out of a
+    caption where it is False.
     """
     keep = torch.ones(len(choices), 3, dtype=torch.bool) if keep is None else keep
     texts = []

@@ -1,7 +1,7 @@
-"""Train the embedded model: `python -m cutdiff.training`, from nothing or further from --init.
+"""Train the embedded model from nothing, or further from --init: `python -m cutdiff.training`.
 
-Three phases, each resumable: the VAE, the latents of rendered scenes, the U-Net with its text encoders. Checkpoints and
-logs go to --work, the finished model, a diffusers folder in float16, to --out.
+The training has three phases, each of which can be resumed: the VAE, the latents of rendered scenes, and the U-Net with
+its text encoders. Checkpoints and logs go to --work; the finished model, a diffusers folder in float16, goes to --out.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from cutdiff.checkpoint import load, save_folder
 from cutdiff.models.unet import UNet
 from cutdiff.output.images import save_json
-from cutdiff.sampling.schedule import NoiseConfig
+from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.scenes.vocabulary import make_text_encoders
 from cutdiff.training.card import phase, read_history, write_card
-from cutdiff.training.unet import CONFIG, WHOLE_SCENES, encode_scenes, train_unet
-from cutdiff.training.vae import train_vae
+from cutdiff.training.unet import CONFIG, NATIVE_PIXELS, WHOLE_SCENES, encode_scenes, train_unet
+from cutdiff.training.vae import CROP_PIXELS, train_vae
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     save_json(described, plan)
     device = torch.device(args.device)
     bfloat16 = args.dtype == "bfloat16"
-    told: Any = {"device": device, "dtype": args.dtype}
+    conditions: Any = {"device": device, "dtype": args.dtype}
     if args.init is not None:
         start = load(args.init, device=device)
         vae, text, unet = start.vae, start.text, start.unet
@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
             vae, history = load(args.vae, device=device).vae, read_history(args.vae)[:1]
         else:
             vae = train_vae(args.work, steps=args.vae_steps, batch=args.vae_batch, device=device, bfloat16=bfloat16)
-            history = [phase("VAE", "psnr", args.work / "vae.jsonl", data=f"{args.vae_batch} crops of 64 px", **told)]
+            data = f"{args.vae_batch} crops of {CROP_PIXELS} px"
+            history = [phase("VAE", "psnr", args.work / "vae.jsonl", data=data, **conditions)]
         torch.manual_seed(0)
         text, unet = make_text_encoders(), UNet(CONFIG)
     torch.nn.ModuleList([*text.encoders, unet]).to(device).requires_grad_(True)
@@ -55,8 +56,9 @@ def main(argv: list[str] | None = None) -> None:
         unet, text, latents, args.work, steps=args.unet_steps, batch=args.unet_batch, device=device, bfloat16=bfloat16
     )
     save_folder(args.out, unet=unet, vae=vae, text=text, noise=NoiseConfig(), zeros_for_empty_negative=True)
-    data = f"{args.unet_batch} of {args.num_scenes} pictures of 128 px, {args.whole_scenes:.0%} of them whole scenes"
-    history.append(phase("U-Net and text encoders", "loss", args.work / "unet.jsonl", data=data, **told))
+    pictures = f"{args.num_scenes} pictures of {NATIVE_PIXELS} px, {args.whole_scenes:.0%} of them whole scenes"
+    data = f"{args.unet_batch} of {pictures}"
+    history.append(phase("U-Net and text encoders", "loss", args.work / "unet.jsonl", data=data, **conditions))
     write_card(args.out, history)
     print(f"wrote {args.out}")
 
@@ -66,19 +68,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path("runs/scenes"), help="checkpoints and logs (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("weights/scenes"), help="the finished model (%(default)s)")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--init", type=Path, help="go on from this model: its VAE is kept, its U-Net trained further")
-    start.add_argument("--vae", type=Path, help="keep this model's VAE and train all else from nothing")
+    start.add_argument("--init", type=Path, help="continue from this model: keep its VAE and train its U-Net further")
+    start.add_argument("--vae", type=Path, help="keep this model's VAE and train everything else from nothing")
     parser.add_argument(
         "--whole-scenes", type=float, default=WHOLE_SCENES, metavar="SHARE",
-        help="of the pictures, the others being magnified crops; 1 for a model that never saw a magnified part",
+        help="share of the pictures that show a whole scene, the others being magnified crops (%(default)s); "
+        "1 trains a model that never sees a magnified part",
     )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the arithmetic")
-    parser.add_argument("--vae-steps", type=int, default=2000, help="(%(default)s)")
-    parser.add_argument("--vae-batch", type=int, default=12, help="(%(default)s)")
-    parser.add_argument("--num-scenes", type=int, default=16384, help="pictures to encode (%(default)s)")
-    parser.add_argument("--unet-steps", type=int, default=1900, help="(%(default)s)")
-    parser.add_argument("--unet-batch", type=int, default=40, help="(%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the arithmetic (%(default)s)"
+    )
+    parser.add_argument("--vae-steps", type=int, default=2000, metavar="N", help="steps of the VAE (%(default)s)")
+    parser.add_argument("--vae-batch", type=int, default=12, metavar="N", help="crops in each of them (%(default)s)")
+    parser.add_argument("--num-scenes", type=int, default=16384, metavar="N", help="pictures to encode (%(default)s)")
+    parser.add_argument("--unet-steps", type=int, default=1900, metavar="N", help="steps of the U-Net (%(default)s)")
+    parser.add_argument("--unet-batch", type=int, default=40, metavar="N", help="latents in each of them (%(default)s)")
     return parser
 
 

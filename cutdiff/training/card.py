@@ -1,4 +1,4 @@
-"""The README that stands beside the embedded weights: how they were trained, and their hashes."""
+"""The README that stands beside the embedded weights and says how they were trained and what their hashes are."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ CARD = """# The embedded model
 
 A model of SDXL's architecture, small enough to live in the repository: native size {native} latents ({pixels} px),
 U-Net {unet:.1f} M parameters, VAE {vae:.1f} M, two text encoders of {text:.2f} M each, stored in float16. It knows one
-world, the scenes that `cutdiff/scenes` renders, and was trained on nothing else. Apache-2.0, as the code.
+world, the scenes that `cutdiff/scenes` renders, and was trained on nothing else. It is licensed as the code is, under
+Apache-2.0.
 
-Made by `python -m cutdiff.training`, which can be stopped and goes on where it was, and with `--init` goes on from
-a finished model:
+It was made by `python -m cutdiff.training`, which continues where it was stopped, and with `--init` from a finished
+model:
 
 {phases}
 
-The seconds include whatever else the machine did. Loss is weighted by min-SNR-5, PSNR is that of training crops.
+The seconds include whatever else the machine did. The loss is weighted by min-SNR-5; the PSNR is that of the training
+crops.
 
-Pictures are whole scenes or (half of them where nothing else is said) crops that show down to a fifth of a scene's
-side, told to the network as SDXL is told: original size, crop corner, target size. A tenth of the captions is dropped.
+Each picture is a whole scene or a crop that shows down to a fifth of a scene's side; half of them are crops where the
+list does not say otherwise. The network is given the original size, the crop's corner and the target size, as SDXL is.
+A tenth of the captions is dropped.
 
 ## Curves
 
@@ -42,7 +45,7 @@ side, told to the network as SDXL is told: original size, crop corner, target si
 
 
 def phase(name: str, quantity: str, log: Path, *, data: str, device: torch.device, dtype: str) -> dict[str, Any]:
-    """What is told of a finished phase of training, from its log: `quantity` over steps, on what, for how long."""
+    """Describe a finished phase of training from its log: its data, its cost, and `quantity` over its steps."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     points = lines[:: max(1, len(lines) // 12)]
     points = points if points[-1] is lines[-1] else [*points, lines[-1]]

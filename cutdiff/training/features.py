@@ -1,7 +1,8 @@
-"""Train the network whose features measure distances between sets: `python -m cutdiff.training.features`.
+"""Train the network whose features measure distances between sets of pictures: `python -m cutdiff.training.features`.
 
-It learns from true renders, whole scenes and crops, sharp and blurred, to name what they show and to measure where.
-Checkpoints and log go to --work, the weights in float16 and a README with the distances between true sets to --out.
+It learns from true renders, whole scenes and crops, sharp and blurred, to name what they show and to measure where it
+is. Checkpoints and the log go to --work; the weights in float16 and a README with the distances between true sets go to
+--out.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ from cutdiff.training.features_card import SET_SIZE, write_card
 from cutdiff.training.fit import Plan, fit
 
 WHOLE_SCENES, SMALLEST_CROP = 0.5, 0.2
-"""The same share of whole scenes, and the same smallest crops, as the diffusion model is trained on."""
+"""The share of whole scenes and the side of the smallest crops, the same as in the training of the diffusion model."""
 UNSEEN = -100
-"""A choice that a crop does not show; cross-entropy leaves it out."""
+"""The index of a choice that a crop does not show; cross-entropy leaves it out."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What N pictures show."""
+    """The right answers for N pictures."""
 
     choices: Tensor
-    """(N, 5) as `Scenes.choices` has them, UNSEEN where a crop does not show it."""
+    """(N, 5) as in `Scenes.choices`, but UNSEEN where a crop does not show the thing."""
     visible: Tensor
-    """(N, 2): whether the middles of subject and body are in the picture, 0 or 1."""
+    """(N, 2), 1 where the middles of subject and body are in the picture, else 0."""
     measures: Tensor
     """(N, 9): x, y, size of the subject; x, y, radius of the body; y of the horizon, all in sides of the picture, from
     its corner; then log2 of the crop's side and of the blur."""
     measured: Tensor
-    """(N, 9): which of them can be seen, 0 or 1."""
+    """(N, 9), 1 where the measure can be read off the picture, else 0."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_features(folder: Path, *, steps: int, batch: int, device: torch.device) -> FeatureNet:
+    """Train a network, then measure its features' mean and deviation on whole true renders; resumable, see `fit`."""
     torch.manual_seed(0)  # initial weights; every other draw comes from the generator of its step
     network = FeatureNet().to(device)
     channels_last(network)
@@ -79,7 +81,7 @@ def train_features(folder: Path, *, steps: int, batch: int, device: torch.device
 
 
 def targets(scenes: Scenes, crop: Crop, log2_blur: Tensor) -> Targets:
-    """What the crops of these scenes show, blurred by 2 to the power of `log2_blur` (N,)."""
+    """The right answers for crops of these scenes, blurred by 2 to the power of `log2_blur` (N,)."""
     balloon = scenes.subject == world.SUBJECTS.index("balloon")
     middle = torch.where(balloon, scenes.balloon_y, scenes.horizon + 0.12 - scenes.subject_size)
     x = torch.stack([scenes.subject_x, scenes.body_x], dim=1) - crop.left[:, None]
@@ -88,11 +90,11 @@ def targets(scenes: Scenes, crop: Crop, log2_blur: Tensor) -> Targets:
     size, radius = scenes.subject_size / crop.side, scenes.body_radius / crop.side
     within = ((x - 0.5).abs() < 0.5) & ((y[:, :2] - 0.5).abs() < 0.5)  # (N, 2)
     subject, body, horizon = within[:, 0], within[:, 1], (y[:, 2] - 0.5).abs() < 0.5
-    seen = torch.stack([subject, subject, horizon, y[:, 2] < 0.9, torch.ones_like(subject)], dim=1)
+    shown = torch.stack([subject, subject, horizon, y[:, 2] < 0.9, torch.ones_like(subject)], dim=1)
     measures = [x[:, 0], y[:, 0], size, x[:, 1], y[:, 1], radius, y[:, 2], crop.side.log2(), log2_blur.float()]
     measured = [subject] * 3 + [body] * 3 + [horizon] + [torch.ones_like(subject)] * 2
     return Targets(
-        choices=torch.where(seen, scenes.choices, UNSEEN),
+        choices=torch.where(shown, scenes.choices, UNSEEN),
         visible=within.float(),
         measures=torch.stack(measures, dim=1),
         measured=torch.stack(measured, dim=1).float(),
@@ -100,7 +102,7 @@ def targets(scenes: Scenes, crop: Crop, log2_blur: Tensor) -> Targets:
 
 
 def _blurred(images: Tensor, log2_blur: Tensor) -> Tensor:
-    """Each picture blurred by a factor of its own, 1, 2 or 4."""
+    """Blur each picture by a factor of its own, 1, 2 or 4."""
     versions = torch.stack([images, blur(images, 2), blur(images, 4)])
     return versions[log2_blur, torch.arange(len(images), device=images.device)]
 
@@ -109,24 +111,28 @@ def _losses(answers: tuple[Tensor, ...], wanted: Targets) -> dict[str, Tensor]:
     *logits, visible, measures = answers
     choice, correct = visible.new_zeros(()), visible.new_zeros(())
     for guess, right in zip(logits, wanted.choices.unbind(1), strict=True):
-        # A sum over the number of pictures: a mean over what is seen has no value where nothing is.
+        # The sum over the number of pictures, because a mean over what is shown has no value where nothing is.
         choice = choice + F.cross_entropy(guess, right, ignore_index=UNSEEN, reduction="sum") / len(right)
         correct += (guess.argmax(1) == right).sum()
     accuracy = correct / (wanted.choices != UNSEEN).sum()
-    seen = F.binary_cross_entropy_with_logits(visible, wanted.visible)
+    presence = F.binary_cross_entropy_with_logits(visible, wanted.visible)
     measure = ((measures - wanted.measures).square() * wanted.measured).mean()
-    terms = {"choice": choice.detach(), "visible": seen.detach(), "measure": measure.detach(), "accuracy": accuracy}
-    return {"loss": choice + seen + 10 * measure, **terms}
+    terms = {"choice": choice, "visible": presence, "measure": measure}
+    loss = choice + presence + 10 * measure
+    return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, "accuracy": accuracy}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cutdiff.training.features", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs/features"), help="checkpoints and logs (%(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/features"), help="checkpoints and log (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("weights/features"), help="the weights (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=2400, help="(%(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="(%(default)s)")
-    parser.add_argument("--set-size", type=int, default=SET_SIZE, help="of the README's distances (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2400, metavar="N", help="steps of the training (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="pictures in each step (%(default)s)")
+    parser.add_argument(
+        "--set-size", type=int, default=SET_SIZE, metavar="N",
+        help="pictures in each of the sets whose distances the README tells (%(default)s)",
+    )  # fmt: skip
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The README beside the features: how they were trained, and how far apart they put true and spoilt sets."""
+"""The README beside the features: it says how they were trained, and how far apart they put true and spoilt sets."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cutdiff.scenes import world
 from cutdiff.scenes.render import render
 
 SET_SIZE, SET_PAIRS = 200, 10
+"""The number of pictures in a set where nothing else is asked for, and the number of pairs of true sets."""
 LARGE = 2 * PIXELS
 
 CARD = """# The features
@@ -25,9 +26,9 @@ A convolutional network of {parameters:.2f} M parameters that turns a picture of
 in float16. It was trained on true renders of the scenes world, whole scenes and crops down to a fifth of a scene's
 side, half of them blurred, to name colour, subject, ridge, ground and time, to tell whether subject and sky body are
 visible, to place them, and to tell scale and blur. The features are its last hidden layer, each scaled to mean 0 and
-deviation 1 on whole true renders. Apache-2.0, as the code.
+deviation 1 on whole true renders. It is licensed as the code is, under Apache-2.0.
 
-Made by `python -m cutdiff.training.features`: {step} steps of {batch} pictures in {seconds} s on {threads} CPU
+It was made by `python -m cutdiff.training.features`: {step} steps of {batch} pictures in {seconds} s on {threads} CPU
 thread(s), including whatever else the machine did. On {size} whole scenes that it never saw it is right about the
 {accuracy}.
 
@@ -82,7 +83,7 @@ def _accuracy(network: FeatureNet, size: int) -> str:
 
 
 def _distances(network: FeatureNet, size: int) -> list[str]:
-    """Rows of the table."""
+    """The rows of the table of distances."""
 
     def whole(images: Tensor) -> Tensor:
         return whole_features(network, images)

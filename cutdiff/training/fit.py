@@ -1,4 +1,4 @@
-"""The training loop that the VAE and the U-Net share: Muon and AdamW, warm-up, EMA, checkpoints, a log."""
+"""The training loop that all networks share: Muon and AdamW, a warm-up, a moving average, checkpoints and a log."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from cutdiff.training.muon import Muon
 
 @dataclass(frozen=True)
 class Plan:
+    """The length of a training, its learning rates, and when it writes."""
+
     steps: int
     learning_rate: float
-    """Of AdamW, which trains what is no hidden matrix."""
+    """The rate of AdamW, which trains everything but the hidden matrices."""
     muon_learning_rate: float
     warmup: int = 100
     ema_decay: float = 0.999
@@ -39,9 +41,9 @@ def fit(
 ) -> None:
     """Train `module` in place and leave the moving average of its weights in it.
 
-    `loss(generator)` draws a batch and returns named scalars; their entry "loss" is minimised. The generator of a step
-    depends on the plan's seed and the step alone, so that a run that was stopped goes on as if it had not been.
-    Writes `folder/<name>.pt` (the checkpoint) and `folder/<name>.jsonl` (one line every `log_every` steps).
+    `loss(generator)` draws a batch and returns named scalars, of which "loss" is minimised. The generator of a step
+    depends on nothing but the plan's seed and the step, so that a run that was stopped continues as if it had not been.
+    `fit` writes `folder/<name>.pt` (the checkpoint) and `folder/<name>.jsonl` (one line every `log_every` steps).
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
@@ -97,7 +99,7 @@ def fit(
 
 
 def _optimizers(module: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices; AdamW for embeddings, biases, norms and the layers at either end."""
+    """Make Muon for the hidden matrices, and AdamW for embeddings, biases, norms and the layers at either end."""
     ends = ("conv_in", "conv_out", "quant_conv", "embed", "text_projection", "heads")
     named = list(module.named_parameters())
     hidden = [p for name, p in named if p.ndim >= 2 and not any(end in name for end in ends)]
@@ -108,5 +110,5 @@ def _optimizers(module: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
 
 
 def _rate(step: int, plan: Plan) -> float:
-    """Linear warm-up, then a straight line down to 1% of the learning rate."""
+    """The factor on the learning rate at a step: a linear warm-up, times a straight line from 1 down to 0.01."""
     return min(1.0, (step + 1) / plan.warmup) * (1 - 0.99 * step / plan.steps)

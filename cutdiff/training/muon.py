@@ -14,7 +14,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; `lr` is the size of a step in spectral norm."""
+    """Gradient descent with orthogonalised Nesterov momentum; `lr` is the size of a step in spectral norm."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.9) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     """Bring the singular values of a matrix (m, n) near 1, by a Newton-Schulz iteration on its shorter side.
 
-    In bfloat16: the iteration forgives rounding, and a step of training must not wait for it.
+    It is computed in bfloat16, because the iteration forgives rounding and a training step must not wait for it.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

@@ -17,7 +17,7 @@ from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextEncoders
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.schedule import NoiseConfig, alphas_cumprod
+from cutdiff.sampling.noise import NoiseConfig, alphas_cumprod
 from cutdiff.scenes import world
 from cutdiff.scenes.render import Crop, render
 from cutdiff.scenes.world import Scenes
@@ -37,31 +37,35 @@ CONFIG = UNetConfig(
     native_size=16,
 )
 WHOLE_SCENES, SMALLEST_CROP = 0.5, 0.2
-"""Half of the pictures show a whole scene; the others a crop down to a fifth of its side, so that views of a picture
-five times the native size are still in distribution."""
+"""Half of the pictures show a whole scene, and the others a crop down to a fifth of its side, so that views of a
+picture five times the native size are still in distribution."""
 DROPPED_CLAUSE = 0.1
+"""The probability that a caption leaves out its ridge, its ground or its time, drawn for each of them."""
 DROPPED_CAPTION = 0.1
-"""Share of pictures without a caption, for guidance: half of them have zeros for text, half an empty prompt."""
+"""The share of pictures without a caption, for guidance: half of them have zeros for text, half an empty prompt."""
 MIN_SNR = 5.0
+"""The largest signal-to-noise ratio that counts in the loss's weights (Hang et al. 2023, arXiv 2303.09556)."""
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Encoded scenes: the posterior of each picture, what its caption can name, and its size conditioning."""
+    """Encoded scenes: the posterior of each picture, the choices that its caption can name, its size conditioning."""
 
     mean: Tensor
     std: Tensor
     choices: Tensor
     """(N, 5) indices of colour, subject, ridge, ground and time."""
     size_ids: Tensor
-    """(N, 6), in pixels."""
+    """(N, 6) in pixels: original size, corner of the crop, target size."""
 
 
 def encode_scenes(
     vae: VAE, count: int, folder: Path, device: torch.device, *, whole: float = WHOLE_SCENES, part: int = 64
 ) -> Latents:
-    """Render and encode `count` pictures, or read back what this very VAE encoded before; a share `whole` of them
-    whole scenes, the others crops."""
+    """Render and encode `count` pictures, or read back those that this very VAE encoded before.
+
+    A share `whole` of them shows whole scenes, the others crops.
+    """
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())
     path = folder / f"latents-{count}-{whole}-{hashlib.sha256(weights).hexdigest()[:12]}.pt"
     if not path.exists():
@@ -84,7 +88,7 @@ def train_unet(
     device: torch.device,
     bfloat16: bool,
 ) -> None:
-    """Train the U-Net and the text encoders, in place, to predict the noise (epsilon), weighted by min-SNR-5."""
+    """Train the U-Net and the text encoders in place to predict the noise (epsilon), weighted by min-SNR-5."""
     channels_last(unet)
     alphas = torch.tensor(alphas_cumprod(NoiseConfig()), dtype=torch.float32, device=device)
     null = torch.full((5,), -1, device=device)
@@ -119,7 +123,7 @@ def train_unet(
 
 
 def _captions(choices: Tensor, keep: Tensor) -> list[str]:
-    """Captions of (N, 5) choices, empty where they are -1."""
+    """The captions of (N, 5) choices, empty where these are -1."""
     texts = world.captions(choices.clamp(min=0), keep)
     return ["" if row[0] < 0 else text for row, text in zip(choices.tolist(), texts, strict=True)]
 

@@ -19,15 +19,15 @@ from cutdiff.training.fit import Plan, fit
 CONFIG = VAEConfig(channels=(32, 32, 64, 96), layers_per_block=1, norm_groups=4, scaling_factor=1.0, force_upcast=False)
 CROP_PIXELS = 64
 KL_WEIGHT = 1e-5
-"""Weight of the divergence for each latent number: enough to keep latents near unit scale, too little to blur."""
+"""The weight of the divergence per latent number: enough to keep latents near unit scale, too little to blur."""
 
 
 def train_vae(folder: Path, *, steps: int, batch: int, device: torch.device, bfloat16: bool) -> VAE:
-    """Train, then measure the latents' scale on true scenes and return the VAE with it as its scaling factor."""
+    """Train a VAE, measure the scale of its latents on true scenes, and make that its scaling factor."""
     torch.manual_seed(0)  # initial weights; every other draw comes from the generator of its step
     vae = VAE(CONFIG).to(device)
     channels_last(vae)
-    # Start with little noise in the latents: from unit noise the decoder learns to ignore them first.
+    # The latents start with little noise: with unit noise, the decoder would learn to ignore them first.
     assert vae.quant_conv.bias is not None
     vae.quant_conv.bias.data[CONFIG.latent_channels :] = -6.0
 
@@ -47,7 +47,7 @@ def train_vae(folder: Path, *, steps: int, batch: int, device: torch.device, bfl
 
 
 def sample_crops(scenes: Scenes, generator: torch.Generator) -> Crop:
-    """Crops as a 64 px window sees them in pictures of 128 px (half of them) up to 640 px, often at an object."""
+    """Draw the crops that a 64 px window shows of pictures of 128 px (half of them) to 640 px, often at an object."""
     n, device = len(scenes), generator.device
     rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)  # noqa: E731
     side = torch.where(rand(n) < 0.5, 0.5, 0.5 * 0.2 ** rand(n))
@@ -61,7 +61,7 @@ def sample_crops(scenes: Scenes, generator: torch.Generator) -> Crop:
 
 
 def with_measured_scale(vae: VAE, device: torch.device) -> VAE:
-    """The same network with the scaling factor that gives the latents of whole scenes and crops unit deviation."""
+    """Copy the network with the scaling factor that gives the latents of whole scenes and crops unit deviation."""
     generator = torch.Generator(device).manual_seed(1)
     scenes = world.sample(256, generator)
     images = render(scenes, 128, Crop.sample(256, generator, min_side=0.2, whole=0.5))

@@ -8,26 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from renders import pictures, scenes
 from torch import Tensor
 
 from cutdiff.checkpoint.model import Model
 from cutdiff.scenes import world
 from cutdiff.scenes.blobs import count_blobs, label_blobs, largest_blob, opened
 from cutdiff.scenes.read import read
-from cutdiff.scenes.render import BODY, render
+from cutdiff.scenes.render import BODY
 from cutdiff.scenes.world import Scenes
 
 SIZE = 128
-
-
-def scenes(n: int, seed: int) -> Scenes:
-    return world.sample(n, torch.Generator().manual_seed(seed))
-
-
-def pictures(drawn: Scenes, size: int = SIZE) -> Tensor:
-    """True renders in [0, 1]."""
-    parts = [drawn[torch.arange(i, min(i + 20, len(drawn)))] for i in range(0, len(drawn), 20)]
-    return torch.cat([render(part, size) for part in parts]) / 2 + 0.5
 
 
 def bare(drawn: Scenes) -> Scenes:
@@ -60,7 +51,7 @@ def test_everything_is_read_off_true_renders(size: int) -> None:
 
 
 def test_a_picture_of_another_shape_is_read() -> None:
-    """Twice as wide by repetition: everything is there twice."""
+    """A picture is made twice as wide by repetition, so that everything is there twice."""
     drawn = scenes(20, seed=1)
     reading = read(pictures(drawn).repeat(1, 1, 1, 2))
     assert (reading.bodies == 2).all()
@@ -70,7 +61,7 @@ def test_a_picture_of_another_shape_is_read() -> None:
 
 @pytest.mark.parametrize("times", [2, 4])
 def test_repetition_at_native_scale_is_counted(times: int) -> None:
-    """A native picture repeated over a large one, as direct inference would: n² bodies and n² subjects."""
+    """A native picture, repeated over a large one as direct inference would, shows n² bodies and n² subjects."""
     drawn = scenes(20, seed=2)
     reading = read(pictures(drawn).repeat(1, 1, times, times))
     assert share(reading.bodies == times**2) >= 0.95
@@ -78,7 +69,7 @@ def test_repetition_at_native_scale_is_counted(times: int) -> None:
 
 
 def test_a_second_body_is_caught() -> None:
-    """A second sun where the sky is free: opposite of the first one, above the ridge."""
+    """A second sun is painted where the sky is free: opposite of the first one, above the ridge."""
     drawn = scenes(200, seed=3)
     side = torch.where(drawn.body_x < 0.5, 0.93, 0.07)
     y, x = torch.meshgrid(*(torch.arange(SIZE) / SIZE,) * 2, indexing="ij")
@@ -106,7 +97,7 @@ def test_a_second_subject_is_caught(shift: int) -> None:
     drawn = scenes(200, seed=6)
     reading = read(with_second_subject(drawn, (drawn.color + shift) % len(world.COLORS)))
     assert share((reading.subjects == 2) & ~reading.matches(drawn.choices)) >= 0.99
-    # Kind and colour are those of the larger one.
+    # The kind and colour that are read are those of the larger one.
     assert share((reading.color == drawn.color) & (reading.subject == drawn.subject)) >= 0.99
 
 
@@ -132,7 +123,7 @@ def test_what_the_caption_does_not_say_is_caught(name: str) -> None:
 
 
 def test_blur_and_noise_do_not_change_the_reading(model: Model) -> None:
-    """What the VAE makes of true renders, with noise of two levels of 255 on top."""
+    """The pictures are true renders that passed through the VAE, with noise of two levels of 255 on top."""
     drawn = scenes(96, seed=9)
     decoded = model.vae.decode(model.vae.encode(pictures(drawn) * 2 - 1).mean) / 2 + 0.5
     noise = torch.randn(decoded.shape, generator=torch.Generator().manual_seed(0)) * 2 / 255
@@ -177,7 +168,7 @@ def test_labels_are_those_of_a_flood(height: int, width: int, seed: int, density
 
 
 def flood(mask: list[list[bool]]) -> list[list[int]]:
-    """Label by walking each region from its last pixel."""
+    """Label regions by walking each from its last pixel."""
     height, width = len(mask), len(mask[0])
     labels = [[0] * width for _ in range(height)]
     for number in range(height * width, 0, -1):

@@ -1,0 +1,115 @@
+"""An evaluation from its arguments: draw, score, and write the results."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import cutdiff
+from cutdiff.checkpoint.model import Model
+from cutdiff.evaluation import score
+from cutdiff.evaluation.cells import Cell, cost, draw_cells, folder_of, picture_paths
+from cutdiff.evaluation.references import References, compare
+from cutdiff.evaluation.report import save_sheet, table
+from cutdiff.evaluation.testbed import NATIVE, Testbed, environment, row_of
+from cutdiff.options import written
+from cutdiff.output.images import save_json
+from cutdiff.pipeline import plan
+from cutdiff.settings import Settings
+
+
+def measure(args: argparse.Namespace, command: list[str]) -> str:
+    """Check, draw, score and write; returns the table."""
+    options, own = dict(args.set), {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    base = Settings(num_steps=args.steps, seed=args.seed, **own)
+    cells = [
+        Cell(_named(method, options), replace(base, method=method, height=size, width=size, **options))
+        for size in args.sizes
+        for method in args.methods
+    ]
+    direct = replace(base, method="direct")
+    shared = {name: value for name, value in options.items() if direct.has(name)}
+    prompts = _prompts(args)
+    device, references = _device(args.device), None
+    if args.references is not None:
+        references = References.load(args.references, args.features, args.clip, device)
+    else:
+        score.scenes(args.num, args.caption_seed)
+    model = cutdiff.load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    native = model.native_size * model.factor
+    for cell in cells:
+        plan(model, cell.settings)
+        if references is not None and cell.side < native:
+            raise ValueError(f"--sizes {cell.side}: a picture smaller than the native {native} px has no crops of it")
+    if references is None:
+        base = replace(base, **shared)
+        testbed = Testbed(model, base, args.num, args.out, args.batch, args.caption_seed, _named(NATIVE, shared))
+        rows, cells = measure_scenes(testbed, cells), [testbed.native_cell, *cells]
+        drawn = {"batch": args.batch, "caption_seed": args.caption_seed}
+    else:
+        rows = measure_prompts(model, cells, prompts, references, args.out, batch=args.batch)
+        drawn = {"batch": args.batch, "prompts": prompts}
+    result = {"cells": rows, "command": command, **drawn, **environment(model), "source": model.source}
+    save_json(args.out / "results.json", result)
+    text = table(rows)
+    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    for size in dict.fromkeys(cell.side for cell in cells):
+        folders = [folder_of(args.out, cell) for cell in cells if cell.side == size]
+        save_sheet(args.out / f"contact-{size}.png", folders, num=rows[0]["num"])
+    return text
+
+
+def measure_scenes(testbed: Testbed, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Draw and score the native pictures and `cells`: a row for each, and one for the truth of each size."""
+    testbed.draw(cells)
+    rows: list[dict[str, Any]] = []
+    sides: set[int] = set()
+    for cell in tqdm([testbed.native_cell, *cells], desc="scores", disable=None):
+        if cell.side not in sides:
+            sides.add(cell.side)
+            rows.append(testbed.floor(cell.side))
+        rows.append(testbed.row(cell))
+    return rows
+
+
+def measure_prompts(
+    model: Model, cells: Sequence[Cell], prompts: Sequence[str], references: References, out: Path, *, batch: int
+) -> list[dict[str, Any]]:
+    """Draw `cells` for `prompts` and compare them with the references: a row for each."""
+    draw_cells(model, cells, prompts, out, batch=batch)
+    rows = []
+    for cell in tqdm(cells, desc="scores", disable=None):
+        folder = folder_of(out, cell)
+        paths = picture_paths(folder, len(prompts))
+        scores = compare(paths, prompts, references, model.native_size * model.factor)
+        rows.append(row_of(cell.name, cell.side, len(prompts), scores, cost(folder), cell.settings.described()))
+    return rows
+
+
+def _named(name: str, options: dict[str, Any]) -> str:
+    """The name of a cell: its spec, with the options that --set adds."""
+    return ",".join([name, *(f"{option}={written(value)}" for option, value in options.items())])
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name} is not available here: use --device cpu") from None
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of --prompts, a line each; none where captions of scenes are drawn."""
+    if args.prompts is None:
+        return []
+    lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in lines if line][: args.num]
+    if len(prompts) < 2:
+        raise ValueError(f"--prompts {args.prompts} holds {len(prompts)} prompts: 2 are needed, one a line")
+    return prompts

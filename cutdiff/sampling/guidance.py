@@ -1,0 +1,65 @@
+"""Guidance: how the estimates of x0 with the prompt and without it become one, on the canvas.
+
+A guidance that is passed in is any function of (conditional, unconditional, sigma, step). One that is linear in the two
+says its scale with `scale_at`, so that the kernels apply it on the way, and no negative prompt is evaluated where the
+scale is 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from cutdiff.options import Options, Scale, Share
+
+
+class Guidance(Protocol):
+    """A guidance as it is passed in."""
+
+    def __call__(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int, /) -> Tensor:
+        """Two estimates of x0 (B, C, H, W), float32 -> the one that the solver takes."""
+        ...
+
+
+@runtime_checkable
+class LinearGuidance(Protocol):
+    """A guidance that is unconditional + scale · (conditional − unconditional)."""
+
+    def scale_at(self, sigma: float, step: int) -> float:
+        """The scale of a step; 1 evaluates the prompt alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class CFG(Options):
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
+
+    guidance_scale: Scale = 7.5
+    """The scale of unconditional + scale·(conditional − unconditional); 1 is off."""
+
+    def scale_at(self, sigma: float, step: int) -> float:
+        return self.guidance_scale
+
+    def __call__(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+
+@dataclass(frozen=True)
+class Rescale(Options):
+    """Classifier-free guidance given back the deviation that each image's estimate with the prompt has.
+
+    Lin et al. 2023 (arXiv 2305.08891), section 3.4, which takes what the network says of v; here it is the estimate of
+    x0, which at the noisiest steps, where guidance overexposes, is −v.
+    """
+
+    guidance_scale: Scale = 7.5
+    """The scale, as without rescaling."""
+    phi: Share = 0.7
+    """The share of the rescaled estimate; the rest is the plain one."""
+
+    def __call__(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
+        guided = unconditional + self.guidance_scale * (conditional - unconditional)
+        kept, reached = (x.std(dim=(1, 2, 3), keepdim=True) for x in (conditional, guided))
+        return guided * (1 - self.phi + self.phi * kept / reached)

@@ -1,0 +1,254 @@
+"""Schedules: which sigmas a run of n steps visits, and what the network is told there.
+
+A schedule that is passed in gives the sigmas, `sigmas(model_noise, num_steps)`; `make_schedule` makes all the numbers
+of a run of them. The model's own is that of the published scheduler of the solver, so that a run here can be compared
+with one there step by step.
+
+Sources: Karras et al. 2022 (2206.00364), equation 5; the exponential one is k-diffusion's (it has no paper); Lee et al.
+2024 (2407.12173) for the one of a beta distribution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+
+from cutdiff.options import Between, Options
+from cutdiff.sampling.edm import AnyNoise, EDMConfig
+from cutdiff.sampling.noise import NoiseConfig, Timesteps, noise_table
+
+EULER_TERMINAL_ALPHA = 2.0**-24
+"""Zero terminal SNR has an infinite sigma; Euler takes this alpha instead (sigma 4096), as the published one does."""
+DDIM_TERMINAL_ALPHA = 2.0**-44
+"""DDIM's own formula has no singularity there; with this alpha (sigma 4·10⁶) sigma space agrees to float32 rounding."""
+KARRAS_RHO = 7.0
+MAX_STEPS = 1000
+"""The most steps on an EDM model: as many as models with timesteps have of them."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The numbers of one run of n steps. Step i evaluates the network at sigmas[i] and goes to targets[i].
+
+    `sigmas` has n + 1 entries, descending, the last one 0. `targets[i]` is sigmas[i + 1], but for DDIM on a spacing
+    that its fixed stride of timesteps does not fit: it then steps to a sigma beside the one that the next step reads.
+    """
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    targets: tuple[float, ...]
+    init_scale: float
+    """The factor that makes the first state of standard normal noise."""
+    noise: Timesteps
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps."""
+        return len(self.timesteps)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of all numbers of the run."""
+        numbers = (self.timesteps, self.sigmas, self.targets, self.init_scale)
+        return hashlib.sha256(repr(numbers).encode()).hexdigest()
+
+    def timestep(self, sigma: float) -> float:
+        """The timestep that tells the network of a sigma: the step's own, or, between steps, that of the training."""
+        if sigma in self.sigmas[:-1]:
+            return self.timesteps[self.sigmas.index(sigma)]
+        return self.noise.timestep(sigma)
+
+    def fraction(self, sigma: float) -> float:
+        """The place of a sigma in the noise of the training, from 0, the cleanest, to 1."""
+        return self.noise.fraction(self.timestep(sigma))
+
+    def rescale(self, step: int) -> float:
+        """The factor that reads the VP state of targets[step] as that of sigmas[step + 1]; 1 where they are equal."""
+        reached, read = self.targets[step], self.sigmas[step + 1]
+        return 1.0 if reached == read else math.sqrt((1 + read**2) / (1 + reached**2))
+
+    def visiting(self, sigmas: Sequence[float]) -> Schedule:
+        """A schedule on the same model that visits other sigmas, the last one its end."""
+        return _visiting([*sigmas], self.noise, self.init_scale)
+
+
+class SigmaSchedule(Protocol):
+    """A schedule as it is passed in."""
+
+    def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
+        """num_steps + 1 sigmas for a model with this noise, falling, the last one 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelSchedule(Options):
+    """The sigmas that the model's configuration asks for, as the published scheduler of the solver picks them."""
+
+    def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
+        """The sigmas of the published Euler scheduler. A solver with a `model_schedule` of its own is asked instead."""
+        return model_schedule(model_noise, num_steps).sigmas
+
+
+@dataclass(frozen=True)
+class Karras(Options):
+    """Even steps of sigma^(1/rho) between the model's own first and last sigma (Karras et al. 2022, equation 5)."""
+
+    rho: Annotated[float, Between(1, 1000)] = KARRAS_RHO
+    """The larger, the more of the steps are at small sigmas."""
+
+    def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
+        return [*karras_sigmas(*_ends(model_noise, num_steps), num_steps, self.rho), 0.0]
+
+
+@dataclass(frozen=True)
+class Exponential(Options):
+    """Even steps of sigma's logarithm between the model's own first and last sigma."""
+
+    def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
+        high, low = np.log(_ends(model_noise, num_steps))
+        return [*np.exp(np.linspace(high, low, num_steps)).tolist(), 0.0]
+
+
+@dataclass(frozen=True)
+class Beta(Options):
+    """Quantiles of a beta distribution, at even steps, between the model's own ends (Lee et al. 2024, 2407.12173)."""
+
+    alpha: Annotated[float, Between(1e-3, 1e3)] = 0.6
+    """The distribution's first shape: below 1, many steps are near the first sigma."""
+    beta: Annotated[float, Between(1e-3, 1e3)] = 0.6
+    """The distribution's second shape: below 1, many steps are near the last sigma."""
+
+    def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
+        from scipy.stats import beta
+
+        high, low = _ends(model_noise, num_steps)
+        shares = beta.ppf(1 - np.linspace(0, 1, num_steps), self.alpha, self.beta)
+        return [*(low + shares * (high - low)).tolist(), 0.0]
+
+
+@dataclass(frozen=True)
+class Listed(Options):
+    """Sigmas that are given one by one."""
+
+    values: tuple[Annotated[float, Between(0)], ...] = ()
+    """The sigmas, falling, the last one 0: one more than there are steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.values) < 2:
+            raise ValueError(f"schedule={self.values} must hold two sigmas or more, falling, the last one 0")
+
+    def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
+        return self.values
+
+
+def make_schedule(schedule: SigmaSchedule, solver: Any, noise: AnyNoise, num_steps: int) -> Schedule:
+    """All numbers of a run. ValueError where the schedule's sigmas cannot be a run of so many steps."""
+    if isinstance(schedule, ModelSchedule):
+        return getattr(solver, "model_schedule", model_schedule)(noise, num_steps)
+    _check_num_steps(noise, num_steps)
+    sigmas = [float(sigma) for sigma in schedule.sigmas(noise, num_steps)]
+    if len(sigmas) != num_steps + 1:
+        raise ValueError(
+            f"schedule gives {len(sigmas)} sigmas where num_steps={num_steps} needs {num_steps + 1}, the last one 0: "
+            f"give num_steps={max(len(sigmas) - 1, 1)}, or other sigmas"
+        )
+    if sigmas[-1] != 0 or not all(math.inf > a > b for a, b in pairwise(sigmas)):
+        raise ValueError(f"schedule gives the sigmas {sigmas}: they must fall at every step, and end with 0")
+    return _visiting(sigmas, _timesteps(noise), _init_scale(noise, sigmas))
+
+
+def model_schedule(noise: AnyNoise, num_steps: int) -> Schedule:
+    """The model's own sigmas, as the published EulerDiscreteScheduler or EDMEulerScheduler picks them."""
+    return edm_schedule(noise, num_steps) if isinstance(noise, EDMConfig) else euler_schedule(noise, num_steps)
+
+
+def ddim_model_schedule(noise: AnyNoise, num_steps: int) -> Schedule:
+    """The model's own sigmas, as the published DDIMScheduler picks them; EDM models have one schedule for all."""
+    return edm_schedule(noise, num_steps) if isinstance(noise, EDMConfig) else ddim_schedule(noise, num_steps)
+
+
+def euler_schedule(config: NoiseConfig, num_steps: int) -> Schedule:
+    """Sigmas and timesteps as the published EulerDiscreteScheduler picks them."""
+    table = noise_table(config, EULER_TERMINAL_ALPHA)
+    timesteps = _spaced_timesteps(config, num_steps)
+    sigmas = [table.sigma(t) for t in timesteps]
+    if config.use_karras_sigmas:
+        sigmas = karras_sigmas(sigmas[0], sigmas[-1], num_steps)
+        timesteps = [table.timestep(s) for s in sigmas]
+    return Schedule(tuple(timesteps), (*sigmas, 0.0), (*sigmas[1:], 0.0), _init_scale(config, sigmas), table)
+
+
+def ddim_schedule(config: NoiseConfig, num_steps: int) -> Schedule:
+    """Sigmas and timesteps as the published DDIMScheduler picks them: every step goes down N // num_steps timesteps."""
+    table = noise_table(config, DDIM_TERMINAL_ALPHA)
+    timesteps = [float(np.round(t)) for t in _spaced_timesteps(config, num_steps)]
+    sigmas = [table.sigma(t) for t in timesteps]
+    stride = config.num_train_timesteps // num_steps
+    last = 0.0 if config.set_alpha_to_one else table.sigmas[0]
+    targets = [table.sigma(t - stride) if t >= stride else last for t in timesteps]
+    return Schedule(tuple(timesteps), (*sigmas, 0.0), tuple(targets), math.hypot(sigmas[0], 1), table)
+
+
+def edm_schedule(config: EDMConfig, num_steps: int) -> Schedule:
+    """Sigmas, and what the network is told, as the published EDMEulerScheduler picks them."""
+    _check_num_steps(config, num_steps)
+    # As there, noise is scaled as if a picture lay beneath it, also where the first sigma is not the largest.
+    return _visiting([*config.sigmas(num_steps), 0.0], config, math.hypot(config.sigma_max, 1))
+
+
+def karras_sigmas(high: float, low: float, num_steps: int, rho: float = KARRAS_RHO) -> list[float]:
+    """Even steps of sigma^(1/rho) from `high` to `low`, which are exact also where they round to others."""
+    ramp = np.linspace(0, 1, num_steps)
+    first, last = high ** (1 / rho), low ** (1 / rho)
+    sigmas = [float(s) for s in (first + ramp * (last - first)) ** rho]
+    sigmas[-1], sigmas[0] = low, high
+    return sigmas
+
+
+def _visiting(sigmas: list[float], noise: Timesteps, init_scale: float) -> Schedule:
+    timesteps = tuple(noise.timestep(sigma) for sigma in sigmas[:-1])
+    return Schedule(timesteps, tuple(sigmas), tuple(sigmas[1:]), init_scale, noise)
+
+
+def _init_scale(noise: AnyNoise, sigmas: list[float]) -> float:
+    """The factor of the first noise; where its sigma is not the largest one, a picture is taken to lie beneath it."""
+    beneath = isinstance(noise, EDMConfig) or noise.timestep_spacing == "leading"
+    return math.hypot(sigmas[0], 1) if beneath else max(sigmas)
+
+
+def _ends(noise: AnyNoise, num_steps: int) -> tuple[float, float]:
+    """The first sigma of the model's own schedule and the last one above 0."""
+    if isinstance(noise, EDMConfig):
+        return noise.sigma_max, noise.sigma_min
+    table, timesteps = noise_table(noise, EULER_TERMINAL_ALPHA), _spaced_timesteps(noise, num_steps)
+    return table.sigma(timesteps[0]), table.sigma(timesteps[-1])
+
+
+def _timesteps(noise: AnyNoise) -> Timesteps:
+    return noise if isinstance(noise, EDMConfig) else noise_table(noise, EULER_TERMINAL_ALPHA)
+
+
+def _check_num_steps(noise: AnyNoise, num_steps: int) -> None:
+    if isinstance(noise, EDMConfig) and not 1 <= num_steps <= MAX_STEPS:
+        raise ValueError(f"num_steps={num_steps} must be between 1 and {MAX_STEPS}")
+
+
+def _spaced_timesteps(config: NoiseConfig, num_steps: int) -> list[float]:
+    n = config.num_train_timesteps
+    if not 1 <= num_steps <= n:
+        raise ValueError(f"num_steps={num_steps} must be between 1 and the {n} timesteps that the model was trained on")
+    if config.timestep_spacing == "linspace":
+        spaced = np.linspace(0, n - 1, num_steps)[::-1]
+    elif config.timestep_spacing == "leading":
+        spaced = np.minimum(np.arange(num_steps)[::-1] * (n // num_steps) + config.steps_offset, n - 1)
+    else:
+        # numpy's arange rounds its halves as the published schedulers do; at some lengths it yields one entry too many.
+        spaced = np.round(np.arange(n, 0, -n / num_steps)[:num_steps]) - 1
+    return [float(t) for t in spaced]

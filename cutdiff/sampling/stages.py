@@ -1,0 +1,139 @@
+"""The stages of a run, and the loop that goes through them and yields every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cutdiff.models.config import Size
+from cutdiff.sampling.schedules import Schedule
+from cutdiff.sampling.solvers import Noise, Solver, TakeStep
+
+CanvasDenoiser = Callable[[Tensor, float, int], Tensor]
+"""(latents (B, C, H, W), sigma, step) -> the estimate of x0 (B, C, H, W)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive steps that share one canvas denoiser."""
+
+    name: str
+    steps: range
+    """The numbers of its steps, by which they draw. Step i of a run of n steps stands at sigma i % n of the schedule,
+    so that a run that goes through the schedule more than once counts on; with `sigmas`, the first step stands at the
+    first of these."""
+    denoise: CanvasDenoiser
+    size: Size | None = None
+    """The size of its canvas in latents; None: that of the finished picture."""
+    before: CanvasDenoiser | None = None
+    """Makes the state that a step starts from, of the one that the step before ended with; None: it is the same."""
+    end: Callable[[Tensor], Tensor] | None = None
+    """Changes the state after the last step."""
+    sigmas: tuple[float, ...] | None = None
+    """Sigmas of its own, one more than it has steps, falling; None: those of the run."""
+    cost: Callable[[int], Hashable] | None = None
+    """A key for each step: steps with the same one cost the same. None: all steps of the stage do."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stage that is made of what came before it, for instance on a larger canvas."""
+
+    steps: range
+    size: Size
+    begin: Callable[[Tensor], tuple[Tensor, Stage]]
+    """The state that the stage before ended with (B, C, H, W), or the first noise of a run -> the state to go on from,
+    of `size`, and the stage."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run, after it was taken."""
+
+    index: int
+    stage: str
+    sigma: float
+    """The sigma at which the network was evaluated."""
+    latents: Tensor
+    """The canvas after the step, (B, C, H, W), float32."""
+    denoised: Tensor
+    """The estimate of x0 that the step was taken with, (B, C, H, W), float32."""
+
+
+class NotFinite(FloatingPointError):
+    """An estimate of x0 that holds NaN or infinity, and what it was made from."""
+
+    def __init__(self, stage: Stage, latents: Tensor, sigma: float, step: int) -> None:
+        super().__init__(f"step {step} ({stage.name}, sigma {sigma:.4g}) gave NaN or infinity")
+        self.stage, self.latents, self.sigma, self.step = stage, latents, sigma, step
+
+
+def check_stages(stages: Sequence[Stage | Phase], num_steps: int) -> None:
+    """ValueError where stages do not lead to the end of a schedule, so that what they end with would still be noise."""
+    parts = [part for part in stages if part.steps]
+    taken = [step for part in parts for step in part.steps]
+    for before, part in zip([None, *parts], parts, strict=False):
+        stop = part.steps.start if before is None else before.steps.stop
+        goes_on = isinstance(part, Stage) and part.sigmas is None
+        if part.steps.step != 1 or (part.steps.start != stop if goes_on else part.steps.start < stop):
+            raise ValueError(
+                f"takes the steps {taken}: its stages must take them in order, each once; only a phase leaves some out"
+            )
+    for part in parts:
+        if isinstance(part, Stage) and part.sigmas is not None and len(part.sigmas) != len(part.steps) + 1:
+            raise ValueError(
+                f"gives stage {part.name} {len(part.sigmas)} sigmas: {len(part.steps)} steps take one more"
+            )
+    if not parts or (isinstance(parts[-1], Stage) and parts[-1].sigmas is None and (taken[-1] + 1) % num_steps):
+        raise ValueError(f"takes the steps {taken}: its stages must take them in order, to the last of {num_steps}")
+
+
+@torch.no_grad()
+def solve(
+    stages: Iterable[Stage | Phase], x: Tensor, schedule: Schedule, solver: Solver, noise: Noise
+) -> Iterator[Step]:
+    """Run the stages one after another from x (B, C, H, W), float32, and yield every step.
+
+    Raises NotFinite where an estimate of x0 is not, and ValueError where a stage gives another canvas than it says.
+    """
+    take: TakeStep | None = None
+    for part in stages:
+        x, stage = _begun(part, x) if isinstance(part, Phase) else (x, part)
+        start = stage.steps.start
+        first = start if stage.sigmas else start // schedule.num_steps * schedule.num_steps
+        own = schedule.visiting(stage.sigmas) if stage.sigmas else schedule
+        if take is None or isinstance(part, Phase) or stage.sigmas:
+            take = solver.start(own, partial(_counted, noise, first))
+        for i in stage.steps:
+            sigma = own.sigmas[i - first]
+            x = x if stage.before is None else stage.before(x, sigma, i)
+            denoised = stage.denoise(x, sigma, i)
+            if denoised.shape != x.shape:
+                raise ValueError(f"stage {stage.name} gave {tuple(denoised.shape)} for a canvas of {tuple(x.shape)}")
+            if not denoised.isfinite().all():
+                raise NotFinite(stage, x, sigma, i)
+            x = take(x, denoised, i - first)
+            if stage.end is not None and i == stage.steps[-1]:
+                x = stage.end(x)
+            yield Step(i, stage.name, sigma, x, denoised)
+
+
+def _begun(phase: Phase, x: Tensor) -> tuple[Tensor, Stage]:
+    """The first state of a phase and its stage, which must be what the phase said."""
+    state, stage = phase.begin(x)
+    expected = (*x.shape[:2], *phase.size)
+    if state.shape != expected or stage.steps != phase.steps or stage.size not in (None, phase.size):
+        raise ValueError(
+            f"stage {stage.name} begins with {tuple(state.shape)} and takes {stage.steps} on a canvas of {stage.size}, "
+            f"where its phase said {expected} and {phase.steps}"
+        )
+    return state, stage
+
+
+def _counted(noise: Noise, first: int, shape: tuple[int, ...], step: int) -> Tensor:
+    """The noise of a step that is counted from the first of a schedule, by its number in the run."""
+    return noise(shape, first + step)

@@ -1,0 +1,261 @@
+"""Methods, solvers, schedules and guidance by name: the tables of what ships, and how any other object is given.
+
+A spec is a name of a table, or `module:object`, and options of the object: `cutdiffusion`,
+`cutdiffusion,structure_fraction=0.3`, `mymodule:MyMethod,strength=2`. Wherever a spec is taken, so is the object
+itself. This module imports no torch; what a table names is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from cutdiff.options import Option, check_options, nearest, options_of, read, written
+
+METHODS = {
+    "direct": "cutdiff.methods.direct:direct",
+    "attention_scaling": "cutdiff.methods.attention_scaling:AttentionScaling",
+    "scalecrafter": "cutdiff.methods.scalecrafter:ScaleCrafter",
+    "hidiffusion": "cutdiff.methods.hidiffusion:HiDiffusion",
+    "multidiffusion": "cutdiff.methods.multidiffusion:MultiDiffusion",
+    "cutdiffusion": "cutdiff.methods.cutdiffusion:CutDiffusion",
+    "demofusion": "cutdiff.methods.demofusion:DemoFusion",
+    "accdiffusion": "cutdiff.methods.accdiffusion:AccDiffusion",
+    "magnify": "cutdiff.methods.magnify:Magnify",
+}
+SOLVERS = {
+    "euler": "cutdiff.sampling.solvers:Euler",
+    "ddim": "cutdiff.sampling.solvers:DDIM",
+    "euler_ancestral": "cutdiff.sampling.solvers:EulerAncestral",
+    "dpmpp_2m": "cutdiff.sampling.solvers:DPMpp2M",
+}
+SCHEDULES = {
+    "model": "cutdiff.sampling.schedules:ModelSchedule",
+    "karras": "cutdiff.sampling.schedules:Karras",
+    "exponential": "cutdiff.sampling.schedules:Exponential",
+    "beta": "cutdiff.sampling.schedules:Beta",
+    "list": "cutdiff.sampling.schedules:Listed",
+}
+GUIDANCE = {
+    "cfg": "cutdiff.sampling.guidance:CFG",
+    "rescale": "cutdiff.sampling.guidance:Rescale",
+}
+TABLES = {"method": METHODS, "solver": SOLVERS, "schedule": SCHEDULES, "guidance": GUIDANCE}
+SHAPES = {
+    "method": "a dataclass with `stages(run)`, or a function of a `Run`",
+    "solver": "an object with `start(schedule, noise)`",
+    "schedule": "an object with `sigmas(model_noise, num_steps)`, or a list of numbers",
+    "guidance": "a function of (conditional, unconditional, sigma, step)",
+}
+"""The shape of an object of each kind."""
+
+
+class Text(str):
+    """The value of an option as a command line writes it, which is read for the type of the option."""
+
+
+def check_name(kind: str, text: str) -> None:
+    """ValueError where a spec names nothing that could be had; nothing is imported."""
+    name, _ = parse(kind, text)
+    if name not in TABLES[kind] and ":" not in name:
+        raise ValueError(_unknown(kind, name))
+
+
+def resolve(kind: str, value: Any) -> Any:
+    """The object that `value` names or is; a class is made with its defaults.
+
+    ValueError, which names the kind, the value and what is known, where there is none, or an option does not fit.
+    """
+    options = {}
+    if kind == "schedule" and (numbers := _numbers(value)) is not None:
+        value, options = SCHEDULES["list"], {"values": numbers}
+    elif isinstance(value, str):
+        value, texts = parse(kind, value)
+        options = {name: Text(text) for name, text in texts.items()}
+    thing = _load(kind, value) if isinstance(value, str) else value
+    if isinstance(thing, type):
+        thing = _made(kind, thing, options)
+    elif options:
+        raise ValueError(f"{kind}={name_of(kind, thing)} has no options, so {', '.join(options)} cannot be given")
+    if not _fits(kind, thing):
+        raise ValueError(f"{kind}={thing!r} must be {SHAPES[kind]}, or a name of {', '.join(TABLES[kind])}")
+    if options_of(thing):
+        check_options(thing)
+    return thing
+
+
+def changed(things: dict[str, Any], options: dict[str, Any], also: Iterable[str] = ()) -> dict[str, Any]:
+    """The objects by their kinds, with options of theirs changed. ValueError where an option is of none, or of two.
+
+    `also` are names that an unknown one may have been meant for.
+    """
+    for name, value in options.items():
+        owners = [kind for kind, thing in things.items() if name in options_of(thing)]
+        if not owners:
+            raise ValueError(f"{name}={value!r} {no_option(name, things, also)}")
+        if len(owners) > 1:
+            names = " and ".join(f"{kind} {name_of(kind, things[kind])}" for kind in owners)
+            raise ValueError(f"{name}={value!r} is an option of {names}: give it in a spec, as NAME,{name}={value}")
+    owned = {
+        kind: {name: options[name] for name in options_of(thing) if name in options} for kind, thing in things.items()
+    }
+    return {
+        kind: replace(thing, **_valued(owned[kind], options_of(thing))) if owned[kind] else thing
+        for kind, thing in things.items()
+    }
+
+
+def no_option(name: str, things: dict[str, Any], also: Iterable[str] = ()) -> str:
+    """An error's words for an option that none of the objects, by their kinds, has; `also` as in `changed`."""
+    known = {f"{kind} {name_of(kind, thing)}": [*options_of(thing)] for kind, thing in things.items()}
+    listed = "; ".join(f"{owner}: {', '.join(options)}" for owner, options in known.items() if options)
+    without = ", ".join(owner for owner, options in known.items() if not options)
+    names = [*also, *(option for options in known.values() for option in options)]
+    hint = f" but of {', '.join(others)}" if (others := owners(name)) else nearest(name, names)
+    return f"is no option of {without or 'these'}{hint}; options of {listed or 'them: none'}"
+
+
+def owners(name: str) -> list[str]:
+    """The names of all that ships with an option of this name."""
+    return [other for kind, table in TABLES.items() for other in table if name in options_of(_load(kind, other))]
+
+
+def parse(kind: str, text: str) -> tuple[str, dict[str, str]]:
+    """A spec as its name and the texts of its options. ValueError where it is none."""
+    name, *parts = split(text)
+    options: dict[str, str] = {}
+    for part in parts:
+        option, separator, value = (piece.strip() for piece in part.partition("="))
+        if not separator or not option.isidentifier() or option in options:
+            raise ValueError(f"{kind}={text!r} is no spec, for {part!r}: give NAME,option=value,option=value")
+        options[option] = value
+    return name.strip(), options
+
+
+def split(text: str) -> list[str]:
+    """The parts of a text between its commas, but for those inside of brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def spec_of(kind: str, thing: Any) -> str:
+    """The full spec of an object: its name and all its options."""
+    options = (f"{name}={_described(getattr(thing, name))}" for name in options_of(thing))
+    return ",".join([name_of(kind, thing), *options])
+
+
+def name_of(kind: str, thing: Any) -> str:
+    """The name of an object in its table; that of its function or class where it is in none."""
+    named = thing if hasattr(thing, "__name__") else type(thing)
+    address = f"{named.__module__}:{named.__qualname__}"
+    return next((name for name, known in TABLES[kind].items() if known == address), named.__name__)
+
+
+def source_hash(thing: Any) -> str | None:
+    """SHA-256, in hexadecimal, of the source of an object that is not the package's, and of what its function encloses.
+
+    The source is the whole file that defines it, so that an edited helper beside it counts; in a notebook or an
+    interactive session, the definition itself, or its compiled code where even that is not kept.
+    """
+    named = thing if isinstance(thing, types.FunctionType | type) else type(thing)
+    if named.__module__.partition(".")[0] == "cutdiff":
+        return None
+    digest = hashlib.sha256(f"{named.__qualname__}\n{_source(named)}".encode())
+    for cell in getattr(named, "__closure__", None) or ():
+        value = cell.cell_contents
+        inner = source_hash(value) if callable(value) else None
+        digest.update((inner or _described(value)).encode())
+    return digest.hexdigest()
+
+
+def _load(kind: str, name: str) -> Any:
+    """The object that a table or `module:object` names."""
+    address = TABLES[kind].get(name, name)
+    module, separator, attribute = address.partition(":")
+    if not separator:
+        raise ValueError(_unknown(kind, name))
+    try:
+        return getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{kind}={name!r}: there is no module {error.name!r} where Python looks for it") from None
+    except AttributeError:
+        raise ValueError(f"{kind}={name!r}: the module {module} has no {attribute!r}") from None
+
+
+def _unknown(kind: str, name: str) -> str:
+    known = f"{', '.join(TABLES[kind])}, or module:object of your own{nearest(name, TABLES[kind])}"
+    return f"{kind}={name!r} is not one of {known}"
+
+
+def _made(kind: str, cls: type, options: dict[str, Any]) -> Any:
+    """An instance of the class; an option is a value, or reads its text for the type of the field."""
+    known = options_of(cls)
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{name} {no_option(name, {kind: cls})}")
+    try:
+        return cls(**_valued(options, known))
+    except TypeError as error:
+        raise ValueError(f"{kind}={cls.__name__} cannot be made: {error}") from None
+
+
+def _valued(options: dict[str, Any], known: dict[str, Option]) -> dict[str, Any]:
+    return {name: read(name, v, known[name].type) if isinstance(v, Text) else v for name, v in options.items()}
+
+
+def _fits(kind: str, thing: Any) -> bool:
+    attribute = {"method": "stages", "solver": "start", "schedule": "sigmas"}.get(kind, "")
+    return callable(getattr(thing, attribute, None)) or (kind in ("method", "guidance") and callable(thing))
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    """A list of numbers, or a text of them between commas; None where it is something else."""
+    if isinstance(value, str) and re.match(r"[\d.]", value):
+        try:
+            return tuple(map(float, value.split(",")))
+        except ValueError:
+            raise ValueError(f"schedule={value!r} must be numbers with commas between them") from None
+    return tuple(value) if isinstance(value, list | tuple) else None
+
+
+def _described(value: Any) -> str:
+    """A value as text that is the same in every process: of what has no such form, its name and source or contents."""
+    if isinstance(value, tuple | list):
+        return f"({','.join(map(_described, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, str | int | float | complex | bytes | None):
+        return written(value)
+    if hasattr(value, "detach"):
+        contents = value.detach().cpu().contiguous().float().numpy().tobytes()
+        return f"<tensor {tuple(value.shape)} {hashlib.sha256(contents).hexdigest()[:16]}>"
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    inside = [f"{option}={_described(getattr(value, option))}" for option in options_of(value)]
+    return f"<{' '.join([name, (source_hash(value) or '')[:16], *inside]).strip()}>"
+
+
+def _source(named: Callable[..., Any] | type) -> str:
+    try:
+        file = inspect.getsourcefile(named)
+        if file is not None and Path(file).is_file():
+            return Path(file).read_text(encoding="utf-8", errors="replace")
+        return inspect.getsource(named)
+    except (OSError, TypeError):
+        functions = [named] if isinstance(named, types.FunctionType) else vars(named).values()
+        return repr([_compiled(f.__code__) for f in functions if isinstance(f, types.FunctionType)])
+
+
+def _compiled(code: types.CodeType) -> tuple[Any, ...]:
+    constants = [_compiled(value) if isinstance(value, types.CodeType) else repr(value) for value in code.co_consts]
+    return code.co_code, code.co_names, constants
