@@ -33,6 +33,7 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.models.text import TextStates
 from cutdiff.sampling import operators as dispatch
 from cutdiff.sampling.denoiser import Denoiser
+from cutdiff.sampling.guidance import CFG
 from cutdiff.sampling.operators import Patches, Views
 from cutdiff.sampling.preconditioning import epsilon
 from cutdiff.sampling.solvers import euler_step
@@ -611,11 +612,11 @@ def test_a_step_is_a_handful_of_operations_around_the_network(method: str) -> No
             return states
 
     states = TextStates(torch.empty(1, 7, 16, device="meta"), torch.empty(1, 8, device="meta"))
-    denoiser = Denoiser(Network(), lambda sigma: 1.0, epsilon, states, states, 7.5, 8, 16)
+    denoiser = Denoiser(Network(), lambda sigma: 1.0, epsilon, states, states, CFG(7.5), 8)
     crops = torch.zeros(4, 2) if method == "detail" else None
-    denoiser.through(Stub(), latents, 1.0, crop_origins=crops)  # makes the text of every row
+    denoiser.through(Stub(), latents, 1.0, 0, crop_origins=crops)  # makes the text of every row
     with _Count() as count:
-        euler_step(latents, denoiser.through(Stub(), latents, 1.0, crop_origins=crops), 1.0, 0.5)
+        euler_step(latents, denoiser.through(Stub(), latents, 1.0, 0, crop_origins=crops), 1.0, 0.5)
     assert sorted(count.names) == sorted(
         ["aten.neg.default", "aten.full.default", "aten._to_copy.default", "aten.neg.default", "aten.lerp.Scalar"]
     )
