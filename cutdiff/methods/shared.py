@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from cutdiff_kernels import Grain
 from torch import Tensor
 
 from cutdiff.models.shared_text import SharedText
@@ -21,8 +22,6 @@ from cutdiff.sampling.operators import Patches, Views, pad_to_grid
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.stages import CanvasDenoiser, Phase, Size, Stage
 
-Grain = Literal["channel", "pixel", "none"]
-"""The unit that patches exchange: a channel of a pixel (the published code), a whole pixel (the paper), nothing."""
 Power = Annotated[float, Between(0)]
 Stages = list[Stage | Phase]
 BLUR = 0.8
