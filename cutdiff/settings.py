@@ -12,6 +12,8 @@ from cutdiff import specs
 from cutdiff.options import Count, Options, Share, options_of
 from cutdiff.specs import TABLES
 
+VERSION = "0.1.0"
+"""The version of the package, as records have it."""
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 Backend = Literal["auto", "triton", "reference"]

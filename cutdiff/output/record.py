@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-import cutdiff
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.schedules import Schedule
-from cutdiff.settings import Settings
+from cutdiff.settings import VERSION, Settings
 from cutdiff.specs import source_hash
 
 ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
@@ -59,7 +58,7 @@ def describe(
         "dtype": dtype_name(model.dtype),
         "fp8": model.fp8,
         "vae_dtype": dtype_name(model.vae_dtype),
-        "versions": {"cutdiff": cutdiff.__version__, **_versions(), "python": platform.python_version()},
+        "versions": {"cutdiff": VERSION, **_versions(), "python": platform.python_version()},
     }
 
 
