@@ -14,7 +14,19 @@ if TYPE_CHECKING:
     from cutdiff.sampling.stages import Step
     from cutdiff.settings import Settings
 
-__all__ = ["Draws", "Observer", "Result", "Settings", "Step", "decode", "denoise", "encode", "generate", "load"]
+__all__ = [
+    "Draws",
+    "Observer",
+    "Result",
+    "Settings",
+    "Step",
+    "__version__",
+    "decode",
+    "denoise",
+    "encode",
+    "generate",
+    "load",
+]
 
 _HOMES = {
     "load": "cutdiff.checkpoint",
