@@ -15,8 +15,19 @@ from hypothesis import strategies as st
 from published import in_float64, published_ddim, published_euler
 from torch import Tensor
 
-from cutdiff.sampling.noise import BETA_SCHEDULES, NoiseConfig, Schedule, euler_schedule
-from cutdiff.sampling.solvers import Phase, Solver, Stage, Step, euler_step, make_solver, noise_scale, solve
+from cutdiff.sampling.noise import BETA_SCHEDULES, NoiseConfig
+from cutdiff.sampling.schedules import (
+    ModelSchedule,
+    Schedule,
+    SigmaSchedule,
+    ddim_schedule,
+    euler_schedule,
+    make_schedule,
+)
+from cutdiff.sampling.solvers import DDIM, Euler, Solver, euler_step, noise_scale, noisy_step
+from cutdiff.sampling.stages import Phase, Stage, Step, solve
+from cutdiff.settings import Settings
+from cutdiff.specs import SOLVERS, resolve
 
 # The published Euler turns tensors into arrays in a way that numpy 2 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -25,6 +36,7 @@ SHAPE = (2, 4, 5, 3)
 NOISE = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) / 2
 TOLERANCE = 1e-5
+MODEL = ModelSchedule()
 
 PREDICTIONS = pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 ZERO_SNR = pytest.mark.parametrize("zero_snr", [False, True], ids=["plain", "zero-snr"])
@@ -54,8 +66,10 @@ class Trajectory(NamedTuple):
     latents: list[Tensor]
 
 
-def solve_ours(config: NoiseConfig, solver: Solver, num_steps: int, fresh: Tensor) -> tuple[Schedule, list[Step]]:
-    schedule = solver.make_schedule(config, num_steps)
+def solve_ours(
+    config: NoiseConfig, solver: Solver, num_steps: int, fresh: Tensor, sigmas: SigmaSchedule = MODEL
+) -> tuple[Schedule, list[Step]]:
+    schedule = make_schedule(sigmas, solver, config, num_steps)
 
     def denoise(x: Tensor, sigma: float, i: int) -> Tensor:
         return estimate(x, sigma, schedule.timesteps[i], config.prediction_type)
@@ -65,7 +79,7 @@ def solve_ours(config: NoiseConfig, solver: Solver, num_steps: int, fresh: Tenso
 
 
 def ours_euler(config: NoiseConfig, num_steps: int) -> Trajectory:
-    schedule, steps = solve_ours(config, make_solver("euler"), num_steps, NOISE[:0])
+    schedule, steps = solve_ours(config, Euler(), num_steps, NOISE[:0])
     return Trajectory(NOISE * schedule.init_scale, [step.latents for step in steps])
 
 
@@ -82,7 +96,7 @@ def theirs_euler(config: NoiseConfig, num_steps: int, dtype: torch.dtype) -> Tra
 
 
 def ours_ddim(config: NoiseConfig, num_steps: int, eta: float, fresh: Tensor) -> Trajectory:
-    schedule, steps = solve_ours(config, make_solver("ddim", eta), num_steps, fresh)
+    schedule, steps = solve_ours(config, DDIM(eta), num_steps, fresh)
     # x = x0 + sigma·noise over sqrt(1 + sigma²) is the state of the published DDIM.
     latents = [step.latents / math.sqrt(1 + schedule.sigmas[step.index + 1] ** 2) for step in steps]
     return Trajectory(NOISE * schedule.init_scale / math.sqrt(1 + schedule.sigmas[0] ** 2), latents)
@@ -160,7 +174,7 @@ def test_ddim_goes_where_the_published_one_goes(
 
 def begins_without_signal(config: NoiseConfig, num_steps: int) -> bool:
     """Tell whether the first step reads the last timestep and that has a signal-to-noise ratio of zero."""
-    first = make_solver("ddim").make_schedule(config, num_steps).timesteps[0]
+    first = ddim_schedule(config, num_steps).timesteps[0]
     return config.rescale_betas_zero_snr and first == config.num_train_timesteps - 1
 
 
@@ -203,11 +217,15 @@ def test_ddim_stays_finite_where_the_published_one_divides_by_zero() -> None:
 def test_ddim_without_eta_is_euler_on_the_same_timesteps() -> None:
     """Spacing "leading" fits DDIM's stride; alpha one makes both end at sigma 0."""
     config = NoiseConfig(set_alpha_to_one=True, steps_offset=0)
-    euler, ddim = make_solver("euler").make_schedule(config, 20), make_solver("ddim").make_schedule(config, 20)
+    euler, ddim = (make_schedule(MODEL, solver, config, 20) for solver in (Euler(), DDIM()))
     assert euler.timesteps == ddim.timesteps
     np.testing.assert_allclose(euler.sigmas, ddim.sigmas, rtol=1e-12)
     np.testing.assert_allclose(euler.targets, ddim.targets, rtol=1e-12)
     assert all(ddim.rescale(i) == 1 for i in range(20))
+
+
+def no_noise(shape: tuple[int, ...], step: int) -> Tensor:
+    raise AssertionError(f"noise of step {step} was asked for")
 
 
 sigmas = st.floats(1e-2, 1e3)
@@ -252,7 +270,7 @@ def test_two_steps_along_one_line_are_one(seed: int, sigma: float, first: float,
 def test_a_step_to_zero_returns_denoised_to_the_bit(seed: int, sigma: float, eta: float) -> None:
     x, denoised = (tensor.float() for tensor in randn(seed, 2))
     assert torch.equal(euler_step(x, denoised, sigma, 0.0), denoised)
-    assert torch.equal(make_solver("ddim", eta).step(x, denoised, sigma, 0.0), denoised)
+    assert torch.equal(noisy_step(x, denoised, sigma, 0.0, eta, no_noise, 0), denoised)
 
 
 @given(sigmas, fractions, fractions)
@@ -270,7 +288,7 @@ def test_eta_trades_old_noise_for_fresh_and_keeps_the_variance(
 ) -> None:
     x0, old, fresh = randn(seed, 3)
     target = sigma * fraction
-    x = make_solver("ddim", eta).step(x0 + sigma * old, x0, sigma, target, fresh)
+    x = noisy_step(x0 + sigma * old, x0, sigma, target, eta, lambda shape, step: fresh, 0)
     up = noise_scale(sigma, target, eta)
     assert up <= target
     kept = math.sqrt(max(0.0, target**2 - up**2))
@@ -281,32 +299,45 @@ def test_a_step_changes_none_of_its_arguments() -> None:
     tensors = randn(0, 3)
     before = [tensor.clone() for tensor in tensors]
     x, denoised, noise = tensors
-    make_solver("ddim", 0.7).step(x, denoised, 2.0, 1.0, noise)
+    schedule = make_schedule(resolve("schedule", [2.0, 1.0, 0.0]), Euler(), NoiseConfig(), 2)
+    for solver in (*map(lambda name: resolve("solver", name), SOLVERS), DDIM(0.7)):
+        take = solver.start(schedule, lambda shape, step: noise)
+        for i in range(2):
+            take(x, denoised, i)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
 def test_a_solver_that_cannot_be_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"solver 'heun' is not one of euler, ddim"):
-        make_solver("heun")
-    with pytest.raises(ValueError, match=r"eta=0.5 needs the ddim solver, not euler"):
-        make_solver("euler", 0.5)
+    with pytest.raises(ValueError, match=r"solver='leapfrog' is not one of euler, ddim"):
+        resolve("solver", "leapfrog")
+    with pytest.raises(ValueError, match=r"eta=0.5 is no option of solver euler, .* but of ddim, euler_ancestral"):
+        Settings(solver="euler", eta=0.5)
     for eta in (-0.1, 1.5, math.nan, math.inf):
-        with pytest.raises(ValueError, match=rf"eta={eta} must be between 0 and 1"):
-            make_solver("ddim", eta)
+        with pytest.raises(ValueError, match=rf"eta={eta} must be a finite number in 0 … 1"):
+            DDIM(eta)
 
 
-def test_eta_without_noise_is_an_error() -> None:
-    x, denoised = randn(0, 2)
-    with pytest.raises(ValueError, match=r"eta=0\.5 adds noise at every step"):
-        make_solver("ddim", 0.5).step(x, denoised, 2.0, 1.0)
+def test_noise_is_asked_only_for_what_is_needed() -> None:
+    """Neither a solver without fresh noise nor a step to sigma 0 draws any."""
+    x, denoised = (tensor.float() for tensor in randn(0, 2))
+    schedule = make_schedule(resolve("schedule", [2.0, 1.0, 0.0]), Euler(), NoiseConfig(), 2)
+    for solver in ("euler", "ddim", "dpmpp_2m", "euler_ancestral,eta=0"):
+        take = resolve("solver", solver).start(schedule, no_noise)
+        for i in range(2):
+            take(x, denoised, i)
+    for solver in ("ddim,eta=0.5", "euler_ancestral"):
+        take = resolve("solver", solver).start(schedule, no_noise)
+        assert torch.equal(take(x, denoised, 1), denoised)
+        with pytest.raises(AssertionError, match="was asked for"):
+            take(x, denoised, 0)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(sum), st.sampled_from([0.0, 0.5]))
 def test_solve_yields_every_step_of_every_stage_in_order(lengths: list[int], eta: float) -> None:
     num_steps = sum(lengths)
     ends = list(itertools.accumulate(lengths))
-    solver = make_solver("ddim", eta)
-    schedule = solver.make_schedule(NoiseConfig(), num_steps)
+    solver = DDIM(eta)
+    schedule = ddim_schedule(NoiseConfig(), num_steps)
     calls, asked = [], []
 
     def stage(name: str, start: int, stop: int) -> Stage:
@@ -340,7 +371,7 @@ def test_solve_takes_a_step_only_when_it_is_asked_for() -> None:
         calls.append(i)
         return torch.zeros_like(x)
 
-    solver = make_solver("euler")
+    solver = Euler()
     schedule = euler_schedule(NoiseConfig(), 5)
     steps = solve([Stage("all", range(5), denoise)], NOISE, schedule, solver, lambda shape, i: NOISE)
     assert calls == []
@@ -352,7 +383,7 @@ def test_solve_takes_a_step_only_when_it_is_asked_for() -> None:
 
 def test_solve_neither_changes_the_start_nor_records_gradients() -> None:
     start = NOISE.clone().requires_grad_()
-    solver = make_solver("euler")
+    solver = Euler()
     schedule = euler_schedule(NoiseConfig(), 3)
     stages = [Stage("all", range(3), lambda x, sigma, i: 0.9 * x)]
     steps = list(solve(stages, start, schedule, solver, lambda shape, i: NOISE))
@@ -360,10 +391,10 @@ def test_solve_neither_changes_the_start_nor_records_gradients() -> None:
     assert not any(step.latents.requires_grad for step in steps)
 
 
-@pytest.mark.parametrize("name", ["euler", "ddim"])
+@pytest.mark.parametrize("name", SOLVERS)
 def test_a_phase_begins_from_what_came_before_and_goes_through_the_schedule_again(name: str) -> None:
-    solver = make_solver(name)
-    schedule = solver.make_schedule(NoiseConfig(), 3)
+    solver: Solver = resolve("solver", name)
+    schedule = make_schedule(MODEL, solver, NoiseConfig(), 3)
     seen: list[tuple[tuple[int, ...], float, int]] = []
 
     def denoise(x: Tensor, sigma: float, i: int) -> Tensor:
@@ -384,8 +415,9 @@ def test_a_phase_begins_from_what_came_before_and_goes_through_the_schedule_agai
     assert [step.index for step in steps] == list(range(6))
     assert [step.stage for step in steps] == ["small"] * 3 + ["large"] * 3
     x = steps[2].latents.repeat(1, 1, 2, 2) + 1
+    take = solver.start(schedule, lambda shape, step: torch.zeros(shape))
     for i in range(3):
         x = x + schedule.sigmas[i]
-        x = solver.step(x, 0.5 * x, schedule.sigmas[i], schedule.targets[i]) * schedule.rescale(i)
+        x = take(x, 0.5 * x, i)
         expected = x if i < 2 else x - steps[2].latents.repeat(1, 1, 2, 2)
         torch.testing.assert_close(steps[3 + i].latents, expected)
