@@ -17,10 +17,11 @@ from torch import Tensor
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.methods.shared import Run, step_at
 from cutdiff.models.compiled import compiled
+from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
 from cutdiff.output.record import describe, fingerprint
-from cutdiff.parallel.ranks import ALONE, Ranks, SharedText
+from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling import draws as drawing
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws
@@ -41,7 +42,7 @@ class Result:
     latents: Tensor
     """(B, C, H / factor, W / factor), float32."""
     record: dict[str, Any]
-    """How the images were made, and what it cost. With draws of your own, the record names their class and source."""
+    """The options, the model and the cost of the images. Draws of your own are named by their class and source."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _decode(model: Model, latents: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor
 
 
 def _in_safe_dtype(model: Model, run: Callable[[VAE, torch.dtype], Tensor]) -> tuple[Tensor, torch.dtype]:
-    """What the VAE gives in its own dtype, or where it overflows there in float32; and the dtype."""
+    """The output of the VAE in its own dtype, or where it overflows there in float32; and the dtype."""
     for dtype in dict.fromkeys((model.vae_dtype, torch.float32)):
         same = model.vae.post_quant_conv.weight.dtype == dtype
         values = run(model.vae if same else deepcopy(model.vae).to(dtype), dtype)

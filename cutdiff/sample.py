@@ -21,13 +21,13 @@ from cutdiff.cli.arguments import BadArgument, of_flag, parse
 from cutdiff.cli.drawing import Failure, draw_all, print_line, tell
 from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests
 from cutdiff.parallel import stopping
-from cutdiff.parallel.launch import Ended, RankLost, alike, joined, num_processes, own_gpu, process
+from cutdiff.parallel.process import Ended, RankLost, alike, num_processes, own_gpu, process
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
 
 LISTED = 5
-"""How many lines of a file of prompts the last message names before it only counts them."""
+"""The lines of a file of prompts that the last message names before it only counts them."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,6 +65,8 @@ def _run(argv: list[str] | None) -> None:
     with alike():
         args = parse(argv)
         _check_processes(args.data_parallel)
+    from cutdiff.parallel.launch import joined
+
     with joined(args.device, args.data_parallel, args.rank_timeout) as launch:
         with launch.agreeing():
             requests, bad = read_requests(args)
@@ -109,7 +111,7 @@ def _leave_out(args: argparse.Namespace, bad: list[BadLine], *, everything: bool
 
 
 def _check_output(folder: Path) -> None:
-    """Whether the output folder can be made and written to, so that a long run does not end at a closed door."""
+    """Raise BadArgument where the output folder cannot be made or written to, before a long run."""
     try:
         place = next(path for path in (folder, *folder.parents) if path.is_symlink() or path.exists())
         tempfile.TemporaryFile(dir=place).close()  # the modes of a folder do not tell root, nor of a read-only disk
@@ -162,7 +164,7 @@ def _load(args: argparse.Namespace) -> Model:
 
 
 def _tell_model(model: Model, *, everything: bool) -> None:
-    """Which model was read, and who decided what it predicts; without `everything` only what may be wrong."""
+    """Tell which model was read, and who decided what it predicts; without `everything` only what may be wrong."""
     if process() > 0:
         return
     if everything:

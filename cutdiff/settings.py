@@ -35,8 +35,9 @@ class Settings(Options):
     clip_skip: int | None = None
     """The layer of the text encoders that is read, counted from the end, 1 the last; None: as trained."""
     height: int | None = None
-    """In pixels, a multiple of 8; None: twice the model's native size."""
+    """The height in pixels, a multiple of 8; None: twice the model's native size."""
     width: int | None = None
+    """The width, likewise."""
     method: Any = "cutdiffusion"
     """A spec, a dataclass with `stages(run)`, or a function of a `Run` that returns its stages."""
     solver: Any = "euler"

@@ -54,7 +54,7 @@ SHAPES = {
     "schedule": "an object with `sigmas(model_noise, num_steps)`, or a list of numbers",
     "guidance": "a function of (conditional, unconditional, sigma, step)",
 }
-"""What an object of each kind is."""
+"""The shape of an object of each kind."""
 
 
 class Text(str):
@@ -113,7 +113,7 @@ def changed(things: dict[str, Any], options: dict[str, Any], also: Iterable[str]
 
 
 def no_option(name: str, things: dict[str, Any], also: Iterable[str] = ()) -> str:
-    """What an error says of an option that none of the objects, by their kinds, has; `also` as in `changed`."""
+    """An error's words for an option that none of the objects, by their kinds, has; `also` as in `changed`."""
     known = {f"{kind} {name_of(kind, thing)}": [*options_of(thing)] for kind, thing in things.items()}
     listed = "; ".join(f"{owner}: {', '.join(options)}" for owner, options in known.items() if options)
     without = ", ".join(owner for owner, options in known.items() if not options)
@@ -182,7 +182,7 @@ def source_hash(thing: Any) -> str | None:
 
 
 def _load(kind: str, name: str) -> Any:
-    """What a table or `module:object` names."""
+    """The object that a table or `module:object` names."""
     address = TABLES[kind].get(name, name)
     module, separator, attribute = address.partition(":")
     if not separator:

@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from cutdiff_kernels.bench import hardware
+from cutdiff_kernels.timing import hardware
 from torch.nn.attention import SDPBackend
 from tqdm import trange
 

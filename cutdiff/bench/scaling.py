@@ -18,7 +18,8 @@ import torch
 import cutdiff
 from cutdiff.cli.arguments import DEMO_PROMPT, BadArgument, Parser, errors_by_flag
 from cutdiff.output.images import save_json
-from cutdiff.parallel.launch import alike, joined, own_gpu
+from cutdiff.parallel.launch import joined
+from cutdiff.parallel.process import alike, own_gpu
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Result, now
 from cutdiff.settings import Settings

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from cutdiff.cli.runs import Picture, is_set
 from cutdiff.parallel import stopping
-from cutdiff.parallel.launch import Ended, Launch
+from cutdiff.parallel.process import Ended
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
+    from cutdiff.parallel.launch import Launch
     from cutdiff.sampling.stages import Step
 
 

@@ -1,4 +1,4 @@
-"""What methods are given, and what several of them are made of: views and patches, a cascade of sizes, fades."""
+"""The `Run` that methods are given, and the parts that several of them share: views, patches, a cascade, fades."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.options import Between, Count, Options
-from cutdiff.parallel.ranks import SharedText
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import Patches, Views, pad_to_grid
@@ -253,7 +253,7 @@ def step_at(share: float, num_steps: int) -> int:
 
 
 def fade(run: Run, sigma: float) -> float:
-    """From 1 at the noisiest timestep to 0 at the cleanest: half a cosine (DemoFusion, section 3.3)."""
+    """Half a cosine, from 1 at the noisiest timestep to 0 at the cleanest (DemoFusion, section 3.3)."""
     return (1 - math.cos(math.pi * run.schedule.fraction(sigma))) / 2
 
 

@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cutdiff.models.config import Size
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import Context, UNet
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.guidance import Guidance, LinearGuidance
 from cutdiff.sampling.operators import Operator, Patches, upload
 from cutdiff.sampling.preconditioning import Coefficients
-from cutdiff.sampling.stages import Size, Step
+from cutdiff.sampling.stages import Step
 
 Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor]
 """The rows that the U-Net reads: latents, timesteps, context, pooled, size ids."""
@@ -289,7 +290,7 @@ class Denoiser:
 
 
 class Rows(NamedTuple):
-    """What all rows of a step have in common."""
+    """The properties that all rows of a step have in common."""
 
     step: int
     sigma: float

@@ -91,7 +91,7 @@ class ModelSchedule(Options):
     """The sigmas that the model's configuration asks for, as the published scheduler of the solver picks them."""
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
-        """Those of the published Euler scheduler. A solver with a `model_schedule` of its own is asked instead."""
+        """The sigmas of the published Euler scheduler. A solver with a `model_schedule` of its own is asked instead."""
         return model_schedule(model_noise, num_steps).sigmas
 
 
@@ -218,7 +218,7 @@ def _visiting(sigmas: list[float], noise: Timesteps, init_scale: float) -> Sched
 
 
 def _init_scale(noise: AnyNoise, sigmas: list[float]) -> float:
-    """What noise is scaled by. Where the first sigma is not the largest one, as if a picture lay beneath it."""
+    """The factor of the first noise; where its sigma is not the largest one, a picture is taken to lie beneath it."""
     beneath = isinstance(noise, EDMConfig) or noise.timestep_spacing == "leading"
     return math.hypot(sigmas[0], 1) if beneath else max(sigmas)
 

@@ -11,13 +11,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cutdiff.models.config import Size
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.solvers import Noise, Solver, TakeStep
 
 CanvasDenoiser = Callable[[Tensor, float, int], Tensor]
 """(latents (B, C, H, W), sigma, step) -> the estimate of x0 (B, C, H, W)."""
-Size = tuple[int, int]
-"""Height, width."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,9 @@ class Stage:
     size: Size | None = None
     """The size of its canvas in latents; None: that of the finished picture."""
     before: CanvasDenoiser | None = None
-    """What a step starts from, made of what the step before ended with; None: that itself."""
+    """Makes the state that a step starts from, of the one that the step before ended with; None: it is the same."""
     end: Callable[[Tensor], Tensor] | None = None
-    """What becomes of the state after the last step."""
+    """Changes the state after the last step."""
     sigmas: tuple[float, ...] | None = None
     """Sigmas of its own, one more than it has steps, falling; None: those of the run."""
     cost: Callable[[int], Hashable] | None = None
@@ -49,7 +48,7 @@ class Phase:
     steps: range
     size: Size
     begin: Callable[[Tensor], tuple[Tensor, Stage]]
-    """What the stage before ended with (B, C, H, W), or the noise that a run begins with -> the state to go on from,
+    """The state that the stage before ended with (B, C, H, W), or the first noise of a run -> the state to go on from,
     of `size`, and the stage."""
 
 

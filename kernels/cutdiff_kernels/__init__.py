@@ -1,1 +1,11 @@
-"""The operators around the network. Takes tensors and ints; imports nothing from cutdiff."""
+"""The operators between the canvas and the network, as plain-torch references and as Triton kernels.
+
+The package takes tensors and numbers, and imports nothing from cutdiff. This file imports no torch.
+"""
+
+GRAINS = ("channel", "pixel", "none")
+"""The grains of a permutation of patches.
+
+"channel" permutes every channel of a pixel by itself, as the published code does; "pixel" moves all channels of a pixel
+together, as the text of the paper says; "none" leaves everything where it is.
+"""
