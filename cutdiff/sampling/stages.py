@@ -96,7 +96,7 @@ def check_stages(stages: Sequence[Stage | Phase], num_steps: int) -> None:
 
 
 def _fault(stage: Stage, num_steps: int) -> str:
-    """What is wrong where the steps of a stage do not stand at sigmas that fall; "" where they do."""
+    """The fault of a stage whose steps do not stand at sigmas that fall; "" where there is none."""
     steps, sigmas = stage.steps, stage.sigmas
     if sigmas is None:
         if not steps or steps[0] // num_steps == steps[-1] // num_steps:
