@@ -97,8 +97,8 @@ def table(plan: dict[str, Any]) -> str:
     settings, batch = plan["settings"], plan["view_batch_size"]
     devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)} of {plan['tflops']:g} TFLOP/s"
     head = f"{plan['method']}, {plan['width']}×{plan['height']}, {settings['num_steps']} steps, {plan['dtype']}"
-    network_gb, decode_gb = (plan["peak_bytes"][part] / 1e9 for part in ("network", "decode"))
-    line = f"memory of a device: {network_gb:.1f} GB for the network, {decode_gb:.1f} GB for decoding; views at once: {batch or 'all'}"
+    network, decode = (f"{plan['peak_bytes'][part] / 1e9:.1f} GB" for part in ("network", "decode"))
+    line = f"memory of a device: {network} for the network, {decode} for decoding; views at once: {batch or 'all'}"
     if max(plan["peak_bytes"].values()) > plan["memory"] * 1e9:
         line += f"; more than the {plan['memory']:g} GB that it has"
     return "\n".join([f"{head}, on {devices}: computed, not measured", *lines, line])
