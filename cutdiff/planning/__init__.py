@@ -1,3 +1,5 @@
-"""The cost of a run before it is run. `meter` counts the FLOPs and live bytes of whatever computes; `forecast` lets a
-method go through its stages on the meta device and counts them. `python -m cutdiff.plan` is the command line.
+"""The cost of a run, computed before it is run; `python -m cutdiff.plan` is the command line.
+
+`meter` counts the FLOPs and the live bytes of any computation. `forecast` lets a method go through its stages on the
+meta device and counts those.
 """
