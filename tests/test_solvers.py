@@ -19,6 +19,7 @@ import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import BETA_SCHEDULES, NoiseConfig
+from cutdiff.sampling.operators import average, views
 from cutdiff.sampling.schedules import (
     Karras,
     ModelSchedule,
@@ -28,7 +29,6 @@ from cutdiff.sampling.schedules import (
     euler_schedule,
     make_schedule,
 )
-from cutdiff.sampling.operators import average, views
 from cutdiff.sampling.solvers import DDIM, DPMpp2M, Euler, EulerAncestral, Solver, euler_step, noise_scale, noisy_step
 from cutdiff.sampling.stages import Phase, Stage, Step, solve
 from cutdiff.settings import Settings

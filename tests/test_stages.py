@@ -212,7 +212,10 @@ END = "its stages must take them in order, to the last of 4"
         ([Stage("mine", range(3, -1, -1), estimate)], rf"takes the steps \[3, 2, 1, 0\]: {ORDER}"),
         ([stage(0, 3)], rf"takes the steps \[0, 1, 2\]: {END}"),
         ([stage(0, 4), stage(4, 6)], rf"takes the steps \[0, 1, 2, 3, 4, 5\]: {END}"),
-        ([stage(0, 8)], r"cannot run: stage mine takes range\(0, 8\), past the end of a schedule of 4: divide it there"),
+        (
+            [stage(0, 8)],
+            r"cannot run: stage mine takes range\(0, 8\), past the end of a schedule of 4: divide it there",
+        ),
         ([phase(0, 2), stage(2, 8)], r"cannot run: stage mine takes range\(2, 8\), past the end of a schedule of 4"),
         ([stage(0, 2, 3.0, 0.0)], "cannot run: stage mine has 2 sigmas, where 2 steps take one more"),
         ([stage(0, 1, 3.0, 1.0, 0.0)], "cannot run: stage mine has 3 sigmas, where 1 steps take one more"),
@@ -220,7 +223,10 @@ END = "its stages must take them in order, to the last of 4"
         ([stage(0, 2, 3.0, 0.0, -1.0)], r"cannot run: stage mine has the sigmas \(3.0, 0.0, -1.0\), which must fall"),
         ([stage(0, 2, 3.0, math.nan, 0.0)], r"cannot run: stage mine has the sigmas \(3.0, nan, 0.0\), which must"),
         ([stage(0, 2, math.inf, 1.0, 0.0)], r"cannot run: stage mine has the sigmas \(inf, 1.0, 0.0\), which must"),
-        ([stage(0, 1), stage(1, 2, 3.0, 1.0)], r"ends with the sigmas \(3.0, 1.0\) of stage mine: the last one must be 0"),
+        (
+            [stage(0, 1), stage(1, 2, 3.0, 1.0)],
+            r"ends with the sigmas \(3.0, 1.0\) of stage mine: the last one must be 0",
+        ),
     ],
 )
 def test_stages_that_are_no_run(tiny_model: Model, stages: list[Stage | Phase], message: str) -> None:

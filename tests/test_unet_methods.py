@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from cutdiff.methods.attention_scaling import entropy_factor, scaled_attention
 from cutdiff.methods.hidiffusion import Plan, changed, pooling, resampling, top_level, windowed
-from cutdiff.methods.hidiffusion import plan_for as hidiffusion_plan
 from cutdiff.methods.scalecrafter import Dilations, plan_for, redilated, redilated_conv
 from cutdiff.methods.shared import Run
-from cutdiff.models.config import SDXL_UNET, Size, UNetConfig
+from cutdiff.models.config import SDXL_UNET, UNetConfig
 from cutdiff.models.inside import blocks, replaced, size_at
 from cutdiff.models.layers import Attention
 from cutdiff.models.text import TextStates

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
+from cutdiff.cli.device import device_of
 from cutdiff.evaluation import score
 from cutdiff.evaluation.cells import Cell, cost, draw_cells, folder_of, picture_paths
 from cutdiff.evaluation.references import References, compare
@@ -37,7 +38,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
     shared = {name: value for name, value in options.items() if direct.has(name)}
     prompts = _prompts(args)
     caption_seed = score.CAPTION_SEED if args.caption_seed is None else args.caption_seed
-    device, references = _device(args.device), None
+    device, references = device_of(args.device), None
     if args.references is not None:
         references = References.load(args.references, args.features, args.clip, device)
     else:
@@ -96,13 +97,6 @@ def measure_prompts(
 def _named(name: str, options: dict[str, Any]) -> str:
     """The name of a cell: its spec, with the options that --set adds."""
     return ",".join([name, *(f"{option}={written(value)}" for option, value in options.items())])
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name} is not available here: use --device cpu") from None
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
