@@ -104,7 +104,7 @@ def written(value: Any) -> str:
 
 
 def words(kind: Any) -> str:
-    """What an error and --help say of a type: "a number in 0 … 1"."""
+    """The words of errors and --help for a type: "a finite number in 0 … 1"."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         bounds = ", ".join(str(bound) for bound in args[1:] if abs(bound.low) < MAX_FLOAT32)
@@ -120,13 +120,13 @@ def words(kind: Any) -> str:
 
 
 def not_one_of(value: object, known: Iterable[str]) -> str:
-    """What an error says of a name that is not known."""
+    """An error's words for a name that is not known."""
     names = [*known]
     return f"{value!r} is not one of {', '.join(names)}{nearest(value, names)}"
 
 
 def nearest(value: object, known: Iterable[str]) -> str:
-    """What an error adds where a known name looks much like the one that was given."""
+    """An error's last words where a known name looks much like the one that was given."""
     near = get_close_matches(str(value), [*known], n=1)
     return f": did you mean {near[0]!r}?" if near else ""
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.methods.shared import Run, step_at
 from cutdiff.models.compiled import compiled
+from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
-from cutdiff.output.record import describe, fingerprint
-from cutdiff.parallel.ranks import ALONE, Ranks, SharedText
+from cutdiff.output.record import describe, fingerprint, sources_of
+from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling import draws as drawing
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws
@@ -41,7 +42,7 @@ class Result:
     latents: Tensor
     """(B, C, H / factor, W / factor), float32."""
     record: dict[str, Any]
-    """How the images were made, and what it cost. With draws of your own, the record names their class and source."""
+    """The options, the model and the cost of the images. Draws of your own are named by their class and source."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Prepared:
     schedule: Schedule
     stages: Sequence[Stage | Phase]
     steps: Iterator[Step]
+    sources: dict[str, str]
+    """The source hashes of objects that are not the package's, before the run."""
 
     @property
     def num_steps(self) -> int:
@@ -100,7 +103,6 @@ def generate(
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     prepared = prepare(model, prompt, settings, draws, ranks, observer)
-    described = describe(model, prompt, settings, prepared.draws, prepared.schedule)  # as it is before the first step
     latents, seconds, began = torch.empty(0), {}, now(model.device)
     received_before = ranks.received_bytes
     for step in prepared.steps:
@@ -113,7 +115,7 @@ def generate(
     received = ranks.received_bytes - received_before
     images, dtype = _decode(model, latents, ranks)
     seconds["decode"] = now(model.device) - began
-    record = _record(model, prepared, described, seconds)
+    record = _record(model, prompt, prepared, seconds)
     record |= {
         "received_bytes_per_step": received / prepared.num_steps,
         "decoded_in": dtype_name(dtype),
@@ -163,7 +165,7 @@ def _decode(model: Model, latents: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor
 
 
 def _in_safe_dtype(model: Model, run: Callable[[VAE, torch.dtype], Tensor]) -> tuple[Tensor, torch.dtype]:
-    """What the VAE gives in its own dtype, or where it overflows there in float32; and the dtype."""
+    """The output of the VAE in its own dtype, or where it overflows there in float32; and the dtype."""
     for dtype in dict.fromkeys((model.vae_dtype, torch.float32)):
         same = model.vae.post_quant_conv.weight.dtype == dtype
         values = run(model.vae if same else deepcopy(model.vae).to(dtype), dtype)
@@ -242,9 +244,9 @@ def prepare(
     noise = run.draws.noise(shape).to(model.device, torch.float32)
     steps = solve(stages, noise * _init_scale(first, schedule), schedule, settings.solver, run.draws.noise)
     steps = explained(steps, denoiser, model.why_not_finite)
-    return Prepared(
-        settings, denoiser, draws, size, schedule, stages, steps if observer is None else heard(steps, observer)
-    )
+    if observer is not None:
+        steps = heard(steps, observer)
+    return Prepared(settings, denoiser, draws, size, schedule, stages, steps, sources_of(settings, draws))
 
 
 def heard(steps: Iterator[Step], observer: Observer) -> Iterator[Step]:
@@ -279,7 +281,8 @@ def _encode(
     return positive, text.encode(negative, settings.negative_prompt_2, min_length=length)
 
 
-def _record(model: Model, prepared: Prepared, described: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+def _record(model: Model, prompt: str | Sequence[str], prepared: Prepared, seconds: dict[str, float]) -> dict[str, Any]:
+    described = describe(model, prompt, prepared.settings, prepared.draws, prepared.schedule, prepared.sources)
     ranks, work = prepared.denoiser.ranks, prepared.denoiser.work
     view_batch_size = min(ranks.values(work.view_batch_size or 0)) or None
     return {

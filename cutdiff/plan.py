@@ -1,9 +1,10 @@
-"""The command line: `python -m cutdiff.plan --width 4096 --height 4096 --devices 8` tells what a run takes.
+"""The command line `python -m cutdiff.plan --width 4096 --height 4096 --devices 8`, which prints the cost of a run.
 
-Network evaluations and FLOPs are counted on the method itself (`planning.forecast`), those of text encoders left out.
-The floor is the busiest device's FLOPs at --tflops; expected is the floor over --utilisation, and what the device is
-sent at --bandwidth. No time is expected of decoding, whose attention runs in float32. Memory is that of tensors; what
-kernels and the allocator take beside comes on top.
+Network evaluations and FLOPs are counted on the method itself (`planning.forecast`), without the text encoders' share.
+The floor is the time that the busiest device needs for its FLOPs at the rate --tflops. The expected time is the floor
+divided by --utilisation, plus the time in which the device receives its bytes at --bandwidth. No time is expected for
+decoding, whose attention runs in float32. Memory is that of tensors; the workspace of kernels and the allocator's
+reserve come on top.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from typing import Any
 
 from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_how, add_option, errors_by_flag
+from cutdiff.cli.ending import add_debug, exit_status
 from cutdiff.options import options_of
 from cutdiff.settings import Settings
 
@@ -23,25 +25,24 @@ TFLOPS = 790.0
 UTILISATION = 0.5
 """The share of that rate which this network is expected to reach: MLPerf's best entries reach 0.8, with FP8."""
 BANDWIDTH = 50.0
-"""Gigabytes a second into a device: a network card of 400 Gbit/s. Within a machine NVLink has 450."""
+"""The GB/s that a device receives through a network card of 400 Gbit/s; within a machine, NVLink carries 450 GB/s."""
 MEMORY = 141.0
-"""Gigabytes of an H200."""
+"""The memory of an H200, in gigabytes."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 1 for a model that is no good, 2 for arguments of no use."""
-    try:
-        args = _parse(argv)
-        plan = make_plan(args)
-    except (BadArgument, ValueError, OSError) as error:
-        print(f"cutdiff: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, BadArgument | FileNotFoundError) else 1
+    """Run the command line and return the exit status: 1 for a model that is no good, 2 for unusable arguments."""
+    return exit_status(lambda: _run(argv), argv, bad_arguments=(FileNotFoundError,), failures=(ValueError, OSError))
+
+
+def _run(argv: list[str] | None) -> None:
+    args = _parse(argv)
+    plan = make_plan(args)
     print(json.dumps(plan, indent=1) if args.json else table(plan))
-    return 0
 
 
 def make_plan(args: argparse.Namespace) -> dict[str, Any]:
-    """The plan as --json prints it; sizes in pixels, memory in bytes, times in seconds."""
+    """The plan as --json prints it, with sizes in pixels, memory in bytes and times in seconds."""
     from cutdiff.planning.forecast import decoding, outline, walk
 
     settings = _settings(args)
@@ -52,18 +53,18 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         whole = rank if args.devices == 1 else walk(model, settings)
     decode = decoding(model, size)
     stages = []
-    for all_of_it, own in zip(whole.stages, rank.stages, strict=True):
-        total, mine = all_of_it.total, own.total
-        floor_s = mine.flops / (args.tflops * 1e12)
+    for stage, share in zip(whole.stages, rank.stages, strict=True):
+        total, busiest = stage.total, share.total
+        floor_s = busiest.flops / (args.tflops * 1e12)
         stages.append(
             {
-                "stage": own.name,
-                "steps": len(own.steps),
+                "stage": stage.name,
+                "steps": len(stage.steps),
                 "evaluations": total.evaluations,
                 "flops": total.flops,
                 "floor_s": floor_s,
-                "expected_s": floor_s / args.utilisation + mine.received_bytes / (args.bandwidth * 1e9),
-                "received_bytes": mine.received_bytes,
+                "expected_s": floor_s / args.utilisation + busiest.received_bytes / (args.bandwidth * 1e9),
+                "received_bytes": busiest.received_bytes,
             }
         )
     hardware = ("devices", "tflops", "utilisation", "bandwidth", "memory", "dtype")
@@ -83,7 +84,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(plan: dict[str, Any]) -> str:
-    """The plan in aligned columns, and a line on memory."""
+    """The plan in aligned columns, with a line on memory below."""
     columns = ("stage", "steps", "evaluations", "TFLOP", "floor s", "expected s", "received MB")
     rows: list[tuple[str, ...]] = [columns]
     for part in (*plan["stages"], plan["network"]):
@@ -96,8 +97,8 @@ def table(plan: dict[str, Any]) -> str:
     settings, batch = plan["settings"], plan["view_batch_size"]
     devices = f"{plan['devices']} device{'s' * (plan['devices'] > 1)} of {plan['tflops']:g} TFLOP/s"
     head = f"{plan['method']}, {plan['width']}×{plan['height']}, {settings['num_steps']} steps, {plan['dtype']}"
-    memory = [f"{taken / 1e9:.1f} GB for the {part}" for part, taken in plan["peak_bytes"].items()]
-    line = f"memory of a device: {', '.join(memory)}; views at once: {batch or 'all'}"
+    network, decode = (f"{plan['peak_bytes'][part] / 1e9:.1f} GB" for part in ("network", "decode"))
+    line = f"memory of a device: {network} for the network, {decode} for decoding; views at once: {batch or 'all'}"
     if max(plan["peak_bytes"].values()) > plan["memory"] * 1e9:
         line += f"; more than the {plan['memory']:g} GB that it has"
     return "\n".join([f"{head}, on {devices}: computed, not measured", *lines, line])
@@ -119,24 +120,28 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m cutdiff.plan",
-        description="Tell what drawing a picture takes, without drawing it.",
+        description="Compute what drawing a picture takes, without drawing it.",
     )
-    picture, own = parser.add_argument_group("what"), options_of(Settings)
+    picture, own = parser.add_argument_group("picture"), options_of(Settings)
     add_option(picture, own["width"], "in pixels; none: twice the native size")
     add_option(picture, own["height"])
     parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: SDXL-base's sizes")
     parser.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the networks")
-    what = "patches or views at once; none: all of a step that a device has, halved until memory suffices"
-    add_option(picture, own["view_batch_size"], what)
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="number format of the networks")
+    batch = "patches or views at once; none: all of a step that a device has, halved until memory suffices"
+    add_option(picture, own["view_batch_size"], batch)
     parser.add_argument("--json", action="store_true", help="print JSON in the place of the table")
+    add_debug(parser)
     add_how(parser.add_argument_group("how"))
-    on = parser.add_argument_group("on what")
-    on.add_argument("--devices", type=int, default=1, metavar="N", help="that share the patches or views of a step")
-    on.add_argument("--tflops", type=float, default=TFLOPS, metavar="T", help="of a device; that of an H200")
-    on.add_argument("--utilisation", type=float, default=UTILISATION, metavar="U", help="of --tflops, as expected")
-    on.add_argument("--bandwidth", type=float, default=BANDWIDTH, metavar="B", help="GB/s into a device")
-    on.add_argument("--memory", type=float, default=MEMORY, metavar="GB", help="of a device")
+    hardware = parser.add_argument_group("hardware")
+    for name, kind, default, metavar, text in (
+        ("devices", int, 1, "N", "number of devices, which share the patches or views of a step"),
+        ("tflops", float, TFLOPS, "T", "best TFLOP/s of a device; the default is an H200's"),
+        ("utilisation", float, UTILISATION, "U", "share of --tflops that is expected to be reached"),
+        ("bandwidth", float, BANDWIDTH, "B", "GB/s that a device can receive"),
+        ("memory", float, MEMORY, "GB", "memory of a device"),
+    ):
+        hardware.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
     return parser.parse_run(argv)
 
 

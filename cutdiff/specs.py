@@ -57,7 +57,7 @@ SHAPES = {
     "schedule": "an object with `sigmas(model_noise, num_steps)`, or a list of numbers",
     "guidance": "a function of (conditional, unconditional, sigma, step)",
 }
-"""What an object of each kind is."""
+"""The shape of an object of each kind."""
 
 
 _TOKEN = r"""(?<=[=(\[{,:\s])(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|."""
@@ -103,16 +103,15 @@ def changed(things: dict[str, Any], options: dict[str, Any], also: Iterable[str]
 
     `also` are names that an unknown one may have been meant for.
     """
+    owned: dict[str, dict[str, Any]] = {kind: {} for kind in things}
     for name, value in options.items():
-        owners = [kind for kind, thing in things.items() if name in options_of(thing)]
-        if not owners:
+        kinds = [kind for kind, thing in things.items() if name in options_of(thing)]
+        if not kinds:
             raise ValueError(f"{name}={value!r} {no_option(name, things, also)}")
-        if len(owners) > 1:
-            names = " and ".join(f"{kind} {name_of(kind, things[kind])}" for kind in owners)
+        if len(kinds) > 1:
+            names = " and ".join(f"{kind} {name_of(kind, things[kind])}" for kind in kinds)
             raise ValueError(f"{name}={value!r} is an option of {names}: give it in a spec, as NAME,{name}={value}")
-    owned = {
-        kind: {name: options[name] for name in options_of(thing) if name in options} for kind, thing in things.items()
-    }
+        owned[kinds[0]][name] = value
     return {
         kind: replace(thing, **_valued(owned[kind], options_of(thing))) if owned[kind] else thing
         for kind, thing in things.items()
@@ -120,7 +119,7 @@ def changed(things: dict[str, Any], options: dict[str, Any], also: Iterable[str]
 
 
 def no_option(name: str, things: dict[str, Any], also: Iterable[str] = ()) -> str:
-    """What an error says of an option that none of the objects, by their kinds, has; `also` as in `changed`."""
+    """An error's words for an option that none of the objects, by their kinds, has; `also` as in `changed`."""
     having = [f"{kind} {name_of(kind, x)} ({', '.join(options_of(x)) or 'none'})" for kind, x in things.items()]
     shipped = _shipped_options()
     near = nearest(name, [*also, *(option for thing in things.values() for option in options_of(thing)), *shipped])
@@ -197,7 +196,7 @@ def source_hash(thing: Any) -> str | None:
 
 
 def _load(kind: str, name: str) -> Any:
-    """What a table or `module:object` names."""
+    """The object that a table or `module:object` names."""
     address = TABLES[kind].get(name, name)
     module, separator, attribute = address.partition(":")
     if not separator:

@@ -1,7 +1,7 @@
-"""Starts of the sampler in processes of their own, one or several as torchrun starts them, each a fork of this one.
+"""Starts the sampler in one process or in several, as torchrun does; each is a fork of this process.
 
-This one has done the imports and computed nothing: threads do not survive a fork. `python processes.py FOLDER SEEDS
-RANKS ARGUMENTS` kills starts at seeded moments, and starts them again.
+This process has done the imports and computes nothing, because threads do not survive a fork. `python processes.py
+FOLDER SEEDS RANKS ARGUMENTS` kills starts at seeded moments, and starts them again.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ import cutdiff.pipeline
 import cutdiff.scenes.vocabulary  # noqa: F401  an import is all it takes here
 
 COST = ("seconds", "peak_memory_bytes", "ranks", "received_bytes_per_step")
-"""What the record of a picture that is drawn again may say anew."""
+"""The fields of a record that may differ when a picture is drawn again."""
 PATIENCE = 120.0
-"""Seconds for a start."""
+"""The seconds that a start may take."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All files by their names, hidden ones too; of a record what does not tell of cost."""
-    found: dict[str, Any] = {}
+    """The contents of all files by name, hidden ones too; records are without the fields of `COST`."""
+    files: dict[str, Any] = {}
     for path in folder.iterdir():
         if path.suffix == ".json":
             record = json.loads(path.read_text())
-            found[path.name] = {name: value for name, value in record.items() if name not in COST}
+            files[path.name] = {name: value for name, value in record.items() if name not in COST}
         else:
-            found[path.name] = path.read_bytes()
-    return found
+            files[path.name] = path.read_bytes()
+    return files
 
 
 def free_port() -> int:
@@ -49,9 +49,9 @@ def free_port() -> int:
 
 
 def start(run: Callable[[], object], size: int = 1, prints_to: Path | None = None) -> list[int]:
-    """`run` in `size` forks with the environment of torchrun's ranks; their ids.
+    """Call `run` in `size` forks with the environment of torchrun's ranks, and return their ids.
 
-    What rank r prints goes to `prints_to`/r.out and r.err.
+    The output of rank r goes to `prints_to`/r.out and r.err.
     """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     children = []
@@ -78,7 +78,7 @@ def _run(run: Callable[[], object]) -> None:
 
 
 def sampler(arguments: Sequence[str]) -> Callable[[], object]:
-    """`python -m cutdiff.sample`."""
+    """A function that does what `python -m cutdiff.sample` does."""
 
     def run() -> None:
         sys.argv[1:] = arguments
@@ -88,13 +88,13 @@ def sampler(arguments: Sequence[str]) -> Callable[[], object]:
 
 
 def statuses(children: list[int]) -> list[int]:
-    """How they end. Where they take more than `PATIENCE`, they are killed, and this fails."""
+    """The exit statuses of processes. TimeoutError if they take longer than `PATIENCE`; then they are killed."""
     ended: dict[int, int] = {}
     last = time.monotonic() + PATIENCE
     while len(ended) < len(children):
         for child in set(children) - set(ended):
-            found, status = os.waitpid(child, os.WNOHANG)
-            if found:
+            waited, status = os.waitpid(child, os.WNOHANG)
+            if waited:
                 ended[child] = os.waitstatus_to_exitcode(status)
             elif time.monotonic() > last:
                 for left in set(children) - set(ended):
@@ -109,7 +109,7 @@ def kill_and_start_again(
 ) -> list[tuple[list[int], list[str]]]:
     """Draw into `folder`/whole, and for each seed into `folder`/seed N, where one process is killed at the first start.
 
-    Returns the statuses of that start, and what it left but for hidden files.
+    It returns, for each seed, the statuses of that start and the names of the files that it left, without hidden ones.
     """
     for name in ("first", "whole"):  # the second takes as long as those to come
         began = time.monotonic()

@@ -1,4 +1,7 @@
-"""What several ranks do, for tests to look at: `python ranked.py methods|runs MODEL FOLDER`. Forks, as in processes."""
+"""Runs of several ranks, each a fork of this process: `python ranked.py methods|runs MODEL FOLDER`.
+
+The tests look at the files that they leave.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ QUICK = ["--method", "multidiffusion", "--steps", "3", "--width", "128", "--heig
 
 
 def methods(model: Path, folder: Path) -> None:
-    """Every method on `SIZES` ranks, decoded in small bands: `folder`/SIZE-RANK.pt has what each rank has."""
+    """Draw with every method on `SIZES` ranks, decode in small bands, and save each rank's results in
+    `folder`/SIZE-RANK.pt."""
     cutdiff.models.vae.CPU_LARGE_BYTES = 0
     cutdiff.models.vae.SCORE_BYTES = 4096
     cutdiff.models.bands.CPU_BAND_BYTES = 20_000
@@ -39,12 +43,12 @@ def methods(model: Path, folder: Path) -> None:
 def draw_all(model: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     with joined("cpu", 1, 60.0) as launch:
-        loaded, found = cutdiff.load(model), {}
+        loaded, results = cutdiff.load(model), {}
         overflowing = cutdiff.load(model, dtype=torch.float16)
         overflowing.vae.decoder.conv_in.weight.mul_(1e4)
         settings = Settings(height=64, width=64, num_steps=1)
         result = cutdiff.generate(overflowing, "a", settings, ranks=launch.group)
-        found["overflow"] = result.images, result.record["decoded_in"]
+        results["overflow"] = result.images, result.record["decoded_in"]
         for method in METHOD_NAMES:
             stride = None if method in WITHOUT_VIEWS else 2
             settings = Settings(method=method, height=128, width=96, num_steps=2, stride=stride)
@@ -52,13 +56,13 @@ def draw_all(model: Path, folder: Path) -> None:
                 result = cutdiff.generate(
                     loaded, ["a red house", "b"], settings, ranks=launch.group, view_batch_size=items
                 )
-                found[method, items] = result.latents, result.images, result.record["network_evaluations"]
-        torch.save(found, folder / f"{launch.world.size}-{launch.world.rank}.pt")
+                results[method, items] = result.latents, result.images, result.record["network_evaluations"]
+        torch.save(results, folder / f"{launch.world.size}-{launch.world.rank}.pt")
     sys.exit(0)
 
 
 def runs(model: Path, folder: Path) -> None:
-    """Runs of the command line that are disturbed: `folder`/NAME has what each rank printed, and their statuses."""
+    """Run the command line and disturb it; `folder`/NAME has what each rank printed, and the exit statuses."""
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join("abcdefg"))
     common = ["--model", str(model), *QUICK, "--view-batch-size", "1"]
@@ -100,9 +104,10 @@ def run(
     arguments: Sequence[str] | Callable[[int], list[str]],
     disturb: Callable[[list[int]], None] | None = None,
 ) -> None:
-    """`disturb` the ranks after the first picture, or kill the second at once; until the first ends it takes `seconds`.
+    """Run the command line on `size` ranks, whose arguments may differ, and save statuses and seconds in `folder`.
 
-    Arguments may differ by rank.
+    The ranks are disturbed after the first picture, or at once if the second is killed. The seconds are those from then
+    until the first rank ends.
     """
     folder.mkdir()
 
@@ -159,7 +164,7 @@ DISTURBED: dict[str, tuple[int, Callable[[list[int]], None], list[str]]] = {
     "a group hangs": (2, stop_the_second, ["--data-parallel", "2", "--num-images", "10"]),
     "waits": (2, stop_the_second_and_terminate_the_first, ["--rank-timeout", "60"]),
 }
-"""How many ranks, what befalls them, and options of their run."""
+"""The number of ranks, what happens to them, and the options of the run, by name."""
 
 if __name__ == "__main__":
     {"methods": methods, "runs": runs}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

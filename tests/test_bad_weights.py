@@ -90,6 +90,16 @@ def test_float16_that_does_not_hold_the_weights(checked: bool, copy: Path, comma
     command_line.refuses([*arguments, "--check-weights"] if checked else arguments, 1, cause)
 
 
+def test_a_model_says_why_a_value_is_not_finite(copy: Path) -> None:
+    assert load(copy).why_not_finite() == "all weights are finite"
+    cause = "all weights are finite, so float16 overflowed: use float32 or bfloat16"
+    assert load(copy, dtype=torch.float16).why_not_finite() == cause
+    edit_tensors(copy / "vae/diffusion_pytorch_model.safetensors", put("quant_conv.bias", lambda bias: bias / 0))
+    cause = "weights hold NaN or infinity, vae: quant_conv.bias: download them again"
+    assert load(copy).why_not_finite() == cause
+    assert load(copy, dtype=torch.bfloat16).why_not_finite() == cause
+
+
 ZEROS: dict[str, tuple[Callable[[list[str], Tensors], list[str]], str | None]] = {
     "the end": (lambda keys, _: keys[-30:], "tensors of zeros: up_blocks."),
     "everything": (lambda keys, _: keys, "tensors of zeros: up_blocks.2.resnets.1.time_emb_proj.weight, "),

@@ -1,8 +1,7 @@
-"""Runs of many pictures: what is finished stays, what is missing is drawn, whatever ended the run before."""
+"""A run of many pictures keeps what is finished and draws what is missing, whatever ended the run before."""
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import re
@@ -11,9 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +19,6 @@ from PIL import Image
 from processes import ENVIRONMENT, contents
 from tiny import edit_tensors
 
-import cutdiff
-from cutdiff.checkpoint.model import Model
 from cutdiff.sample import main
 
 QUICK = ["--method", "direct", "--steps", "1", "--width", "64", "--height", "64"]
@@ -31,7 +26,7 @@ QUICK = ["--method", "direct", "--steps", "1", "--width", "64", "--height", "64"
 
 @pytest.fixture
 def copy(quick_folder: Path, tmp_path: Path) -> Path:
-    """A copy of its folder to change."""
+    """A copy of the model's folder that a test may change."""
     return Path(shutil.copytree(quick_folder, tmp_path / "copy"))
 
 
@@ -104,15 +99,15 @@ CHANGES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     "weights": (lambda prompts, copy: retrained(copy), f"{NAMES[0]}.png was drawn with another model: "),
     "configuration": (lambda prompts, copy: rescaled(copy), f"{NAMES[0]}.png was drawn with another model: "),
 }
-"""What is changed in the file of prompts or in a copy of the model, with the arguments to add, and what is said."""
+"""A function that changes the file of prompts or a copy of the model and returns arguments to add, and the message."""
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_changed_options_are_told(
     name: str, run: list[str], copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And nothing is drawn, not even what is missing, unless it is to be overwritten."""
-    out, (change, told) = tmp_path / "out", CHANGES[name]
+    """The run draws nothing, not even what is missing, without --overwrite."""
+    out, (change, message) = tmp_path / "out", CHANGES[name]
     assert main([*run, "--out", str(out)]) == 0
     (out / f"{NAMES[3]}.png").unlink()
     before = contents(out)
@@ -121,7 +116,7 @@ def test_changed_options_are_told(
     assert main(changed) == 2
     printed = capsys.readouterr()
     assert (printed.out, printed.err.count("\n")) == ("", 1)
-    assert told in printed.err
+    assert message in printed.err
     assert printed.err.endswith("pass --overwrite to draw over it, or choose another --out\n")
     assert contents(out) == before
     assert main([*changed, "--overwrite"]) == 0
@@ -209,7 +204,7 @@ def test_one_bar_for_the_run(run: list[str], tmp_path: Path, monkeypatch: pytest
     assert all(float(rate) > 0 for *_, rate in shown)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_a_bad_line_of_a_thousand_and_flat_memory(quick_folder: Path, tmp_path: Path) -> None:
     """The others are drawn, and the process does not grow with them."""
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
@@ -247,17 +242,18 @@ def test_a_line_that_the_model_cannot_draw(run: list[str], tmp_path: Path, capsy
     assert main([*run, "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
     assert printed.out == f"{tmp_path / 'out' / '0002-direct-64x64-seed0.png'}\n"
-    told = printed.err.splitlines()
-    assert [re.sub(r": .*", "", line[9:]) for line in told] == [
+    errors = printed.err.splitlines()
+    assert [re.sub(r": .*", "", line[9:]) for line in errors] == [
         f"{prompts}, line 3",
         f"{prompts}, line 1",
         f"{prompts}, left out",
     ]
-    assert told[2].endswith(": 1, 3; correct these lines and start again")
+    assert errors[2].endswith(": 1, 3; correct these lines and start again")
 
 
 def test_killed_anywhere_and_started_again(run: list[str], tmp_path: Path) -> None:
-    """Twenty times, at seeded moments: no half a file has a name, and the folder ends as an undisturbed run's."""
+    """A run is killed at twenty seeded moments. No file that has a name is half written, and after a second start the
+    folder is that of an undisturbed run."""
     script = Path(__file__).with_name("processes.py")
     command = [sys.executable, str(script), str(tmp_path), "20", "1", *run, "--steps", "2"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
@@ -297,7 +293,7 @@ def test_terminated(run: list[str], tmp_path: Path) -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As the other processes have it: their pictures are the same to the bit then."""
+    """This process has one thread, as the others have: then their pictures are the same to the bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -306,7 +302,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_full_disk_in_the_middle(run: list[str], tmp_path: Path) -> None:
-    """A limit on the size of files stands for it, which the last picture exceeds."""
+    """A limit on the size of files, which the last picture exceeds, stands for a full disk."""
     assert main([*run, "--out", str(tmp_path / "whole")]) == 0
     whole = contents(tmp_path / "whole")
     limit = len(whole[f"{NAMES[0]}.png"]) * 3 // 2
@@ -327,62 +323,3 @@ def test_full_disk_in_the_middle(run: list[str], tmp_path: Path) -> None:
     assert contents(out) == {name: value for name, value in whole.items() if NAMES[3] not in name}
     assert main(arguments) == 0
     assert contents(out) == whole
-
-
-# ---- --offload
-
-
-def test_offload_needs_a_gpu(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*run, "--offload", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith(
-        "cutdiff: --offload moves the text encoders to the CPU, where this run is"
-    )
-
-
-def test_encoders_are_copied_only_where_they_are_not(model: Model) -> None:
-    here, elsewhere = model.text.on(torch.device("cpu")), model.text.on(torch.device("meta"))
-    for original, shared, moved in zip(model.text.encoders, here.encoders, elsewhere.encoders, strict=True):
-        assert original is not shared
-        weights = original.state_dict()
-        assert {key: w.data_ptr() for key, w in shared.state_dict().items()} == {
-            key: w.data_ptr() for key, w in weights.items()
-        }
-        assert {key: (w.shape, w.is_meta) for key, w in moved.state_dict().items()} == {
-            key: (w.shape, True) for key, w in weights.items()
-        }
-
-
-def test_a_copy_of_the_encoders_is_gone_when_it_was_used(model: Model) -> None:
-    """At once, and not when garbage is next collected: a GPU would hold it until then."""
-    copied = model.text.on(torch.device("cpu"))
-    seen = [weakref.ref(encoder) for encoder in copied.encoders]
-    gc.disable()
-    try:
-        copied.encode(["a red house"])
-        del copied
-        assert [encoder() for encoder in seen] == [None, None]
-    finally:
-        gc.enable()
-
-
-def test_offloaded_encoders_say_the_same(model: Model) -> None:
-    offloaded = model.text.offloaded()
-    assert offloaded.encodes_on == torch.device("cpu")
-    one = offloaded.encode(["a red house"])
-    other = model.text.encode(["a red house"])
-    assert torch.equal(one.context, other.context)
-    assert torch.equal(one.pooled, other.pooled)
-
-
-@pytest.mark.gpu
-def test_offloaded_encoders_leave_the_gpu() -> None:
-    model = cutdiff.load(device="cuda")
-    states = model.text.encode(["a red house"])
-    held = torch.cuda.memory_allocated()
-    model = replace(model, text=model.text.offloaded())
-    freed = torch.cuda.memory_allocated()
-    assert freed < held
-    again = model.text.encode(["a red house"])
-    assert torch.equal(again.context, states.context)
-    del again
-    assert torch.cuda.memory_allocated() == freed

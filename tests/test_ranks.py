@@ -1,4 +1,4 @@
-"""Runs of several processes: the same pictures as of one, and an end with a reason whatever happens to one of them."""
+"""Several processes draw the pictures that one draws, and whatever happens to one of them, they end and say why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from processes import ENVIRONMENT, contents, free_port
 from ranked import QUICK, SIZES
 
-from cutdiff.parallel.launch import Ended, RankLost
+from cutdiff.parallel.process import Ended, RankLost
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.parallel.watch import Watch
 from cutdiff.sample import main
@@ -51,7 +51,7 @@ def look_at(what: str, model: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(quick_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Drawn]]:
-    """By the number of ranks, what each of them has of every method and view batch."""
+    """The results of each rank for every method and view batch, by the number of ranks."""
     out = look_at("methods", quick_folder, tmp_path_factory.mktemp("methods"))
     return {size: [torch.load(out / f"{size}-{rank}.pt") for rank in range(size)] for size in SIZES}
 
@@ -59,7 +59,8 @@ def drawn(quick_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_every_rank_has_the_picture_of_one_process(size: int, method: str, drawn: dict[int, list[Drawn]]) -> None:
-    """To the bit where network calls have the same items. Two pictures of one phase are fewer items than five ranks."""
+    """They agree to the bit if network calls have the same items. Two pictures in one phase are fewer items than five
+    ranks."""
     alone, ranks = drawn[1][0], drawn[size]
     for items in (1, 3):
         latents, images, _ = alone[method, items]
@@ -83,7 +84,7 @@ def test_a_vae_that_overflows_decodes_again_in_float32(drawn: dict[int, list[Dra
 
 
 def test_two_launchers_draw_one_picture(quick_folder: Path, tmp_path: Path) -> None:
-    """torchrun's, as on two machines. Only the first rank prints and writes."""
+    """Two torchruns meet as on two machines. Only the first rank prints and writes."""
     nodes = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
     run = ["-m", "cutdiff.sample", "a", "--model", str(quick_folder), *QUICK, "--view-batch-size", "1", "-v", "--out"]
     launchers = [
@@ -98,10 +99,10 @@ def test_two_launchers_draw_one_picture(quick_folder: Path, tmp_path: Path) -> N
     ]
     printed = [launcher.communicate(timeout=120) for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], printed
-    paths, told = ("".join(streams) for streams in zip(*printed, strict=True))
+    paths, errors = ("".join(streams) for streams in zip(*printed, strict=True))
     assert paths.splitlines() == [str(tmp_path / "two" / "multidiffusion-128x64-seed0.png")]
     # Of three views with two rows of 4×8×8 values each, the first rank evaluates one: the ideal.
-    assert re.findall(r"2 ranks, ([\d.]+) kB a step into the first", told) == [f"{2 * 2 * 4 * 8 * 8 * 4 / 1e3:.1f}"]
+    assert re.findall(r"2 ranks, ([\d.]+) kB a step into the first", errors) == [f"{2 * 2 * 4 * 8 * 8 * 4 / 1e3:.1f}"]
     subprocess.run([sys.executable, *run, str(tmp_path / "one")], env=ENVIRONMENT, check=True, capture_output=True)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
@@ -115,23 +116,23 @@ def runs(quick_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ended(folder: Path) -> tuple[list[int], list[str], list[str], float]:
-    """Statuses, what each rank printed, and its errors; and the seconds until the first ended."""
+    """The exit status, the output and the errors of each rank, and the seconds until the first rank ended."""
     end = json.loads((folder / "ended.json").read_text())
     out, err = ([path.read_text() for path in sorted(folder.glob(f"*.{kind}"))] for kind in ("out", "err"))
     return end["status"], out, err, end["seconds"]
 
 
 def test_groups_take_different_prompts(runs: Path) -> None:
-    status, printed, told, _ = ended(runs / "two groups")
-    assert (status, told) == ([0] * 4, [""] * 4)
+    status, printed, errors, _ = ended(runs / "two groups")
+    assert (status, errors) == ([0] * 4, [""] * 4)
     assert printed[1] == printed[3] == ""
     lines = [json.loads(line) for line in "".join(printed).splitlines()]
     assert Counter((line["line"], line["state"]) for line in lines) == {(n, "drawn"): 1 for n in range(1, 8)}
 
 
 def test_another_number_of_groups_draws_what_is_missing(runs: Path) -> None:
-    status, printed, told, _ = ended(runs / "three groups")
-    assert (status, told) == ([0] * 3, ["cutdiff: 4 of 7 pictures are finished already\n", "", ""])
+    status, printed, errors, _ = ended(runs / "three groups")
+    assert (status, errors) == ([0] * 3, ["cutdiff: 4 of 7 pictures are finished already\n", "", ""])
     lines = [json.loads(line) for line in "".join(printed).splitlines()]
     states = {n: "drawn" if n in (2, 5, 6) else "finished" for n in range(1, 8)}
     assert Counter((line["line"], line["state"]) for line in lines) == Counter(states.items())
@@ -139,7 +140,8 @@ def test_another_number_of_groups_draws_what_is_missing(runs: Path) -> None:
 
 
 def test_killed_anywhere_and_started_again(runs: Path) -> None:
-    """One of two ranks, at twenty seeded moments: the other ends, and the folder as an undisturbed run's."""
+    """One of two ranks is killed at twenty seeded moments. The other one ends, and after a second start the folder is
+    that of an undisturbed run."""
     left = json.loads((runs / "killed" / "left.json").read_text())
     assert len(left) == 20
     assert len({len(names) for _, names in left}) > 1, "all were killed at the same picture"
@@ -153,23 +155,23 @@ def test_killed_anywhere_and_started_again(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "told"),
+    ("name", "status", "message"),
     [("terminated", 143, "cutdiff: terminated\n"), ("interrupted", 1, "cutdiff: interrupted\n")],
 )
-def test_signals(name: str, status: int, told: str, runs: Path) -> None:
-    found, _, errors, seconds = ended(runs / name)
-    assert (found, errors) == ([status] * 2, [told, ""])
+def test_signals(name: str, status: int, message: str, runs: Path) -> None:
+    statuses, _, errors, seconds = ended(runs / name)
+    assert (statuses, errors) == ([status] * 2, [message, ""])
     assert seconds < 10
     assert {path.suffix for path in (runs / name / "pictures").iterdir()} == {".png", ".json"}
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_full_disk(groups: int, runs: Path) -> None:
-    """Of two groups the other one draws what it can, and ends too."""
+    """If there are two groups, the other one draws what it can, and ends too."""
     whole, name = contents(runs / "large"), "0002-multidiffusion-256x256-seed0.png"
-    status, printed, told, seconds = ended(runs / f"disk is full, {groups}")
+    status, printed, errors, seconds = ended(runs / f"disk is full, {groups}")
     expected = f"{name} cannot be written (File too large): free space, or change --out"
-    assert [end for end, error in zip(status, told, strict=True) if expected in error] == [1]
+    assert [end for end, error in zip(status, errors, strict=True) if expected in error] == [1]
     assert status[0] == 1
     assert seconds < 30
     before = contents(runs / f"large before, {groups}")
@@ -181,8 +183,8 @@ def test_full_disk(groups: int, runs: Path) -> None:
 
 def test_ranks_that_do_not_meet(runs: Path) -> None:
     status, _, errors, _ = ended(runs / "alone")
-    told = "not all of 2 processes met within 4 s (twice --rank-timeout): start all of them"
-    assert (status, errors[0]) == ([1, -signal.SIGKILL], f"cutdiff: {told}\n")
+    message = "not all of 2 processes met within 4 s (twice --rank-timeout): start all of them"
+    assert (status, errors[0]) == ([1, -signal.SIGKILL], f"cutdiff: {message}\n")
 
 
 WHERE = r"(after step \d of 3 \(views\)|before the first step) of multidiffusion-128x64-seed\d+\.png"
@@ -192,7 +194,9 @@ REMEDY = re.escape(": nothing for 5 s (--rank-timeout); start again to draw what
 def test_a_rank_that_hangs_is_named_with_its_step(runs: Path) -> None:
     status, _, errors, _ = ended(runs / "hangs")
     assert status[0] == 1
-    assert not any("cutdiff:" in told for told in errors[1:]), "one says it; the store of torch may add that it is gone"
+    assert not any("cutdiff:" in error for error in errors[1:]), (
+        "one says it; the store of torch may add that it is gone"
+    )
     assert re.fullmatch(f"cutdiff: rank 1 hangs {WHERE}{REMEDY}", errors[0]), errors
 
 
@@ -208,7 +212,7 @@ def test_a_rank_that_hangs_is_named_with_its_step(runs: Path) -> None:
 def test_a_rank_whose_peers_vanish_speaks_where_no_other_did(
     waited: float, said: int | None, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a limit of 10 seconds."""
+    """The limit is 10 seconds."""
 
     class Store:
         def add(self, key: str, more: int) -> int:
@@ -220,9 +224,8 @@ def test_a_rank_whose_peers_vanish_speaks_where_no_other_did(
         watch.waiting_since = time.monotonic() - waited
         raise RuntimeError("connection closed by peer")
 
-    watch = Watch(10.0)
-    watch.store, watch.rank, watch.ranks = Store(), 1, range(2)
-    monkeypatch.setattr(torch.distributed, "broadcast", vanished)
+    watch = Watch(Store(), 1, range(2), limit=10.0)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", vanished)
     with pytest.raises(error):
         Ranks(1, 2, watch=watch).values(0)
 
@@ -240,7 +243,7 @@ def test_a_signal_reaches_a_rank_that_waits(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "told"),
+    ("name", "status", "message"),
     [
         ("no model", [2, 1], "none does not exist"),
         ("no such group", [2, 1, 1], "--data-parallel 2 does not divide the 3 processes of this run: start a multiple"),
@@ -248,23 +251,23 @@ def test_a_signal_reaches_a_rank_that_waits(runs: Path) -> None:
         ("one device", [2, 1], "--device cuda:0 is one for all processes: give --device cuda, and each takes its own"),
     ],
 )
-def test_what_all_find_the_first_says(name: str, status: list[int], told: str, runs: Path) -> None:
-    found, _, errors, _ = ended(runs / name)
-    assert found == status
-    assert told in errors[0]
+def test_what_all_find_the_first_says(name: str, status: list[int], message: str, runs: Path) -> None:
+    statuses, _, errors, _ = ended(runs / name)
+    assert statuses == status
+    assert message in errors[0]
     assert errors[0].count("\n") == 1
     assert set(errors[1:]) == {""}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--data-parallel", "0"], "--data-parallel 0 does not divide the 1 processes of this run: start a multiple"),
         (["--rank-timeout", "0"], "argument --rank-timeout: '0' is no number of seconds above 0"),
         (["--rank-timeout", "nan"], "argument --rank-timeout: 'nan' is no number of seconds above 0"),
     ],
 )
-def test_arguments(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,16 +1,19 @@
-"""The command line: `python -m cutdiff.bench [--small] [--json FILE]`.
+"""The command line `python -m cutdiff.bench [--small] [--json FILE]`.
 
-The whole sampler beside the published CutDiffusion loop on diffusers' modules, in one process, on the same random
-weights of SDXL's sizes: (a) as its README runs it, (b) with view batch 16, (c) with a vectorised draw, (d) with
-torch.compile and channels_last; with --also ours a second time, its linear layers in 8 bits, its norms and gates by
-Triton kernels, compiled and recorded as CUDA graphs, or its attention by cuDNN. First the networks are compared, in
-float32 and then in the dtype of the run. Then everyone draws once with four steps, which compiles what is compiled, and
-then by turns, --repeats times. Seconds are of each stage, with all that surrounds the network, and of the VAE apart;
-ratios are medians over the rounds. The floor is the FLOPs of the network's evaluations at the best rate that a large
-matrix product has in any round.
+It times the whole sampler beside the published CutDiffusion loop on diffusers' modules, in one process and on the same
+random weights of SDXL's sizes. The loop runs (a) as its README runs it, (b) with view batch 16, (c) with a vectorised
+draw as well, and (d) with torch.compile and channels_last as well. --also runs the sampler a second time: with linear
+layers in 8 bits, with norms and gates by Triton kernels, compiled and recorded as CUDA graphs, or with attention by
+cuDNN.
 
-Peak memory is told for each on a GPU, its weights included; of the process, which holds the weights of all, on any.
-Exit status: 0, 1 where networks differ or a run failed, 2 for arguments that cannot be used.
+First the networks are compared, in float32 and then in the dtype of the run. Then every contestant draws one picture of
+four steps, during which torch compiles; then all draw in turns, --repeats times. The times of each stage include all
+that surrounds the network; the VAE is timed apart. Ratios are medians over the rounds. The floor is the time for the
+FLOPs of the network's evaluations at the best rate that a large matrix product reaches in any round.
+
+On a GPU the peak memory of each contestant is reported, including its weights; on every device that of the process,
+which holds the weights of all. The exit status is 0, 1 if networks differ or a run failed, and 2 for arguments that
+cannot be used.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from cutdiff_kernels.bench import hardware
+from cutdiff_kernels.timing import hardware
 from torch.nn.attention import SDPBackend
 from tqdm import trange
 
@@ -37,6 +40,8 @@ from cutdiff.bench.report import CUDNN, FP8, FUSED, GRAPHS, OURS, VARIANTS, head
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import cast, changed, random_model
 from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, errors_by_flag
+from cutdiff.cli.device import device_of
+from cutdiff.cli.ending import Failure, add_debug, exit_status, say
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
 from cutdiff.models.fused import check_fused, fuse
@@ -68,32 +73,29 @@ CUDNN_FIRST = (
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 )
-"""torch asks FlashAttention first on every card."""
+"""The order of attention backends with cuDNN first; torch's own order has FlashAttention first on every card."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    try:
-        args = _parse(argv)
-        result = _measure(args, ["python", "-m", "cutdiff.bench", *(sys.argv[1:] if argv is None else argv)])
-    except BadArgument as error:
-        return _complain(error, 2)
-    except (NotEqual, FloatingPointError, RuntimeError, OSError) as error:
-        return _complain(error, 1)
-    except KeyboardInterrupt:
-        return _complain(Exception("interrupted"), 1)
+    """Run the command line and return the exit status."""
+    return exit_status(lambda: _run(argv), argv, failures=(NotEqual, FloatingPointError))
+
+
+def _run(argv: list[str] | None) -> None:
+    args = _parse(argv)
+    result = _measure(args, ["python", "-m", "cutdiff.bench", *(sys.argv[1:] if argv is None else argv)])
     print(f"{heading(result)}\n\n{table(result)}")
-    return 0
 
 
 def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
-    """Compare, then time by turns; what was found is saved after every round."""
+    """Compare the networks and time the contestants in turns; the results are saved after every round."""
     baselines = _baselines()
     unet, vae = (SMALL_UNET, SMALL_VAE) if args.small else (SDXL_UNET, SDXL_VAE)
-    settings, device = _settings(args, unet, vae), torch.empty(0, device=args.device).device
+    device = device_of(args.device)
+    settings = _settings(args, device, unet, vae)
     size = settings.canvas_size(unet.native_size, vae.factor)
 
-    _say("making random weights, and comparing the networks in float32")
+    say("making random weights and comparing the networks in float32")
     model = random_model(unet, vae, device)
     eager = Ours(model, replace(settings, compile=False))
     parity = prove(model, eager, baselines.make_baselines(model, ["a"], size)["a"])
@@ -119,8 +121,8 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
         result["peak_flops_per_s"] = max(result["peak_flops_per_s"], rate)
         for name, contestant in contestants.items():
             timings[name].append(timed(contestant, args.steps, device))
-        found = summary(timings, result["flops"], result["peak_flops_per_s"])
-        result["contestants"] = {name: first[name] | found[name] for name in contestants}
+        rows = summary(timings, result["flops"], result["peak_flops_per_s"])
+        result["contestants"] = {name: first[name] | rows[name] for name in contestants}
         result["resident_peak_bytes"] = peak_memory(torch.device("cpu"))
         if args.json is not None:
             save_json(args.json, result)
@@ -128,7 +130,8 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
 
 
 def _variant(name: str, model: Model, settings: Settings) -> Ours:
-    if name == CUDNN:  # a copy, which a compiler does not know
+    """The sampler with one of the changes that --also names."""
+    if name == CUDNN:  # a copy of the network, which the compiler has not seen
         return Ours(changed(model, lambda unet: None), settings, "cutdiff, attention by cuDNN", CUDNN_FIRST)
     if name == GRAPHS:
         return Ours(model, replace(settings, compile=True, cuda_graphs=True), "cutdiff, compiled, CUDA graphs")
@@ -136,7 +139,7 @@ def _variant(name: str, model: Model, settings: Settings) -> Ours:
 
 
 def _check_variant(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError where a variant cannot be had."""
+    """Raise ValueError if a variant is not available."""
     if name == FP8 and device.type == "cuda":
         check_fp8(device, dtype)
     if name == FUSED:
@@ -146,22 +149,23 @@ def _check_variant(name: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _first_runs(contestants: dict[str, Contestant], model: Model, num_patches: int) -> dict[str, dict[str, Any]]:
-    """Of each contestant its name, how far its U-Net is from ours, and the seconds of all that happens once.
+    """The name of each contestant, the difference of its U-Net from ours, and the seconds that its first run takes.
 
-    Compared is a batch of as many guidance pairs as patches, so that a compiler sees no shape that a run does not.
+    The U-Nets are compared on a batch of as many guidance pairs as patches, so that a compiler sees no shape that a
+    run does not have.
     """
-    found = {}
+    rows = {}
     for name, contestant in contestants.items():
-        _say(f"first run of {contestant.what}")
+        say(f"first run of {contestant.what}")
         began = now(model.device)
         difference = prove_again(model, name, contestants[OURS], contestant, 2 * num_patches)
-        timed(contestant, 4, model.device)  # each stage twice: CUDA graphs are recorded at the second time
-        found[name] = {
+        timed(contestant, 4, model.device)  # two steps of each stage: CUDA graphs are recorded at the second one
+        rows[name] = {
             "what": contestant.what,
             "difference": difference,
             "first_run_s": now(model.device) - began,
         }
-    return found
+    return rows
 
 
 def _environment(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -178,11 +182,11 @@ def _baselines() -> ModuleType:
     try:
         return import_module("cutdiff.bench.baselines")
     except ModuleNotFoundError as error:
-        raise RuntimeError(f'the baselines need {error.name}: pip install -e ".[bench]"') from None
+        raise Failure(f'the baselines need {error.name}: pip install -e ".[bench]"') from None
 
 
-def _settings(args: argparse.Namespace, unet: UNetConfig, vae: VAEConfig) -> Settings:
-    """The run of this package's sampler; the loop beside it does the same work."""
+def _settings(args: argparse.Namespace, device: torch.device, unet: UNetConfig, vae: VAEConfig) -> Settings:
+    """The options of this package's sampler, checked; the published loop does the same work."""
     native = unet.native_size * vae.factor
     if args.size < native or args.size % native:
         raise BadArgument(f"--size {args.size} must be a multiple of {native}, the native size: so the loop has it")
@@ -190,10 +194,8 @@ def _settings(args: argparse.Namespace, unet: UNetConfig, vae: VAEConfig) -> Set
         value = getattr(args, name)
         if value is not None and value < least:
             raise BadArgument(f"--{name.replace('_', '-')} {value} must be at least {least}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadArgument("--device cuda is not available here: use --device cpu")
     try:
-        check_backend(args.backend, torch.device(args.device))
+        check_backend(args.backend, device)
     except ValueError as error:
         raise BadArgument(f"--{str(error).replace('=', ' ', 1)}") from None
     if args.json is not None and not args.json.parent.is_dir():
@@ -202,7 +204,7 @@ def _settings(args: argparse.Namespace, unet: UNetConfig, vae: VAEConfig) -> Set
         raise BadArgument(f"--also {' '.join(args.also)}: with --compile one at a time, each is compiled anew")
     for name in args.also:
         try:
-            _check_variant(name, torch.device(args.device), getattr(torch, args.dtype))
+            _check_variant(name, device, getattr(torch, args.dtype))
         except ValueError as error:
             raise BadArgument(f"--also {name}: {error}") from None
     with errors_by_flag():
@@ -225,47 +227,38 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description="Time the sampler beside the published CutDiffusion loop on diffusers' modules.",
     )
     parser.add_argument("--small", action="store_true", help="a small network, for a CPU")
-    for name, what in (
+    for name, text in (
         ("size", "side of the picture, in pixels"),
-        ("steps", "of each run"),
-        ("matmul", "side of the matrices whose product is the floor's rate"),
+        ("steps", "number of steps of each run"),
+        ("matmul", "side of the matrices whose product gives the floor's rate"),
     ):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what}{_defaults(name)}")
-    parser.add_argument("--dtype", choices=DTYPES, help=f"of the networks{_defaults('dtype')}")
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text}{_defaults(name)}")
+    parser.add_argument("--dtype", choices=DTYPES, help=f"number format of the networks{_defaults('dtype')}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="none: cuda where there is one")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds (5)")
-    parser.add_argument("--only", nargs="*", choices=BASELINES, default=BASELINES, help="baselines (all)")
-    parser.add_argument("--view-batch-size", type=int, metavar="V", help="of ours; none: as sampling chooses it")
-    parser.add_argument("--compile", action="store_true", help="ours too")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="number of rounds")
+    parser.add_argument("--only", nargs="*", choices=BASELINES, default=BASELINES, help="the baselines that run")
+    parser.add_argument("--view-batch-size", type=int, metavar="V", help="the sampler's; none: it chooses by itself")
+    parser.add_argument("--compile", action="store_true", help="compile the sampler's network, too")
     parser.add_argument(
         "--also",
         nargs="+",
         choices=VARIANTS,
         default=(),
-        help="ours a second time: linear layers in 8 bits (on a CPU by reference), norms and gates by Triton kernels, "
-        "compiled and recorded as CUDA graphs, attention by cuDNN where it can",
+        help="run the sampler a second time: with linear layers in 8 bits (on a CPU by the reference), with norms and "
+        "gates by Triton kernels, compiled and recorded as CUDA graphs, or with attention by cuDNN where it can",
     )
-    parser.add_argument("--backend", default=defaults.backend, choices=BACKENDS, help="of ours")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    parser.add_argument("--backend", default=defaults.backend, choices=BACKENDS, help="the sampler's operators")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements to this file")
+    add_debug(parser)
     args = parser.parse_args(argv)
     for name, value in (SMALL if args.small else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return args
 
 
 def _defaults(name: str) -> str:
     return f" ({FULL[name]}; with --small {SMALL[name]})"
-
-
-def _say(what: str) -> None:
-    print(f"cutdiff: {what}", file=sys.stderr, flush=True)
-
-
-def _complain(error: Exception, status: int) -> int:
-    _say(str(error).strip().partition("\n")[0] or type(error).__name__)
-    return status
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The published CutDiffusion loop on diffusers' modules, as its README runs it and made faster in three ways.
 
-Written anew from what the published code computes (github.com/lmbxmu/CutDiffusion): state in the network's dtype, as a
-list of patches and then as a canvas; diffusers' scheduler, which steps each batch of views before they are averaged.
-Two faults are put right, which cost no time: the scheduler's step index runs on within a step that takes more than one
-batch of views, and an odd number of steps misses the switch of stages.
+It is written anew after what the published code computes (github.com/lmbxmu/CutDiffusion). The state has the network's
+dtype and is a list of patches first and a canvas later; diffusers' scheduler steps each batch of views before they are
+averaged. Two faults are put right, at no cost in time: the published scheduler's step index runs on within a step that
+takes more than one batch of views, and with an odd number of steps the published loop misses the switch of stages.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cutdiff.sampling.operators import grid_for
 
 GUIDANCE = 7.5
 FACTOR = 8
-"""Pixels for one latent."""
+"""The pixels of a picture for one latent, on each axis."""
 TILED_FROM = 2048
 """Pictures with a longer side, in pixels, are decoded in tiles."""
 
@@ -43,9 +43,9 @@ class Variant:
     what: str
     view_batch_size: int
     lean: bool = False
-    """Permutations in one call on the device, and no `torch.cuda.empty_cache()` before each step."""
+    """Draw permutations in one call on the device, and do not call `torch.cuda.empty_cache()` before each step."""
     compiled: bool = False
-    """torch.compile, for the shapes that come, and channels_last."""
+    """Use torch.compile, for each shape by itself, and channels_last."""
 
 
 VARIANTS = {
@@ -57,7 +57,7 @@ VARIANTS = {
 
 
 class PublishedDraws:
-    """The loop's draws: noise on the device, permutations and jitter on the host, each from a generator of its own."""
+    """The loop's draws: noise on the device, permutations and jitter on the host, each from its own generator."""
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
         self.device = device
@@ -66,11 +66,11 @@ class PublishedDraws:
         self.random = random.Random(seed)
 
     def noise(self, shape: Sequence[int]) -> Tensor:
-        """(N, C, h, w): of each patch."""
+        """The noise of every patch, (N, C, h, w)."""
         return torch.randn(shape, generator=self.generator, device=self.device)
 
     def permutation(self, step: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Index of every channel of every position of N patches, and its inverse: both (N, C, h, w)."""
+        """An index of the N patches for every channel and position, and its inverse, both (N, C, h, w)."""
         count, positions = shape[0], math.prod(shape[1:])
         drawn = [torch.randperm(count, generator=self.host_generator) for _ in range(positions)]
         index = torch.stack(drawn).view(*shape[1:], count)
@@ -78,7 +78,7 @@ class PublishedDraws:
         return index.permute(3, 0, 1, 2).to(self.device), inverse.permute(3, 0, 1, 2).to(self.device)
 
     def windows(self, step: int, size: Size, window: int, stride: int) -> list[tuple[int, int]]:
-        """Top and left of the views on a canvas that is padded by the jitter's reach, row by row."""
+        """The top left corners of the views, row by row, on a canvas that is padded by the jitter's reach."""
         reach = (window - stride) // 4
 
         def jittered(start: int, side: int) -> int:
@@ -90,7 +90,7 @@ class PublishedDraws:
 
 
 class VectorisedDraws(PublishedDraws):
-    """The same draws, permutations by one sort on the device."""
+    """The same draws, with all permutations of a step made by one sort on the device."""
 
     def permutation(self, step: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         index = torch.rand(shape, generator=self.generator, device=self.device).argsort(dim=0)
@@ -103,22 +103,23 @@ class PublishedLoop:
 
     what: str
     unet: Any
-    """diffusers' network, or that compiled."""
+    """diffusers' network, or the same network compiled."""
     vae: AutoencoderKL
     context: Tensor
-    """(2, L, D): of the negative prompt, of the prompt."""
+    """The text states of the negative prompt and of the prompt, (2, L, D)."""
     pooled: Tensor
-    """(2, D), likewise."""
+    """The pooled states of both, (2, D)."""
     size: Size
-    """Of the canvas, in latents: multiples of the window."""
+    """The size of the canvas in latents, in multiples of the window."""
     window: int
-    """The native size."""
+    """The native size, in latents."""
     stride: int
     view_batch_size: int
     seed: int = 0
     draws: Callable[[torch.device, int], PublishedDraws] = PublishedDraws
-    """Made anew for each run, of its device and seed."""
+    """The class of the draws, which each run makes anew for its device and seed."""
     empties_cache: bool = False
+    """Call `torch.cuda.empty_cache()` before each step."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,12 +139,12 @@ class PublishedLoop:
 
     @torch.no_grad()
     def steps(self, num_steps: int) -> Iterator[tuple[str, Tensor]]:
-        """A run: after every step the name of its stage and the state, in the end a canvas (1, C, H, W).
+        """Run the loop and yield after every step the name of its stage and the state, at last a canvas (1, C, H, W).
 
-        At least two steps, one for each stage.
+        There must be at least two steps, one for each stage.
         """
         device = self.context.device
-        scheduler = EulerDiscreteScheduler(  # of SDXL-base
+        scheduler = EulerDiscreteScheduler(  # with the values of SDXL-base
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
@@ -197,19 +198,23 @@ class PublishedLoop:
         return value[inner] / count[inner]
 
     def _guided(self, scheduler: EulerDiscreteScheduler, items: Tensor, t: Tensor, crops: Tensor) -> Tensor:
-        """The network's eps for items (n, C, h, w), told the corners (n, 2) in pixels and the full size, twice."""
+        """The network's guided eps for items (n, C, h, w).
+
+        The size conditioning is the full size, the crop's corner (n, 2) in pixels, and the full size again.
+        """
         scaled = scheduler.scale_model_input(items.repeat_interleave(2, dim=0), t)
         full = (FACTOR * torch.tensor(self.size)).expand(len(items), 2)
-        told = torch.cat([full, crops, full], dim=1).repeat_interleave(2, dim=0).to(self.context)
+        size_ids = torch.cat([full, crops, full], dim=1).repeat_interleave(2, dim=0).to(self.context)
         context, pooled = (
             states.repeat(len(items), *[1] * (states.ndim - 1)) for states in (self.context, self.pooled)
         )
-        eps = self.predict(scaled, t, context, pooled, told)
+        eps = self.predict(scaled, t, context, pooled, size_ids)
         negative, positive = eps[::2], eps[1::2]
         return negative + GUIDANCE * (positive - negative)
 
 
 def _relocated(patches: Tensor, grid: Size) -> Tensor:
+    """Put interleaved patches (N, C, h, w) in their places on the canvas, (1, C, H, W)."""
     count, channels, h, w = patches.shape
     canvas = patches.new_zeros(1, channels, h * grid[0], w * grid[1])
     for n in range(count):
@@ -218,7 +223,7 @@ def _relocated(patches: Tensor, grid: Size) -> Tensor:
 
 
 def published_unet(config: UNetConfig) -> UNet2DConditionModel:
-    """diffusers' network of the same shape, as its SDXL configuration files spell it."""
+    """diffusers' U-Net of the same shape, as its configuration files for SDXL spell it."""
     attended = [layers > 0 for layers in config.transformer_layers]
     shape: dict[str, Any] = {
         "in_channels": config.in_channels,
@@ -229,12 +234,12 @@ def published_unet(config: UNetConfig) -> UNet2DConditionModel:
         "layers_per_block": config.layers_per_block,
         "norm_num_groups": config.norm_groups,
         "cross_attention_dim": config.context_dim,
-        # It takes the middle block's depth from the last level, whose own is not read where it has no attention.
+        # diffusers takes the middle block's depth from the last level, whose own is not read if it has no attention.
         "transformer_layers_per_block": (
             *(max(n, 1) for n in config.transformer_layers[:-1]),
             config.mid_transformer_layers,
         ),
-        "attention_head_dim": config.num_heads,  # its name for the number of heads
+        "attention_head_dim": config.num_heads,  # diffusers' name for the number of heads
         "use_linear_projection": config.linear_projections,
         "addition_embed_type": "text_time" if config.added_dim else None,
         "addition_time_embed_dim": config.size_embedding_dim or None,
@@ -263,9 +268,9 @@ def published_vae(config: VAEConfig) -> AutoencoderKL:
 def with_weights_of(
     network: UNet | VAE, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format
 ) -> Any:
-    """diffusers' network of the same shape, on the same weights: shared, where they have this dtype and layout.
+    """diffusers' network of the same shape on the same weights, which are shared if they have this dtype and layout.
 
-    diffusers loads weights contiguous; ours are channels_last on a GPU.
+    diffusers loads weights as contiguous; ours are channels_last on a GPU.
     """
     with torch.device("meta"):
         theirs = published_unet(network.config) if isinstance(network, UNet) else published_vae(network.config)
@@ -276,8 +281,10 @@ def with_weights_of(
 
 
 def make_baselines(model: Model, names: Sequence[str], size: Size, seed: int = 0) -> dict[str, PublishedLoop]:
-    """The variants of the loop by their names, on the weights of `model`; `size` in latents. Weights are shared where
-    their layout is the same."""
+    """The variants of the loop by their names, on the weights of `model`; `size` is in latents.
+
+    The variants share those weights that have the same layout.
+    """
     positive = model.text.encode([""])
     negative = TextStates.zeros_like(positive)
     vae = with_weights_of(model.vae, model.vae_dtype)

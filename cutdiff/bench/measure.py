@@ -1,4 +1,4 @@
-"""Runs by the clock: seconds of each stage, peak memory; and what the device could do at best."""
+"""Timed runs: the seconds of each stage and the peak memory, and the best that the device could do."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ from cutdiff.settings import Settings
 
 STAGES: tuple[str, ...] = ("structure", "detail")
 PARTS = (*STAGES, "network", "decode")
-"""What has a time of its own; "network" is both stages."""
+"""The parts of a run that are timed; "network" stands for both stages."""
 
 
 class Contestant(Protocol):
-    """What is timed: a sampler for one picture, with its weights."""
+    """A sampler for one picture, with its weights, that is timed."""
 
     @property
-    def what(self) -> str: ...
+    def what(self) -> str:
+        """The name that the table shows."""
+        ...
 
     @property
     def unet(self) -> Any: ...
@@ -47,7 +49,7 @@ class Contestant(Protocol):
         ...
 
     def steps(self, num_steps: int) -> Iterator[tuple[str, Tensor]]:
-        """A run: after every step the name of its stage and the state, in the end a canvas (1, C, H, W)."""
+        """Run the sampler and yield after every step the name of its stage and the state, at last a canvas."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ class Ours:
     settings: Settings
     what: str = "cutdiff"
     attention: Sequence[SDPBackend] = ()
-    """Backends in the order in which they are asked; none: torch's own."""
+    """The attention backends in the order in which they are tried; if empty, torch's own order holds."""
 
     @property
     def unet(self) -> nn.Module:
@@ -94,18 +96,18 @@ class Ours:
 
 @dataclass(frozen=True)
 class Timing:
-    """One run."""
+    """The measurements of one run."""
 
     seconds: dict[str, float]
-    """Of each stage with all that surrounds the network, of both ("network"), and to "decode"."""
+    """The seconds of each stage with all that surrounds the network, of both ("network"), and of decoding."""
     peak_bytes: dict[str, int | None]
-    """In both stages and to "decode", weights included; None on a CPU."""
+    """The peak memory of both stages ("network") and of decoding, with the weights; None on a CPU."""
 
 
 def timed(contestant: Contestant, num_steps: int, device: torch.device) -> Timing:
-    """Draw one picture by the clock, which waits for the device after every step.
+    """Time the drawing of one picture; the clock waits for the device after every step.
 
-    FloatingPointError where it is not finite: such numbers may take other time.
+    FloatingPointError if the latents are not finite, because such numbers may take another time.
     """
     seconds, latents = dict.fromkeys(STAGES, 0.0), torch.empty(0)
     memory, began = Memory(device), now(device)
@@ -124,24 +126,24 @@ def timed(contestant: Contestant, num_steps: int, device: torch.device) -> Timin
 
 
 class Memory:
-    """Peak memory of an accelerator from now on."""
+    """The peak memory of an accelerator from the moment that this is made."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.held = device, 0
+        self.device, self.before = device, 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            self.held = torch.cuda.memory_allocated(device)
+            self.before = torch.cuda.memory_allocated(device)
 
     def peak(self, network: nn.Module) -> int | None:
-        """Bytes beyond those that were held, and the weights of `network`, which were among them; None on a CPU."""
+        """The peak bytes above those allocated before, plus the weights of `network`, which were; None on a CPU."""
         if self.device.type != "cuda":
             return None
         weights = sum(parameter.numel() * parameter.itemsize for parameter in network.parameters())
-        return torch.cuda.max_memory_allocated(self.device) - self.held + weights
+        return torch.cuda.max_memory_allocated(self.device) - self.before + weights
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, side: int, repeats: int = 10, launches: int = 5) -> float:
-    """FLOP/s of a square matrix product of random numbers: the best of several."""
+    """The FLOP/s of the fastest of several products of square matrices of random numbers."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out, best = torch.mm(a, b), math.inf
     for _ in range(repeats):
@@ -153,7 +155,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, side: int, repeats: in
 
 
 def count_flops(unet: UNetConfig, vae: VAEConfig, size: tuple[int, int], num_steps: int) -> dict[str, float]:
-    """Of each part, for one picture of `size` latents, no smaller than native, with guidance; attention included."""
+    """The FLOPs of each part for one guided picture of `size` latents, at least the native size, with attention."""
     switch = math.ceil(CutDiffusion().structure_fraction * num_steps)
     patches = math.prod(grid_for(size, unet.native_size))
     window, stride = unet.native_size, unet.native_size // 2
@@ -165,7 +167,7 @@ def count_flops(unet: UNetConfig, vae: VAEConfig, size: tuple[int, int], num_ste
 
 @torch.no_grad()
 def unet_flops(config: UNetConfig) -> float:
-    """Of one evaluation at native size; nothing is computed."""
+    """The FLOPs of one evaluation of the U-Net at native size, counted without computing anything."""
     with torch.device("meta"), Meter() as meter:
         latents = torch.empty(1, config.in_channels, config.native_size, config.native_size)
         text = torch.empty(1, TOKENS, config.context_dim), torch.empty(1, config.pooled_dim)
@@ -175,7 +177,7 @@ def unet_flops(config: UNetConfig) -> float:
 
 @torch.no_grad()
 def vae_flops(config: VAEConfig, size: tuple[int, int]) -> float:
-    """To decode latents of `size`; nothing is computed."""
+    """The FLOPs of decoding latents of `size`, counted without computing anything."""
     with torch.device("meta"), Meter() as meter:
         VAE(config).decode(torch.empty(1, config.latent_channels, *size), banded=False)
     return float(meter.flops)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole sampler on a GPU, in one call of under 9 minutes: 2048², bfloat16, five rounds, SDXL's sizes. So that it fits,
-# the loops without a compiler run at 10 steps beside ours, and the compiled one at 50 beside ours compiled. In calls of
-# their own, ours and a variant of it (`python -m cutdiff.bench --help` lists them), compiled, and first without a
-# compiler where that says something.
-# Usage: cutdiff/bench/measure.sh FOLDER [fp8|graphs|fused|cudnn]. Writes a table and JSON for each run there; needs
-# diffusers, but no installation of cutdiff. A run that is cut short leaves its rounds in the JSON.
+# Time the whole sampler on a GPU, in one call of under 9 minutes: 2048², bfloat16, five rounds, SDXL's sizes. To fit into
+# that time, the loops without a compiler run 10 steps beside the plain sampler, and the compiled loop runs 50 beside the
+# compiled sampler. A second argument times one variant of the sampler beside it instead (`python -m cutdiff.bench --help`
+# lists the variants): compiled, and before that without a compiler where that shows something.
+# Usage: cutdiff/bench/measure.sh FOLDER [fp8|graphs|fused|cudnn]. It writes a table and JSON for each run to FOLDER. It
+# needs diffusers, but no installation of cutdiff. A run that is cut short leaves the rounds that it finished in the JSON.
 set -euo pipefail
 usage="usage: cutdiff/bench/measure.sh FOLDER [fp8|graphs|fused|cudnn]"
 out=$(realpath -m "${1:?$usage}")

@@ -1,4 +1,4 @@
-"""What was measured, as JSON and as a table."""
+"""The measurements of a bench, as values for JSON and as a table."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cutdiff.bench.measure import PARTS, Timing
 
 OURS = "cutdiff"
 FP8, FUSED, GRAPHS, CUDNN = VARIANTS = ("fp8", "fused", "graphs", "cudnn")
-"""Ours a second time: linear layers in 8 bits, norms and gates by Triton kernels, compiled and recorded as CUDA graphs,
-attention by cuDNN where it can."""
+"""The variants of the sampler: with linear layers in 8 bits, with norms and gates by Triton kernels, compiled and
+recorded as CUDA graphs, and with attention by cuDNN where it can."""
 
 
 def summary(timings: dict[str, list[Timing]], flops: dict[str, float], peak_flops: float) -> dict[str, dict[str, Any]]:
-    """Of each contestant medians with the least and the most, how much longer than ours each part took, and all runs.
+    """The times of each contestant as median, least and most, their ratios to the sampler's, and all runs.
 
-    Runs are paired by their round, and a ratio is the median of those of the pairs.
+    Runs are paired by their round, and a ratio is the median of the pairs' ratios.
     """
-    found = {}
+    rows = {}
     for name, runs in timings.items():
         seconds, ratios = {}, {}
         for part in PARTS:
@@ -28,18 +28,18 @@ def summary(timings: dict[str, list[Timing]], flops: dict[str, float], peak_flop
             seconds[part] = _spread(own)
             ratios[part] = _spread([a / b for a, b in zip(own, ours, strict=True)])
         network = seconds["network"]["median"]
-        found[name] = {
+        rows[name] = {
             "seconds": seconds,
             "times_ours": ratios,
             "flops_per_s": flops["network"] / network,
             "times_floor": network / (flops["network"] / peak_flops),
             "runs": [asdict(run) for run in runs],
         }
-    return found
+    return rows
 
 
 def heading(result: dict[str, Any]) -> str:
-    """What was run on what, and what was proven."""
+    """The lines above the table: the network, the hardware, and the differences that were proven to be small."""
     settings, precision, parity = (result[name] for name in ("settings", "precision", "parity"))
     others = [f"{name} {row['difference']:.1e}" for name, row in result["contestants"].items() if name != OURS]
     rounds = len(result["contestants"][OURS]["runs"])
@@ -57,7 +57,7 @@ def heading(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: a row for each contestant, and one for the floor."""
+    """The table in Markdown, with a row for each contestant and one for the floor."""
     lines = [
         "| | structure s | detail s | both s [least – most] | times cutdiff [least – most] | TFLOP/s | times floor "
         "| decode s | peak GB | peak GB, decode | first run s |",

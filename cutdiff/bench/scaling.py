@@ -1,7 +1,7 @@
-"""A picture by one process and by all, in alternation: `torchrun --nproc-per-node=2 -m cutdiff.bench.scaling`.
+"""The time of a picture drawn by one process and by all: `torchrun --nproc-per-node=2 -m cutdiff.bench.scaling`.
 
-Both in the same processes with the same weights, so that a ratio does not depend on what else the machine does. While
-the first draws alone, the others wait without computing.
+Both draw in turns, in the same processes and with the same weights, so that a ratio does not depend on what else the
+machine does. While the first process draws alone, the others wait without computing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import torch
 
 import cutdiff
 from cutdiff.cli.arguments import DEMO_PROMPT, BadArgument, Parser, errors_by_flag
+from cutdiff.cli.device import device_of
+from cutdiff.cli.ending import add_debug, exit_status
 from cutdiff.output.images import save_json
-from cutdiff.parallel.launch import alike, joined, own_gpu
+from cutdiff.parallel.launch import joined
+from cutdiff.parallel.process import alike
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Result, now
 from cutdiff.settings import Settings
@@ -26,32 +29,32 @@ from cutdiff.specs import METHODS
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    try:
-        with alike():
-            args = _parse(argv)
-            settings = _settings(args)
-        with joined(args.device, 1, 1800.0) as launch:
-            result = measure(settings, args.device, args.repeats, launch.world)
-    except BadArgument as error:
-        print(f"cutdiff: {error}", file=sys.stderr)
-        return 2
+    """Run the command line and return the exit status."""
+    return exit_status(lambda: _run(argv), argv)
+
+
+def _run(argv: list[str] | None) -> None:
+    with alike():
+        args = _parse(argv)
+        settings = _settings(args)
+        device = device_of(args.device)
+    with joined(args.device, 1, 1800.0) as launch:
+        result = measure(settings, device, args.repeats, launch.world)
     if launch.world.leads:
         print(table(result))
         if args.json is not None:
             save_json(args.json, result)
-    return 0
 
 
-def measure(settings: Settings, device: str, repeats: int, ranks: Ranks) -> dict[str, Any]:
-    """Seconds of each picture, after one of each that does not count. Called by all ranks."""
-    model = cutdiff.load(device=own_gpu() if device == "cuda" else device)
+def measure(settings: Settings, device: torch.device, repeats: int, ranks: Ranks) -> dict[str, Any]:
+    """The seconds of each picture, after one pair that does not count. All ranks must call this."""
+    model = cutdiff.load(device=device)
 
     def timed(draw: Callable[[], Result]) -> tuple[dict[str, float], Result]:
-        ranks.values(0)  # all begin together
+        ranks.values(0)  # all ranks begin together
         began = now(model.device)
-        drawn = draw()
-        return drawn.record["seconds"] | {"whole": now(model.device) - began}, drawn
+        result = draw()
+        return result.record["seconds"] | {"whole": now(model.device) - began}, result
 
     def alone() -> Result:
         return cutdiff.generate(model, DEMO_PROMPT, settings)
@@ -86,7 +89,7 @@ def measure(settings: Settings, device: str, repeats: int, ranks: Ranks) -> dict
 
 
 def table(result: dict[str, Any]) -> str:
-    """Medians of each part, their ratio, and how much of the ideal one it is."""
+    """The medians of each part alone and together with their ratio, and the bytes received beside the ideal."""
     lines = [f"{result['ranks']} ranks of {result['threads']} thread(s), {result['device']}, torch {result['torch']}"]
     for part in result["seconds"]["alone"][0]:
         alone, together = (median(times[part] for times in result["seconds"][who]) for who in ("alone", "together"))
@@ -111,11 +114,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m cutdiff.bench.scaling", description="Time one process and all that torchrun started."
     )
     parser.add_argument("--method", default="cutdiffusion", metavar="SPEC", help=f"{', '.join(METHODS)}, or your own")
-    parser.add_argument("--size", type=int, metavar="PX", help="of its side; none: twice the native size")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of the picture")
-    parser.add_argument("--repeats", type=int, default=5, metavar="R", help="pairs that are timed")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of all ranks")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where all of it goes")
+    parser.add_argument("--size", type=int, metavar="PX", help="side of the picture; none: twice the native size")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="number of steps")
+    parser.add_argument("--repeats", type=int, default=5, metavar="R", help="number of pairs that are timed")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="the device of all ranks")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
+    add_debug(parser)
     args = parser.parse_args(argv)
     if args.repeats < 1:
         raise BadArgument(f"--repeats {args.repeats} must be at least 1")

@@ -1,4 +1,4 @@
-"""Networks from configurations and memory-mapped tensors: made on the meta device, then given the tensors strictly."""
+"""Building networks: from their configurations on the meta device, then from memory-mapped tensors, strictly."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ OTHER_INPUTS = {
     8: "one that edits pictures, as InstructPix2Pix does",
     9: "an inpainting model",
 }
-"""What a U-Net is made for whose input has more channels than its output, where they are so many."""
+"""The purpose of a U-Net whose input has more channels than its output, by the number of its input's channels."""
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """Everything of a model but its weights."""
+    """A model without its weights: configurations, tokenizers and the schedule of noise."""
 
     unet: UNetConfig
     vae: VAEConfig
     text_encoder: CLIPTextConfig
     text_encoder_2: CLIPTextConfig | None
-    """SDXL's second one; SD 1.5 and SD 2.1 have none, and no second tokenizer."""
+    """The second text encoder of SDXL; SD 1.5 and SD 2.1 have none, and no second tokenizer."""
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer | None
     text_layer: int
-    """Which of the encoders' layers is read, counted from the end: 1 is the last."""
+    """The layer of the text encoders that is read, counted from the end: 1 is the last."""
     noise: AnyNoise
     zeros_for_empty_negative: bool
 
@@ -81,7 +81,7 @@ class Blueprint:
 
 
 def check_inputs(inputs: int, outputs: int) -> None:
-    """Raise ValueError where these channels of a U-Net tell that it is made for more than text to image."""
+    """Raise ValueError where these numbers of channels show that a U-Net is made for more than text to image."""
     if inputs != outputs and inputs in OTHER_INPUTS:
         raise ValueError(
             f"its U-Net has {inputs} input channels, so this is {OTHER_INPUTS[inputs]}: "
@@ -91,7 +91,7 @@ def check_inputs(inputs: int, outputs: int) -> None:
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks; their field names are the names of a diffusers folder's sub-folders."""
+    """The networks of a model; the names of the fields are those of a diffusers folder's sub-folders."""
 
     unet: UNet
     vae: VAE
@@ -99,7 +99,7 @@ class Networks:
     text_encoder_2: CLIPTextModelWithProjection | None
 
     def named(self) -> dict[str, nn.Module]:
-        """Those that there are, by field name."""
+        """The networks that the model has, by field name."""
         return {name: network for name in NETWORKS if (network := getattr(self, name)) is not None}
 
 
@@ -107,7 +107,7 @@ NETWORKS = tuple(field.name for field in fields(Networks))
 
 
 def empty_networks(blueprint: Blueprint) -> Networks:
-    """Networks on the meta device: keys and shapes, no memory."""
+    """The networks on the meta device, which have keys and shapes but take no memory."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
@@ -134,7 +134,7 @@ def build_model(
 ) -> Model:
     """Give the empty `networks` their weights, by sub-folder name and diffusers key, and put the model together.
 
-    `source` is where they came from, and `vae_source` where the VAE's did, if from elsewhere.
+    `source` is the file or folder of the weights, and `vae_source` that of the VAE's if it is another one.
 
     A tensor that has the dtype and device already is used where it lies in the mapped file. Raises ValueError that
     lists missing, unexpected and mis-shaped keys.
@@ -146,7 +146,7 @@ def build_model(
 
 
 def model_of(blueprint: Blueprint, networks: Networks, **origin: Any) -> Model:
-    """The networks as a model; `origin` is what a `Model` tells of where they came from."""
+    """The networks as a model; `origin` has the fields of `Model` that say where they came from."""
     return Model(
         unet=networks.unet,
         vae=networks.vae,
@@ -172,7 +172,7 @@ def _text_encoders(blueprint: Blueprint, networks: Networks) -> TextEncoders:
 def assign(
     network: nn.Module, tensors: Mapping[str, Tensor], *, name: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Put `tensors` in the place of a meta network's parameters and make it ready to run, without gradients.
+    """Put `tensors` in the place of a meta network's parameters, and make it ready to run without gradients.
 
     Raises ValueError, headed by `name`, that lists missing, unexpected and mis-shaped keys, and keys that hold
     integers or 8-bit floats.
@@ -195,17 +195,17 @@ def assign(
         ],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys)
-        raise ValueError(f"{name}: the weights do not fit the network: take both from one model. Keys {found}")
+        kinds = "; ".join(f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys)
+        raise ValueError(f"{name}: the weights do not fit the network: take both from one model. Keys {kinds}")
     network.load_state_dict({key: tensors[key].to(device, dtype) for key in expected}, strict=True, assign=True)
     clip.materialise_positions(network, device)
     network.eval().requires_grad_(False)
-    if device.type != "cpu":  # where a copy was made anyway
+    if device.type != "cpu":  # on a CPU it would copy mapped weights; elsewhere they are copies anyway
         channels_last(network)
 
 
 LEFTOVERS = ("position_ids", "attn_mask", "logit_scale", "text_projection", "logvar", "scale_factor")
-"""Ends of keys: buffers of text encoders, what only training reads, and projections of encoders that are not pooled."""
+"""The ends of keys without effect: buffers, tensors for training only, and projections of encoders that do not pool."""
 LEFTOVER_PREFIXES = (
     "model_ema.",
     "denoiser.sigmas",
@@ -217,9 +217,9 @@ LEFTOVER_PREFIXES = (
     "lvlb_weights",
     "loss.",
 )
-"""Running averages of the weights, tables of the noise schedule, which its configuration tells, and a VAE's critic."""
+"""The beginnings of keys without effect: averaged weights, tables of the noise schedule, and the critic of a VAE."""
 
 
 def is_harmless(key: str) -> bool:
-    """Whether a key that no network has is known to make no difference."""
+    """True for a key that no network has and that is known to have no effect."""
     return key.rpartition(".")[2] in LEFTOVERS or key.startswith(LEFTOVER_PREFIXES)

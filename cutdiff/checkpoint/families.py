@@ -1,4 +1,4 @@
-"""What a single file is: of one of the families that are read, or something else that is known by its keys."""
+"""Recognising a single file by its keys: a model of one of the families that are read, or something else."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ class TextPart:
     """A text encoder in a single file."""
 
     name: str
-    """Of its sub-folder in the diffusers layout."""
+    """The name of its sub-folder in the diffusers layout."""
     prefix: str
     is_open_clip: bool
-    """Whether keys and activation are OpenCLIP's, which pads prompts with "!", or CLIP's, which pads with their end."""
+    """True for OpenCLIP's keys and activation, with prompts padded by "!"; False for CLIP's, padded by the end."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model: its prefixes in the original layout, and what neither keys nor shapes tell."""
+    """A kind of model: its prefixes in the original layout, and facts that neither keys nor shapes show."""
 
     name: str
     texts: tuple[TextPart, ...]
     vae: VAEConfig
-    """Whose scaling factor, and whose fitness for float16, the family's VAEs have."""
+    """A VAE with the scaling factor and the range of the family's VAEs, which a file does not say."""
     num_heads: int | None
-    """In every attention of the U-Net; None where a head has 64 channels."""
+    """The number of heads in every attention of the U-Net; None where a head has 64 channels."""
     text_layer: int
     zeros_for_empty_negative: bool
     native_sizes: dict[str, int]
-    """In latents, by prediction type."""
+    """The native size in latents, by prediction type."""
 
     @property
     def is_ambiguous(self) -> bool:
-        """Whether the family has models of both prediction types, which no key or shape tells apart."""
+        """True where the family has models of both prediction types that no key or shape distinguishes."""
         return len({*self.native_sizes.values()}) > 1
 
     @property
     def prefixes(self) -> dict[str, str]:
-        """Of each network's keys, by the name of its sub-folder in the diffusers layout."""
+        """The prefix of each network's keys, by the name of its sub-folder in the diffusers layout."""
         return {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **{text.name: text.prefix for text in self.texts}}
 
 
@@ -79,13 +79,13 @@ SD21 = Family(
     native_sizes={"epsilon": SD15_UNET.native_size, "v_prediction": SD21_UNET.native_size},
 )
 SD21_SGM = replace(SD21, texts=(TextPart("text_encoder", "conditioner.embedders.0.model.", is_open_clip=True),))
-"""SD 2.1 in the layout of SDXL's code: SD-Turbo. A refiner's text encoder has the same prefix."""
+"""SD 2.1 in the layout of SDXL's code, as SD-Turbo has it. A refiner's text encoder has the same prefix."""
 FAMILIES = (SDXL, SD15, SD21, SD21_SGM)
 
 LORA = re.compile(r"^lora_|\.lora[._]|_lora\.|\.(hada|lokr)_")
-"""What keys of a LoRA look like, whichever tool wrote them."""
+"""The keys of a LoRA, whichever tool wrote them."""
 REFINER = f"{UNET_PREFIX}label_emb."
-"""SD 2.1 embeds no sizes; a refiner does."""
+"""The keys that distinguish a refiner, which embeds sizes, from SD 2.1."""
 OTHERS = (
     (r"conditioner\.embedders\.0\.model\.", "an SDXL refiner, which only finishes pictures: pass the base model"),
     (r"control_model\.|controlnet_|input_hint_block\.", "a ControlNet, which guides a model and is none"),
@@ -103,13 +103,13 @@ OTHERS = (
     (r"model\.diffusion_model\.", "a U-Net without its text encoders or its VAE: pass a checkpoint with all of them"),
     (r"encoder\.|decoder\.|first_stage_model\.", "a VAE alone: pass it as --vae beside a model"),
 )
-"""How the keys of other files begin, the most telling first, and what those files are."""
+"""The beginnings of the keys of other files, the most specific first, and a description of those files."""
 QUANTIZED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|comfy_quant|SCB|absmax)$")
-"""What stands beside weights of 8 bits or fewer and scales them."""
+"""The keys of the scales that stand beside weights of 8 bits or fewer."""
 
 
 def family_of(keys: Collection[str], *, needs_vae: bool = True) -> Family:
-    """The family of a file by its keys. Raises ValueError that says what the file is, where it is of none."""
+    """The family of a file by its keys. A file of no family is a ValueError that says what it is instead."""
     is_refiner = any(key.startswith(REFINER) for key in keys)
     for family in FAMILIES:
         missing = [name for name, prefix in family.prefixes.items() if not any(key.startswith(prefix) for key in keys)]
@@ -124,5 +124,5 @@ def family_of(keys: Collection[str], *, needs_vae: bool = True) -> Family:
         if any(re.match(start, key) for key in keys):
             raise ValueError(what)
     names = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
-    some = f"its keys begin with {', '.join(sorted(keys)[:3])}" if keys else "it holds no tensors"
-    raise ValueError(f"no checkpoint of {names} in the original layout: {some}")
+    contents = f"its keys begin with {', '.join(sorted(keys)[:3])}" if keys else "it holds no tensors"
+    raise ValueError(f"no checkpoint of {names} in the original layout: {contents}")

@@ -1,4 +1,4 @@
-"""Files from anywhere: opened only where they are regular files, and named for what they are instead."""
+"""Opening files that may be anything: only regular files are opened, and others are recognised by their first bytes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from io import BufferedReader
 from pathlib import Path
 
 START = 512
-"""How many bytes tell what a file is."""
+"""The number of bytes at the start of a file by which it is recognised."""
 LISTED = 10
-"""How many keys or names an error lists before it only counts them."""
+"""The number of keys or names that an error lists before it only counts them."""
 
 PICKLED = "which could run code as it is opened, so it is not: convert it to safetensors"
 IMPOSTORS = (
@@ -31,19 +31,19 @@ IMPOSTORS = (
     (rb"\x1f\x8b|7z\xbc\xaf|\xfd7zXZ|\x28\xb5\x2f\xfd|Rar!", "is a compressed archive: unpack it"),
     (rb"\x00{8}", "begins with zeros, as a download that never finished: download it again"),
 )
-"""How what often stands in a file's place begins, what it is, and what to do about it."""
+"""The first bytes of what often stands in a file's place, what it is, and what to do about it."""
 
 
 def impostor(start: bytes) -> str | None:
-    """What a file that begins so is, where that is known to be neither safetensors nor a configuration."""
+    """A description of a file that begins so, if it is known to be neither safetensors nor a configuration."""
     return next((problem for pattern, problem in IMPOSTORS if re.match(pattern, start)), None)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
-    """A regular file, or a link to one, to read bytes from; a pipe would block and a device may never end.
+    """Open a regular file, or a link to one, to read bytes; a pipe would block, and a device may never end.
 
-    Raises FileNotFoundError where there is none, ValueError where it is something else or cannot be read.
+    Raises FileNotFoundError where there is no file, and ValueError where it is something else or cannot be read.
     """
     try:
         mode = path.stat().st_mode

@@ -1,4 +1,4 @@
-"""Reading the diffusers folder layout: a sub-folder for each part, a config.json in each, weights in safetensors."""
+"""Reading a diffusers folder: a sub-folder for each part, with its config.json and its weights in safetensors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ PIPELINES = {"StableDiffusionXLPipeline": True, "StableDiffusionPipeline": False
 """The pipelines whose folders are read, and whether they have two text encoders."""
 OLD_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
 OLD_SIZE = 64
-"""What early folders of SD 1 say otherwise by mistake, and diffusers' StableDiffusionPipeline repairs; in latents, the
-least native size, where a configuration was written before release 0.9."""
+"""The least native size, in latents, in a configuration that was written before release 0.9. Like OLD_SCHEDULER it
+repairs mistakes in early folders of SD 1, as diffusers' StableDiffusionPipeline does."""
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-"""What weight files are called; `model` where a network is not listed."""
+"""The names of weight files without their suffix; a network that is not listed has `model`."""
 
 
 def read_blueprint(folder: Path) -> Blueprint:
-    """Configurations, tokenizers and schedule of a diffusers folder; no weights are read.
+    """Read configurations, tokenizers and schedule of a diffusers folder, but no weights.
 
     Raises ValueError where the folder is no text-to-image pipeline of a family that is read, a part is missing, or a
     configuration is not supported.
@@ -64,7 +64,7 @@ def read_blueprint(folder: Path) -> Blueprint:
 
 
 def weight_files(folder: Path, names: Iterable[str]) -> dict[str, list[Path]]:
-    """The weight files of the networks of those names. Raises ValueError where there are none."""
+    """The weight files of each of the networks in `names`. Raises ValueError where one has none."""
     return {name: find_weights(folder / name, STEMS.get(name, "model")) for name in names}
 
 
@@ -104,7 +104,7 @@ def _repaired_noise(fields: Mapping[str, Any]) -> AnyNoise:
 
 
 def parse(path: Path, parser: Callable[[Mapping[str, Any]], T]) -> T:
-    """A configuration file through its parser, whose ValueError is headed by the file."""
+    """Parse a configuration file; the name of the file heads the parser's ValueError."""
     fields = read_json(path)
     try:
         return parser(fields)

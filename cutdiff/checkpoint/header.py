@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked against all that the format demands before a tensor is touched.
+"""Reading the header of a safetensors file, which is checked in full before any tensor is touched.
 
 A file is 8 bytes with the length of the header (little-endian), the header in JSON, then the tensors' bytes, which
 cover the rest of the file without holes or overlaps: https://github.com/huggingface/safetensors#format.
@@ -20,13 +20,13 @@ import torch
 from cutdiff.checkpoint.files import START, impostor, opened, quoted
 
 MAX_HEADER = 100_000_000
-"""Bytes of a header, as the format limits them. Read, it may take a few times as much memory."""
+"""The most bytes of a header that the format allows. It takes a few times as much memory when it is read."""
 MAX_MEMBERS = 100_000
-"""Tensors of a file, and lines of its metadata; SDXL has 2,515 tensors. The format sets no limit, memory does."""
+"""The most tensors, and the most lines of metadata; SDXL has 2,515 tensors. The format sets no limit, memory does."""
 MAX_NAME = 1000
-"""Characters of a tensor's name; names are printed in errors."""
+"""The most characters of a tensor's name; names are printed in errors."""
 MAX_RANK = 64
-"""Dimensions of a tensor, as torch limits them."""
+"""The most dimensions of a tensor that torch allows."""
 JSON = re.compile(rb"(\xef\xbb\xbf)?\s*[{\[]")
 
 DTYPES = {
@@ -50,12 +50,12 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-"""The format's types of whole bytes; it has others of 4 and 6 bits, which are not read."""
+"""The types of the format that have whole bytes; others have 4 or 6 bits, and are not read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies: bytes `begin` to `end`, counted from the end of the header."""
+    """A tensor's place in the file: bytes `begin` to `end`, counted from the end of the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -65,14 +65,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says of itself: its tensors by name, and free text by key, such as `modelspec.title`."""
+    """The content of a header: tensors by name, and free text by key, such as `modelspec.title`."""
 
     tensors: dict[str, Entry]
     metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file; of the tensors nothing is read but the file's size.
+    """Read and check the header of a safetensors file, but none of its tensors.
 
     Raises FileNotFoundError where there is no such file; ValueError, in one line that says what the file is instead or
     what is wrong with it and what to do, where it is no complete safetensors file.
@@ -93,7 +93,7 @@ def read_header(path: Path) -> Header:
 
 
 def _what_is_wrong(start: bytes, length: int, size: int) -> str | None:
-    """Why a file of `size` bytes that begins so has no header of `length` bytes, or None where it may have."""
+    """The reason why a file of `size` bytes that begins so has no header of `length` bytes; None where it may have."""
     if size >= 8 and length <= MAX_HEADER and start[8:9] in (b"{", b""):
         if size >= 8 + length:
             return None
@@ -116,7 +116,7 @@ def _what_is_wrong(start: bytes, length: int, size: int) -> str | None:
 
 
 def _as_text(start: bytes) -> str:
-    """The first line of a file that begins so, where that is text in ASCII; else empty."""
+    """The first line of a file that begins so; empty if the file is no ASCII text."""
     first, *rest = start.decode("ascii", "replace").splitlines() or [""]
     return first if all(line.isprintable() and "\ufffd" not in line for line in (first, *rest)) else ""
 
@@ -162,7 +162,7 @@ def _parse_entry(scanner: _Scanner, name: str) -> Entry:
 
 
 def _check_layout(tensors: Mapping[str, Entry], start: int, size: int) -> None:
-    """Whether the tensors cover the bytes from `start` to `size` of the file, every byte once."""
+    """Raise ValueError unless the tensors cover the bytes from `start` to `size` of the file, every byte once."""
     end, previous = 0, ""
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin < end:
@@ -179,7 +179,7 @@ def _check_layout(tensors: Mapping[str, Entry], start: int, size: int) -> None:
 class _Scanner:
     """A reader of the JSON that a header may hold, and of nothing else.
 
-    A general one would read any depth and any number of values into memory, let a key stand twice, and take NaN.
+    A general reader would take any depth and any number of values into memory, repeated keys, and NaN.
     """
 
     SPACE = re.compile(rb"[ \t\n\r]*+")
@@ -192,20 +192,20 @@ class _Scanner:
         self.text, self.position = text, 0
 
     def members(self) -> Iterator[str]:
-        """The keys of an object; the caller reads each value before it asks for the next key."""
-        seen: set[str] = set()
+        """Yield the keys of an object; the caller reads each value before it asks for the next key."""
+        names: set[str] = set()
         for _ in self._items(b"{", b"}"):
             key = self.string()
-            if key in seen:
+            if key in names:
                 raise _damaged(f"names {quoted(key)} twice")
-            if len(seen) == MAX_MEMBERS:
+            if len(names) == MAX_MEMBERS:
                 raise _damaged(f"names more than {MAX_MEMBERS} tensors or lines of metadata")
-            seen.add(key)
+            names.add(key)
             self._take(b":")
             yield key
 
     def integers(self) -> tuple[int, ...]:
-        """A list of integers from 0."""
+        """Read a list of integers that are not negative."""
         values: list[int] = []
         for _ in self._items(b"[", b"]"):
             if len(values) == MAX_RANK:
@@ -229,7 +229,7 @@ class _Scanner:
         return value
 
     def end(self) -> None:
-        """Raise ValueError where anything but space is left."""
+        """Raise ValueError if anything but space is left."""
         if self._after_space() < len(self.text):
             raise self._wrong("nothing but space")
 
@@ -241,7 +241,7 @@ class _Scanner:
         return int(match[1])
 
     def _items(self, opening: bytes, closing: bytes) -> Iterator[None]:
-        """One step for each item of a list or an object; the caller reads the item before it asks for the next."""
+        """Yield once for each item of a list or an object; the caller reads the item before it goes on."""
         self._take(opening)
         if self.text.startswith(closing, self._after_space()):
             self._take(closing)
@@ -259,13 +259,13 @@ class _Scanner:
 
     def _after_space(self) -> int:
         match = self.SPACE.match(self.text, self.position)
-        assert match  # it matches nothing, too
+        assert match  # the pattern matches an empty text too
         return match.end()
 
     def _wrong(self, expected: str) -> ValueError:
         position = self._after_space()
-        found = self.text[position : position + 20].decode("utf-8", "replace")
-        return _damaged(f"has a broken header: at byte {8 + position} stands {found!r} where {expected} belongs")
+        excerpt = self.text[position : position + 20].decode("utf-8", "replace")
+        return _damaged(f"has a broken header: at byte {8 + position} stands {excerpt!r} where {expected} belongs")
 
 
 def _damaged(problem: str) -> ValueError:

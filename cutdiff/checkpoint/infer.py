@@ -1,4 +1,4 @@
-"""What a single file does not say, from its keys and shapes, and from its family where no shape tells it."""
+"""Inferring the configuration of a single file: sizes from its keys and shapes, the rest from its family."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
 HEAD_DIM = 64
-"""Channels of an attention head, in the U-Nets of SDXL and SD 2.1 and in all text encoders; no shape tells it."""
+"""The channels of an attention head in the U-Nets of SDXL and SD 2.1 and in all text encoders; no shape shows it."""
 
 
 def infer_blueprint(parts: Parts, family: Family, noise: AnyNoise, vae: VAEConfig | None = None) -> Blueprint:
     """Sizes from keys and shapes, the family's constants for the rest, tokenizers from the local Hugging Face cache.
 
-    `vae` is that of another file, where the file's own is not used.
+    `vae` is the configuration of another file's VAE, where that takes the place of the file's own.
 
-    Raises ValueError where a key that tells a size is missing, or no tokenizer is found.
+    Raises ValueError where a key that shows a size is missing, or the cache has no tokenizer.
     """
     shapes = {name: _Shapes(name, part) for name, part in parts.items()}
     tokenizer = cached_tokenizer()
@@ -55,6 +55,8 @@ def infer_blueprint(parts: Parts, family: Family, noise: AnyNoise, vae: VAEConfi
 
 @dataclass(frozen=True)
 class _Shapes:
+    """The shapes of one network's tensors; `name` is the network's, for errors."""
+
     name: str
     tensors: Mapping[str, Tensor]
 
@@ -65,13 +67,13 @@ class _Shapes:
         return tuple(self.tensors[key].shape)
 
     def count(self, prefix: str) -> int:
-        """How many modules are numbered after `prefix`."""
+        """The number of modules that are numbered after `prefix`."""
         pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
         return len({match[1] for key in self.tensors if (match := pattern.match(key))})
 
 
 def unet_channels(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Of the input and the output of a U-Net in the original layout. ValueError where a key is missing."""
+    """The channels of a U-Net's input and output, in the original layout. ValueError where a key is missing."""
     shapes = _Shapes("unet", tensors)
     return shapes.of("input_blocks.0.0.weight")[1], shapes.of("out.2.weight")[0]
 
@@ -95,7 +97,7 @@ def _infer_unet(shapes: _Shapes, pooled_dim: int, family: Family, prediction_typ
         transformer_layers=tuple(_one("transformer blocks in a level", set(level)) for level in layers),
         mid_transformer_layers=shapes.count("middle_block.1.transformer_blocks."),
         num_heads=tuple(
-            # A level without attention has no heads to get wrong.
+            # In a level without attention any number of heads is right.
             family.num_heads or (_heads(width) if any(level) or width % HEAD_DIM == 0 else 1)
             for width, level in zip(channels, layers, strict=True)
         ),
@@ -108,7 +110,7 @@ def _infer_unet(shapes: _Shapes, pooled_dim: int, family: Family, prediction_typ
 
 
 def infer_vae(tensors: Mapping[str, Tensor], like: VAEConfig) -> VAEConfig:
-    """Sizes of a VAE in the original layout or the diffusers layout; what no shape tells is as in `like`."""
+    """The sizes of a VAE in the original or the diffusers layout; what no shape shows is as in `like`."""
     shapes = _Shapes("vae", tensors)
     level, layer = ("down", "block") if shapes.count("encoder.down.") else ("down_blocks", "resnets")
     levels = range(shapes.count(f"encoder.{level}."))

@@ -1,7 +1,7 @@
-"""Names of the same tensor in the original (Stability) layout and in the diffusers layout.
+"""The names of each tensor in the original (Stability) layout and in the diffusers layout.
 
-A map lists modules, ours to theirs; a key belongs to the longest module name that it begins with. The maps are made for
-a network of any size, and cover all of its keys.
+A map lists modules, from our name to the original one; a key belongs to the longest module name that it begins with.
+The maps are made for a network of any size, and cover all of its keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 
 def unet_keys(unet: UNet) -> dict[str, str]:
-    """Original key to diffusers key, for every key of the U-Net; one to one."""
+    """The diffusers key of every original key of the U-Net, one to one."""
     config = unet.config
     modules = {
         "conv_in": "input_blocks.0.0",
@@ -39,9 +39,8 @@ def unet_keys(unet: UNet) -> dict[str, str]:
         "conv_out": "out.2",
     }
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    stride = (
-        config.layers_per_block + 1
-    )  # blocks in a level: its layers and the one that halves it; on the way up layers
+    # The blocks of a level: on the way down its layers and the one that halves it, on the way up its layers.
+    stride = config.layers_per_block + 1
     for i in range(len(config.channels)):
         for j in range(stride):
             down, up = f"input_blocks.{i * stride + j + 1}", f"output_blocks.{i * stride + j}"
@@ -56,9 +55,9 @@ def unet_keys(unet: UNet) -> dict[str, str]:
 
 
 def vae_keys(vae: VAE) -> dict[str, str]:
-    """Original key to diffusers key, for every key of the VAE; one to one.
+    """The diffusers key of every original key of the VAE, one to one.
 
-    The shapes are the same but for attention weights, (C, C, 1, 1) in the original and (C, C) in diffusers.
+    Shapes are the same except for attention weights, (C, C, 1, 1) in the original and (C, C) in diffusers.
     """
     config = vae.config
     modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
@@ -71,10 +70,8 @@ def vae_keys(vae: VAE) -> dict[str, str]:
         modules |= attention
         resnets |= {f"{side}.mid_block.resnets.{j}": f"{side}.mid.block_{j + 1}" for j in range(2)}
     for i in range(levels):
-        down, up = (
-            f"encoder.down.{i}",
-            f"decoder.up.{levels - 1 - i}",
-        )  # the decoder's levels are counted from the finest
+        # The original layout counts the decoder's levels from the finest.
+        down, up = f"encoder.down.{i}", f"decoder.up.{levels - 1 - i}"
         modules[f"encoder.down_blocks.{i}.downsamplers.0"] = f"{down}.downsample"
         modules[f"decoder.up_blocks.{i}.upsamplers.0"] = f"{up}.upsample"
         for j in range(config.layers_per_block + 1):
@@ -86,7 +83,7 @@ def vae_keys(vae: VAE) -> dict[str, str]:
 
 
 def modern_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A VAE in the diffusers layout under today's names: releases before 0.13 named the attention otherwise."""
+    """The tensors of a VAE in the diffusers layout under today's names: before release 0.13 attention had others."""
     renamed = {f".attentions.0.{old}.": f".attentions.0.{new}." for old, new in OLD_VAE_ATTENTION.items()}
 
     def modern(key: str) -> str:

@@ -1,4 +1,4 @@
-"""`load`: a path, a hub id or nothing at all to a model that runs."""
+"""`load`: from a path, a hub id or nothing at all to a model that runs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from cutdiff.models.fp8 import check_fp8, quantize_transformers
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """A load makes thousands of objects, all of which stay: time to look for garbage (0.2 s, with torch and
-    transformers imported) would be lost."""
+    """Pause the garbage collector, which would take 0.2 s (with torch and transformers imported) and find nothing:
+    a load makes thousands of objects, all of which stay."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -55,30 +55,31 @@ def load(
     """Read a model of the families SDXL, SD 1.5 and SD 2.1.
 
     path: a diffusers folder, a .safetensors file in the original layout, or the id of a model in the local Hugging Face
-        cache (nothing is downloaded); by default the embedded model, which is also found as "weights/scenes" from every
-        working directory.
-    dtype: of all weights. A VAE that overflows in float16 decodes in float32 all the same.
+        cache (nothing is downloaded); by default the embedded model, which has the name "weights/scenes" in every
+        working directory too.
+    dtype: the dtype of all weights. A VAE that overflows in float16 decodes in float32 all the same.
     config: a diffusers folder from which a single file takes its configurations, schedule and tokenizers. Without it
         sizes are inferred from the file, the rest is its family's, and tokenizers come from the local Hugging Face
         cache.
     vae: a folder or file whose VAE takes the place of the model's own, which a single file may then lack.
     prediction_type: "epsilon" or "v_prediction"; None: as the file's marker keys, its metadata or its scheduler say,
         else epsilon.
-    zero_terminal_snr: whether the noise that the model was trained with ends at zero SNR; None: likewise, else not.
-    timestep_spacing: how a run picks its timesteps, "leading", "trailing" or "linspace"; None: as the scheduler does.
-        Few-step models (Lightning, Turbo) are made for "trailing", which a single file does not say. An EDM model has
-        neither this nor the option before.
+    zero_terminal_snr: True if the model was trained with noise that ends at zero SNR; None: as the file's marker keys
+        or its scheduler say, else False.
+    timestep_spacing: the rule by which a run picks its timesteps, "leading", "trailing" or "linspace"; None: as the
+        scheduler says. Few-step models (Lightning, Turbo) are made for "trailing", which a single file does not say.
+        For an EDM model this option and the one before are errors.
     loras: LoRA files (LoRA, LoCon, LoHa, LoKr) that are merged into the weights, each times its scale.
     check_weights: read all weights now and raise ValueError where one is NaN or infinite, or where a file ends in
-        matrices of zeros, as a download does that broke off; a run that meets a value that is not finite names the
-        weights in any case.
-    fp8: multiply the linear layers of the U-Net's transformers in 8 bits, LoRAs merged before; ValueError where `dtype`
-        is not bfloat16 or the device cannot. `models.fp8.quantize_transformers` does the same to a loaded model on any
-        device, on a CPU for measuring: it is slower there.
+        matrices of zeros, as after a broken download. Without this, a run that meets a value that is not finite names
+        the weights.
+    fp8: multiply the linear layers of the U-Net's transformers in 8 bits, after LoRAs were merged; ValueError where
+        `dtype` is not bfloat16 or the device cannot. `models.fp8.quantize_transformers` does the same to a loaded
+        model on any device; on a CPU that is slower, and only for measuring.
 
-    Weights stay memory-mapped where they need not be converted. Raises FileNotFoundError where there is nothing at
-    `path` or another that is given; ValueError where it is no such model, is incomplete, does not fit its
-    configuration, or needs what is not built here; LoraError, a ValueError, where a LoRA cannot be merged into it.
+    Weights that need no conversion stay memory-mapped. Raises FileNotFoundError where `path` or another path does not
+    exist; ValueError where it is no such model, is incomplete, does not fit its configuration, or needs what is not
+    built here; and LoraError, a ValueError, where a LoRA cannot be merged into it.
     """
     if not dtype.is_floating_point:
         raise ValueError(
@@ -87,32 +88,30 @@ def load(
     source, device = locate(path), torch.device(device)
     if fp8:
         check_fp8(device, dtype)
-    options, vae = (
-        NoiseOptions(prediction_type, zero_terminal_snr, timestep_spacing),
-        None if vae is None else locate(vae, "vae"),
-    )
+    options = NoiseOptions(prediction_type, zero_terminal_snr, timestep_spacing)
+    vae = None if vae is None else locate(vae, "vae")
     if source.is_dir():
         if config is not None:
             raise ValueError(
                 f"config={str(config)!r} is for single files, and {source} is a folder with its own: omit it"
             )
-        found = _read_folder(source, vae, options)
+        parts = _read_folder(source, vae, options)
     else:
-        found = _read_single(source, vae, options, None if config is None else locate(config, "config"))
-    options.check_fit(found.blueprint.noise)
+        parts = _read_single(source, vae, options, None if config is None else locate(config, "config"))
+    options.check_fit(parts.blueprint.noise)
     if check_weights:
-        for file in found.files.values():
+        for file in parts.files.values():
             check_end(file)
-    weights, merged = lora.merge(found.weights, found.networks, loras, dtype=dtype)
+    weights, merged = lora.merge(parts.weights, parts.networks, loras, dtype=dtype)
     model = build_model(
-        found.blueprint,
-        found.networks,
+        parts.blueprint,
+        parts.networks,
         weights,
         device=device,
         dtype=dtype,
         source=str(source),
-        files=found.files,
-        decided_by=found.decided_by,
+        files=parts.files,
+        decided_by=parts.decided_by,
         loras=merged,
         vae_source=None if vae is None else str(vae),
     )
@@ -124,21 +123,21 @@ def load(
 
 
 def load_outline(path: str | Path | None, *, dtype: torch.dtype, config: str | Path | None = None) -> Model:
-    """The model without its weights, on the meta device: its sizes and its noise. Arguments and errors are `load`'s."""
+    """A model without its weights, on the meta device: its sizes and its noise. Arguments and errors are `load`'s."""
     source = locate(path)
     if source.is_dir():
-        found = _read_folder(source, None, NoiseOptions())
+        parts = _read_folder(source, None, NoiseOptions())
     else:
-        found = _read_single(source, None, NoiseOptions(), None if config is None else locate(config, "config"))
-    networks = found.networks
+        parts = _read_single(source, None, NoiseOptions(), None if config is None else locate(config, "config"))
+    networks = parts.networks
     for network in networks.named().values():
         network.to(dtype).eval().requires_grad_(False)
-    return model_of(found.blueprint, networks, source=str(source), files=found.files, decided_by=found.decided_by)
+    return model_of(parts.blueprint, networks, source=str(source), files=parts.files, decided_by=parts.decided_by)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What was read of a model: empty networks, and the weights that they will have."""
+class _Parts:
+    """The parts of a model that were read: empty networks, and the weights that they will have."""
 
     blueprint: Blueprint
     networks: Networks
@@ -147,7 +146,7 @@ class _Found:
     decided_by: dict[str, str]
 
 
-def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Found:
+def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Parts:
     blueprint = folder.read_blueprint(source)
     noise, decided_by = decide_noise(options, blueprint.noise)
     other = None if vae is None else read_vae(vae, blueprint.vae)
@@ -159,10 +158,10 @@ def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Foun
     if other is not None:
         weights["vae"] = other.tensors
         files |= {str(file): file for file in other.files}
-    return _Found(blueprint, networks, weights, files, decided_by)
+    return _Parts(blueprint, networks, weights, files, decided_by)
 
 
-def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: Path | None) -> _Found:
+def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: Path | None) -> _Parts:
     tensors, metadata = read_tensors_and_metadata(source)
     with _named(source):
         family = family_of(tensors, needs_vae=vae is None)
@@ -193,18 +192,18 @@ def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: 
     if other is not None:
         weights["vae"] = other.tensors
         files |= {str(file): file for file in other.files}
-    return _Found(blueprint, networks, weights, files, decided_by)
+    return _Parts(blueprint, networks, weights, files, decided_by)
 
 
 def _check_family(configured: Blueprint, family: Family, config: Path | None) -> None:
-    """ValueError where a single file and the folder that it takes its configuration from are not of one family."""
+    """Raise ValueError unless a single file and the folder with its configuration are of one family."""
     if (configured.text_encoder_2 is not None) != (len(family.texts) == 2):
         raise ValueError(f"an {family.name} model, and {config} is a folder of another family: pass one of its own")
 
 
 @contextmanager
 def _named(source: Path) -> Iterator[None]:
-    """Head an error with the file that it is about."""
+    """Put the name of the file before the message of a ValueError."""
     try:
         yield
     except ValueError as error:

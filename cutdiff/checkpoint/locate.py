@@ -1,4 +1,4 @@
-"""Where weights lie: a path, a hub id in the local cache, or what comes with cutdiff."""
+"""Finding weights: at a path, under a hub id in the local cache, or in the package itself."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ HUB_ID = re.compile(r"\w[^/]*/[^/]+(?<!\.safetensors)")
 
 
 def locate(path: str | Path | None, option: str = "") -> Path:
-    """The folder or file that a path, a hub id or None stands for.
+    """The folder or file that a path, a hub id or None (the embedded model) stands for.
 
-    Raises FileNotFoundError where there is none, headed `option=` where one is given.
+    Raises FileNotFoundError where there is none; the message begins with `option=` if that is given.
     """
-    if path is not None and os.path.exists(path):  # which takes any text for a path, as Path.exists does not
+    if path is not None and os.path.exists(path):  # any text may be a path here, and Path.exists raises for some
         return Path(path)
     if path is None or Path(path) == Path(EMBEDDED):
         return embedded(EMBEDDED)
@@ -36,7 +36,7 @@ def locate(path: str | Path | None, option: str = "") -> Path:
 
 
 def embedded(folder: str) -> Path:
-    """A folder of weights that comes with cutdiff, such as "weights/scenes". Raises FileNotFoundError without it."""
+    """The place of a folder of weights that comes with cutdiff, such as "weights/scenes"; FileNotFoundError if none."""
     for root in (PACKAGE, PACKAGE.parent):  # in a wheel, in a clone
         if (root / folder).is_dir():
             return root / folder

@@ -1,6 +1,7 @@
-"""What the network predicts and whether its noise ends at zero SNR: decided by the first source that says.
+"""Deciding what a network predicts and whether its noise ends at zero SNR: the first source that says so decides.
 
-In this order: the caller, marker keys in the file, its metadata (ModelSpec), a scheduler's configuration, epsilon.
+The sources are, in this order: the caller, marker keys in the file, its metadata (ModelSpec), a scheduler's
+configuration, and epsilon.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.settings import PREDICTION_TYPES, SPACINGS
 
 MARKS = ("v_pred", "ztsnr", *edm.LATENTS, *edm.SIGMAS)
-"""The marker keys that some trainers put beside the weights: empty tensors, and an EDM model's numbers."""
+"""The marker keys that some trainers put beside the weights: empty tensors, or the numbers of an EDM model."""
 DEFAULT = "default"
-"""The source that is left where no other says anything."""
+"""The name of the source that decides where no other does."""
 METADATA = ("modelspec.prediction_type", "modelspec.predict_key")
 SPELLINGS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 
 @dataclass(frozen=True)
 class NoiseOptions:
-    """What the caller says; None leaves it to the other sources."""
+    """The options of the caller; None leaves a decision to the other sources."""
 
     prediction_type: str | None = None
     zero_terminal_snr: bool | None = None
@@ -39,7 +40,7 @@ class NoiseOptions:
                 raise ValueError(f"{name}={not_one_of(value, known)}")
 
     def check_fit(self, noise: AnyNoise) -> None:
-        """Raise ValueError for what only betas and timesteps have, where a model has neither."""
+        """Raise ValueError for an option about betas or timesteps if the model is an EDM model, which has neither."""
         for name in ("zero_terminal_snr", "timestep_spacing"):
             value = getattr(self, name)
             if isinstance(noise, EDMConfig) and value is not None:
@@ -58,11 +59,11 @@ def decide_noise(
 ) -> tuple[AnyNoise, dict[str, str]]:
     """The schedule of a model, and for each option the source that decided it, such as "marker key v_pred".
 
-    `tensors` and `metadata` are a single file's. Without a scheduler the rest is SDXL's, which SD 1.5 and SD 2.1 share.
-    Where another than the scheduler says that the noise ends at zero SNR, timesteps are spaced from the last one on
-    ("trailing", Lin et al. 2023), or no step would begin there. The marks of an EDM model say all of its noise whatever
-    stands beside them; options that it has no use for are left to `check_fit`. Raises ValueError for metadata that are
-    unknown or contradict each other, and for marks without numbers.
+    `tensors` and `metadata` are those of a single file. Without a scheduler the rest is as in SDXL, SD 1.5 and SD 2.1,
+    which agree. If a source other than the scheduler says that the noise ends at zero SNR, timesteps are spaced from
+    the last one on ("trailing", Lin et al. 2023), or no step would begin there. The markers of an EDM model decide all
+    of its noise, whatever stands beside them; `check_fit` refuses options that it has no use for. Raises ValueError for
+    metadata that are unknown or contradict each other, and for markers without numbers.
     """
     keys, metadata, source = tensors or {}, metadata or {}, "scheduler" if scheduler else DEFAULT
     if marked := edm.marked_noise(keys, scheduler):

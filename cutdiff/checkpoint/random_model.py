@@ -1,4 +1,7 @@
-"""A model with random weights: as fast as a trained one, and to be had at any size without a download."""
+"""Models with random weights: as fast as trained ones, of any size, and without a file or a download.
+
+The bench, the planner and the tests use them where only shapes and speed matter.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from cutdiff.models.vae import VAE
 from cutdiff.sampling.noise import NoiseConfig
 
 TOKENS = 77
-"""Of a prompt, as CLIP's encoders pad it."""
+"""The length of a prompt, as CLIP's encoders pad it."""
 
 
 @dataclass(frozen=True)
 class GivenText:
-    """In the place of a model's `TextEncoders`: every prompt has the same states (1, L, D), at no cost."""
+    """A stand-in for a model's `TextEncoders`: every prompt has the same states (1, L, D), at no cost."""
 
     states: TextStates
     encoders: tuple[nn.Module, ...] = ()
@@ -45,13 +48,13 @@ class GivenText:
 
 
 def random_model(unet: UNetConfig, vae: VAEConfig, device: torch.device, seed: int = 0) -> Model:
-    """A model of these shapes in float32; seed and device decide its weights and the states of its one prompt."""
+    """A model of these shapes in float32; seed and device determine its weights and the states of all its prompts."""
     with torch.device("meta"):
         networks = UNet(unet), VAE(vae)
     for network in networks:
         network.to_empty(device=device).requires_grad_(False)
         randomise(network, seed)
-        if device.type != "cpu":  # as a model that is loaded
+        if device.type != "cpu":  # a model that is loaded has this layout there
             channels_last(network)
     rng = torch.Generator(device).manual_seed(seed + 1)
     context = torch.randn(1, TOKENS, unet.context_dim, generator=rng, device=device)
@@ -61,14 +64,14 @@ def random_model(unet: UNetConfig, vae: VAEConfig, device: torch.device, seed: i
 
 
 def cast(model: Model, dtype: torch.dtype) -> Model:
-    """The model in another dtype; its networks are changed in place."""
+    """The model in another dtype. Its networks are converted in place."""
     states = model.text.encode([""])
     text: Any = GivenText(TextStates(states.context.to(dtype), states.pooled.to(dtype)))
     return replace(model, unet=model.unet.to(dtype), vae=model.vae.to(dtype), text=text)
 
 
 def changed(model: Model, change: Callable[[UNet], None]) -> Model:
-    """The model with a changed copy of its U-Net."""
+    """The model with a copy of its U-Net, to which `change` is applied."""
     unet = deepcopy(model.unet)
     change(unet)
     return replace(model, unet=unet)
@@ -76,7 +79,7 @@ def changed(model: Model, change: Callable[[UNet], None]) -> Model:
 
 @torch.no_grad()
 def randomise(network: nn.Module, seed: int) -> None:
-    """Give every parameter random values, norms and biases too, so that none can be left out unnoticed."""
+    """Give every parameter random values, norms and biases too, so that a test notices when one is left out."""
     rng = torch.Generator(next(network.parameters()).device).manual_seed(seed)
     for name, parameter in network.named_parameters():
         parameter.normal_(generator=rng)
@@ -89,7 +92,7 @@ def randomise(network: nn.Module, seed: int) -> None:
 
 
 def network_inputs(model: Model, rows: int, seed: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Random input of the U-Net at native size, in its dtype; of timesteps a single one ()."""
+    """Random arguments of the U-Net for so many `rows` at native size, in its dtype, with a single timestep ()."""
     config, device = model.unet.config, model.device
     rng = torch.Generator(device).manual_seed(seed)
 

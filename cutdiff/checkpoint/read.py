@@ -1,4 +1,4 @@
-"""Reading files: JSON, tensors that stay memory-mapped until they are used, and the shards that an index names."""
+"""Reading files: JSON, tensors, which stay memory-mapped until they are used, and the shards that an index names."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from cutdiff.checkpoint.files import START, impostor, listed, opened, quoted
 from cutdiff.checkpoint.header import read_header
 
 MAX_TEXT = 8 * 2**20
-"""Bytes of a JSON or text file, twice the largest of an SDXL folder, its tokenizer; once parsed it may take 30 times
-as much memory."""
+"""The most bytes of a JSON or text file: twice those of the largest in an SDXL folder, its tokenizer. Once parsed it
+may take 30 times as much memory."""
 SMALL = 1024
-"""Elements of a tensor that may be zero throughout."""
+"""The most elements of a tensor at the end of a file that may all be zero."""
 MAX_DEPTH = 64
-"""Levels of JSON; a tokenizer has six."""
+"""The most levels of nested JSON; a tokenizer has six."""
 PATH = re.compile(r"[/\\:\0]")
-"""What a name that leads out of its folder has, on one system or another."""
+"""The characters of a name that leads out of its folder, on one system or another."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, memory-mapped: nothing is read before a tensor's values are.
+    """All tensors of a safetensors file, memory-mapped: their bytes are read when their values are used.
 
     Raises FileNotFoundError where there is no such file; ValueError, in one line that says what the file is instead,
     where it is no complete safetensors file.
@@ -39,7 +39,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensors_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors as `read_tensors` gives them, and what the file's header says of itself; the header is read once."""
+    """The tensors, as `read_tensors` gives them, and the metadata in the header, which is read once."""
     header = read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -49,8 +49,11 @@ def read_tensors_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def check_end(path: Path) -> None:
-    """Raise ValueError where a safetensors file ends in matrices or kernels of zeros: some programs give a file its
-    size first and fill it as the download goes on. Biases, norms and small tensors may be zero."""
+    """Raise ValueError where a safetensors file ends in matrices or kernels of zeros, as after a broken download.
+
+    Some programs give a file its full size first and fill it as the download goes on. Biases, norms and small tensors
+    may be zero.
+    """
     tensors, entries = read_tensors(path), read_header(path).tensors
     last_first = sorted(entries, key=lambda name: entries[name].end, reverse=True)
     zeros = takewhile(lambda name: not tensors[name].flatten().view(torch.uint8).any(), last_first)
@@ -59,9 +62,9 @@ def check_end(path: Path) -> None:
 
 
 def find_weights(folder: Path, stem: str) -> list[Path]:
-    """The weight files of one network: `stem`.safetensors or its shards; the fp16 variant where there is no other.
+    """The weight files of one network: `stem`.safetensors or its shards, or the fp16 variant if there is no other.
 
-    Raises ValueError where there is none, or where the shards are not what their index says, by their headers.
+    Raises ValueError where there is none, or where the headers of the shards contradict their index.
     """
     for name in (stem, f"{stem}.fp16"):
         if (folder / f"{name}.safetensors").exists():
@@ -95,7 +98,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _no_shard(name: object) -> str | None:
-    """What speaks against opening the file that an index calls so."""
+    """The reason not to open a file that an index names so; None where there is none."""
     if not isinstance(name, str) or PATH.search(name):
         return "which is no plain file name: a shard lies beside its index, so download both again"
     if not name.endswith(".safetensors"):
@@ -104,25 +107,27 @@ def _no_shard(name: object) -> str | None:
 
 
 def _check_shards(index: Path, places: Mapping[str, str], names: list[str]) -> None:
-    """Whether each key is in the shard that `places` names for it and in no other, and no shard holds another."""
-    found: dict[str, str] = {}
+    """Raise ValueError unless each key is in the shard that `places` names for it, and no other key in any shard."""
+    shard_of: dict[str, str] = {}
     for name in names:
         for key in read_header(index.parent / name).tensors:
-            if key in found:
-                raise ValueError(f"{index}: {key!r} is in two shards, {found[key]!r} and {name!r}: download them again")
-            found[key] = name
-    absent = [f"{quoted(key)} from {quoted(name)}" for key, name in places.items() if found.get(key) != name]
+            if key in shard_of:
+                raise ValueError(
+                    f"{index}: {key!r} is in two shards, {shard_of[key]!r} and {name!r}: download them again"
+                )
+            shard_of[key] = name
+    absent = [f"{quoted(key)} from {quoted(name)}" for key, name in places.items() if shard_of.get(key) != name]
     if absent:
         raise ValueError(
             f"{index}: {len(absent)} keys are absent from their shard: {listed(absent)}: download it again"
         )
-    extra = [f"{quoted(key)} in {quoted(name)}" for key, name in found.items() if key not in places]
+    extra = [f"{quoted(key)} in {quoted(name)}" for key, name in shard_of.items() if key not in places]
     if extra:
         raise ValueError(f"{index} does not list {len(extra)} keys of its shards: {listed(extra)}: download it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where the file is missing, too large, names a key twice or is something else."""
+    """Read a JSON object. ValueError where the file is missing, too large, names a key twice or is something else."""
     try:
         text = read_text(path)
     except FileNotFoundError:
@@ -140,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A small text file. Raises FileNotFoundError where there is none, ValueError where it is too large or no text."""
+    """Read a small text file. FileNotFoundError where there is none, ValueError where it is too large or no text."""
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_TEXT:
@@ -149,13 +154,13 @@ def read_text(path: Path) -> str:
     if problem := impostor(content[:START]):
         raise ValueError(f"{path} {problem}")
     try:
-        return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # an editor's mark, which is no text
+        return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # a byte order mark, which some editors write
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): download it again") from None
 
 
 def _check_depth(content: object) -> None:
-    """Raise RecursionError where JSON is nested so deeply that others, to print it for one, might."""
+    """Raise RecursionError for JSON that is nested so deeply that printing it might raise one too."""
     level = [content]
     for _ in range(MAX_DEPTH + 1):
         level = [

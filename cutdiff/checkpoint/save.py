@@ -1,4 +1,4 @@
-"""Writing a diffusers folder."""
+"""Writing a model as a diffusers folder."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def save_folder(
     zeros_for_empty_negative: bool,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write a model as `load` and diffusers' pipeline of its family read it, weights in `dtype`.
+    """Write a model, with its weights in `dtype`, so that `load` and diffusers' pipeline of its family can read it.
 
-    Every file appears whole or not at all; files of the same name are replaced. Raises ValueError for a weight that is
+    Every file appears whole or not at all, and replaces one of the same name. Raises ValueError for a weight that is
     not finite in `dtype` or has 8 bits, a U-Net or a layer of text states that the layout cannot express, or a
     tokenizer with tokens beside its vocabulary.
     """
@@ -95,7 +95,7 @@ def _write_network(
 
 
 def _clip_fields(encoder: PreTrainedModel) -> dict[str, Any]:
-    """A text encoder's config.json; its dtype is the one in which diffusers opens the other networks by default."""
+    """The config.json of a text encoder; its dtype is that in which diffusers opens the other networks by default."""
     fields = {name: getattr(encoder.config, name) for name in clip.CONFIG_FIELDS}
     return {"architectures": [type(encoder).__name__], "model_type": "clip_text_model", "dtype": "float32", **fields}
 
@@ -126,7 +126,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path` and then put it in its place."""
+    """Let `write` fill a file beside `path`, and then move it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:

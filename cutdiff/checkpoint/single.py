@@ -1,4 +1,4 @@
-"""Reading a single file in the original (Stability) layout: its tensors by network, under the networks' own keys."""
+"""Taking a single file in the original (Stability) layout apart: the tensors of each network, under its own keys."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ Parts = dict[str, dict[str, Tensor]]
 
 
 def split(tensors: Mapping[str, Tensor], family: Family) -> Parts:
-    """The tensors of each network: U-Net and VAE under original keys without their prefix, text encoders under
-    transformers'. Nothing is copied but the projection of an OpenCLIP encoder. ValueError for keys of no network.
+    """The tensors of each network, under original keys without their prefix in U-Net and VAE, and under those of
+    transformers in text encoders.
+
+    Nothing is copied but the projection of an OpenCLIP encoder. Raises ValueError for keys that belong to no network.
     """
     parts: Parts = {network: {} for network in family.prefixes}
     rest: list[str] = []
@@ -40,13 +42,13 @@ def split(tensors: Mapping[str, Tensor], family: Family) -> Parts:
     for text in family.texts:
         named = clip.from_open_clip if text.is_open_clip else clip.with_prefix
         parts[text.name] = named(parts[text.name])
-    parts["text_encoder"].pop(clip.PROJECTION, None)  # some files have it; only a second encoder's pooled text is read
+    # Some files have a projection, but only a second encoder's pooled text is read.
+    parts["text_encoder"].pop(clip.PROJECTION, None)
     return parts
 
 
 def convert(parts: Parts, networks: Networks) -> Parts:
-    """The same tensors under the networks' own keys. Keys that they do not know stay, for the strict assignment to
-    list."""
+    """The same tensors under the networks' own keys. Unknown keys stay, so that the strict assignment lists them."""
     unet = unet_keys(networks.unet)
     return {
         "unet": {unet.get(key, key): tensor for key, tensor in parts["unet"].items()},
@@ -60,12 +62,12 @@ def convert(parts: Parts, networks: Networks) -> Parts:
 
 
 def convert_vae(tensors: Mapping[str, Tensor], vae: VAE) -> dict[str, Tensor]:
-    """A VAE's tensors under original keys, without their prefix, under its own keys."""
+    """The tensors of a VAE, from original keys without their prefix to its own keys."""
     keys, state = vae_keys(vae), vae.state_dict()
     named = ((keys.get(key, key), tensor) for key, tensor in tensors.items())
     return {key: _linear(tensor) if key in state and state[key].ndim == 2 else tensor for key, tensor in named}
 
 
 def _linear(weight: Tensor) -> Tensor:
-    """The weight of a 1×1 convolution (C', C, 1, 1) as that of a linear layer (C', C); others as they are."""
+    """The weight of a 1×1 convolution (C', C, 1, 1) as that of a linear layer (C', C); other weights as they are."""
     return weight.flatten(1) if weight.shape[2:] == (1, 1) else weight

@@ -1,4 +1,4 @@
-"""A VAE from elsewhere, in the place of a model's own."""
+"""Reading another VAE to take the place of a model's own."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ REMEDY = "pass a VAE's folder or file, or a whole model's"
 
 @dataclass(frozen=True)
 class OtherVAE:
+    """A VAE that was read from a folder or file of its own."""
+
     config: VAEConfig
     tensors: dict[str, Tensor]
-    """Memory-mapped, under our keys."""
+    """The weights, memory-mapped, under our keys."""
     files: list[Path]
 
 
 def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
-    """The VAE of a diffusers folder, its own or a whole model's, or of a file in either layout, alone or in a model's.
+    """The VAE of a diffusers folder (a VAE's or a whole model's) or of a file in either layout (likewise).
 
-    A file says neither its scaling factor nor whether it overflows in float16: these are then as in `like`, the VAE
-    that is replaced. Statistics of the latents' channels belong to the U-Net that was trained on them: where a folder
-    says others than `like`, or none, those of `like` stay, and its scaling factor with them. Raises ValueError where
-    there is no VAE.
+    A file says neither its scaling factor nor whether it overflows in float16: both are then as in `like`, the VAE
+    that is replaced. The statistics of the latents' channels belong to the U-Net, which was trained on them: if a
+    folder has other ones than `like`, or none, those of `like` stay, and its scaling factor with them. Raises
+    ValueError where there is no VAE.
     """
     if path.is_dir():
         folder = _folder(path)
@@ -47,9 +49,9 @@ def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
             config = replace(config, **kept)
         tensors = modern_vae({key: tensor for file in files for key, tensor in read_tensors(file).items()})
     else:
-        files, found = [path], read_tensors(path)
-        prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in found) else ""
-        tensors = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
+        files, all_tensors = [path], read_tensors(path)
+        prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in all_tensors) else ""
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in all_tensors.items() if key.startswith(prefix)}
         try:
             config = infer_vae(tensors, like)
         except ValueError as error:
@@ -60,7 +62,7 @@ def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
 
 
 def _folder(path: Path) -> Path:
-    """The VAE's own folder: `path`, or its sub-folder where that is a whole model's. ValueError where it is none."""
+    """The folder of the VAE: `path`, or its sub-folder if `path` is a whole model. ValueError where it is no VAE's."""
     folder = path / "vae" if (path / "vae").is_dir() else path
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} is no VAE: it has no config.json: {REMEDY}")

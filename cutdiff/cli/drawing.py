@@ -11,17 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from cutdiff.cli.ending import Failure
 from cutdiff.cli.runs import Picture, is_set
 from cutdiff.parallel import stopping
-from cutdiff.parallel.launch import Ended, Launch
+from cutdiff.parallel.process import Ended
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
+    from cutdiff.parallel.launch import Launch
     from cutdiff.sampling.stages import Step
-
-
-class Failure(Exception):
-    """What a file turns out to be, or a disk; its message is the line that the user sees."""
 
 
 def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], launch: Launch) -> None:

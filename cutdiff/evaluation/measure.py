@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
+from cutdiff.cli.device import device_of
 from cutdiff.evaluation import score
 from cutdiff.evaluation.cells import Cell, cost, draw_cells, folder_of, picture_paths
 from cutdiff.evaluation.references import References, compare
@@ -36,11 +37,12 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
     direct = replace(base, method="direct")
     shared = {name: value for name, value in options.items() if direct.has(name)}
     prompts = _prompts(args)
-    device, references = _device(args.device), None
+    caption_seed = score.CAPTION_SEED if args.caption_seed is None else args.caption_seed
+    device, references = device_of(args.device), None
     if args.references is not None:
         references = References.load(args.references, args.features, args.clip, device)
     else:
-        score.scenes(args.num, args.caption_seed)
+        score.scenes(args.num, caption_seed)
     model = cutdiff.load(args.model, device=device, dtype=getattr(torch, args.dtype))
     native = model.native_size * model.factor
     for cell in cells:
@@ -49,9 +51,9 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
             raise ValueError(f"--sizes {cell.side}: a picture smaller than the native {native} px has no crops of it")
     if references is None:
         base = replace(base, **shared)
-        testbed = Testbed(model, base, args.num, args.out, args.batch, args.caption_seed, _named(NATIVE, shared))
+        testbed = Testbed(model, base, args.num, args.out, args.batch, caption_seed, _named(NATIVE, shared))
         rows, cells = measure_scenes(testbed, cells), [testbed.native_cell, *cells]
-        drawn = {"batch": args.batch, "caption_seed": args.caption_seed}
+        drawn = {"batch": args.batch, "caption_seed": caption_seed}
     else:
         rows = measure_prompts(model, cells, prompts, references, args.out, batch=args.batch)
         drawn = {"batch": args.batch, "prompts": prompts}
@@ -95,13 +97,6 @@ def measure_prompts(
 def _named(name: str, options: dict[str, Any]) -> str:
     """The name of a cell: its spec, with the options that --set adds."""
     return ",".join([name, *(f"{option}={written(value)}" for option, value in options.items())])
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name} is not available here: use --device cpu") from None
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -1,4 +1,4 @@
-"""AccDiffusion (Lin et al. 2024, arXiv 2407.10738): DemoFusion whose views are told only of what they show.
+"""AccDiffusion (Lin et al. 2024, arXiv 2407.10738): DemoFusion whose views have prompts of what they show.
 
 While the picture of native size is drawn, cross-attention tells where it shows each word; a view of a larger canvas
 gets those words for a prompt that fill enough of it (patch-content-aware prompts). The interleaved patches exchange
@@ -7,11 +7,12 @@ pixels before the network and after it (dilated sampling with window interaction
 As in the published code, whose defaults these are: maps are averaged over all steps and over the layers at the coarsest
 level, without the middle; a mask is where a map exceeds its mean, opened with 3×3 pixels as often as its side has
 sixteenths; views are drawn once a phase, so that their prompts hold. Unlike it: views may stand at any latent, there at
-every fourth, the grain of the maps; a word of several tokens stays whole, where that code prompts with the pieces; maps
-that are not square are read as they lie, where that code swaps their sides; prompts are found after the first phase
-whatever its last timestep, there only where it is 1; all patches exchange pixels, there those of one view batch; a word
-keeps its weight (`models.prompts`), there are none. What is said of the network's input, padding, moments and sizes in
-`demofusion` holds here too. That code moves each channel of a pixel by itself, which is `interaction="channel"`.
+every fourth, the grain of the maps; a word's area in a view is divided by the area of the view, there by that of the
+native picture; a word of several tokens stays whole, where that code prompts with the pieces; maps that are not square
+are read as they lie, where that code swaps their sides; prompts are made after the first phase whatever its last
+timestep, there only where it is 1; all patches exchange pixels, there those of one view batch; a word keeps its weight
+(`models.prompts`), there are none. The head of `demofusion` on the network's input, padding, moments and sizes holds
+here too. That code moves each channel of a pixel by itself: `interaction="channel"`.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ class AccDiffusion(Cascade):
     changes_network: ClassVar[bool] = True
 
     interaction: Grain = "channel"
-    """What the patches exchange: each "channel" of a pixel by itself, as the published code has it, every "pixel" as a
+    """The unit that patches exchange: each "channel" of a pixel by itself, as in the published code, every "pixel" as a
     whole, or "none"."""
     word_threshold: Share = 0.3
     """The share of a view that a word must fill to stand in its prompt: the paper's c."""
 
-    def check(self, settings: Settings) -> None:
+    def check_settings(self, settings: Settings) -> None:
         """ValueError where the run has a second prompt: a view gets the words of one."""
         if settings.prompt_2 is not None:
             raise ValueError(
-                f"prompt_2={settings.prompt_2!r} is not for accdiffusion, whose views are told words of one prompt"
+                f"prompt_2={settings.prompt_2!r} is not for accdiffusion, whose views have words of one prompt"
             )
 
     def stages(self, run: Run) -> Stages:

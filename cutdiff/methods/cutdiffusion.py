@@ -23,8 +23,8 @@ class CutDiffusion(Tiled):
     structure_fraction: Share = 0.5
     """The share of the steps, rounded up, that draw the structure: the paper's T' = T / 2."""
     interaction: Grain = "channel"
-    """What the patches exchange: each "channel" of a pixel by itself, as the published code has it, every "pixel" as a
-    whole, as the paper's text has it, or "none"."""
+    """The unit that patches exchange: each "channel" of a pixel by itself, as in the published code, every "pixel" as a
+    whole, as in the paper's text, or "none"."""
     detail_guidance_scale: Scale | None = None
     """The guidance scale of the detail stage; None: that of the run."""
 

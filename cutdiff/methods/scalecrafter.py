@@ -71,7 +71,7 @@ class Dilations:
         return factors[depth] if depth < len(factors) else 1.0
 
     def shrunk(self, remaining: float) -> Dilations:
-        """Those of the step where the share `remaining` of re-dilated ones is left: whole factors, not below 2."""
+        """The dilations of a step with the share `remaining` of re-dilated ones to go: whole factors, not below 2."""
         mid, up, down = ([max(math.ceil(f * remaining), 2) for f in fs] for fs in ((self.mid,), self.up, self.down))
         return Dilations(mid[0], tuple(up), tuple(down))
 

@@ -240,9 +240,8 @@ def _group_norm(x: Banded, num_groups: int, weight: Tensor, bias: Tensor, eps: f
     dtype, ranks = torch.promote_types(x.dtype, torch.float32), x.limits.ranks
     counts = [x.shape[3] * (bottom - top) for top, bottom in pairwise(x.edges())]
     starts = ranks.starts(len(counts))
-    statistics = torch.empty(
-        len(counts), 2, *x.shape[:2], dtype=dtype, device=x.device
-    )  # mean and sum of squares (B, C)
+    # The mean and the sum of squares (B, C) of each band.
+    statistics = torch.empty(len(counts), 2, *x.shape[:2], dtype=dtype, device=x.device)
     for band, part in zip(x.scan(), statistics[starts[ranks.rank] :], strict=False):  # the parts go on for later ranks
         torch.mean(band, (2, 3), dtype=dtype, out=part[0])
         torch.sum((band - part[0, :, :, None, None]).square_(), (2, 3), out=part[1])

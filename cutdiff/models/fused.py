@@ -18,7 +18,7 @@ from cutdiff.models.unet import GEGLU, UNet
 
 @torch.library.custom_op("cutdiff::group_norm", mutates_args=())
 def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-    """The kernel of `cutdiff_kernels.reference.group_norm` as an operator that torch.compile does not look into."""
+    """The kernel of `cutdiff_kernels.reference_network.group_norm`, which torch.compile does not look into."""
     from cutdiff_kernels import network
 
     return network.group_norm(x, num_groups, weight, bias, eps, silu=silu)
@@ -31,7 +31,7 @@ def _(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu
 
 @torch.library.custom_op("cutdiff::geglu", mutates_args=())
 def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The kernel of `cutdiff_kernels.reference.geglu` as an operator that torch.compile does not look into."""
+    """The kernel of `cutdiff_kernels.reference_network.geglu`, which torch.compile does not look into."""
     from cutdiff_kernels import network
 
     return network.geglu(x, weight, bias)

@@ -103,9 +103,9 @@ class Attention(nn.Module):
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def weights(self, x: Tensor, context: Tensor | TextContext) -> Tensor:
-        """How much each position of x (B, L, dim) looks at each of context (B, M, context_dim): (B, heads, L, M).
+        """The weights of each position of x (B, L, dim) on those of context (B, M, context_dim): (B, heads, L, M).
 
-        These are the weights that `forward` attends with, in float32.
+        `forward` attends with these weights. Here they are float32.
         """
         q, k = self._split(self.to_q(x)).float(), self.keys_and_values(context)[0].float()
         return (self.scale * (q @ k.mT)).softmax(dim=-1)

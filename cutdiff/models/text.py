@@ -1,4 +1,4 @@
-"""From prompts to the states that a U-Net reads: one CLIP encoder or two, with their tokenizers, by transformers.
+"""The text side of a model: one CLIP encoder or two, with their tokenizers, by transformers.
 
 A prompt is read in chunks of the encoders' length (77 tokens), whose states follow each other. The pooled state is that
 of the first chunk, as in A1111 and ComfyUI.

@@ -1,4 +1,4 @@
-"""From prompts to tokens, in chunks of the encoders' length, as many as a prompt takes.
+"""Tokenizing prompts, in chunks of the encoders' length, as many as a prompt takes.
 
 Source: AUTOMATIC1111's stable-diffusion-webui, `sd_hijack_clip.tokenize_line`.
 """

@@ -1,149 +1,147 @@
-"""Threads beside one of several processes, for when it waits for the others inside of torch, where neither Python's
-signal handlers nor its exceptions come through.
+"""Ends this process when it waits for another one that hangs, and says which one and at which step.
 
-One ends the process some time after a signal that its main thread could not answer. The other tells, through a store
-that all reach, how far the process is; where it has waited for `limit` seconds, it looks who is behind, says so, and
-ends the process. Nothing is lost: pictures are written whole or not at all, and a second start draws what is missing.
+torch's own timeouts end the waiting processes too, but no message of theirs has the step. Nothing is lost: pictures are
+written whole or not at all, and a second start draws what is missing.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
-from cutdiff.parallel.launch import process
-from cutdiff.parallel.stopping import ENDS
+from cutdiff.parallel.process import Ended, RankLost
+from cutdiff.parallel.stopping import GRACE
 
 PERIOD = 1.0
-"""Seconds between two looks."""
-GRACE = 5.0
-"""Seconds that a process has to end by itself after a signal, or where another has ended the run."""
-DONE = "done"
-"""What a process tells last."""
+"""The seconds between two reports."""
+GONE = "another process of the run is gone, or does not answer"
+
+
+class Report(NamedTuple):
+    """The progress of a process."""
+
+    moves: float
+    """The number of steps and meetings so far. Ranks of a group count the same ones; infinity when the run is over."""
+    where: str
+
+
+DONE = Report(float("inf"), "done")
 
 
 class Watch:
-    """Watches over this process until it is left; enter it in the main thread, and `meet` when there are others."""
+    """A thread that reports the progress of this process to a store, and looks at the others' when it waits too long.
 
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.moves = 0
-        self.where = "before the first step"
+    It is a thread because torch's waiting lets neither signal handlers nor exceptions of Python through.
+    """
+
+    def __init__(self, store: Any, rank: int, ranks: Sequence[int], limit: float) -> None:
+        """Watch over `rank` of the `ranks` that meet each other in the same order, waiting at most `limit` seconds.
+
+        `store` is a store of torch.distributed that all processes of the run reach, not only these ranks.
+        """
+        self.store, self.rank, self.ranks, self.limit = store, rank, ranks, limit
+        self.progress = Report(0, "before the first step")
         self.waiting_since: float | None = None
+        self.changed: dict[int, tuple[Report, float]] = {}
         self.left = threading.Event()
-        self.threads = [threading.Thread(target=self._answer_signals, name="cutdiff.signals", daemon=True)]
+        self.thread = threading.Thread(target=self._watch, name="cutdiff watch", daemon=True)
 
     def __enter__(self) -> Watch:
-        self.signals, self.sent = socket.socketpair()
-        self.sent.setblocking(False)
-        self.before = signal.set_wakeup_fd(self.sent.fileno(), warn_on_full_buffer=False)
-        self.threads[0].start()
+        self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(self.before)
         self.left.set()
-        self.sent.close()  # which ends the thread's reading
-        for thread in self.threads:
-            thread.join(GRACE)
-        self.signals.close()
-
-    def meet(self, store: Any, rank: int, ranks: Sequence[int]) -> None:
-        """From now on this is one of those `ranks`, which meet each other in the same order and tell the `store`."""
-        self.store, self.rank, self.ranks = store, rank, ranks
-        self.threads.append(threading.Thread(target=self._watch, name="cutdiff.parallel.watch", daemon=True))
-        self.threads[-1].start()
+        self.thread.join(GRACE)
 
     def at(self, where: str) -> None:
-        """What the process does now."""
-        self.where = where
-        self.moves += 1
-        self._tell()
+        """Report the step at which this process is."""
+        self.progress = Report(self.progress.moves + 1, where)
+        with suppress(RuntimeError):  # without the store the thread ends this process
+            self._send(self.progress)
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
-        """This process has done its part, and may have to wait for the others."""
-        self.moves += 1
+        """Wait for other ranks in the block. If one is gone, it raises RankLost, or Ended if another rank says why."""
+        self.progress = self.progress._replace(moves=self.progress.moves + 1)
         self.waiting_since = time.monotonic()
-        yield
+        try:
+            yield
+        except RuntimeError:  # torch's, for a connection that is lost and for its own timeout
+            long = time.monotonic() - self.waiting_since > self.limit / 2
+            if long and not self._speaks():
+                raise Ended from None
+            raise RankLost(GONE) from None
         self.waiting_since = None
 
-    def others_told(self) -> bool:
-        """Whether this process has waited so long that one which waited with it said who hangs, and ended."""
-        since = self.waiting_since
-        return since is not None and time.monotonic() - since > self.limit / 2 and not self._speaks()
+    def running(self, ranks: Sequence[int]) -> list[int]:
+        """Those of the `ranks` that have not finished. It raises RankLost if reports of one stay the same too long.
 
-    def told(self, rank: int) -> str:
-        """How often a process has moved and where it is, as it told last."""
-        return self.store.get(str(rank)).decode() if self.store.check([str(rank)]) else "-1 at its start"
+        That is `limit` seconds from the first call that saw the report.
+        """
+        now = time.monotonic()
+        for rank in ranks:
+            report = self._report(rank)
+            if rank not in self.changed or report != self.changed[rank][0]:
+                self.changed[rank] = report, now
+        running = {rank: self.changed[rank] for rank in ranks if self.changed[rank][0] != DONE}
+        silent = {rank: report for rank, (report, since) in running.items() if now - since > self.limit}
+        if silent:
+            raise RankLost(self._hanging(silent))
+        return list(running)
 
-    def _tell(self, last: str | None = None) -> bool:
-        """Whether the store has heard: it may be the first rank's, and gone with it."""
-        try:
-            self.store.set(str(self.rank), last or f"{self.moves} {self.where}")
-        except RuntimeError:
-            return False
-        return True
+    def _send(self, report: Report) -> None:
+        """Report to the store; RuntimeError if it is gone, together with the process that keeps it."""
+        self.store.set(str(self.rank), f"{report.moves} {report.where}")
 
-    def _answer_signals(self) -> None:
-        while not self.left.is_set():
-            caught = set(self.signals.recv(64))
-            ends = [end for number, end in ENDS.items() if number in caught]
-            if ends and not self.left.wait(GRACE):
-                status, told = ends[0]
-                if process() == 0:
-                    print(f"cutdiff: {told}", file=sys.stderr, flush=True)
-                os._exit(status)
+    def _report(self, rank: int) -> Report:
+        """The last report of a rank."""
+        if not self.store.check([str(rank)]):
+            return Report(-1, "at its start")
+        moves, where = self.store.get(str(rank)).decode().split(" ", 1)
+        return Report(float(moves), where)
 
     def _watch(self) -> None:
-        while self._tell():
-            if self.left.wait(min(PERIOD, self.limit / 4)):
-                self._tell(DONE)
-                return
-            since = self.waiting_since
-            if since is not None and time.monotonic() - since > self.limit:
-                self._look_who_is_behind()
-        if not self.left.wait(GRACE):  # without the store nobody could be told of
-            os._exit(1)
+        try:
+            while not self.left.wait(min(PERIOD, self.limit / 4)):
+                self._send(self.progress)
+                since = self.waiting_since
+                if since is not None and time.monotonic() - since > self.limit:
+                    self._end_if_others_are_behind()
+            self._send(DONE)
+        except RuntimeError:  # the store is gone, and with it what one process could know of another
+            if not self.left.wait(GRACE):
+                os._exit(1)
 
-    def _look_who_is_behind(self) -> None:
-        """Where some are, one of those that wait for them says so, and these end: the first where it can.
+    def _end_if_others_are_behind(self) -> None:
+        """End this process if it waits for ranks that hang. The first that can name them does; the others are silent.
 
-        Behind are those that moved least: of two that wait for them, one may have moved less than the other.
+        Those with the fewest moves are behind: of two ranks that wait for them, one may have moved less than the other.
         """
-        told = {rank: self.told(rank) for rank in self.ranks}
-        moves = {rank: _moves(line) for rank, line in told.items()}
-        behind = [rank for rank in self.ranks if moves[rank] == min(moves.values())]
+        reports = {rank: self._report(rank) for rank in self.ranks}
+        fewest = min(report.moves for report in reports.values())
+        behind = {rank: report for rank, report in reports.items() if report.moves == fewest}
         if self.rank in behind or self.waiting_since is None:
             return
         first = next(rank for rank in self.ranks if rank not in behind)
         if self.rank != first and self.left.wait(GRACE):
             return
         if self._speaks():
-            lost = hanging([(rank, told[rank]) for rank in behind], self.limit)
-            print(f"cutdiff: {lost}", file=sys.stderr, flush=True)
+            print(f"cutdiff: {self._hanging(behind)}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def _speaks(self) -> bool:
-        """Whether no other rank of these has said who is behind; without the store, another has ended the run."""
+        """True for the first of the ranks that asks. Without a store another process has ended the run and said so."""
         try:
             return self.store.add(f"said by {self.ranks[0]}", 1) == 1
         except RuntimeError:
             return False
 
-
-def hanging(told: Sequence[tuple[int, str]], limit: float) -> str:
-    """What is said of ranks that others wait for, with what each told last."""
-    names = ", ".join(f"rank {rank} hangs {line.partition(' ')[2]}" for rank, line in told)
-    return f"{names}: nothing for {limit:g} s (--rank-timeout); start again to draw what is missing"
-
-
-def _moves(told: str) -> float:
-    return float("inf") if told == DONE else int(told.partition(" ")[0])
+    def _hanging(self, reports: dict[int, Report]) -> str:
+        names = ", ".join(f"rank {rank} hangs {report.where}" for rank, report in reports.items())
+        return f"{names}: nothing for {self.limit:g} s (--rank-timeout); start again to draw what is missing"

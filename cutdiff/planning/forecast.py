@@ -1,7 +1,7 @@
-"""The cost of a run, before it is run: the method itself goes through its stages on tensors that have sizes only.
+"""The cost of a run before it is run: the method itself goes through its stages on tensors of sizes without values.
 
-`Rank` takes the denoiser's place on the meta device and counts. Of a stage only steps of different cost are tried, as
-the stage says, and of a transformer one block.
+`Rank` takes the denoiser's place on the meta device and counts. It tries only those steps of a stage that differ in
+cost, as the stage declares them, and only one block of each transformer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cutdiff.models.unet import Transformer, TransformerBlock, UNet
 from cutdiff.models.vae import VAE
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Prepared, prepare
-from cutdiff.planning.meter import Meter, Taken
+from cutdiff.planning.meter import Meter, Usage
 from cutdiff.sampling.denoiser import Denoiser, Inputs, Rows
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import NoiseConfig
@@ -38,20 +38,22 @@ from cutdiff.settings import Settings
 SDXL_TEXT_WEIGHTS = 123_060_480 + 694_659_840
 """The weights of CLIP ViT-L and OpenCLIP ViT-bigG."""
 LIVE_BANDS = 7
-"""The bands of a decoder that live at once, counted at 3072² and 4096²."""
+"""The number of bands of a decoder that live at once, counted at 3072² and 4096²."""
 
 
 class Cost(NamedTuple):
     """The cost of one step."""
 
     evaluations: int = 0
-    """The rows that went through the network, a guidance pair counted as two."""
+    """The rows that go through the network; a guidance pair counts as two."""
     flops: int = 0
     received_bytes: int = 0
-    """The bytes of the others' predictions that are sent to one device."""
+    """The bytes of predictions that one device receives from the others."""
 
 
 class StageCost(NamedTuple):
+    """The cost of each step of a stage."""
+
     name: str
     steps: list[Cost]
 
@@ -62,24 +64,24 @@ class StageCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Walk:
-    """A run on one of its devices."""
+    """The cost of a run on one of its devices."""
 
     stages: list[StageCost]
     peak_bytes: int
-    """The most bytes that live at once, weights included."""
+    """The most bytes that live at once, including the weights."""
     view_batch_size: int | None
-    """The items that memory allows at once; None: all of a step."""
+    """The number of items that memory allows at once; None stands for all of a step."""
 
 
 def walk(model: Model, settings: Settings, devices: int = 1, memory: float = math.inf) -> Walk:
     """Go through a run of one picture on the meta device, as the busiest of `devices` with `memory` bytes each.
 
-    The rows of every step are divided among the devices as `Denoiser` does it, and what the network says of them is
-    gathered by all. A single item is taken even where memory does not suffice. ValueError where the
-    model cannot do it.
+    The rows of every step are divided among the devices as `Denoiser` divides them, and every device gathers all
+    predictions. A single item is evaluated even if memory does not suffice. ValueError if the model cannot draw the
+    picture.
     """
     meter, weights = Meter(), weight_bytes(model)
-    ranks = CountingRanks(devices - 1, devices)  # none has more to do than the last
+    ranks = CountingRanks(devices - 1, devices)  # no rank has more to do than the last one
 
     def rank_of(**fields: Any) -> Rank:
         return Rank(**fields | {"ranks": ranks, "meter": meter, "free_bytes": memory - weights})
@@ -95,8 +97,11 @@ def walk(model: Model, settings: Settings, devices: int = 1, memory: float = mat
 
 
 def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
-    """The cost of each step. Those cost the same which the stage says do, and have guidance on or off, but for the first
-    of them, in which what is kept is read."""
+    """The cost of each step of a stage.
+
+    Those cost the same for which the stage says so and guidance is equally on or off; but the first of them is counted
+    by itself, because it may read what is kept, such as the prompt.
+    """
     work, ranks, costs = run.denoiser.work, run.denoiser.ranks, cast(dict[Hashable, Cost], {})
     sigmas = stage.sigmas or run.schedule.sigmas[:-1]
 
@@ -117,20 +122,20 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
 
 @dataclass
 class Trial:
-    """What a step was found to cost."""
+    """The measured cost of a step's rows."""
 
     copies: int = 1
-    by_row: dict[Hashable, Taken] = field(default_factory=dict)
-    """The cost of a row of the plain network, by the shape and the kind of the rows."""
+    by_row: dict[Hashable, Usage] = field(default_factory=dict)
+    """The usage of a row of the plain network, by the shape and the kind of the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rank(Denoiser):
-    """One of the devices that share the items of every step; it counts and computes nothing."""
+    """The denoiser of one of the devices that share the items of every step; it counts and computes nothing."""
 
     meter: Meter
     free_bytes: float
-    """The memory beside the weights."""
+    """The memory that the weights leave free."""
     trial: Trial = field(default_factory=Trial, repr=False)
 
     def through(
@@ -140,12 +145,10 @@ class Rank(Denoiser):
         sigma: float,
         step: int,
         *,
-        shown: Tensor | None = None,
         positive: TextStates | None = None,
-        crop_origins: Tensor | None = None,
-        original_size: Size | None = None,
-        target_size: Size | None = None,
+        **_: Any,
     ) -> Tensor:
+        """Count one step through the operator; the size conditioning and the picture shown change no cost."""
         copies, (items, size) = self.copies_at(sigma, step), items_of(operator, canvas)
         inputs = canvas.new_empty(items * copies, canvas.shape[1], *size, dtype=self.unet.conv_in.weight.dtype)
         rows = Rows(step, sigma, operator, copies, self.positive if positive is None else positive)
@@ -159,22 +162,22 @@ class Rank(Denoiser):
         flops, num_bytes = self._by_row(inputs)
         if self.meter.live_bytes + rows * num_bytes > self.free_bytes and rows > self.trial.copies:
             raise torch.OutOfMemoryError
-        self.meter.add(Taken(rows * flops, rows * num_bytes))
+        self.meter.add(Usage(rows * flops, rows * num_bytes))
         self.work.evaluations += rows
         return torch.empty_like(inputs[0])
 
-    def _by_row(self, inputs: Inputs) -> Taken:
-        """The cost of one row. A plain network is tried once a step, one that a method made its own in every call."""
+    def _by_row(self, inputs: Inputs) -> Usage:
+        """The usage of one row. A plain network is tried once a step, and a method's own network in every call."""
         x, _, context, *_ = inputs
         kind = (x.shape[1:], type(context))
         if self.network is not None or kind not in self.trial.by_row:
-            taken = self.meter.aside(lambda: self.unet(*inputs))
-            self.trial.by_row[kind] = Taken(taken.flops // len(x), math.ceil(taken.peak_bytes / len(x)))
+            usage = self.meter.aside(lambda: self.unet(*inputs))
+            self.trial.by_row[kind] = Usage(usage.flops // len(x), math.ceil(usage.peak_bytes / len(x)))
         return self.trial.by_row[kind]
 
 
 class CountingRanks(Ranks):
-    """Ranks of which one is there, which counts what it would be sent."""
+    """Ranks of which only one exists; it counts the bytes that the others would send."""
 
     def gather(self, whole: Tensor, starts: Sequence[int], dim: int = 0) -> None:
         own = starts[self.rank + 1] - starts[self.rank]
@@ -183,7 +186,7 @@ class CountingRanks(Ranks):
 
 @contextmanager
 def one_block_for_all(unet: UNet, meter: Meter) -> Iterator[None]:
-    """Run the first block of each transformer only, and count it for all: they are alike, and follow one another."""
+    """Run only the first block of each transformer and count it for all, which are alike and follow one another."""
 
     def count(block: TransformerBlock, times: int, x: Tensor, context: Any) -> Tensor:
         before = meter.flops
@@ -202,7 +205,7 @@ def one_block_for_all(unet: UNet, meter: Meter) -> Iterator[None]:
 
 
 class SizedDraws(Draws):
-    """Noise that has a size only."""
+    """Draws whose noise has a size but no values."""
 
     def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
         return torch.empty(shape, device=self.device)
@@ -211,12 +214,12 @@ class SizedDraws(Draws):
         return torch.empty(shape, device=self.device)
 
 
-def decoding(model: Model, size: Size) -> Taken:
+def decoding(model: Model, size: Size) -> Usage:
     """The cost of decoding one picture of `size` latents on one device that holds all weights.
 
-    FLOPs are those of the whole at once, a·n + b·n² for n latents, the square in the attention. Bands compute some anew
-    where not all is kept: beside the attention, SDXL's take 1.01 times as many at 2048² in bfloat16 (1.16 in float32),
-    and 1.55 times (1.88) at 4096².
+    The FLOPs are those of decoding the whole picture at once, a·n + b·n² for n latents; the square is the attention's.
+    Decoding in bands computes some values anew where not all are kept: SDXL's needs, without the attention, 1.01 times
+    as many FLOPs at 2048² in bfloat16 (1.16 times in float32), and 1.55 times (1.88) as many at 4096².
     """
     dtype = model.vae_dtype
     weights, vae = weight_bytes(model), model.vae
@@ -230,20 +233,20 @@ def decoding(model: Model, size: Size) -> Taken:
     pixel_bytes = model.factor**2 * num_latents * dtype.itemsize
     if c[0] * pixel_bytes <= KEPT_BYTES:
         num_bytes = _decoded(vae, size).peak_bytes
-    else:  # as `models.bands` has it: the last level, and the one before at half the size
+    else:  # as `models.bands` keeps them: the last level, and the one before it at half the size
         num_bytes = (c[0] + c[min(1, len(c) - 1)] // 4) * pixel_bytes + LIVE_BANDS * GPU_BAND_BYTES
-    return Taken(a * num_latents + b * num_latents**2, weights + num_bytes)
+    return Usage(a * num_latents + b * num_latents**2, weights + num_bytes)
 
 
 @torch.no_grad()
-def _decoded(vae: VAE, size: Size, *, banded: bool | None = None) -> Taken:
+def _decoded(vae: VAE, size: Size, *, banded: bool | None = None) -> Usage:
     latents = torch.empty(1, vae.config.latent_channels, *size, dtype=vae.post_quant_conv.weight.dtype, device="meta")
     with Meter() as meter:
         return meter.aside(lambda: vae.decode(latents, banded=banded))
 
 
 def weight_bytes(model: Model) -> int:
-    """The bytes of all networks of a model."""
+    """The bytes of the weights of all networks of a model."""
     return sum(_bytes(network) for network in (model.unet, model.vae, *model.text.encoders))
 
 
@@ -252,7 +255,7 @@ def _bytes(network: nn.Module) -> int:
 
 
 def outline(path: str | None, dtype: str, config: str | None = None) -> Model:
-    """The model at `path`, or SDXL-base where that is None, on the meta device, with a prompt of 77 tokens."""
+    """The model at `path`, or SDXL-base if that is None, on the meta device, with a prompt of 77 tokens."""
     kind: torch.dtype = getattr(torch, dtype)
     if path is None:
         return sized(SDXL_UNET, SDXL_VAE, kind)

@@ -1,7 +1,7 @@
-"""What a computation takes, counted while it runs: FLOPs, and the bytes of all tensors that live at once.
+"""The FLOPs of a computation and the bytes of the tensors that live at once, counted while it runs.
 
-On the meta device, where tensors have sizes only, nothing is computed and the counts are the same. Not counted is what
-kernels hold for themselves.
+On the meta device, where tensors have sizes but no values, nothing is computed and the counts are the same. The
+workspace that kernels allocate for themselves is not counted.
 """
 
 from __future__ import annotations
@@ -20,22 +20,27 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 
-class Taken(NamedTuple):
+class Usage(NamedTuple):
+    """The resources that a computation needs."""
+
     flops: int
     peak_bytes: int
-    """Beyond what lived before."""
+    """The most bytes that live at once, without those that lived before."""
 
 
 class Meter(TorchDispatchMode):
-    """Counts from where it is entered; 2 FLOPs a multiply-add, as in torch's FlopCounterMode, but attention always."""
+    """A mode that counts what is computed inside it.
+
+    A multiply-add counts as 2 FLOPs, as in torch's FlopCounterMode; unlike there, attention is counted on every device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
         self.live_bytes = 0
-        """Of the tensors that were made inside and still live."""
+        """The bytes of the tensors that were made inside the mode and still live."""
         self.peak_bytes = 0
-        """The most that they were."""
+        """The largest value that `live_bytes` has had."""
         self._storages: set[int] = set()
         self._modes = ExitStack()
 
@@ -48,19 +53,19 @@ class Meter(TorchDispatchMode):
         super().__exit__(*error)
         self._modes.close()
 
-    def aside(self, run: Callable[[], object]) -> Taken:
-        """What `run` takes, which then does not count, but for what it leaves alive."""
+    def aside(self, run: Callable[[], object]) -> Usage:
+        """Call `run` and return its usage, which is not added to the counts, except for the tensors it leaves alive."""
         flops, peak, live = self.flops, self.peak_bytes, self.live_bytes
         self.peak_bytes = live
         run()
-        taken = Taken(self.flops - flops, self.peak_bytes - live)
+        usage = Usage(self.flops - flops, self.peak_bytes - live)
         self.flops, self.peak_bytes = flops, peak
-        return taken
+        return usage
 
-    def add(self, taken: Taken) -> None:
-        """Count as if that had run now."""
-        self.flops += taken.flops
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes + taken.peak_bytes)
+    def add(self, usage: Usage) -> None:
+        """Count a computation of this usage as if it had just run."""
+        self.flops += usage.flops
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes + usage.peak_bytes)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -68,13 +73,14 @@ class Meter(TorchDispatchMode):
         formula = flop_registry.get(function._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
-        given = {storage._cdata for storage in _storages((args, kwargs))}  # a view of a weight is not made inside
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}  # a view of a weight is not made inside
         for storage in _storages(out):
-            if storage._cdata not in given:
-                self._hold(storage)
+            if storage._cdata not in inputs:
+                self._follow(storage)
         return out
 
-    def _hold(self, storage: torch.UntypedStorage) -> None:
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed."""
         if storage._cdata not in self._storages:
             self._storages.add(storage._cdata)
             weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
@@ -91,9 +97,10 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Counts attention as the fused kernels take it, whose scores are never in memory, and computes it as it is.
+    """A mode that counts attention as fused kernels compute it, which never have all scores in memory.
 
-    On the meta device torch takes the formula for it, with all scores; on a CPU its counter does not know the kernel.
+    Without it, torch would compute attention on the meta device by the formula, with all scores; and on a CPU its
+    counter does not know the kernel.
     """
 
     def __init__(self, meter: Meter) -> None:

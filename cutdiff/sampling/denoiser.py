@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cutdiff.models.config import Size
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import Context, UNet
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.guidance import Guidance, LinearGuidance
 from cutdiff.sampling.operators import Operator, Patches, upload
 from cutdiff.sampling.preconditioning import Coefficients
-from cutdiff.sampling.stages import Size, Step
+from cutdiff.sampling.stages import Step
 
 Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor]
 """The rows that the U-Net reads: latents, timesteps, context, pooled, size ids."""
@@ -214,8 +215,8 @@ class Denoiser:
         if copies == 1 or isinstance(self.guidance, LinearGuidance):
             scale = self.guidance.scale_at(sigma, step) if isinstance(self.guidance, LinearGuidance) else 1.0
             return operator.scatter(prediction, self.backend, copies=copies, guidance_scale=scale, **back)
-        negative, positive_ = (operator.scatter(prediction[half::2], self.backend, **back) for half in (0, 1))
-        return self.guidance(positive_, negative, sigma, step)
+        unconditional, conditional = (operator.scatter(prediction[half::2], self.backend, **back) for half in (0, 1))
+        return self.guidance(conditional, unconditional, sigma, step)
 
     def evaluate(self, inputs: Inputs) -> Tensor:
         """One pass of the U-Net over the rows, which are counted."""
@@ -289,7 +290,7 @@ class Denoiser:
 
 
 class Rows(NamedTuple):
-    """What all rows of a step have in common."""
+    """The properties that all rows of a step have in common."""
 
     step: int
     sigma: float

@@ -33,7 +33,7 @@ class EDMConfig:
     """Even steps of sigma^(1/rho) (the paper's equation 5), or "exponential": of sigma's logarithm."""
     rho: float = 7.0
     prediction_type: str = "epsilon"
-    """As the published schedulers call it: "epsilon" is the paper's F, "v_prediction" its negative."""
+    """The published schedulers' name: "epsilon" is the paper's F, "v_prediction" its negative."""
 
     def __post_init__(self) -> None:
         for name, known in (("sigma_schedule", SIGMA_SCHEDULES), ("prediction_type", PREDICTION_TYPES)):
@@ -48,7 +48,7 @@ class EDMConfig:
             raise ValueError(f"sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
 
     def described(self) -> dict[str, Any]:
-        """What records say of it."""
+        """The entries of a record."""
         fields = asdict(self)
         return {"prediction_type": fields.pop("prediction_type"), "edm": fields}
 

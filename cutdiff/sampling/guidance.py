@@ -37,7 +37,7 @@ class CFG(Options):
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
 
     guidance_scale: Scale = 7.5
-    """How far the estimate goes towards the prompt: unconditional + scale·(conditional − unconditional); 1 is off."""
+    """The scale of unconditional + scale·(conditional − unconditional); 1 is off."""
 
     def scale_at(self, sigma: float, step: int) -> float:
         return self.guidance_scale
@@ -55,7 +55,7 @@ class Rescale(Options):
     """
 
     guidance_scale: Scale = 7.5
-    """How far the estimate goes towards the prompt, as without rescaling."""
+    """The scale, as without rescaling."""
     phi: Share = 0.7
     """The share of the rescaled estimate; the rest is the plain one."""
 

@@ -1,4 +1,4 @@
-"""How a model with betas was trained: its noise, and the timesteps that tell it of a sigma.
+"""The noise that a model with betas was trained on, and the timesteps that tell its network of a sigma.
 
 State is kept in sigma space, x = x0 + sigma·noise ("variance exploding"). The usual VP state is x / sqrt(1 + sigma²).
 Sources: Ho et al. 2020 (2006.11239), Lin et al. 2023 (2305.08891).
@@ -23,7 +23,7 @@ MAX_TIMESTEPS = 100_000
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """How the model was trained and how its sampler picks timesteps; the defaults are SDXL-base's."""
+    """The noise of the training, and the timesteps that the model's sampler picks; the defaults are SDXL-base's."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -58,7 +58,7 @@ class NoiseConfig:
             raise ValueError(f"steps_offset={self.steps_offset} must be below the {self.num_train_timesteps} timesteps")
 
     def described(self) -> dict[str, Any]:
-        """What records say of it."""
+        """The entries of a record."""
         return {
             "prediction_type": self.prediction_type,
             "zero_terminal_snr": self.rescale_betas_zero_snr,

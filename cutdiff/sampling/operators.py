@@ -1,77 +1,75 @@
-"""The geometry between the canvas and the network: grids, patches, permutations, views, averages.
+"""Operators carry a canvas to the network and what the network answers back; scatter ∘ gather is the identity.
 
-`Patches` and `Views` are what a run uses: each carries a canvas to the network and what the network says back, in one
-kernel each way, and scatter ∘ gather is the identity. The operators that they are made of stand below them by name.
+`Patches` and `Views` are the ones that the methods use, in one kernel each way. The plain functions that they are made
+of are importable from here too. `to_network` and `carry_back` (`from_network`, then the way back, then `on_canvas`)
+make an operator of one's own a few lines, and `check_operator` proves that it keeps the promises of `Operator`:
+
+    class Shift:
+        def gather(self, canvas, backend="auto", **how):
+            return to_network(canvas.roll((3, 5), (2, 3)), **how)
+
+        def scatter(self, values, backend="auto", **how):
+            return carry_back(values, lambda items: items.roll((-3, -5), (2, 3)), **how)
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import Protocol, TypedDict, Unpack
+from typing import Protocol, Unpack
 
 import torch
-import torch.nn.functional as F
-from cutdiff_kernels import reference
+from cutdiff_kernels import GRAINS, reference
+from cutdiff_kernels.checks import check_cover, check_patches
+from cutdiff_kernels.conversions import FromNetwork, ToNetwork, carry_back, from_network, on_canvas, to_network
+from cutdiff_kernels.geometry import grid_for, pad_to_grid, view_grid
+from cutdiff_kernels.permutations import Permutation, SeededPermutation, check_index
+from cutdiff_kernels.reference import average, cut, permute, permute_back, relocate, views
 from torch import Tensor
 
 from cutdiff.settings import BACKENDS
 
-GRAINS = ("channel", "pixel", "none")
-
-
-@dataclass(frozen=True)
-class SeededPermutation:
-    """A permutation that is drawn by counter where it is used: no index tensor needs to travel.
-
-    Grain "channel" draws for every channel of a pixel by itself, as the published code does; "pixel" moves all channels
-    of a pixel together, as the text of the paper says; "none" leaves everything where it is.
-    """
-
-    seeds: tuple[int, ...]
-    step: int
-    grain: str
-
-    def __post_init__(self) -> None:
-        if self.grain not in GRAINS:
-            raise ValueError(f"interaction {self.grain!r} is not one of {', '.join(GRAINS)}")
-
-
-Permutation = Tensor | SeededPermutation | None
-"""Explicit, int64 (N, C or 1, h, w), which serves all images, or (B, N, C or 1, h, w); drawn by counter; or none.
-
-permuted[n] = patches[index[n]] at each position.
-"""
-
-
-class ToNetwork(TypedDict, total=False):
-    """How a gather writes for the network: c_in · x in `dtype`, each item `copies` times (2 for a guidance pair)."""
-
-    c_in: float
-    dtype: torch.dtype
-    copies: int
-
-
-class FromNetwork(TypedDict, total=False):
-    """How a scatter reads what the network says: F = negative + guidance_scale · (positive − negative) of two copies.
-
-    With a `canvas` x the result is c_skip · x + c_out · F, coefficients as in Karras et al. 2022, equation 7.
-    """
-
-    copies: int
-    guidance_scale: float
-    canvas: Tensor
-    c_skip: float
-    c_out: float
+__all__ = [
+    "GRAINS",
+    "FromNetwork",
+    "Operator",
+    "Patches",
+    "Permutation",
+    "SeededPermutation",
+    "ToNetwork",
+    "Views",
+    "average",
+    "carry_back",
+    "check_backend",
+    "check_operator",
+    "cut",
+    "from_network",
+    "grid_for",
+    "items_of",
+    "on_canvas",
+    "pad_to_grid",
+    "permute",
+    "permute_back",
+    "relocate",
+    "to_network",
+    "upload",
+    "view_grid",
+    "views",
+]
 
 
 class Operator(Protocol):
-    """A way from the canvas to the network and back, both linear; `scatter` of what `gather` gave is the canvas.
+    """A way from the canvas to the network and back, both linear, whose `scatter` undoes its `gather`.
 
-    Where that does not hold, compose `gather`, a denoiser and `scatter` by hand: `Denoiser.through` relies on it.
+    `check_operator` tells where an operator breaks these promises. One that must break them is composed by hand, as
+    `gather`, a denoiser and `scatter`: `Denoiser.through` relies on them.
+
+    An operator may also have `items(canvas) -> (number, (h, w))`, the number of items that it makes of a canvas
+    (B, C, H, W), all images together and copies not counted, and their size. `items_of` calls it, and gathers from an
+    empty canvas where there is none.
     """
 
     def gather(self, canvas: Tensor, backend: str = "auto", **how: Unpack[ToNetwork]) -> Tensor:
@@ -79,7 +77,7 @@ class Operator(Protocol):
         ...
 
     def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[FromNetwork]) -> Tensor:
-        """What the network says (items·copies, C, h, w) -> canvas (B, C, H, W), float32."""
+        """The network's output (items·copies, C, h, w) -> canvas (B, C, H, W), float32."""
         ...
 
 
@@ -87,40 +85,55 @@ class Operator(Protocol):
 class Patches:
     """permute ∘ cut, and relocate ∘ permute⁻¹: N interleaved patches that exchange pixels, (B·N·copies, C, h, w).
 
-    ValueError where the grid does not divide the canvas (see `pad_to_grid`) or the permutation does not fit.
+    ValueError where the grid does not divide the canvas (see `pad_to_grid`), where the permutation does not fit, or
+    where an explicit index is no permutation at some position. The index is read when the operator is made and not
+    again by the kernels, so one that is given on the CPU makes nothing wait for a GPU.
     """
 
     grid: tuple[int, int]
     permutation: Permutation = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.permutation, Tensor):
+            check_index(self.permutation, self.grid[0] * self.grid[1])
+
     def gather(self, canvas: Tensor, backend: str = "auto", **how: Unpack[ToNetwork]) -> Tensor:
         kernels = _kernels("patches", backend, canvas)
-        return kernels.gather_patches(canvas, self.grid, _for_kernels(self.permutation, canvas.device), **how)
+        return kernels.gather_patches(canvas, self.grid, self._permutation_on(canvas.device), **how)
 
     def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[FromNetwork]) -> Tensor:
         kernels = _kernels("patches", backend, values)
-        return kernels.scatter_patches(values, self.grid, _for_kernels(self.permutation, values.device), **how)
+        return kernels.scatter_patches(values, self.grid, self._permutation_on(values.device), **how)
+
+    def items(self, canvas: Tensor) -> tuple[int, tuple[int, int]]:
+        """Return the number of patches of all images of the canvas, and their (h, w)."""
+        size = check_patches((canvas.shape[2], canvas.shape[3]), self.grid)
+        return len(canvas) * self.grid[0] * self.grid[1], size
+
+    def _permutation_on(self, device: torch.device) -> Permutation:
+        index = self.permutation
+        return upload(index, device) if isinstance(index, Tensor) and index.device != device else index
 
 
 @dataclass(frozen=True)
 class Views:
     """Overlapping windows, (B·V·copies, C, *window), and their mean where they overlap; zeros outside the canvas.
 
-    ValueError where no view covers a pixel.
+    ValueError where no view covers a pixel, or where a weight is not positive.
     """
 
     origins: Tensor
-    """(B, V, 2) of (top, left); given on the CPU, where nothing waits to hear whether they cover the canvas."""
+    """(B, V, 2) of (top, left), given on the CPU, where their cover is checked without waiting for a GPU."""
     window: tuple[int, int]
     size: tuple[int, int]
-    """Of the canvas."""
+    """The size (H, W) of the canvas."""
     weights: Tensor | None = None
-    """(h, w), positive: how much each pixel of a view counts; all the same if None. Given on the CPU too."""
+    """(h, w), positive, how much each pixel of a view counts; all count alike if None. Given on the CPU too."""
     device: torch.device | str = "cpu"
-    """Where the canvas is, and the origins go."""
+    """The device of the canvas, which origins and weights are moved to."""
 
     def __post_init__(self) -> None:
-        reference.check_cover(self.origins, self.window, self.size)
+        check_cover(self.origins, self.window, self.size)
         object.__setattr__(self, "origins", upload(self.origins, self.device))
         if self.weights is not None:
             if not bool((self.weights > 0).all()):
@@ -136,9 +149,13 @@ class Views:
         kernels = _kernels("views", backend, values)
         return kernels.average_views(values, self.origins, self.size, weights=self.weights, covered=True, **how)
 
+    def items(self, canvas: Tensor) -> tuple[int, tuple[int, int]]:
+        """Return the number of views of all images of the canvas, and their (h, w)."""
+        return len(canvas) * self.origins.shape[1], self.window
+
 
 def check_backend(backend: str, device: torch.device) -> None:
-    """ValueError where `backend` cannot run on `device`."""
+    """Raise ValueError where `backend` cannot run on `device`."""
     if _is_reference(backend, device):
         return
     try:
@@ -151,15 +168,129 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def upload(values: Tensor, device: torch.device | str) -> Tensor:
-    """The same values on `device`, contiguous; the host does not wait for a copy to a GPU."""
+    """Copy values to `device`, contiguous; the host does not wait for a copy to a GPU."""
     values = values.contiguous()
     if values.device.type == "cpu" and torch.device(device).type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
 
 
+@torch.no_grad()
+def items_of(operator: Operator, canvas: Tensor) -> tuple[int, tuple[int, int]]:
+    """Return the number of items that an operator makes of a canvas (B, C, H, W), and their (h, w).
+
+    Items of all images count, copies do not. An operator that has no `items` gathers from a canvas of this shape: one
+    without values, on "meta", or one of zeros on the CPU where it needs values.
+    """
+    items = getattr(operator, "items", None)
+    if callable(items):
+        return operator.items(canvas)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        gathered = operator.gather(torch.empty(canvas.shape, dtype=canvas.dtype, device="meta"))
+    except Exception:  # an operator that reads values fails on "meta" in any way; on zeros its own errors show
+        gathered = operator.gather(torch.zeros(canvas.shape, dtype=canvas.dtype))
+    return len(gathered), (gathered.shape[2], gathered.shape[3])
+
+
+@torch.no_grad()
+def check_operator(operator: Operator, canvas: Tensor, *, atol: float = 1e-5, backend: str = "auto") -> None:
+    """Raise ValueError naming the first promise of `Operator` that is broken for a canvas (B, C, H, W), and how far.
+
+    The promises: `gather` and `scatter` are linear and keep images apart, items in the order of their images; `scatter`
+    undoes `gather`; scale, dtype, copies, guidance and canvas are honoured; `items`, where there is one, is right.
+    Of the canvas the shape and device are taken, and the dtype if it is float64, but not the values: probes in
+    [−1, 1] are drawn in their place, and a result may be off by `atol`. Only several images show that they are kept
+    apart.
+    """
+    name = type(operator).__name__
+    x = _probe(canvas.shape, 0, canvas)
+    items = operator.gather(x, backend)
+    if items.ndim != 4 or not len(items) or len(items) % len(x) or items.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{name}: gather must give (items, {x.shape[1]}, h, w), a multiple of {len(x)} items; it gives "
+            f"{tuple(items.shape)}"
+        )
+    number, size = items_of(operator, x)
+    if (number, tuple(size)) != (len(items), tuple(items.shape[2:])):
+        raise ValueError(
+            f"{name}: items must say what gather gives, {len(items)} items of {tuple(items.shape[2:])}; it "
+            f"says {number} of {tuple(size)}"
+        )
+    for promise, call, expected in _promises(operator, x, items, backend):
+        try:
+            result = call()
+        except Exception as error:
+            raise ValueError(f"{name}: {promise}; it raises {type(error).__name__}: {error}") from error
+        if result.shape != expected.shape or result.dtype != expected.dtype:
+            raise ValueError(
+                f"{name}: {promise}; it gives {tuple(result.shape)} of {result.dtype}, not "
+                f"{tuple(expected.shape)} of {expected.dtype}"
+            )
+        off = (result.to(x.dtype) - expected.to(x.dtype)).abs().max().item()
+        allowed = atol + (0 if expected.dtype == x.dtype else torch.finfo(expected.dtype).eps)
+        if not off <= allowed:  # NaN is off too
+            raise ValueError(f"{name}: {promise}; it is off by {off:.2g}, and {allowed:.2g} is allowed")
+
+
+Promise = tuple[str, Callable[[], Tensor], Tensor]
+"""The wording of a promise, a call of the operator, and the result that keeps the promise."""
+
+
+def _promises(operator: Operator, x: Tensor, items: Tensor, backend: str) -> Iterator[Promise]:
+    """Yield the promises of `Operator` for a canvas x and the items that are gathered from it."""
+    gather, scatter = partial(operator.gather, backend=backend), partial(operator.scatter, backend=backend)
+    a, b, c_in, scale = 0.75, -1.25, 0.375, 2.5
+    y, u, v = _probe(x.shape, 1, x), _probe(items.shape, 2, x), _probe(items.shape, 3, x)
+    yield "gather must be linear", lambda: gather(a * x + b * y), a * items + b * gather(y)
+    yield "scatter must give the canvas' shape in float32", lambda: torch.zeros_like(scatter(u)), torch.zeros_like(x)
+    from_u, from_v = scatter(u), scatter(v)
+    yield "scatter must be linear", lambda: scatter(a * u + b * v), a * from_u + b * from_v
+
+    for image in range(len(x)):
+        text = f"must keep images apart and in order, item b·N + n to image b; image {image} is not"
+        alone, its_items = (_only(values, image, len(x)) for values in (x, items))
+        yield f"gather {text}", partial(gather, alone), its_items
+        alone, its_canvas = (_only(values, image, len(x)) for values in (u, from_u))
+        yield f"scatter {text}", partial(scatter, alone), its_canvas
+    yield "scatter must undo gather", lambda: scatter(items), x
+
+    yield "gather must multiply by c_in", lambda: gather(x, c_in=c_in), to_network(items, c_in=c_in)
+    half = to_network(items, dtype=torch.bfloat16)
+    yield "gather must cast to dtype", lambda: gather(x, dtype=torch.bfloat16), half
+    yield "gather must give copies side by side", lambda: gather(x, copies=2), to_network(items, copies=2)
+    pairs, guided = torch.stack([u, v], dim=1).flatten(0, 1), from_u + scale * (from_v - from_u)
+    yield (
+        "scatter must take negative + guidance_scale · (positive − negative) of two copies side by side",
+        lambda: scatter(pairs, copies=2, guidance_scale=scale),
+        guided,
+    )
+    yield (
+        "scatter must give c_skip · canvas + c_out · values",
+        lambda: scatter(u, canvas=y, c_skip=a, c_out=b),
+        on_canvas(from_u, y, a, b),
+    )
+    yield (
+        "scatter must lay a guidance pair on a canvas too",
+        lambda: scatter(pairs, copies=2, guidance_scale=scale, canvas=y, c_skip=a, c_out=b),
+        on_canvas(guided, y, a, b),
+    )
+
+
+def _probe(shape: Sequence[int], seed: int, like: Tensor) -> Tensor:
+    """Draw values in [−1, 1] on the device of `like`, in float64 if it is, else in float32."""
+    values = torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    return values.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _only(values: Tensor, image: int, num_images: int) -> Tensor:
+    """Return values (B·N, ...) that are zero for all images but one."""
+    alone = torch.zeros_like(values).unflatten(0, (num_images, -1))
+    alone[image] = values.unflatten(0, (num_images, -1))[image]
+    return alone.flatten(0, 1)
+
+
 def _kernels(name: str, backend: str, values: Tensor) -> ModuleType:
-    """The module whose operators run: the references, or the Triton kernels, which raise where they cannot."""
+    """Return the module whose operators run: the references, or the Triton kernels, which raise where they cannot."""
     return reference if _is_reference(backend, values.device) else import_module(f"cutdiff_kernels.{name}")
 
 
@@ -167,98 +298,3 @@ def _is_reference(backend: str, device: torch.device) -> bool:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
     return backend == "reference" or (backend == "auto" and device.type != "cuda")
-
-
-def _for_kernels(permutation: Permutation, device: torch.device) -> reference.Permutation:
-    if not isinstance(permutation, SeededPermutation):
-        return permutation if permutation is None else permutation.to(device)
-    if permutation.grain == "none":
-        return None
-    return reference.Seeded(_seed_bits(permutation.seeds, device), permutation.step, permutation.grain == "channel")
-
-
-@lru_cache(maxsize=16)
-def _seed_bits(seeds: tuple[int, ...], device: torch.device) -> Tensor:
-    """(B,) int64 on the device, made once for a run."""
-    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds], device=device)
-
-
-def grid_for(size: tuple[int, int], native: int) -> tuple[int, int]:
-    """How many patches it takes on each axis so that none is larger than the native size."""
-    return math.ceil(size[0] / native), math.ceil(size[1] / native)
-
-
-def pad_to_grid(canvas: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Extend the canvas (B, C, H, W) at the bottom and the right by reflection, to multiples of the grid."""
-    bottom, right = (-canvas.shape[2] % grid[0], -canvas.shape[3] % grid[1])
-    return F.pad(canvas, (0, right, 0, bottom), mode="reflect") if bottom or right else canvas
-
-
-def cut(canvas: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Canvas (B, C, s_h·h, s_w·w) -> interleaved patches (B·N, C, h, w), images first, patches in row-major order.
-
-    ValueError where the grid does not divide the canvas: see `pad_to_grid`.
-    """
-    reference.check_patches((canvas.shape[2], canvas.shape[3]), grid)
-    return reference.cut(canvas, grid)
-
-
-def relocate(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patches (B·N, C, h, w) -> canvas (B, C, s_h·h, s_w·w): pixel relocation, the inverse of `cut`."""
-    return reference.relocate(patches, grid)
-
-
-def permute(patches: Tensor, permutation: Permutation, num_patches: int) -> Tensor:
-    """Pixel interaction: exchange values between the N patches of each image; (B·N, C, h, w) -> the same shape."""
-    return reference.permute(patches, _index(patches, permutation, num_patches))
-
-
-def permute_back(patches: Tensor, permutation: Permutation, num_patches: int) -> Tensor:
-    """The inverse of `permute` under the same permutation."""
-    return reference.permute_back(patches, _index(patches, permutation, num_patches))
-
-
-def view_grid(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
-    """Origins (V, 2) of windows that cover the canvas at `stride`, row-major, the last ones clamped to the border."""
-    rows, columns = (_axis_origins(*axis) for axis in zip(size, window, stride, strict=True))
-    return torch.cartesian_prod(rows, columns).view(-1, 2)
-
-
-def views(canvas: Tensor, origins: Tensor, window: tuple[int, int]) -> Tensor:
-    """Canvas (B, C, H, W) -> views (B·V, C, *window), images first; outside the canvas a view reads zeros."""
-    return reference.views(canvas, _for_images(origins, len(canvas)), window)
-
-
-def average(values: Tensor, origins: Tensor, size: tuple[int, int], weights: Tensor | None = None) -> Tensor:
-    """Views (B·V, C, h, w) -> canvas (B, C, *size): the mean, or the mean under `weights` (h, w), of covering views.
-
-    ValueError where no view covers a pixel.
-    """
-    num_images = len(values) // origins.shape[-2]
-    return reference.average(values, _for_images(origins, num_images), size, weights)
-
-
-def _axis_origins(size: int, window: int, stride: int) -> Tensor:
-    if not 1 <= stride <= window <= size:
-        raise ValueError(f"views need 1 ≤ stride ≤ window ≤ size, got stride={stride}, window={window}, size={size}")
-    count = math.ceil((size - window) / stride) + 1
-    return (torch.arange(count) * stride).clamp(max=size - window)
-
-
-def _for_images(origins: Tensor, num_images: int) -> Tensor:
-    return origins.expand(num_images, *origins.shape[-2:])
-
-
-def _index(patches: Tensor, permutation: Permutation, num_patches: int) -> Tensor | None:
-    items, channels, h, w = patches.shape
-    given = _for_kernels(permutation, patches.device)
-    reference.check_permutation(given, num_patches, items // num_patches, (channels, h, w))
-    return reference.as_index(given, num_patches, (channels, h, w))
-
-
-def items_of(operator: Operator, canvas: Tensor) -> tuple[int, tuple[int, int]]:
-    """Stand-in until the kernels' branch is merged."""
-    if isinstance(operator, Views):
-        return operator.origins.shape[:2].numel(), operator.window
-    grid = operator.grid  # type: ignore
-    return len(canvas) * math.prod(grid), (canvas.shape[2] // grid[0], canvas.shape[3] // grid[1])

@@ -1,4 +1,4 @@
-"""What stands around the network: c_skip·x + c_out·network(c_in·x) estimates x0, for a state x = x0 + sigma·noise.
+"""Preconditioning: c_skip·x + c_out·network(c_in·x) estimates x0, for a state x = x0 + sigma·noise.
 
 Source: Karras et al. 2022 (arXiv 2206.00364), equation 7; their table 1 has the formulations side by side.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Coefficients(NamedTuple):
-    """At one sigma."""
+    """The three numbers around the network at one sigma."""
 
     c_in: float
     c_skip: float
@@ -18,12 +18,12 @@ class Coefficients(NamedTuple):
 
 
 def epsilon(sigma: float) -> Coefficients:
-    """Of a network that reads the VP state x / sqrt(1 + sigma²) and says the noise."""
+    """The coefficients of a network that reads the VP state x / sqrt(1 + sigma²) and predicts the noise."""
     return Coefficients(1 / math.hypot(sigma, 1), 1.0, -sigma)
 
 
 def velocity(sigma: float, sigma_data: float = 1.0) -> Coefficients:
-    """Of a network whose input and output have unit variance for data of deviation `sigma_data`: where that is 1, it
-    says v of the VP state (Salimans & Ho 2022, arXiv 2202.00512). EDM's own network says the negative."""
+    """The coefficients of a network whose input and output have unit variance for data of deviation `sigma_data`: where
+    that is 1, it predicts v of the VP state (Salimans & Ho 2022, arXiv 2202.00512). EDM's own predicts the negative."""
     scale = math.hypot(sigma, sigma_data)
     return Coefficients(1 / scale, sigma_data**2 / scale**2, -sigma * sigma_data / scale)

@@ -1,9 +1,10 @@
 """Time the kernels inside of the network beside what they replace: `python -m cutdiff_kernels.bench_network`.
 
-At the shapes of SDXL's U-Net at 1024² px, in bfloat16, for `--rows` of a batch. The device's time, in a CUDA graph:
-of the kernel; of plain torch, a norm's from and into the channels_last layout of convolutions; of torch.compile of
-that; and of a gated linear layer also the plain product, which no gate can be faster than. A kernel that is farther
-from float32 than plain torch twice is shown without a time, and the exit status is 1. Needs a GPU.
+It takes the shapes of SDXL's U-Net at 1024² px, in bfloat16, for `--rows` of a batch, and the device's time in a CUDA
+graph: that of the kernel, of plain torch (a norm reads and writes the channels_last layout of convolutions), of
+torch.compile of plain torch, and for a gated linear layer that of the product alone, which no gate can be faster than.
+A kernel that is more than twice as far from float32 as plain torch is shown without a time, and the exit status is 1.
+It needs a GPU.
 """
 
 from __future__ import annotations
@@ -19,34 +20,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cutdiff_kernels import network, reference
-from cutdiff_kernels.bench import NETWORK_DTYPE, copy_rate, graph_seconds, hardware
+from cutdiff_kernels import network, reference_network
+from cutdiff_kernels.bench import NETWORK_DTYPE
+from cutdiff_kernels.timing import copy_rate, graph_seconds, hardware
 
 NORMS = ((320, 128), (960, 128), (640, 64), (1920, 64), (1280, 32), (2560, 32))
-"""Channels and side of feature maps, in 32 groups."""
+"""The channels and sides of feature maps, in 32 groups."""
 GATES = ((640, 64), (1280, 32))
-"""Channels and side of transformers, whose feed-forward is four times as wide."""
+"""The channels and sides of transformers, whose feed-forward is four times as wide."""
 GROUPS, EPS = 32, 1e-5
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer on one input, in every way that it can be had."""
+    """A layer on one input, in every way that it can be computed."""
 
     name: str
     bytes: int
-    """The least that it must move."""
+    """The fewest bytes that it must move."""
     flops: int
     kernel: Callable[[], Tensor]
     plain: Callable[[], Tensor]
     exact: Callable[[], Tensor]
-    """The same in float32."""
+    """Plain torch in float32."""
     product: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a layer; seconds on the device."""
+    """The measurements of a layer, in seconds on the device, None where they were not taken."""
 
     name: str
     rows: int
@@ -60,6 +62,7 @@ class Row:
 
 
 def layers(rows: int, device: torch.device) -> list[Layer]:
+    """Return all norms and gates for a batch of `rows`."""
     return [_norm(rows, *shape, device) for shape in NORMS] + [_gate(rows, *shape, device) for shape in GATES]
 
 
@@ -75,10 +78,10 @@ def _norm(rows: int, channels: int, side: int, device: torch.device) -> Layer:
         2 * x.nbytes,
         0,
         kernel=lambda: network.group_norm(x, GROUPS, weight, bias, EPS, silu=True),
-        plain=lambda: reference.group_norm(x, GROUPS, weight, bias, EPS, silu=True).contiguous(
+        plain=lambda: reference_network.group_norm(x, GROUPS, weight, bias, EPS, silu=True).contiguous(
             memory_format=torch.channels_last
         ),
-        exact=lambda: reference.group_norm(x.float(), GROUPS, weight.float(), bias.float(), EPS, silu=True),
+        exact=lambda: reference_network.group_norm(x.float(), GROUPS, weight.float(), bias.float(), EPS, silu=True),
     )
 
 
@@ -90,8 +93,8 @@ def _gate(rows: int, channels: int, side: int, device: torch.device) -> Layer:
         x.nbytes + weight.nbytes + x.nbytes * hidden // channels,
         2 * x.numel() * 2 * hidden,
         kernel=lambda: network.geglu(x, weight, bias),
-        plain=lambda: reference.geglu(x, weight, bias),
-        exact=lambda: reference.geglu(x.float(), weight.float(), bias.float()),
+        plain=lambda: reference_network.geglu(x, weight, bias),
+        exact=lambda: reference_network.geglu(x.float(), weight.float(), bias.float()),
         product=lambda: F.linear(x, weight, bias),
     )
 
@@ -113,7 +116,7 @@ def measure(layer: Layer, rows: int) -> Row:
 
 
 def compare(layer: Layer) -> str:
-    """What is wrong with a kernel: not farther from float32 than twice plain torch is, and a rounding."""
+    """Return how a kernel is wrong, or "": it may be twice as far from float32 as plain torch is, and a rounding."""
     exact = layer.exact()
     off, allowed = ((call().float() - exact).abs().max().item() for call in (layer.kernel, layer.plain))
     allowed = 2 * allowed + torch.finfo(NETWORK_DTYPE).eps * exact.abs().max().item()
@@ -127,7 +130,7 @@ HEAD = (
 
 
 def line(row: Row, rate: float) -> str:
-    """A row under `HEAD`, in Markdown; `rate` is that of a large copy, in bytes a second."""
+    """Format a row under `HEAD`, in Markdown; `rate` is that of a large copy, in bytes per second."""
 
     def micro(seconds: float | None) -> str:
         return "–" if seconds is None else f"{1e6 * seconds:.0f}"
@@ -143,21 +146,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cutdiff_kernels.bench_network", description="Time the network's kernels beside plain torch."
     )
-    parser.add_argument("--rows", type=int, default=16, metavar="N", help="of a batch (16)")
+    parser.add_argument("--rows", type=int, default=16, metavar="N", help="rows of a batch (16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("cutdiff_kernels: there is no GPU here, and nothing else to be timed", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    found, rate = hardware(device), copy_rate(device)
-    print(", ".join(f"{key} {value}" for key, value in found.items()), HEAD, sep="\n")
+    machine, rate = hardware(device), copy_rate(device)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), HEAD, sep="\n")
     rows: list[Row] = []
     for layer in layers(args.rows, device):
         rows.append(measure(layer, args.rows))
         print(line(rows[-1], rate), flush=True)
         if args.json is not None:  # after every layer, so that a run that is cut short leaves what it has
-            result = {"hardware": found, "copy_bytes_per_s": rate, "rows": [asdict(row) for row in rows]}
+            result = {"hardware": machine, "copy_bytes_per_s": rate, "rows": [asdict(row) for row in rows]}
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(any(row.failed for row in rows))
 

@@ -1,7 +1,7 @@
-"""Compile every kernel ahead of time, with no GPU at hand, and tell what it needs: `python -m cutdiff_kernels.compile`.
+"""Compile every kernel ahead of time, without a GPU, and print what it needs: `python -m cutdiff_kernels.compile`.
 
-For each target a table of registers, spills and memory, read from the compiled code. Exit status 1 where a kernel
-spills registers or uses local memory.
+It prints a table of registers, spills and memory for each target, read from the compiled code. The exit status is 1
+where a kernel spills registers or uses local memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Variant:
     constants: dict[str, int | bool | str]
     options: dict[str, int | bool]
     sixteens: tuple[str, ...] = ()
-    """Arguments that are multiples of 16 in all networks that matter, which Triton makes kernels of their own for."""
+    """The arguments that are multiples of 16 in all networks that matter, for which Triton compiles a variant."""
 
     def compile(self, target: GPUTarget) -> CompiledKernel:
         # Pointers come from torch's allocator, which aligns to more than 16 bytes.
@@ -57,29 +57,29 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one thread, or for `shared` one block, of a compiled kernel takes."""
+    """The resources that one thread of a compiled kernel takes, or for `shared` one block."""
 
     registers: int
     spills: int
-    """Bytes of stack on NVIDIA, registers on AMD."""
+    """The bytes of stack on NVIDIA, the registers on AMD."""
     local: int
-    """Bytes of memory that only the thread sees."""
+    """The bytes of memory that only the thread can read."""
     shared: int
-    """Bytes."""
+    """The bytes of shared memory."""
 
 
 def variants(target: str) -> list[Variant]:
-    """Every kernel at every grain, for grids up to 8×8, in the dtypes that networks run in."""
-    found = []
+    """Return every kernel at every grain, for grids up to 8×8, in the dtypes that networks run in."""
+    kinds = []
     for dtype in ("bf16", "fp16", "fp32"):
         for grid in ((1, 1), (2, 2), (3, 3), (4, 4), (8, 8)):
             for source, grain in ((0, "none"), (1, "channel"), (1, "pixel"), (2, "index")):
                 if dtype != "bf16" and (grid, grain) != ((2, 2), "channel"):
                     continue  # the dtype changes a load and a store, not the permutation
-                found += _patch_variants(dtype, grid, source, grain)
-        found += _view_variants(dtype)
-        found += _network_variants(dtype, target)
-    return found
+                kinds += _patch_variants(dtype, grid, source, grain)
+        kinds += _view_variants(dtype)
+        kinds += _network_variants(dtype, target)
+    return kinds
 
 
 def _patch_variants(dtype: str, grid: tuple[int, int], source: int, grain: str) -> list[Variant]:
@@ -135,7 +135,7 @@ def _view_variants(dtype: str) -> list[Variant]:
 
 
 def _network_variants(dtype: str, target: str) -> list[Variant]:
-    """With SDXL's groups of 40 and 80 channels, the widest."""
+    """Return the norms and gates, with SDXL's widest groups, of 40 and 80 channels."""
     sizes = {"num_positions": INTEGER, "channels": INTEGER}
     parameters = {"weight": f"*{dtype}", "bias": f"*{dtype}"}
     fold = {"CHUNKS": network.CHUNKS, "ROWS": network.NORM_TILE["ROWS"]}
@@ -184,18 +184,18 @@ def _network_variants(dtype: str, target: str) -> list[Variant]:
 
 
 def resources(compiled: CompiledKernel) -> Resources:
-    """Read from the binary: cuobjdump's report of a cubin, the metadata of an AMD code object's assembly."""
+    """Read the resources from cuobjdump's report of a cubin, or from the metadata of an AMD code object's assembly."""
     if "cubin" in compiled.asm:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "kernel.cubin"
             path.write_bytes(compiled.asm["cubin"])
             command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
             report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report)}
-        return Resources(found["REG"], found["STACK"], found["LOCAL"], compiled.metadata.shared)
+        reported = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report)}
+        return Resources(reported["REG"], reported["STACK"], reported["LOCAL"], compiled.metadata.shared)
     fields = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size", "group_segment_fixed_size")
-    found = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
-    return Resources(*(int(found[name]) for name in fields))
+    reported = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
+    return Resources(*(int(reported[name]) for name in fields))
 
 
 def main(argv: list[str] | None = None) -> int:

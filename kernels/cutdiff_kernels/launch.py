@@ -1,4 +1,4 @@
-"""What every launch needs: a device that Triton runs on, and somewhere to write."""
+"""Checks and outputs that every launch needs: a device that Triton runs on, and somewhere to write."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 from triton import knobs
 
 ROUNDING = {"enable_fp_fusion": False}
-"""Launch options: products and sums are rounded one by one, as torch rounds them, for the same bits everywhere."""
+"""Launch options that round products and sums one by one, as torch does, for the same bits everywhere."""
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether kernels can run: on a GPU, and under Triton's interpreter anywhere."""
+    """Tell if kernels can run: they do on a GPU, and under Triton's interpreter anywhere."""
     return device.type == "cuda" or knobs.runtime.interpret
 
 
 def check_device(device: torch.device) -> None:
-    """ValueError where no kernel can run."""
+    """Raise ValueError where no kernel can run."""
     if not runs_on(device):
         raise ValueError(
             f"backend='triton' does not run on {device.type}: take 'auto' or 'reference', or set TRITON_INTERPRET=1"
@@ -26,7 +26,10 @@ def check_device(device: torch.device) -> None:
 def output(
     out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: Tensor, *parameters: Tensor
 ) -> Tensor:
-    """`out` if it fits, else a new contiguous tensor beside `source`. ValueError where no kernel can do it."""
+    """Return `out` if it fits, else a new contiguous tensor on the device of `source`.
+
+    ValueError where no kernel can run, where `source` is float64, or where it or `parameters` need a gradient.
+    """
     device = source.device
     check_device(device)
     if source.dtype == torch.float64:

@@ -1,8 +1,8 @@
 """Triton kernels inside of the network: a group norm with its SiLU, and a linear layer gated by the GELU of another.
 
-The norm reads feature maps as they lie in channels_last, where torch's, on a GPU, first makes a copy channel by
-channel. The gate is taken in the epilogue of the product, which never goes to memory. Both compute in float32 what
-torch rounds in between. The references of the same names in `reference.py` say what is computed.
+The norm reads feature maps as they lie in channels_last, where torch's norm, on a GPU, first makes a copy that lies
+channel by channel. The gate is applied in the epilogue of the product, which never goes to memory. Both compute in
+float32 what torch rounds in between. The references of the same names in `reference_network.py` say what is computed.
 """
 
 from __future__ import annotations
@@ -15,27 +15,33 @@ import triton.language as tl
 from torch import Tensor
 
 from cutdiff_kernels.launch import output
-from cutdiff_kernels.reference import check_geglu, check_group_norm
+from cutdiff_kernels.reference_network import check_geglu, check_group_norm
 
 NORM_TILE = {"ROWS": 128, "COLUMNS": 64}
-"""Positions and channels of a tile: 64 channels in 16 bits are one line of the cache."""
+"""The positions and channels of a tile; 64 channels in 16 bits are one line of the cache."""
 NORM_OPTIONS = {"num_warps": 8}
 CHUNKS = 64
-"""Tiles whose statistics are read at once."""
+"""The number of tiles whose statistics are read at once."""
 GROUP = 8
-"""Tiles of rows that go through the same columns side by side, so that weights are read from the cache."""
+"""The number of row tiles that go through the same columns side by side, so that weights come from the cache."""
+
+
+@triton.jit
+def norm_tile(num_positions, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return a program's columns (1, COLUMNS), the masks of columns and of values, and their places in (B, P, C)."""
+    image = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    known = column < channels
+    return column, known, (row < num_positions) & known, (image * num_positions + row) * channels + column
 
 
 @triton.jit
 def norm_stats_kernel(x, stats, num_positions, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """x (B, P, C), contiguous -> stats (B, tiles, 2, C): mean of a tile's rows, and squares of what differs from it."""
+    """x (B, P, C), contiguous -> stats (B, tiles, 2, C): the mean of a tile's rows, and the squares around it."""
     image, tile = tl.program_id(2), tl.program_id(1)
-    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    known = column < channels
-    inside = (row < num_positions) & known
-    source = x + (image.to(tl.int64) * num_positions + row) * channels + column
-    values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    column, known, inside, place = norm_tile(num_positions, channels, ROWS, COLUMNS)
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     count = tl.minimum(num_positions - tile * ROWS, ROWS).to(tl.float32)
     mean = tl.sum(values, axis=0)[None, :] / count
     centred = tl.where(inside, values - mean, 0.0)
@@ -45,20 +51,17 @@ def norm_stats_kernel(x, stats, num_positions, channels, ROWS: tl.constexpr, COL
 
 
 @triton.jit
+def norm_chunk(tile, inside, num_positions, num_tiles, ROWS: tl.constexpr):
+    """Return which statistics of the tiles (CHUNKS, 1) exist, and how many rows each tile has."""
+    return inside & (tile < num_tiles), tl.minimum(num_positions - tile * ROWS, ROWS).to(tl.float32)
+
+
+@triton.jit
 def norm_fold_kernel(
-    stats,
-    weight,
-    scaling,
-    num_positions,
-    channels,
-    num_tiles,
-    eps,
-    GROUP_CHANNELS: tl.constexpr,
-    PADDED: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """stats of one group of one image -> scaling (B, 2, C): its mean, and what a channel is multiplied with then."""
+    stats, weight, scaling, num_positions, channels, num_tiles, eps,
+    GROUP_CHANNELS: tl.constexpr, PADDED: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """stats of one group of one image -> scaling (B, 2, C): the group's mean, and the factor of each channel."""
     image = tl.program_id(0).to(tl.int64)
     inside = tl.arange(0, PADDED)[None, :] < GROUP_CHANNELS
     channel = tl.program_id(1) * GROUP_CHANNELS + tl.arange(0, PADDED)[None, :]
@@ -69,16 +72,14 @@ def norm_fold_kernel(
     total = tl.zeros((CHUNKS, PADDED), tl.float32)
     for first in range(0, num_tiles, CHUNKS):
         tile = first + chunk
-        here = inside & (tile < num_tiles)
-        count = tl.minimum(num_positions - tile * ROWS, ROWS).to(tl.float32)
+        here, count = norm_chunk(tile, inside, num_positions, num_tiles, ROWS)
         total += tl.where(here, count * tl.load(base + tile * 2 * channels, mask=here, other=0.0), 0.0)
     mean = tl.sum(tl.sum(total, axis=1), axis=0) / numbers
 
     square = tl.zeros((CHUNKS, PADDED), tl.float32)
     for first in range(0, num_tiles, CHUNKS):
         tile = first + chunk
-        here = inside & (tile < num_tiles)
-        count = tl.minimum(num_positions - tile * ROWS, ROWS).to(tl.float32)
+        here, count = norm_chunk(tile, inside, num_positions, num_tiles, ROWS)
         source = base + tile * 2 * channels
         off = tl.load(source, mask=here, other=0.0) - mean
         square += tl.where(here, tl.load(source + channels, mask=here, other=0.0) + count * off * off, 0.0)
@@ -96,11 +97,7 @@ def norm_apply_kernel(
 ):
     """x (B, P, C), contiguous · scaling (B, 2, C) · bias (C,) -> out (B, P, C), contiguous."""
     image = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    known = column < channels
-    inside = (row < num_positions) & known
-    place = (image * num_positions + row) * channels + column
+    column, known, inside, place = norm_tile(num_positions, channels, ROWS, COLUMNS)
     mean = tl.load(scaling + image * 2 * channels + column, mask=known, other=0.0)
     scale = tl.load(scaling + image * 2 * channels + channels + column, mask=known, other=0.0)
     shift = tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
@@ -112,20 +109,10 @@ def norm_apply_kernel(
 
 @triton.jit
 def geglu_kernel(
-    x,
-    weight,
-    bias,
-    out,
-    num_rows,
-    num_out,
-    num_in,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    x, weight, bias, out, num_rows, num_out, num_in,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """x (M, K) · weight (2N, K) · bias (2N,), contiguous -> out (M, N), contiguous; the last N of 2N are the gate."""
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_out, BLOCK_N)
     first = tl.program_id(0) // (GROUP * tiles_n) * GROUP
@@ -135,7 +122,7 @@ def geglu_kernel(
     column = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
 
-    # Past the last row and column the first ones are read again, and what comes of them is not written.
+    # Past the last row and column the first ones are read again, and their products are not written.
     from_x = x + (row % num_rows).to(tl.int64)[:, None] * num_in + k[None, :]
     from_value = weight + (column % num_out)[None, :] * num_in + k[:, None]
     from_gate = weight + (column % num_out + num_out)[None, :] * num_in + k[:, None]
@@ -175,7 +162,8 @@ def group_norm(
 ) -> Tensor:
     """`reference.group_norm` in three launches, which read x twice and write once: (B, C, H, W) -> the same shape.
 
-    What it gives lies in channels_last, as x does or is copied to. `out` (B, H, W, C), contiguous, is written if given.
+    The result lies in channels_last, and x is copied to it where it lies otherwise. `out` (B, H, W, C), contiguous, is
+    written if given.
     """
     check_group_norm(x, num_groups, weight, bias)
     rows = x.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C): no copy where x lies so
@@ -219,11 +207,11 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None)
 
 
 def geglu_tile(dtype: torch.dtype, *, hopper: bool, hip: bool) -> tuple[dict[str, Any], dict[str, int]]:
-    """Compile-time constants and launch options of the gated product.
+    """Return the compile-time constants and launch options of the gated product.
 
-    Two sums of 128×128 in float32 are half of the registers of eight warps, which Ampere's fragments would exceed:
-    there tiles are narrower. What is loaded ahead must fit into shared memory: 48 kB a stage in 16 bits, of the 227 kB
-    of sm_90 and the 64 kB of gfx942. In float32 products are exact, not TF32.
+    Two accumulators of 128×128 in float32 take half of the registers of eight warps; Ampere's fragments would take
+    more, so tiles are narrower there. The stages that are loaded ahead must fit into shared memory: 48 kB each in 16
+    bits, of the 227 kB of sm_90 and the 64 kB of gfx942. Products in float32 are exact, not TF32.
     """
     if dtype == torch.float32:
         constants: dict[str, Any] = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PRECISION": "ieee"}

@@ -3,7 +3,8 @@
 Both work on one tile of (positions, patches). The permutation of a tile is a one-hot matrix for each position, in
 registers, drawn there or read from an index; the gather multiplies with it, the scatter with its transpose. Values
 travel through it as bits, so that every copy is exact. The references of the same names in `reference.py` say what is
-computed.
+computed. The kernels trust an explicit index: `operators.Patches` and the references check that it is a permutation,
+and a check here would wait for the device.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cutdiff_kernels.checks import check_canvas, check_copies, check_items, check_patches
 from cutdiff_kernels.launch import ROUNDING, output
-from cutdiff_kernels.reference import Permutation, Seeded, check_canvas, check_items, check_patches, check_permutation
+from cutdiff_kernels.permutations import Permutation, SeededPermutation, check_permutation, seed_bits
 
 NONE, SEEDED, INDEX = 0, 1, 2
-"""Where the permutation comes from."""
+"""The sources that a permutation comes from."""
 MAX_PATCHES = 64
 TILE = 512
-"""Values of a tile: positions times patches."""
+"""The number of values of a tile, positions times patches."""
 
 
 @triton.jit
 def seeded_keys(seed, step, channel, position, NUM_PATCHES: tl.constexpr, PADDED: tl.constexpr):
-    """Keys (BLOCK, PADDED), int64, no two alike at a position; those of the padding are above all others."""
+    """Draw keys (BLOCK, PADDED), int64, no two alike at a position; those of the padding are above all others."""
     group = tl.arange(0, PADDED // 4)
     w0, w1, w2, w3 = tl.philox(seed, position[:, None], channel, step, group[None, :])  # (BLOCK, PADDED / 4) each
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(position.shape[0], PADDED)  # word k of group g at 4g + k
@@ -35,20 +37,10 @@ def seeded_keys(seed, step, channel, position, NUM_PATCHES: tl.constexpr, PADDED
 
 @triton.jit
 def one_hot(
-    permutation,
-    step,
-    image,
-    channel,
-    position,
-    inside,
-    index_strides,
-    width,
-    NUM_PATCHES: tl.constexpr,
-    PADDED: tl.constexpr,
-    SOURCE: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-):
-    """(BLOCK, PADDED, PADDED): whether patch m goes to place n at each position."""
+    permutation, step, image, channel, position, inside, index_strides, width,
+    NUM_PATCHES: tl.constexpr, PADDED: tl.constexpr, SOURCE: tl.constexpr, PER_CHANNEL: tl.constexpr,
+):  # fmt: skip
+    """Return (BLOCK, PADDED, PADDED), true where patch m goes to place n at a position."""
     place = tl.arange(0, PADDED)
     drawn = channel if PER_CHANNEL else 0
     if SOURCE == 1:
@@ -63,36 +55,34 @@ def one_hot(
     return index[:, None, :] == place[None, :, None]
 
 
-@triton.jit(do_not_specialize=["step"])
-def gather_kernel(
-    canvas,
-    out,
-    permutation,
-    step,
-    c_in,
-    strides,
-    index_strides,
-    channels,
-    width,
-    positions,
-    GRID_W: tl.constexpr,
-    NUM_PATCHES: tl.constexpr,
-    PADDED: tl.constexpr,
-    SOURCE: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-    COPIES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """canvas (B, C, s_h·h, s_w·w), any strides -> out (B·N·COPIES, C, h, w), contiguous."""
+@triton.jit
+def tile_of(channels, positions, NUM_PATCHES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a program's image and channel, its positions (BLOCK,) and which of them exist, its patches (PADDED,), and
+    the mask (BLOCK, PADDED)."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     image, channel = tl.program_id(1) // channels, tl.program_id(1) % channels
     patch = tl.arange(0, PADDED)
     inside = position < positions
-    mask = inside[:, None] & (patch < NUM_PATCHES)[None, :]
+    return image, channel, position, inside, patch, inside[:, None] & (patch < NUM_PATCHES)[None, :]
 
-    stride_b, stride_c, stride_y, stride_x = strides
+
+@triton.jit
+def places_of(position, patch, width, GRID_W: tl.constexpr, NUM_PATCHES: tl.constexpr):
+    """Return the rows and columns (BLOCK, PADDED) that positions (BLOCK,) of patches (PADDED,) have on the canvas."""
     rows = (position // width)[:, None] * (NUM_PATCHES // GRID_W) + (patch // GRID_W)[None, :]
-    columns = (position % width)[:, None] * GRID_W + (patch % GRID_W)[None, :]
+    return rows, (position % width)[:, None] * GRID_W + (patch % GRID_W)[None, :]
+
+
+@triton.jit(do_not_specialize=["step"])
+def gather_kernel(
+    canvas, out, permutation, step, c_in, strides, index_strides, channels, width, positions,
+    GRID_W: tl.constexpr, NUM_PATCHES: tl.constexpr, PADDED: tl.constexpr, SOURCE: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """canvas (B, C, s_h·h, s_w·w), any strides -> out (B·N·COPIES, C, h, w), contiguous."""
+    image, channel, position, inside, patch, mask = tile_of(channels, positions, NUM_PATCHES, PADDED, BLOCK)
+    rows, columns = places_of(position, patch, width, GRID_W, NUM_PATCHES)
+    stride_b, stride_c, stride_y, stride_x = strides
     source = canvas + image.to(tl.int64) * stride_b + channel * stride_c + rows * stride_y + columns * stride_x
     values = (tl.load(source, mask=mask, other=0.0).to(tl.float32) * c_in).to(out.dtype.element_ty)  # (BLOCK, PADDED)
 
@@ -114,40 +104,17 @@ def gather_kernel(
 
 @triton.jit(do_not_specialize=["step"])
 def scatter_kernel(
-    values,
-    out,
-    permutation,
-    canvas,
-    step,
-    guidance_scale,
-    c_skip,
-    c_out,
-    strides,
-    canvas_strides,
-    index_strides,
-    channels,
-    width,
-    positions,
-    GRID_W: tl.constexpr,
-    NUM_PATCHES: tl.constexpr,
-    PADDED: tl.constexpr,
-    SOURCE: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-    COPIES: tl.constexpr,
-    HAS_CANVAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    values, out, permutation, canvas, step, guidance_scale, c_skip, c_out,
+    strides, canvas_strides, index_strides, channels, width, positions,
+    GRID_W: tl.constexpr, NUM_PATCHES: tl.constexpr, PADDED: tl.constexpr, SOURCE: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, COPIES: tl.constexpr, HAS_CANVAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """values (B·N·COPIES, C, h, w), any strides -> out (B, C, s_h·h, s_w·w), contiguous, float32."""
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    image, channel = tl.program_id(1) // channels, tl.program_id(1) % channels
-    patch = tl.arange(0, PADDED)
-    inside = position < positions
-    mask = inside[:, None] & (patch < NUM_PATCHES)[None, :]
-
+    image, channel, position, inside, patch, mask = tile_of(channels, positions, NUM_PATCHES, PADDED, BLOCK)
     stride_n, stride_c, stride_y, stride_x = strides
     item = (image.to(tl.int64) * NUM_PATCHES + patch) * COPIES
-    y, x = position // width, position % width
-    source = values + item[None, :] * stride_n + channel * stride_c + (y * stride_y + x * stride_x)[:, None]
+    offset = (position // width) * stride_y + (position % width) * stride_x
+    source = values + item[None, :] * stride_n + channel * stride_c + offset[:, None]
     combined = tl.load(source, mask=mask, other=0.0).to(tl.float32)  # (BLOCK, PADDED)
     if COPIES == 2:
         positive = tl.load(source + stride_n, mask=mask, other=0.0).to(tl.float32)
@@ -161,8 +128,7 @@ def scatter_kernel(
         bits = combined.to(tl.int32, bitcast=True)
         combined = tl.sum(tl.where(chosen, bits[:, None, :], 0), axis=2).to(tl.float32, bitcast=True)
 
-    rows = y[:, None] * (NUM_PATCHES // GRID_W) + (patch // GRID_W)[None, :]
-    columns = x[:, None] * GRID_W + (patch % GRID_W)[None, :]
+    rows, columns = places_of(position, patch, width, GRID_W, NUM_PATCHES)
     if HAS_CANVAS:
         stride_b, stride_c, stride_y, stride_x = canvas_strides
         base = canvas + image.to(tl.int64) * stride_b + channel * stride_c + rows * stride_y + columns * stride_x
@@ -183,7 +149,7 @@ def gather_patches(
 ) -> Tensor:
     """`reference.gather_patches` in one launch. `out`, contiguous, is written and returned if given.
 
-    An explicit index is trusted: whether it is a permutation is not asked, which would wait for the device.
+    An explicit index is trusted to be a permutation: `operators.Patches` checks it when it is made.
     """
     batch, channels, height, width = canvas.shape
     h, w = check_patches((height, width), grid)
@@ -213,7 +179,11 @@ def scatter_patches(
     c_out: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`reference.scatter_patches` in one launch. `out`, contiguous float32, is written and returned if given."""
+    """`reference.scatter_patches` in one launch. `out`, contiguous float32, is written and returned if given.
+
+    An explicit index is trusted as in `gather_patches`.
+    """
+    check_copies(copies)
     items, channels, h, w = values.shape
     num_patches = grid[0] * grid[1]
     batch = check_items(items, num_patches * copies)
@@ -233,7 +203,7 @@ def scatter_patches(
 
 
 def padded(grid: tuple[int, int]) -> int:
-    """The number of patches, up to a power of two; ValueError where it is too large."""
+    """Return the number of patches, rounded up to a power of two; ValueError where it is too large."""
     num_patches = grid[0] * grid[1]
     if num_patches > MAX_PATCHES:
         raise ValueError(f"a grid of {grid} has {num_patches} patches, the Triton kernels take up to {MAX_PATCHES}")
@@ -241,7 +211,7 @@ def padded(grid: tuple[int, int]) -> int:
 
 
 def constants(positions: int, grid: tuple[int, int], source: int, per_channel: bool) -> dict[str, int | bool]:
-    """The compile-time constants that both kernels share."""
+    """Return the compile-time constants that both kernels share."""
     return {
         "GRID_W": grid[1],
         "NUM_PATCHES": grid[0] * grid[1],
@@ -253,29 +223,29 @@ def constants(positions: int, grid: tuple[int, int], source: int, per_channel: b
 
 
 def options(padded: int) -> dict[str, int | bool]:
-    """Launch options: threads enough to hold a tile's one-hot matrices, TILE·PADDED entries, in registers."""
+    """Return launch options whose threads hold a tile's one-hot matrices, TILE·PADDED entries, in registers."""
     return ROUNDING | {"num_warps": min(16, max(4, padded // 2))}
 
 
 def _plan(
     batch: int, channels: int, positions: int, grid: tuple[int, int], permutation: Permutation
 ) -> tuple[tuple[int, int], dict[str, int | bool]]:
-    """The launch grid, and compile-time constants and options."""
-    source = NONE if permutation is None else SEEDED if isinstance(permutation, Seeded) else INDEX
-    chosen = constants(positions, grid, source, permutation is not None and _per_channel(permutation))
+    """Return the launch grid, and the compile-time constants and options."""
+    source, per_channel = NONE, False
+    if isinstance(permutation, SeededPermutation):
+        source, per_channel = (NONE if permutation.grain == "none" else SEEDED), permutation.grain == "channel"
+    elif permutation is not None:
+        source, per_channel = INDEX, permutation.shape[-3] > 1
+    chosen = constants(positions, grid, source, per_channel)
     return (triton.cdiv(positions, chosen["BLOCK"]), batch * channels), chosen | options(chosen["PADDED"])
 
 
-def _per_channel(permutation: Tensor | Seeded) -> bool:
-    return permutation.per_channel if isinstance(permutation, Seeded) else permutation.shape[-3] > 1
-
-
 def _arguments(permutation: Permutation, unused: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
-    """The kernels' permutation pointer, step and index strides; what is not read is `unused` and zeros."""
+    """Return the kernels' permutation pointer, step and index strides, with `unused` and zeros for what is not read."""
     if permutation is None:
         return unused, 0, (0,) * 5
-    if isinstance(permutation, Seeded):
-        return permutation.seeds.contiguous(), permutation.step, (0,) * 5
+    if isinstance(permutation, SeededPermutation):
+        return seed_bits(permutation.seeds, unused.device), permutation.step, (0,) * 5
     index = permutation if permutation.ndim == 5 else permutation[None]
     strides = index.stride() if len(index) > 1 else (0, *index.stride()[1:])
     return index, 0, strides

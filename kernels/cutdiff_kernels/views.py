@@ -12,29 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cutdiff_kernels.checks import check_canvas, check_origins, check_views
 from cutdiff_kernels.launch import ROUNDING, output
-from cutdiff_kernels.reference import check_canvas, check_origins, check_views
 
 TILE = 1024
-"""Pixels of a tile: two to eight for each of its 128 threads."""
+"""The pixels of a tile, two to eight for each of its 128 threads."""
 WIDEST = 128
+"""The most columns of a tile."""
 
 
 @triton.jit
 def gather_kernel(
-    canvas,
-    out,
-    origins,
-    c_in,
-    strides,
-    channels,
-    num_views,
-    size,
-    window,
-    COPIES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    canvas, out, origins, c_in, strides, channels, num_views, size, window,
+    COPIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """canvas (B, C, H, W), any strides · origins (B, V, 2) -> out (B·V·COPIES, C, h, w), contiguous."""
     item, channel = tl.program_id(0) // channels, tl.program_id(0) % channels
     tiles = tl.cdiv(window[1], COLUMNS)
@@ -58,26 +49,10 @@ def gather_kernel(
 
 @triton.jit
 def average_kernel(
-    values,
-    out,
-    origins,
-    weights,
-    canvas,
-    guidance_scale,
-    c_skip,
-    c_out,
-    strides,
-    canvas_strides,
-    channels,
-    size,
-    window,
-    NUM_VIEWS: tl.constexpr,
-    COPIES: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_CANVAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    values, out, origins, weights, canvas, guidance_scale, c_skip, c_out, strides, canvas_strides,
+    channels, size, window, NUM_VIEWS: tl.constexpr, COPIES: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_CANVAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """values (B·V·COPIES, C, h, w), any strides · origins (B, V, 2) -> out (B, C, H, W), contiguous, float32."""
     image, channel = tl.program_id(0) // channels, tl.program_id(0) % channels
     tiles = tl.cdiv(size[1], COLUMNS)
@@ -178,7 +153,7 @@ def average_views(
 
 
 def _tiles(size: tuple[int, int]) -> tuple[dict[str, int], int]:
-    """The tile's shape, and how many cover `size`."""
+    """Return the shape of a tile, and how many tiles cover `size`."""
     columns = min(WIDEST, triton.next_power_of_2(size[1]))
     rows = min(TILE // columns, triton.next_power_of_2(size[0]))
     return {"ROWS": rows, "COLUMNS": columns}, triton.cdiv(size[0], rows) * triton.cdiv(size[1], columns)

@@ -1,4 +1,4 @@
-"""Reading a LoRA file: which weights it changes and by what, or what is wrong with it."""
+"""Reading a LoRA file: the change of each weight, or an error that says what is wrong with the file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cutdiff.checkpoint.lora.names import Target, flat, split_key, unsupported
 from cutdiff.checkpoint.read import read_tensors_and_metadata
 
 FAMILIES = {768: " (Stable Diffusion 1)", 1024: " (Stable Diffusion 2)", 1280: " (SDXL's refiner)", 2048: " (SDXL)"}
-"""Whose U-Net reads text states of that width."""
+"""The family whose U-Net reads text states of that width."""
 READS_TEXT = ("attn2_to_k", "attn2_to_v")
-"""How the flat names of the U-Net's modules end whose input is the text."""
+"""The ends of the flat names of the U-Net's modules whose input is the text."""
 WIDE = ("lora_down", "hada_w1_b", "diff")
-"""Parts whose second dimension is that of the module's input."""
+"""The parts whose second dimension is that of the module's input."""
 NO_MODULE = "keys of no module of this model"
 EXAMPLES = 3
 
@@ -32,23 +32,23 @@ class LoraError(ValueError):
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one weight, not computed yet: its factors stay memory-mapped."""
+    """The change of one weight. It is not computed yet, and its factors stay memory-mapped."""
 
     factors: formulas.Factors
     strength: float
-    """alpha / rank."""
+    """The factor alpha / rank of the change."""
 
     def times(self, scale: float, shape: torch.Size) -> Tensor:
-        """`scale` times the change, float32, in the shape of the weight that it is for."""
+        """Compute `scale` times the change in float32, in the shape of its weight."""
         factors = {name: factor.float() for name, factor in self.factors.items()}
         return scale * self.strength * formulas.change(factors).reshape(shape)
 
 
 def read_changes(path: Path, table: Mapping[str, Target], context_dim: int) -> dict[Target, Change]:
-    """The change of every weight that the file is for. `table` has the model's weights by flat name, `context_dim` is
-    the width of the text states that its U-Net reads.
+    """The change of every weight that the file changes.
 
-    Raises LoraError, in one line that begins with the path, where anything in the file cannot be merged.
+    `table` has the model's weights by flat name, and `context_dim` is the width of the text states that its U-Net
+    reads. Raises LoraError, in one line that begins with the path, where anything in the file cannot be merged.
     """
     try:
         tensors, metadata = read_tensors_and_metadata(path)
@@ -68,19 +68,19 @@ def read_changes(path: Path, table: Mapping[str, Target], context_dim: int) -> d
             kind, where = problem
             problems[kind].append(where)
             continue
-        rank = next(iter(formulas.ranks(factors)), None)  # an alpha beside factors without a rank means nothing
-        own = 1.0 if alpha is None or rank is None else alpha.item() / rank
-        changes[target] = Change(factors, config.strength(target, rank) if alpha is None else own)
+        rank = next(iter(formulas.ranks(factors)), None)  # an alpha beside factors without a rank has no effect
+        strength = 1.0 if alpha is None or rank is None else alpha.item() / rank
+        changes[target] = Change(factors, config.strength(target, rank) if alpha is None else strength)
     if problems:
-        found = "; ".join(f"{len(where)} {kind}: {listed(where)}" for kind, where in problems.items())
-        raise LoraError(f"{path} cannot be merged into this model, so leave it out: {found}")
+        kinds = "; ".join(f"{len(where)} {kind}: {listed(where)}" for kind, where in problems.items())
+        raise LoraError(f"{path} cannot be merged into this model, so leave it out: {kinds}")
     return changes
 
 
 def _place(
     keys: Collection[str], table: Mapping[str, Target]
 ) -> tuple[dict[Target, dict[str, str]], defaultdict[str, list[str]]]:
-    """The key of each part of each weight's change; and the keys that have no place, by the kind of problem."""
+    """The key of each part of each weight's change, and the keys without a place by the kind of problem."""
     placed: defaultdict[Target, dict[str, str]] = defaultdict(dict)
     problems: defaultdict[str, list[str]] = defaultdict(list)
     for key in keys:
@@ -100,17 +100,17 @@ def _place(
 def _problem(
     keys: Mapping[str, str], factors: formulas.Factors, alpha: Tensor | None, shape: torch.Size
 ) -> tuple[str, str] | None:
-    """What is wrong with one weight's change, if anything: the kind of problem, and where it is."""
+    """The kind of problem with one weight's change and its place; None where there is no problem."""
     name, _ = split_key(next(iter(keys.values())))
     if factors.keys() not in formulas.COMPLETE:
-        # An alpha alone is taken for the rest of a LoRA.
+        # An alpha alone is taken for a part of a LoRA.
         nearest = min(formulas.COMPLETE, key=lambda complete: len(complete ^ (factors.keys() or {"lora_down"})))
         return "incomplete changes", f"{name} has {' and '.join(keys)} where {' and '.join(sorted(nearest))} belong"
     for part, factor in factors.items():
         if not factor.is_floating_point():
             return "quantized factors", f"{keys[part]} {factor.dtype}"
-    made = formulas.change_shape(factors)
-    if made is None or not _fits(made, shape):
+    made_shape = formulas.change_shape(factors)
+    if made_shape is None or not _fits(made_shape, shape):
         sizes = " and ".join(f"{part} {tuple(factor.shape)}" for part, factor in factors.items())
         return "changes of another shape", f"{name} has {sizes} where {tuple(shape)} is to be changed"
     ranks = formulas.ranks(factors)
@@ -126,17 +126,17 @@ def _problem(
 
 
 def _fits(made: tuple[int, ...], shape: torch.Size) -> bool:
-    """Whether a change is of a weight's shape, or a matrix for a kernel, or a kernel of 1×1 for a matrix."""
+    """True for a change of the weight's shape, a matrix for a kernel, or a 1×1 kernel for a matrix."""
     return made in (tuple(shape), (shape[0], shape[1:].numel()), (*shape, 1, 1))
 
 
 def _is_number(alpha: Tensor) -> bool:
-    odd = alpha.numel() != 1 or alpha.is_complex() or alpha.dtype == torch.bool
-    return not odd and bool(alpha.double().isfinite())
+    is_other = alpha.numel() != 1 or alpha.is_complex() or alpha.dtype == torch.bool
+    return not is_other and bool(alpha.double().isfinite())
 
 
 def _other_family(tensors: Mapping[str, Tensor], context_dim: int) -> str | None:
-    """What to say where every module that reads text reads it at another width than this model's."""
+    """The error for a file whose modules all read text of another width than this model's; None for other files."""
     widths = set()
     for key, tensor in tensors.items():
         module, part = split_key(key)
@@ -152,10 +152,10 @@ def _other_family(tensors: Mapping[str, Tensor], context_dim: int) -> str | None
 
 
 def _no_match(keys: Collection[str], table: Mapping[str, Target]) -> str:
-    """What to say of a file that has nothing for this model."""
-    found = ", ".join([*keys][:EXAMPLES]) or "none"
+    """The error for a file that has nothing for this model."""
+    examples = ", ".join([*keys][:EXAMPLES]) or "none"
     module = max((target.key for target in table.values() if target.network == "unet"), key=len).removesuffix(".weight")
     return (
-        f"is no LoRA for this model: no key is of one of its modules. It has {found}; expected were such as "
+        f"is no LoRA for this model: no key is of one of its modules. It has {examples}; expected were such as "
         f"lora_unet_{flat(module)}.lora_down.weight or unet.{module}.lora_A.weight"
     )

@@ -1,7 +1,7 @@
-"""What the factors in a LoRA file stand for: the change of one weight.
+"""Computing the change of one weight from its factors in a LoRA file.
 
-Sources: Hu et al. 2021 (arXiv 2106.09685) for LoRA; Yeh et al. 2023 (arXiv 2309.14859) for LoCon, LoHa and LoKr. Factor
-names are those of the files, the letters of shapes: weight (O, I) or (O, I, kh, kw), rank R.
+Sources: Hu et al. 2021 (arXiv 2106.09685) for LoRA; Yeh et al. 2023 (arXiv 2309.14859) for LoCon, LoHa and LoKr. The
+names of factors are those in the files. Shapes: the weight is (O, I) or (O, I, kh, kw), and R is the rank.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ COMPLETE: tuple[set[str], ...] = (
     *(first | second for first in LOKR[0] for second in LOKR[1]),
     {"diff"},
 )
-"""The sets of factors that make a change."""
+"""The sets of factors that make a change together."""
 RANKED = ("lora_down", "hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b")
-"""Factors whose first dimension is the rank."""
+"""The factors whose first dimension is the rank."""
 
 
 def ranks(factors: Factors) -> set[int]:
-    """The ranks of the factors: one in a sound file; none where nothing is factorized, so that alpha means nothing."""
+    """The ranks of the factors: one in a sound file, and none where nothing is factorized and alpha has no effect."""
     return {factors[name].shape[0] for name in RANKED if name in factors}
 
 
 def change_shape(factors: Factors) -> tuple[int, ...] | None:
-    """The shape of `change(factors)`, found without computing it; None where the factors do not fit each other."""
+    """The shape of `change(factors)`, which is not computed; None where the factors do not fit each other."""
     try:
         return tuple(change({name: torch.empty(factor.shape, device="meta") for name, factor in factors.items()}).shape)
     except (RuntimeError, IndexError):
@@ -66,7 +66,7 @@ def change(factors: Factors) -> Tensor:
 
 
 def _half(factors: Factors, kind: str, number: int) -> Tensor:
-    """One side of a Hadamard or Kronecker product: whole, or from factors, with or without a Tucker core."""
+    """One side of a Hadamard or Kronecker product: given whole, or by factors, with or without a Tucker core."""
     whole, core = f"{kind}_w{number}", f"{kind}_t{number}"
     if whole in factors:
         return factors[whole]
@@ -75,11 +75,11 @@ def _half(factors: Factors, kind: str, number: int) -> Tensor:
 
 
 def _tucker(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """core (R, S, kh, kw) between left (O, R) and right (S, I): (O, I, kh, kw)."""
+    """The product of a Tucker core (R, S, kh, kw) with left (O, R) and right (S, I): (O, I, kh, kw)."""
     half = torch.mm(left, core.flatten(1)).view(len(left), core.shape[1], -1)  # (O, S, kh·kw)
     return torch.matmul(right.mT, half).reshape(len(left), right.shape[1], *core.shape[2:])
 
 
 def _matrix(kernel: Tensor) -> Tensor:
-    """The kernel of a 1×1 convolution as a matrix; others as they are."""
+    """The kernel of a 1×1 convolution as a matrix; other kernels as they are."""
     return kernel.flatten(1) if kernel.shape[2:] == (1, 1) else kernel

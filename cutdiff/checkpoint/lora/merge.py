@@ -1,4 +1,4 @@
-"""W + scale · alpha / rank · change, in float32, for every weight that LoRA files change."""
+"""Merging LoRA files: every weight W that they change becomes W + scale · alpha / rank · change, in float32."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Weights = Mapping[str, Mapping[str, Tensor]]
 def merge(
     weights: Weights, networks: Networks, loras: Sequence[tuple[str | Path, float]], *, dtype: torch.dtype
 ) -> tuple[Weights, tuple[MergedLora, ...]]:
-    """The weights with LoRAs, given as (path, scale), merged into them, and what was merged.
+    """Merge LoRAs, given as (path, scale), into the weights; returns the weights and a record of each LoRA.
 
     Weights that a LoRA changes are new, in `dtype`; the others are those that were given. All files are read and
     checked before anything is merged. Raises FileNotFoundError where a path is no file; ValueError for a scale that is
-    not finite; LoraError for a file that is damaged, holds what is not merged here, or does not fit the model.
+    not finite; LoraError for a file that is damaged, does not fit the model, or holds what cannot be merged here.
     """
     if not loras:
         return weights, ()
@@ -39,7 +39,7 @@ def merge(
         if not path.is_file():
             raise FileNotFoundError(f"{path} is no file: pass a LoRA's .safetensors file")
         for target, change in read_changes(path, table, networks.unet.config.context_dim).items():
-            if scale:  # else the weight stays where it lies in its mapped file
+            if scale:  # with a scale of 0 the weight stays where it lies in its mapped file
                 changes[target].append((scale, change))
         merged.append(MergedLora(str(path), scale, sha256(path)))
     result = {network: dict(tensors) for network, tensors in weights.items()}

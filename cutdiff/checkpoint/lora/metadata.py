@@ -1,7 +1,7 @@
-"""Alphas that are not in a LoRA's tensors: PEFT's configuration of an adapter.
+"""Reading PEFT's configuration of an adapter, which has the alphas that are not among a LoRA's tensors.
 
-diffusers keeps it, for each network, in the file's metadata; PEFT writes `adapter_config.json` beside the file. Fields
-are those of PEFT 0.21.
+diffusers keeps it, for each network, in the file's metadata; PEFT writes `adapter_config.json` beside the file. The
+fields are those of PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from cutdiff.checkpoint.text import PREFIX
 KEY = "lora_adapter_metadata"
 ADAPTER, BESIDE = "adapter_model.safetensors", "adapter_config.json"
 PEFT = "base_model.model."
-"""How the keys begin in what PEFT itself writes."""
+"""The beginning of the keys in a file that PEFT itself wrote."""
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that change the model's own weights: what was trained is a change of those, not of the model's."""
+"""Initialisations that change the model's own weights, so that the LoRA is a change of the changed weights."""
 OTHER_RULE = (
     "layer_replication",
     "kasa_config",
@@ -34,19 +34,19 @@ OTHER_RULE = (
     "use_qalora",
     "use_bdlora",
 )
-"""What makes something else of the factors than a change of the model's weights, the same for every input."""
+"""Fields of adapters that are something else than one change of the model's weights for every input."""
 PATTERNS = ("alpha_pattern", "rank_pattern")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """PEFT's fields as diffusers writes them, `network.field`; of an adapter that was saved by itself, `field`."""
+    """PEFT's fields, named `network.field` as diffusers writes them, or `field` in an adapter saved by itself."""
 
     fields: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a number that is none, or for a pattern and not for a module, and for what changes the
-        meaning of the factors."""
+        """Raise ValueError for a field that changes the meaning of the factors, for a value that is no number, and for
+        a pattern that is not the name of a module."""
         for name, value in self.fields.items():
             field = name.rpartition(".")[2]
             if field in OTHER_RULE and value:
@@ -70,7 +70,7 @@ class AdapterConfig:
     def strength(self, target: Target, rank: int | None) -> float:
         """alpha / rank, or alpha / √rank for rsLoRA (arXiv 2312.03732); 1 where no alpha is given.
 
-        PEFT scales a LoKr so even where no factor has a rank (None): it is then the configuration's.
+        If no factor has a rank (None), the configuration's takes its place, because PEFT scales a LoKr so.
         """
         alpha, rank = self._of_module(target, "alpha"), rank or self._of_module(target, "rank")
         if alpha is None or rank is None:
@@ -78,7 +78,7 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self._field(target.network, "use_rslora") else rank)
 
     def _of_module(self, target: Target, kind: str) -> Any:
-        """The alpha or rank that a pattern has for the module, else that of all modules."""
+        """The alpha or rank that a pattern gives to the module, or else that of all modules."""
         module = target.key.removesuffix(".weight").removeprefix(PREFIX)
         for pattern, value in (self._field(target.network, f"{kind}_pattern") or {}).items():
             name = pattern.removeprefix("^").removeprefix(PREFIX)
@@ -91,7 +91,7 @@ class AdapterConfig:
 
 
 def read_adapter_config(path: Path, keys: Collection[str], metadata: Mapping[str, str]) -> AdapterConfig:
-    """The configuration in a safetensors file's metadata, or beside it; empty where there is none.
+    """The configuration in the metadata of a safetensors file or in a file beside it; empty where there is none.
 
     Raises ValueError where it cannot be used, or is missing although PEFT wrote the file.
     """
@@ -118,7 +118,7 @@ def read_adapter_config(path: Path, keys: Collection[str], metadata: Mapping[str
 
 def _read_beside(path: Path) -> AdapterConfig:
     fields = read_json(path)
-    fields["lora_alpha"] = fields.get("lora_alpha", fields.pop("alpha", None))  # LoHa's and LoKr's
+    fields["lora_alpha"] = fields.get("lora_alpha", fields.pop("alpha", None))  # LoHa and LoKr have `alpha`
     if fields["lora_alpha"] is None:
         raise ValueError(f"{path} has no lora_alpha and no alpha, so no strength: take the adapter's own")
     try:
@@ -128,5 +128,5 @@ def _read_beside(path: Path) -> AdapterConfig:
 
 
 def _without_ranks(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an adapter whose factors have ranks, which are theirs whatever is written."""
+    """The fields without ranks, for adapters whose factors have ranks, which count whatever the fields say."""
     return {name: value for name, value in fields.items() if name.rpartition(".")[2] not in ("r", "rank_pattern")}

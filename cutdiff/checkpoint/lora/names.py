@@ -1,4 +1,4 @@
-"""Names in LoRA files: the weight that a key is for, and which part of its change the key holds.
+"""The names in LoRA files: each key belongs to a weight of the model, and holds a part of its change.
 
 kohya's scripts write modules with underscores for dots, in the original or in the diffusers layout; diffusers and PEFT
 write them with dots. Here the dots of all become underscores, so that one table serves every spelling.
@@ -20,7 +20,7 @@ PREFIXES = {
     "text_encoder": ("lora_te1_", "lora_te_", "text_encoder_", "text_encoders_clip_l_transformer_"),
     "text_encoder_2": ("lora_te2_", "text_encoder_2_", "text_encoders_clip_g_transformer_"),
 }
-"""What stands before a module's name; nothing where a U-Net's adapter was saved by itself."""
+"""The prefixes of module names; the prefix is empty where the adapter of a U-Net was saved by itself."""
 SUFFIXES = {
     ".lora_down.weight": "lora_down",  # kohya
     ".lora_up.weight": "lora_up",
@@ -38,7 +38,7 @@ SUFFIXES = {
     ".diff": "diff",
     ".alpha": "alpha",
 }
-"""How a key ends, and the part that it holds."""
+"""The ends of keys, and the part that such a key holds."""
 UNSUPPORTED = {
     ".dora_scale": "DoRA",
     ".lora_magnitude_vector": "DoRA",
@@ -59,9 +59,9 @@ UNSUPPORTED = {
     ".lora_embedding_": "an embedding",
     ".lokr_t1": "a Tucker core of LoKr's first factor",
 }
-"""What a key contains, where what it holds is known and not merged here."""
+"""Marks within keys whose content is known but cannot be merged here, and the name of that content."""
 OLD_NAMES = {"to_out.0": "to_out", "q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-"""How projections were called in the attention processors of former releases of diffusers."""
+"""The names of projections in the attention processors of former releases of diffusers."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Target:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """The module's name as the file spells it, and the part that the key holds; two empty strings where that is none
-    of SUFFIXES."""
+    """The module's name as the file spells it, and the part that the key holds; two empty strings if the end of the
+    key is not in SUFFIXES."""
     for suffix, part in SUFFIXES.items():
         if key.endswith(suffix):
             return key.removesuffix(suffix), part
@@ -83,7 +83,7 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def unsupported(key: str) -> str | None:
-    """What the key holds, where that is known and not merged here."""
+    """The name of what the key holds, if that is known but cannot be merged here."""
     return next((kind for mark, kind in UNSUPPORTED.items() if mark in key), None)
 
 
@@ -93,7 +93,7 @@ def flat(module: str) -> str:
 
 
 def targets(networks: Networks) -> dict[str, Target]:
-    """The weight that a flat name is for, under all names that files give it."""
+    """The weights of the networks, by all flat names that files give them."""
     original = {ours: theirs for theirs, ours in unet_keys(networks.unet).items()}
     table: dict[str, Target] = {}
     for name, network in networks.named().items():
@@ -104,8 +104,8 @@ def targets(networks: Networks) -> dict[str, Target]:
             for spelling in (key, original[key]) if name == "unet" else (bare, PREFIX + bare):
                 for module in _old_and_new(spelling.removesuffix(".weight")):
                     for prefix in PREFIXES.get(name, ()):
-                        found = table.setdefault(prefix + flat(module), target)
-                        assert found == target, f"{found.key} and {key} have one flat name"
+                        registered = table.setdefault(prefix + flat(module), target)
+                        assert registered == target, f"{registered.key} and {key} have one flat name"
     return table
 
 

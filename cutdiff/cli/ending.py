@@ -1,0 +1,87 @@
+"""The end of a command line: an exit status and, where something went wrong, one line on standard error.
+
+The status is 0; 1 for a run that failed or a file that is no good; 2 for arguments that cannot be used; 143 after
+SIGTERM. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+
+from cutdiff.cli.arguments import BadArgument
+from cutdiff.parallel import stopping
+from cutdiff.parallel.process import Ended, RankLost, process
+
+LONGEST = 500
+"""The most characters of a message that was not written for the user."""
+Errors = tuple[type[Exception], ...]
+
+
+class Failure(Exception):
+    """A run that failed for a reason that is understood; the message is the line that the user reads."""
+
+
+def exit_status(
+    run: Callable[[], object], argv: Sequence[str] | None, *, bad_arguments: Errors = (), failures: Errors = ()
+) -> int:
+    """Call `run` and return the exit status of the command line; an error becomes one line on standard error.
+
+    Errors of the types `bad_arguments` give status 2 and those of `failures` give status 1, each with its own message,
+    as BadArgument and Failure always do. The line of any other error names its type, too, and the status is 1. With
+    --debug in `argv` the traceback is printed first.
+    """
+    try:
+        run()
+    except (Exception, KeyboardInterrupt, stopping.Terminated) as error:
+        if "--debug" in (sys.argv if argv is None else argv):
+            traceback.print_exc()
+        return _status(error, bad_arguments, failures)
+    return 0
+
+
+def add_debug(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the flag --debug, which `exit_status` reads."""
+    parser.add_argument("--debug", action="store_true", help="where the run fails, print the traceback too")
+
+
+def say(message: str) -> None:
+    """Print one line for the user on standard error."""
+    print(f"cutdiff: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _status(error: BaseException, bad_arguments: Errors, failures: Errors) -> int:
+    """Say in one line why the run ends, and return the exit status."""
+    if isinstance(error, (BadArgument, *bad_arguments)):
+        return _complain(str(error), 2)
+    if isinstance(error, (Failure, RankLost, *failures)):
+        return _complain(str(error), 1)
+    match error:
+        case Ended():
+            return 1
+        case KeyboardInterrupt():
+            # CPython remembers an interrupt that passed through an exec of text, which imports have, and would at last
+            # end by SIGINT although it was caught; the next such exec makes it forget.
+            exec("")
+            return _end_by(signal.SIGINT)
+        case stopping.Terminated():
+            return _end_by(signal.SIGTERM)
+        case _:  # the last line of defence: one line instead of a traceback
+            message = textwrap.shorten(f"{type(error).__name__}: {error}", LONGEST, placeholder=" …")
+            return _complain(f"the run failed: {message}", 1)
+
+
+def _end_by(number: signal.Signals) -> int:
+    """Every process receives the signal, and the first one says so."""
+    status, message = stopping.ENDS[number]
+    return status if process() else _complain(message, status)
+
+
+def _complain(message: str, status: int) -> int:
+    rank = f"rank {process()}: " * (process() > 0)
+    say(f"{rank}{message}")
+    return status
