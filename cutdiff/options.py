@@ -147,7 +147,7 @@ def _fitted(value: Any, kind: Any) -> Any:
     if origin in (Union, UnionType):
         return next((found for arg in args if (found := _fitted(value, arg)) is not MISSING), MISSING)
     if origin is Literal:
-        return value if isinstance(value, str) and value in args else MISSING
+        return value if (type(value), value) in [(type(arg), arg) for arg in args] else MISSING
     if origin is tuple:
         kinds = args[:1] * len(value) if args[-1] is Ellipsis and isinstance(value, tuple | list) else args
         if not isinstance(value, tuple | list) or len(value) != len(kinds):

@@ -60,6 +60,8 @@ SHAPES = {
 """The shape of an object of each kind."""
 
 
+_ADDRESS = r"\w[\w.]*:\w+"
+"""The form of `module:object`."""
 _TOKEN = r"""(?<=[=(\[{,:\s])(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|."""
 """A text in quotes where a value may begin, or a single character."""
 
@@ -71,7 +73,7 @@ class Text(str):
 def check_name(kind: str, text: str) -> None:
     """ValueError where a spec names nothing that could be had; nothing is imported."""
     name, _ = parse(kind, text)
-    if name not in TABLES[kind] and ":" not in name:
+    if name not in TABLES[kind] and not re.fullmatch(_ADDRESS, name):
         raise ValueError(_unknown(kind, name))
 
 
@@ -198,15 +200,17 @@ def source_hash(thing: Any) -> str | None:
 def _load(kind: str, name: str) -> Any:
     """The object that a table or `module:object` names."""
     address = TABLES[kind].get(name, name)
-    module, separator, attribute = address.partition(":")
-    if not separator:
+    if not re.fullmatch(_ADDRESS, address):
         raise ValueError(_unknown(kind, name))
+    module, _, attribute = address.partition(":")
     try:
-        return getattr(import_module(module), attribute)
+        loaded = import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(f"{kind}={name!r}: there is no module {error.name!r} where Python looks for it") from None
-    except AttributeError:
-        raise ValueError(f"{kind}={name!r}: the module {module} has no {attribute!r}") from None
+    if not hasattr(loaded, attribute):
+        public = [name for name in vars(loaded) if not name.startswith("_")]
+        raise ValueError(f"{kind}={name!r}: the module {module} has no {attribute!r}{nearest(attribute, public)}")
+    return getattr(loaded, attribute)
 
 
 def _unknown(kind: str, name: str) -> str:

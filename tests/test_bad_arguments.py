@@ -102,11 +102,11 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     "stride > window": (["--stride", "17"], "--stride 17 must not exceed the window of 16 latents"),
     "stride without views": (
         ["--stride", "8", "--method", "direct"],
-        f"--stride {OF_DIRECT}, but of {WITH_VIEWS} (see --help",
+        f"--stride {OF_DIRECT}, but of {WITH_VIEWS}",
     ),
     "structure fraction without a detail stage": (
         ["--structure-fraction", "0.5", "--method", "direct"],
-        f"--structure-fraction {OF_DIRECT}, but of cutdiffusion, magnify (see --help",
+        f"--structure-fraction {OF_DIRECT}, but of cutdiffusion, magnify",
     ),
     "steps 0": (["--steps", "0"], "argument --steps: 0 must be a whole number at least 1"),
     "steps -1": (["--steps", "-1"], "argument --steps: -1 must be a whole number at least 1"),
@@ -126,7 +126,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
         ["--eta", "0.5"],
         "--eta is no option of method cutdiffusion (stride, size_conditioning, structure_fraction, interaction, "
         "detail_guidance_scale), solver euler (none), schedule model (none) or guidance cfg (guidance_scale), but of "
-        "ddim, euler_ancestral (see",
+        "ddim, euler_ancestral",
     ),
     "seed -1": (["--seed", "-1"], "--seed -1 must lie in 0 … 2⁶⁴ − 1"),
     "seed 2^64": (["--seed", str(2**64)], f"--seed {2**64} must lie in 0 … 2⁶⁴ − 1"),

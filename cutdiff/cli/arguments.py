@@ -32,8 +32,11 @@ class BadArgument(Exception):
 
 
 def of_flag(error: Exception) -> BadArgument:
-    """`name=value …` as `--name value …`, and `name=True …` as `--name …` where the value may be True."""
-    name, _, rest = str(error).partition("=")
+    """`name=value …` as `--name value …`, and `name=True …` as `--name …` where the value may be True. A message that
+    names no option stays as it is."""
+    name, separator, rest = str(error).partition("=")
+    if not (separator and name.isidentifier()):
+        return BadArgument(str(error))
     return BadArgument(f"{flag_of(name)} {re.sub('^True (?!must be )', '', rest)}")
 
 

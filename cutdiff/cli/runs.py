@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cutdiff import specs
 from cutdiff.cli.arguments import DEMO_PROMPT, BadArgument, errors_by_flag, flag_of
 from cutdiff.cli.promptfile import parse_line, read_lines
 from cutdiff.settings import Settings
@@ -135,11 +136,27 @@ def _difference(described: dict[str, Any], record: dict[str, Any]) -> str:
 
     if not record:
         return "has no record of how it was drawn"
-    told = []
-    for name, (then, now) in changes(described, record).items():
-        label = flag_of(name) if name in Settings.__dataclass_fields__ or name == "dtype" else name
-        told.append(f"{label} {reprlib.repr(then)} (now {reprlib.repr(now)})" if name != "model" else "another model")
+    differing = changes(described, record)
+    if len(differing) > 1:
+        differing.pop("noise schedule", None)  # the sigmas follow from options, or from the noise of the model
+    told = [_change(name, *values) for name, values in differing.items()]
     return f"was drawn with {', '.join(told) or 'what its record does not tell'}"
+
+
+def _change(name: str, then: Any, now: Any) -> str:
+    """One value that differs, as an error tells it; of a method or the like only its options that differ."""
+    if name in ("model", "noise schedule"):
+        return "another model" if name == "model" else "other sigmas"
+    if name.startswith("sources "):
+        return f"another source of its {name.removeprefix('sources ')}"
+    if name in specs.TABLES and isinstance(then, str):
+        (old, before), (new, after) = (specs.parse(name, spec) for spec in (then, now))
+        if old != new:
+            return f"{flag_of(name)} {old} (now {new})"
+        options = [option for option in {**after, **before} if before.get(option) != after.get(option)]
+        return ", ".join(f"{flag_of(o)} {before.get(o)} (now {after.get(o)})" for o in options)
+    label = flag_of(name) if name in Settings.__dataclass_fields__ or name == "dtype" else name
+    return f"{label} {reprlib.repr(then)} (now {reprlib.repr(now)})"
 
 
 def _settings(prompt: str, args: argparse.Namespace, own: dict[str, Any]) -> Settings:

@@ -79,8 +79,19 @@ def fingerprint(described: dict[str, Any]) -> str:
 
 def changes(described: dict[str, Any], record: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """All that determines a picture and differs in the record of another, by its name there: (in the record, now)."""
-    now, then = _determining(described), _determining(record)
-    return {name: (then.get(name), value) for name, value in now.items() if value != then.get(name)}
+    determining = _determining(described)
+    known = {name: value for name, value in _determining(record).items() if name in determining}
+    now, then = _flat(determining), _flat(known)
+    return {name: (then.get(name), now.get(name)) for name in {**now, **then} if now.get(name) != then.get(name)}
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of inner dictionaries by names such as "noise beta_start", but for those of the model."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict) and name != "model"
+        flat |= {f"{name} {key}": part for key, part in value.items()} if inner else {name: value}
+    return flat
 
 
 def _determining(described: dict[str, Any]) -> dict[str, Any]:
