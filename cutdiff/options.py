@@ -85,12 +85,13 @@ def checked(name: str, value: Any, kind: Any) -> Any:
 
 def read(name: str, text: str, kind: Any) -> Any:
     """The value that a command line writes as `text`. ValueError, which names the option, where it is none."""
-    if _takes_text(kind) and not (text == "None" and _fitted(None, kind) is None):
-        return checked(name, text, kind)
+    is_none = text == "None" and _fitted(None, kind) is None
+    if _takes_text(kind) and _fitted(text, kind) is not MISSING and not is_none:
+        return checked(name, str(text), kind)
     try:
         value = ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text, text.strip()))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = text
+        value = str(text)
     return checked(name, value, kind)
 
 
@@ -119,9 +120,9 @@ def words(kind: Any) -> str:
     return names.get(kind) or f"a {getattr(kind, '__name__', kind)}"
 
 
-def not_one_of(value: object, known: Iterable[str]) -> str:
+def not_one_of(value: object, known: Iterable[object]) -> str:
     """An error's words for a name that is not known."""
-    names = [*known]
+    names = [*map(str, known)]
     return f"{value!r} is not one of {', '.join(names)}{nearest(value, names)}"
 
 
@@ -147,7 +148,8 @@ def _fitted(value: Any, kind: Any) -> Any:
     if origin in (Union, UnionType):
         return next((found for arg in args if (found := _fitted(value, arg)) is not MISSING), MISSING)
     if origin is Literal:
-        return value if (type(value), value) in [(type(arg), arg) for arg in args] else MISSING
+        alike = (arg for arg in args if arg == value and isinstance(arg, bool) == isinstance(value, bool))
+        return next(alike, MISSING)
     if origin is tuple:
         kinds = args[:1] * len(value) if args[-1] is Ellipsis and isinstance(value, tuple | list) else args
         if not isinstance(value, tuple | list) or len(value) != len(kinds):

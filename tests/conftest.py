@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
 
+from own import OwnModules
 from refusal import CommandLine
 from tiny import QUICK_UNET, QUICK_VAE, Tiny, put_in_cache, random_model
 
@@ -99,6 +102,17 @@ def model() -> Model:
 def command_line(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
     """The sampler's command line, after all that it imports."""
     return CommandLine(tmp_path / "out", capsys)
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OwnModules]:
+    """A folder for modules of one's own."""
+    modules = OwnModules(tmp_path / "own modules")
+    modules.folder.mkdir()
+    monkeypatch.syspath_prepend(modules.folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield modules
+    modules.forget()
 
 
 @pytest.fixture(scope="session")

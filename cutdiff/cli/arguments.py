@@ -196,7 +196,7 @@ def _metavar(kind: Any) -> str:
     """The placeholder of a value: N, X, TEXT, SPEC, or what it may be."""
     for part in (kind, *get_args(kind)):
         if get_origin(part) is Literal:
-            return f"{{{','.join(get_args(part))}}}"
+            return f"{{{','.join(map(str, get_args(part)))}}}"
         if part in (int, float, str):
             return {int: "N", float: "X", str: "TEXT"}[part]
         if get_origin(part) is Annotated:
