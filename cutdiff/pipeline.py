@@ -130,12 +130,15 @@ def encode(model: Model, images: Tensor) -> Tensor:
     of the VAE's distribution, one image at a time.
 
     Where the VAE overflows in its own dtype, it encodes again in float32. Raises FloatingPointError where that does not
-    help, and ValueError where the images have another shape or a size that the VAE's factor does not divide.
+    help, and ValueError where the images have another shape, a size that the VAE's factor does not divide, or integers.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or any(side % model.factor for side in images.shape[2:]):
+    sides = images.shape[2:]
+    if images.ndim != 4 or not len(images) or images.shape[1] != 3 or any(side % model.factor for side in sides):
         raise ValueError(
             f"images of {tuple(images.shape)} cannot be encoded: give (B, 3, H, W) in multiples of {model.factor}"
         )
+    if not images.is_floating_point():
+        raise ValueError(f"images of {images.dtype} cannot be encoded: give floats in [0, 1]")
 
     def encoded(vae: VAE, dtype: torch.dtype) -> Tensor:
         pixels = (2 * images - 1).to(model.device, dtype)
@@ -148,8 +151,11 @@ def decode(model: Model, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1], on the CPU; one at a time to save memory.
 
     Where the VAE overflows in its own dtype, it decodes again in float32. Raises FloatingPointError where that does not
-    help.
+    help, and ValueError where the latents have another shape.
     """
+    channels = model.vae.config.latent_channels
+    if latents.ndim != 4 or not len(latents) or latents.shape[1] != channels:
+        raise ValueError(f"latents of {tuple(latents.shape)} cannot be decoded: give (B, {channels}, h, w)")
     return _decode(model, latents)[0]
 
 

@@ -204,9 +204,9 @@ def test_a_record_is_of_what_the_run_began_with(tiny_model: Model) -> None:
     class Guidance(Scaled):
         calls = 0
 
-        def guide(self, *args: Any) -> Tensor:
+        def guide(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
             self.calls += 1
-            return super().guide(*args)
+            return super().guide(conditional, unconditional, sigma, step)
 
     options = SMALL | {"method": "direct", "solver": "euler_ancestral"}
     runs = [
@@ -249,8 +249,8 @@ SCHEDULES: list[Any] = [
     "exponential",
     "beta",
     "beta,alpha=0.7",
-    [3, 1, 0],
-    [3, 2, 0],
+    [5, 4, 3, 2, 1, 0],
+    [5, 4, 3, 2.5, 1, 0],
 ]
 
 

@@ -98,11 +98,11 @@ class _Checked:
 
     def permutation(self, step: int, grid: tuple[int, int], shape: tuple[int, ...], grain: str) -> Permutation:
         index = self.draws.permutation(step, grid, shape, grain)
-        if isinstance(index, Tensor):
-            num_patches, wanted = grid[0] * grid[1], (shape[1], *shape[2:])
-            shapes = [(num_patches, channels, *shape[2:]) for channels in (wanted[0], 1)]
-            _shaped("permutation", index, *shapes, *((self.num_images, *shape) for shape in shapes))
-        elif isinstance(index, SeededPermutation) and len(index.seeds) != self.num_images:
+        if index is not None and not isinstance(index, SeededPermutation):
+            shapes = [(grid[0] * grid[1], channels, *shape[2:]) for channels in (shape[1], 1)]
+            shapes += [(self.num_images, *shape) for shape in shapes]
+            _shaped("permutation", index, *shapes, dtype=torch.int64)
+        elif index is not None and len(index.seeds) != self.num_images:
             raise ValueError(
                 f"draws.permutation gave seeds for {len(index.seeds)} images where {self.num_images} are drawn"
             )
