@@ -17,6 +17,7 @@ from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.options import Between, Count, Options
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.guidance import CFG
 from cutdiff.sampling.operators import Patches, Views, pad_to_grid
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.stages import CanvasDenoiser, Phase, Size, Stage
@@ -236,10 +237,15 @@ def on_whole_inside(changed: Callable[[int], AbstractContextManager[Denoiser]]) 
 
 
 def with_guidance_scale(run: Run, scale: float | None) -> Run:
-    """The run with another guidance scale, or itself where that is None. ValueError where its guidance has none."""
+    """The run with another guidance scale, or itself where that is None; 1 is no guidance, of whatever kind it is.
+
+    ValueError where the run's guidance has no scale to change.
+    """
     if scale is None:
         return run
     guidance: Any = run.denoiser.guidance
+    if scale == 1:
+        return replace(run, denoiser=replace(run.denoiser, guidance=CFG(scale)))
     if not hasattr(guidance, "guidance_scale"):
         raise ValueError(
             f"detail_guidance_scale={scale} needs a guidance with a guidance_scale, which {guidance!r} lacks"
