@@ -69,15 +69,15 @@ def test_an_observer_changes_no_bit_and_hears_of_every_step(tiny_model: Model, m
     for ours, theirs in zip(ear.steps, steps, strict=True):
         assert (ours.index, ours.stage, ours.sigma) == (theirs.index, theirs.stage, theirs.sigma)
         assert torch.equal(ours.latents, theirs.latents)
-    told: list[int] = []  # the step that each call belongs to; a step comes after its calls
+    pending: list[int] = []  # the steps of calls since the last step, which comes after its calls
     for item in ear.heard:
         if isinstance(item, Step):
-            assert told, f"no call before step {item.index}"
-            assert set(told) == {item.index}
-            told.clear()
+            assert pending, f"no call before step {item.index}"
+            assert set(pending) == {item.index}
+            pending.clear()
         else:
             call, prediction = item
-            told.append(call.step)
+            pending.append(call.step)
             assert prediction.shape == call.inputs[0].shape
             assert call.sigma == next(step.sigma for step in steps if step.index == call.step)
     rows = sum(len(item[0].inputs[0]) for item in ear.heard if isinstance(item, tuple))
@@ -87,9 +87,7 @@ def test_an_observer_changes_no_bit_and_hears_of_every_step(tiny_model: Model, m
 
 @pytest.mark.parametrize("view_batch_size", [1, 4, 5, 100])
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 0.75)])
-def test_a_call_says_what_its_rows_are(
-    tiny_model: Model, view_batch_size: int, interval: tuple[float, float]
-) -> None:
+def test_a_call_says_what_its_rows_are(tiny_model: Model, view_batch_size: int, interval: tuple[float, float]) -> None:
     """Each row is the patch or view of that number, of that image, under the prompt or the negative one."""
     states: list[tuple[TextStates, TextStates]] = []
 
@@ -110,12 +108,12 @@ def test_a_call_says_what_its_rows_are(
         assert isinstance(operator, kind)
         assert num_items == count
         expected = [(b, n, c) for b in range(len(PROMPTS)) for n in range(num_items) for c in range(copies)]
-        told = [
+        rows_said = [
             (int(b), int(n), int(p) - 2 + copies)
             for call in calls
             for b, n, p in zip(call.images, call.items, call.prompted, strict=True)
         ]
-        assert told == expected
+        assert rows_said == expected
         assert [row for call in calls for row in call.rows.tolist()] == list(range(len(expected)))
         assert len(calls) == -(-len(PROMPTS) * num_items // view_batch_size)
         for call in calls:

@@ -51,7 +51,7 @@ def test_all_runs_are_there() -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_latents_are_drawn(tiny_model: Model, name: str) -> None:
-    found, expected = fingerprint(drawn(tiny_model, name)), torch.from_numpy(RUNS[name])
-    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-4)
-    assert relative_error(found[1:], expected[1:]) < 1e-4
-    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-4, atol=1e-4 * float(expected[1:].abs().max()))
+    ours, theirs = fingerprint(drawn(tiny_model, name)), torch.from_numpy(RUNS[name])
+    assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-4)
+    assert relative_error(ours[1:], theirs[1:]) < 1e-4
+    torch.testing.assert_close(ours[1:], theirs[1:], rtol=1e-4, atol=1e-4 * float(theirs[1:].abs().max()))

@@ -99,6 +99,7 @@ def test_magnify_without_its_hold_draws_something_else(tiny_model: Model) -> Non
 
 def test_contiguous_patches_are_whole_pictures_side_by_side(tiny_model: Model) -> None:
     """Without interaction and views, each tile is the native picture of its own noise."""
+
     class Tiled(Draws):
         def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
             return super().noise((*shape[:2], 16, 16), step)[:, :, : shape[2], : shape[3]]
