@@ -1,4 +1,4 @@
-"""An evaluation from its arguments: draw, score, and write the results."""
+"""The work of `python -m cutdiff.evaluate`: draw, score, and write the results."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
+from cutdiff.cli.device import device_of
 from cutdiff.evaluation import score
 from cutdiff.evaluation.cells import Cell, cost, draw_cells, folder_of, picture_paths
 from cutdiff.evaluation.references import References, compare
@@ -25,7 +26,7 @@ from cutdiff.settings import Settings
 
 
 def measure(args: argparse.Namespace, command: list[str]) -> str:
-    """Check, draw, score and write; returns the table."""
+    """Check the arguments, draw, score and write the results; returns the table."""
     options, own = dict(args.set), {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     base = Settings(num_steps=args.steps, seed=args.seed, **own)
     cells = [
@@ -36,7 +37,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
     direct = replace(base, method="direct")
     shared = {name: value for name, value in options.items() if direct.has(name)}
     prompts = _prompts(args)
-    device, references = _device(args.device), None
+    device, references = device_of(args.device), None
     if args.references is not None:
         references = References.load(args.references, args.features, args.clip, device)
     else:
@@ -46,7 +47,9 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
     for cell in cells:
         plan(model, cell.settings)
         if references is not None and cell.side < native:
-            raise ValueError(f"--sizes {cell.side}: a picture smaller than the native {native} px has no crops of it")
+            raise ValueError(
+                f"--sizes {cell.side}: a picture smaller than the native {native} px has no crops of that size"
+            )
     if references is None:
         base = replace(base, **shared)
         testbed = Testbed(model, base, args.num, args.out, args.batch, args.caption_seed, _named(NATIVE, shared))
@@ -66,7 +69,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
 
 
 def measure_scenes(testbed: Testbed, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Draw and score the native pictures and `cells`: a row for each, and one for the truth of each size."""
+    """Draw and score the native pictures and `cells`; returns a row for each, and one for the truth of each size."""
     testbed.draw(cells)
     rows: list[dict[str, Any]] = []
     sides: set[int] = set()
@@ -81,7 +84,7 @@ def measure_scenes(testbed: Testbed, cells: Sequence[Cell]) -> list[dict[str, An
 def measure_prompts(
     model: Model, cells: Sequence[Cell], prompts: Sequence[str], references: References, out: Path, *, batch: int
 ) -> list[dict[str, Any]]:
-    """Draw `cells` for `prompts` and compare them with the references: a row for each."""
+    """Draw `cells` for `prompts` and compare them with the references; returns a row for each."""
     draw_cells(model, cells, prompts, out, batch=batch)
     rows = []
     for cell in tqdm(cells, desc="scores", disable=None):
@@ -93,19 +96,12 @@ def measure_prompts(
 
 
 def _named(name: str, options: dict[str, Any]) -> str:
-    """The name of a cell: its spec, with the options that --set adds."""
+    """The name of a cell, which is its spec with the options that --set adds."""
     return ",".join([name, *(f"{option}={written(value)}" for option, value in options.items())])
 
 
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name} is not available here: use --device cpu") from None
-
-
 def _prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --prompts, a line each; none where captions of scenes are drawn."""
+    """The prompts of --prompts, one on each line; none if captions of scenes are drawn."""
     if args.prompts is None:
         return []
     lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines()]
