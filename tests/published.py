@@ -72,9 +72,11 @@ def _visiting(schedule: Schedule, scheduler: Any) -> Any:
 def drawing(fresh: Tensor) -> Iterator[None]:
     """Let the ancestral scheduler draw the rows of `fresh` one after another."""
     rows = iter(fresh)
-    with patch.object(
-        scheduling_euler_ancestral_discrete, "randn_tensor", lambda *_, dtype, **__: next(rows).to(dtype)
-    ):
+
+    def randn_tensor(*_: Any, dtype: torch.dtype, **__: Any) -> Tensor:
+        return next(rows).to(dtype)
+
+    with patch.object(scheduling_euler_ancestral_discrete, "randn_tensor", randn_tensor):
         yield
 
 

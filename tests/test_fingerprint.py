@@ -25,7 +25,7 @@ from cutdiff.sample import main
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.settings import Settings
-from cutdiff.specs import source_hash
+from cutdiff.sources import source_hash
 
 SMALL = {"height": 64, "width": 64, "num_steps": 2}
 

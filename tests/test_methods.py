@@ -50,7 +50,7 @@ def test_a_stride_belongs_to_methods_with_views(tiny_model: Model, method: str) 
         assert not torch.equal(narrow, wide)
     else:
         assert method in ("direct", "attention_scaling", "scalecrafter", "hidiffusion")
-        with pytest.raises(ValueError, match="^stride=2 is no option of method"):
+        with pytest.raises(ValueError, match=r"^stride=2 is no option of method"):
             latents(tiny_model, stride=2, **options)
 
 

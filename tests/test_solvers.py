@@ -354,7 +354,7 @@ def test_a_step_changes_none_of_its_arguments() -> None:
     before = [tensor.clone() for tensor in tensors]
     x, denoised, noise = tensors
     schedule = make_schedule(resolve("schedule", [2.0, 1.0, 0.0]), Euler(), NoiseConfig(), 2)
-    for solver in (*map(lambda name: resolve("solver", name), SOLVERS), DDIM(0.7)):
+    for solver in (*(resolve("solver", name) for name in SOLVERS), DDIM(0.7)):
         take = solver.start(schedule, lambda shape, step: noise)
         for i in range(2):
             take(x, denoised, i)
@@ -509,8 +509,8 @@ def test_the_history_of_dpmpp_2m_is_that_of_the_canvas() -> None:
 
     def denoise(x: Tensor, sigma: float, i: int) -> Tensor:
         origins = draws.view_origins(i, size, window, (4, 3), (1, 1))
-        seen = views(x, origins, window)
-        return average(torch.tanh(seen - seen.mean(dim=(2, 3), keepdim=True)), origins, size)
+        items = views(x, origins, window)
+        return average(torch.tanh(items - items.mean(dim=(2, 3), keepdim=True)), origins, size)
 
     x = draws.noise((2, 4, *size)) * schedule.init_scale
     estimates = []

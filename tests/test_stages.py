@@ -67,14 +67,14 @@ def test_a_run_may_begin_at_any_step(tiny_model: Model, first: int) -> None:
     (schedule,) = schedules
     assert [step.index for step in steps] == [*range(first, 5)]
     assert [step.sigma for step in steps] == [*schedule.sigmas[first:-1]]
-    seen: list[Tensor] = []
+    states: list[Tensor] = []
 
     def recording(run: Run) -> list[Stage]:
-        return [Stage("late", range(first, 5), lambda x, sigma, step: seen.append(x) or run.denoiser(x, sigma, step))]
+        return [Stage("late", range(first, 5), lambda x, sigma, step: states.append(x) or run.denoiser(x, sigma, step))]
 
     drawn(tiny_model, recording)
     scale = schedule.sigmas[first] if first else schedule.init_scale
-    assert torch.equal(seen[0], cutdiff.Draws((0,)).noise((1, 4, 8, 8)) * scale)
+    assert torch.equal(states[0], cutdiff.Draws((0,)).noise((1, 4, 8, 8)) * scale)
 
 
 def test_the_rest_of_a_run_is_the_run_from_there() -> None:
@@ -106,20 +106,20 @@ def test_a_stage_may_visit_sigmas_of_its_own(solver: str) -> None:
 
 def test_sigmas_of_its_own_tell_the_network_their_timesteps(tiny_model: Model) -> None:
     """Given the sigmas of the run, a stage draws what the run draws; halfway between, the network hears of it."""
-    told: list[float] = []
-    hook = tiny_model.unet.register_forward_pre_hook(lambda _module, inputs: told.append(float(inputs[1][0])))
+    timesteps: list[float] = []
+    hook = tiny_model.unet.register_forward_pre_hook(lambda _module, inputs: timesteps.append(float(inputs[1][0])))
     try:
         plain = drawn(tiny_model, direct_on((range(5), None)))
-        whole = told.copy()
+        whole = timesteps.copy()
         sigmas = tuple(step.sigma for step in plain)
         same = drawn(tiny_model, direct_on((range(2), None), (range(2, 5), (*sigmas[2:], 0.0))))
-        assert told == whole * 2
+        assert timesteps == whole * 2
         assert torch.equal(same[-1].latents, plain[-1].latents)
-        told.clear()
+        timesteps.clear()
         between = math.sqrt(sigmas[1] * sigmas[2])
         drawn(tiny_model, direct_on((range(2), (sigmas[0], between, 0.0))))
-        assert told[0] == whole[0]
-        assert whole[2] < told[1] < whole[1]
+        assert timesteps[0] == whole[0]
+        assert whole[2] < timesteps[1] < whole[1]
     finally:
         hook.remove()
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from cutdiff.methods.attention_scaling import entropy_factor, scaled_attention
 from cutdiff.methods.hidiffusion import Plan, changed, pooling, resampling, top_level, windowed
+from cutdiff.methods.hidiffusion import plan_for as hidiffusion_plan
 from cutdiff.methods.scalecrafter import Dilations, plan_for, redilated, redilated_conv
 from cutdiff.methods.shared import Run
-from cutdiff.models.config import SDXL_UNET, UNetConfig
+from cutdiff.models.config import SD15_UNET, SD21_UNET, SDXL_UNET, UNetConfig
 from cutdiff.models.inside import blocks, replaced, size_at
 from cutdiff.models.layers import Attention
 from cutdiff.models.text import TextStates
@@ -37,6 +38,17 @@ from cutdiff.specs import SOLVERS, resolve
 METHOD_NAMES = ("attention_scaling", "scalecrafter", "hidiffusion")
 EMBEDDED = replace(CONFIG, layers_per_block=1, transformer_layers=(0, 1, 1), mid_transformer_layers=1)
 """A configuration with the embedded model's layout."""
+SD = replace(
+    CONFIG,
+    channels=(8, 16, 16, 16),
+    transformer_layers=(1, 1, 1, 0),
+    mid_transformer_layers=1,
+    num_heads=(1, 2, 2, 2),
+    pooled_dim=0,
+    size_embedding_dim=0,
+    linear_projections=False,
+)
+"""A configuration with the layout of SD 1.5, which reads neither pooled text nor sizes; SD 2.1 differs in widths."""
 
 
 def make_unet(config: UNetConfig = CONFIG) -> UNet:
@@ -119,7 +131,7 @@ def test_at_native_size_every_method_is_direct_to_the_bit(method: str, solver: s
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
-@pytest.mark.parametrize("config", [CONFIG, EMBEDDED], ids=["sdxl", "embedded"])
+@pytest.mark.parametrize("config", [CONFIG, EMBEDDED, SD], ids=["sdxl", "embedded", "sd"])
 @pytest.mark.parametrize("size", [(16, 16), (9, 15), (33, 7), (1, 20)])
 def test_any_size_can_be_drawn_and_differs_from_direct(method: str, config: UNetConfig, size: tuple[int, int]) -> None:
     run = make_run(size, config=config, num_steps=3, solver="euler")
@@ -459,3 +471,96 @@ def test_an_axis_of_native_size_keeps_its_network() -> None:
     latents("hidiffusion", run)
     hook.remove()
     assert seen == [(2, 2)] * 4 + [(2, 4)] * 6
+
+
+@pytest.mark.parametrize(
+    ("config", "times", "expected"),
+    [
+        # first the level and the steps of 50 in which it is resampled, then those in which it is pooled
+        (SDXL_UNET, 2, Plan(1, range(8), 1, range(8, 20))),
+        (SDXL_UNET, 4, Plan(1, range(15), 1, range(35))),
+        (SD15_UNET, 2, Plan(0, range(20), 1, range(0))),
+        (SD15_UNET, 4, Plan(0, range(35), 1, range(15))),
+        (SD21_UNET, 2, Plan(0, range(20), 1, range(0))),
+        (SD21_UNET, 4, Plan(0, range(35), 1, range(15))),
+        (replace(SD21_UNET, native_size=64), 4, Plan(0, range(35), 1, range(15))),
+    ],
+)
+def test_the_published_plans(config: UNetConfig, times: int, expected: Plan) -> None:
+    """The thresholds T1 and T2 that the published code has for 1024, 2048 and 4096 pixels."""
+    side = times * config.native_size
+    assert hidiffusion_plan(config, (side, side), 50) == expected
+    assert hidiffusion_plan(config, (side, side + 40), 50) == expected
+    assert hidiffusion_plan(config, (side + 8, side), 50) == expected
+    near = hidiffusion_plan(config, (2 * config.native_size, 4 * config.native_size), 50)
+    assert near == hidiffusion_plan(config, (2 * config.native_size,) * 2, 50), "both axes are to be four times native"
+
+
+@pytest.mark.parametrize("config", [SDXL_UNET, SD15_UNET])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 25, 30])
+def test_a_threshold_is_rounded_down_as_published(config: UNetConfig, num_steps: int) -> None:
+    near, far = (hidiffusion_plan(config, (times * config.native_size,) * 2, num_steps) for times in (2, 4))
+    first, last = (int(share * num_steps + 1e-9) for share in (0.3, 0.7))
+    assert max(near.resampled.stop, near.pooled.stop) == int(0.4 * num_steps + 1e-9)
+    assert sorted((far.resampled.stop, far.pooled.stop)) == [first, last]
+    assert all(plan.changes(num_steps - 1) == (False, False) for plan in (near, far))
+
+
+@pytest.mark.parametrize(
+    ("config", "times", "expected"),
+    [
+        # for each step the sides of the maps that leave levels 0, 1 and 2 on the way down, and of the middle's
+        (SD, 2, [(16, 4, 2, 1)] * 4 + [(16, 8, 4, 2)] * 6),
+        (SD, 4, [(32, 4, 2, 1)] * 3 + [(32, 8, 4, 2)] * 4 + [(32, 16, 8, 4)] * 3),
+        (CONFIG, 2, [(16, 8, 2, 2)] * 1 + [(16, 4, 2, 2)] * 3 + [(16, 8, 4, 4)] * 6),
+        (CONFIG, 4, [(32, 8, 2, 2)] * 3 + [(32, 8, 4, 4)] * 4 + [(32, 16, 8, 8)] * 3),
+    ],
+    ids=["sd-2", "sd-4", "sdxl-2", "sdxl-4"],
+)
+def test_maps_are_shrunk_at_the_steps_of_the_plan(
+    config: UNetConfig, times: int, expected: list[tuple[int, ...]]
+) -> None:
+    """Pooling is behind a level's first layer, so that its last one tells; the way up gives back the size."""
+    run = make_run((8 * times, 8 * times), config=config)
+    unet, sides = run.denoiser.unet, []
+    before, x = snapshot(unet), 10 * noise(run.size)
+    plain = run.denoiser(x, 10.0, 0)
+    watched = [*(block.resnets[-1] for block in unet.down_blocks[:3]), unet.mid_block]
+    hooks = [m.register_forward_hook(lambda _m, _i, output: sides.append(output.shape[2])) for m in watched]
+    drawn = latents("hidiffusion", run)
+    for hook in hooks:
+        hook.remove()
+    assert [*zip(*[iter(sides)] * 4, strict=True)] == expected
+    assert snapshot(unet) == before, "the network is as it was"
+    assert drawn.shape == (1, 2, 8 * times, 8 * times)
+    assert torch.equal(run.denoiser(x, 10.0, 0), plain)
+    first = stages_of("hidiffusion", run)[0]
+    assert isinstance(first, Stage)
+    assert relative_error(first.denoise(x, 10.0, 0), plain) > 1e-4
+
+
+@pytest.mark.parametrize(("config", "level"), [(SD, 0), (CONFIG, 1)], ids=["sd", "sdxl"])
+def test_self_attention_of_the_top_level_is_in_windows_at_every_step(config: UNetConfig, level: int) -> None:
+    """A window has a quarter of its map: in SD's layout that of the canvas, which level 0 never shrinks."""
+    run, tokens = make_run((16, 16), config=config, num_steps=2), []
+    block = next(m for m in run.denoiser.unet.down_blocks[level].modules() if isinstance(m, TransformerBlock))
+    hook = block.attn1.to_q.register_forward_hook(lambda _m, inputs, _o: tokens.append(inputs[0].shape[1]))
+    latents("hidiffusion", run)
+    hook.remove()
+    assert tokens == [(16 >> level) ** 2 // 4] * 4 * 2
+
+
+@pytest.mark.parametrize("times", [2, 4])
+def test_the_steps_that_cost_the_same_have_one_key(times: int) -> None:
+    stages = stages_of("hidiffusion", make_run((8 * times, 8 * times), config=SD))
+    assert [(stage.name, stage.steps) for stage in stages if isinstance(stage, Stage)] == [
+        ("resolution-aware", range(4 if times == 2 else 7)),
+        ("windowed", range(4 if times == 2 else 7, 10)),
+    ]
+    (first, second) = stages
+    assert isinstance(first, Stage)
+    assert isinstance(second, Stage)
+    assert first.cost is not None
+    keys = [first.cost(step) for step in first.steps]
+    assert keys == ([(True, False)] * 4 if times == 2 else [(True, True)] * 3 + [(True, False)] * 4)
+    assert second.cost is None

@@ -1,8 +1,8 @@
-"""The pictures that a command line asks for, their names, and which of them are there already.
+"""The pictures that a command line asks for, their names, and which of them exist already.
 
-The pictures of --prompts or --num-images are a set: each has the name of its line, method, size and seed, is finished
-or absent, and a name that another picture has is an error. Where PROMPT alone is drawn, a number is added to such a
-name. Imports torch only where a model is at hand, so that --help answers at once.
+The pictures of --prompts or --num-images are a set: each is named by its line, method, size and seed and is finished or
+absent, and a name that another picture has is an error. If PROMPT alone is drawn, a number is added to such a name.
+torch is imported only by functions that are given a model, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Request(NamedTuple):
     prompt: str
     settings: Settings
     line: int = 0
-    """The number of its line in the file of prompts, counted from 1; 0 where there is none."""
+    """The number of its line in the file of prompts, counted from 1; 0 if there is no file."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the run, which is to be drawn unless it is finished."""
+    """One picture of the run, which must be drawn unless it is finished."""
 
     prompt: str
     settings: Settings
@@ -52,7 +52,7 @@ class BadLine(BadArgument):
 
 
 def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine]]:
-    """The prompt, or those of the file, each checked; and the lines that cannot be drawn."""
+    """The prompt of the command line or those of the file, each checked, and the lines that cannot be drawn."""
     if args.prompts is None:
         prompt = DEMO_PROMPT if args.prompt is None else args.prompt
         return [Request(prompt, _settings(prompt, args, {}))], []
@@ -73,7 +73,7 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
 
 
 def check_fit(model: Model, args: argparse.Namespace, requests: list[Request]) -> tuple[list[Request], list[BadLine]]:
-    """The requests that this model can draw, and the lines that it cannot. BadArgument where there are no lines."""
+    """The requests that this model can draw, and the lines that it cannot; BadArgument if there is no file of lines."""
     from cutdiff.pipeline import plan
 
     fit, bad = [], []
@@ -90,7 +90,7 @@ def check_fit(model: Model, args: argparse.Namespace, requests: list[Request]) -
 
 
 def plan_pictures(model: Model, args: argparse.Namespace, requests: list[Request]) -> list[Picture]:
-    """The pictures of the run in order. BadArgument where another picture has the name of one of a set."""
+    """The pictures of the run, in order. BadArgument if another picture has the name of one of a set."""
     return [
         _plan_picture(model, args, request, request.settings.seed + index)
         for request in requests
@@ -99,11 +99,12 @@ def plan_pictures(model: Model, args: argparse.Namespace, requests: list[Request
 
 
 def is_set(args: argparse.Namespace) -> bool:
-    """True where the pictures belong together, so that each keeps its name."""
+    """True if the pictures belong together, so that each keeps its name."""
     return args.prompts is not None or args.num_images > 1
 
 
 def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed: int) -> Picture:
+    """The picture of a request and a seed, with a name that no other picture has, finished if it exists already."""
     from cutdiff.output.images import numbered, read_record
     from cutdiff.output.record import describe, fingerprint
     from cutdiff.pipeline import plan
@@ -131,7 +132,7 @@ def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed
 
 
 def _difference(described: dict[str, Any], record: dict[str, Any]) -> str:
-    """The difference of a record's picture from the described one, as an error tells it."""
+    """The words of an error for what a record's picture was drawn with, other than the described one."""
     from cutdiff.output.record import changes
 
     if not record:
@@ -139,8 +140,8 @@ def _difference(described: dict[str, Any], record: dict[str, Any]) -> str:
     differing = changes(described, record)
     if len(differing) > 1:
         differing.pop("noise schedule", None)  # the sigmas follow from options, or from the noise of the model
-    told = [_change(name, *values) for name, values in differing.items()]
-    return f"was drawn with {', '.join(told) or 'what its record does not tell'}"
+    differences = [_change(name, *values) for name, values in differing.items()]
+    return f"was drawn with {', '.join(differences) or 'something that its record does not hold'}"
 
 
 def _change(name: str, then: Any, now: Any) -> str:
@@ -160,7 +161,7 @@ def _change(name: str, then: Any, now: Any) -> str:
 
 
 def _settings(prompt: str, args: argparse.Namespace, own: dict[str, Any]) -> Settings:
-    """The arguments that are options of the run, with a line's own in their place, checked."""
+    """The options of the run from the arguments, replaced by those that a line has of its own, and checked."""
     options = {**args.options, **own}
     for text in (prompt, *(value for value in options.values() if isinstance(value, str))):
         if any("\ud800" <= character <= "\udfff" for character in text):
