@@ -163,8 +163,10 @@ def decode(model: Model, latents: Tensor) -> Tensor:
 def _decode(model: Model, latents: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, torch.dtype]:
     """The images, and the dtype that they were decoded in."""
 
+    device = "meta" if latents.is_meta else "cpu"  # a planned run has sizes only
+
     def decoded(vae: VAE, dtype: torch.dtype) -> Tensor:
-        return torch.cat([vae.decode(image[None].to(dtype), ranks=ranks).float().cpu() for image in latents])
+        return torch.cat([vae.decode(image[None].to(dtype), ranks=ranks).float().to(device) for image in latents])
 
     images, dtype = _in_safe_dtype(model, decoded)
     return (images / 2 + 0.5).clamp(0, 1), dtype
@@ -175,7 +177,7 @@ def _in_safe_dtype(model: Model, run: Callable[[VAE, torch.dtype], Tensor]) -> t
     for dtype in dict.fromkeys((model.vae_dtype, torch.float32)):
         same = model.vae.post_quant_conv.weight.dtype == dtype
         values = run(model.vae if same else deepcopy(model.vae).to(dtype), dtype)
-        if values.isfinite().all():
+        if values.is_meta or values.isfinite().all():
             return values, dtype
     raise FloatingPointError(f"the VAE gave NaN or infinity; {model.bad_weights() or 'all weights are finite'}")
 

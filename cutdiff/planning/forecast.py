@@ -99,14 +99,14 @@ def walk(model: Model, settings: Settings, devices: int = 1, memory: float = mat
 def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
     """The cost of each step of a stage.
 
-    The first step with guidance and the first one without are counted by themselves, because each reads its prompts. Of
-    the others, those cost the same for which the stage says so and guidance is equally on or off.
+    Those cost the same for which the stage says so and guidance is equally on or off, except the first of them, which
+    is counted by itself: it may be the one that reads the prompts.
     """
     denoiser, costs = run.denoiser, cast(dict[Hashable, Cost], {})
     work, ranks = denoiser.work, denoiser.ranks
     sigmas = stage.sigmas or run.schedule.sigmas[:-1]
     steps: list[Cost] = []
-    modes: set[Hashable] = set()
+    known: set[Hashable] = set()
 
     def cost(step: int, sigma: float) -> Cost:
         before = work.evaluations, meter.flops, ranks.received_bytes
@@ -116,9 +116,9 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
 
     for step in stage.steps:
         sigma = sigmas[(step - stage.steps.start) if stage.sigmas else step % run.schedule.num_steps]
-        mode = denoiser.guided(step), denoiser.copies_at(sigma, step)
-        key = stage.cost and stage.cost(step), mode, mode in modes
-        modes.add(mode)
+        kind = stage.cost and stage.cost(step), denoiser.guided(step), denoiser.copies_at(sigma, step)
+        key = kind, kind in known
+        known.add(kind)
         if key not in costs:
             costs[key] = cost(step, sigma)
         steps.append(costs[key])
