@@ -16,6 +16,7 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.cli.device import device_of
 from cutdiff.evaluation import score
 from cutdiff.evaluation.cells import Cell, cost, draw_cells, folder_of, picture_paths
+from cutdiff.evaluation.features import PIXELS
 from cutdiff.evaluation.references import References, compare
 from cutdiff.evaluation.report import save_sheet, table
 from cutdiff.evaluation.testbed import NATIVE, Testbed, environment, row_of
@@ -34,7 +35,8 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         for size in args.sizes
         for method in args.methods
     ]
-    direct = replace(base, method="direct")
+    of_run = {name: value for name, value in options.items() if name in vars(base)}
+    direct = replace(base, method="direct", **of_run)
     shared = {name: value for name, value in options.items() if direct.has(name)}
     prompts = _prompts(args)
     caption_seed = score.CAPTION_SEED if args.caption_seed is None else args.caption_seed
@@ -45,12 +47,15 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         score.scenes(args.num, caption_seed)
     model = cutdiff.load(args.model, device=device, dtype=getattr(torch, args.dtype))
     native = model.native_size * model.factor
+    if references is None and native < PIXELS:
+        raise ValueError(
+            f"{model.source} has a native size of {native} px: pictures are measured in crops of {PIXELS} px"
+        )
+    least, what = (PIXELS, "the crops of") if references is None else (native, "the native")
     for cell in cells:
         plan(model, cell.settings)
-        if references is not None and cell.side < native:
-            raise ValueError(
-                f"--sizes {cell.side}: a picture smaller than the native {native} px has no crops of that size"
-            )
+        if cell.side < least:
+            raise ValueError(f"--sizes {cell.side}: a picture smaller than {what} {least} px has no crops of that size")
     if references is None:
         base = replace(base, **shared)
         testbed = Testbed(model, base, args.num, args.out, args.batch, caption_seed, _named(NATIVE, shared))
