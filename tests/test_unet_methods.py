@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cutdiff.methods.attention_scaling import entropy_factor, scaled_attention
 from cutdiff.methods.hidiffusion import Plan, changed, pooling, resampling, top_level, windowed
+from cutdiff.methods.hidiffusion import plan_for as hidiffusion_plan
 from cutdiff.methods.scalecrafter import Dilations, plan_for, redilated, redilated_conv
 from cutdiff.methods.shared import Run
 from cutdiff.models.config import SD15_UNET, SD21_UNET, SDXL_UNET, UNetConfig
