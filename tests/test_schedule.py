@@ -309,7 +309,10 @@ class Given:
         ([3.0, 0.0, 0.0, 0.0], ".*they must fall at every step, and end with 0"),
         ([3.0, 2.0, 1.0, 0.5], ".*they must fall at every step, and end with 0"),
         ([3.0, 2.0, 0.0], "schedule=list gives 3 sigmas, which is no run of 3 steps: give num_steps=2, or 4 sigmas"),
-        ([3.0, 2.0, 1.0, 0.5, 0.0], "schedule=list gives 5 sigmas, which is no run of 3 steps: give num_steps=4, or 4 sigmas"),
+        (
+            [3.0, 2.0, 1.0, 0.5, 0.0],
+            "schedule=list gives 5 sigmas, which is no run of 3 steps: give num_steps=4, or 4 sigmas",
+        ),
         ([], r"schedule=\(\) must hold two sigmas or more"),
         ([0.0], r"schedule=\(0.0,\) must hold two sigmas or more"),
         ([3.0, math.nan, 1.0, 0.0], r"values=.*nan.* must be a list of numbers"),
