@@ -1,6 +1,6 @@
-"""The parts that command lines share: arguments, files of prompts, which pictures to draw, and drawing them.
+"""The parts that command lines share: arguments, files of prompts, the pictures of a run, and drawing them.
 
-Read `arguments` first: flags are made from the fields of the objects that a command line names. `runs` makes of the
-arguments the pictures that are missing, and `drawing` draws them one after the other. Nothing is imported from torch
-before the arguments are parsed.
+Read `arguments` first: flags are made from the fields of the objects that a command line names. `runs` turns the
+arguments into the pictures that are missing, `drawing` draws them one after the other, and `ending` turns an error into
+one line and an exit status. torch is not imported before the arguments are parsed.
 """

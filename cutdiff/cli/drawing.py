@@ -1,4 +1,4 @@
-"""The pictures of a run, one after the other: drawn, saved, and told of."""
+"""The pictures of a run are drawn, saved and reported, one after the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], launch: Launch) -> None:
-    """Draw what is not finished, and print of each picture where it is, in order where one group draws all."""
+    """Draw the pictures that are not finished and print the path of each, in order if one group draws all."""
     with launch.agreeing():
         others = launch.others([(picture.prompt, picture.settings, picture.path.name) for picture in pictures])
         if others:
@@ -33,16 +33,16 @@ def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], la
     num_missing = len(pictures) - sum(finished)
     if num_missing < len(pictures) and launch.world.leads:
         tell(f"{len(pictures) - num_missing} of {len(pictures)} pictures are finished already")
-    told: set[str] = set()
+    past_notices: set[str] = set()
     with Progress(num_missing, launch) as progress:
         for picture in (pictures[turn] for turn in launch.turns(len(pictures))):
             path, record = (picture.path, {}) if picture.finished else _draw(model, args, picture, launch, progress)
             if not launch.group.leads:
                 continue
             for notice in _notices(record):
-                if notice not in told:
+                if notice not in past_notices:
                     tell(notice)
-                told.add(notice)
+                past_notices.add(notice)
             print_line(_entry(picture, path, record) if args.log_json else str(path))
         if launch.world.leads:
             progress.wait()
@@ -51,7 +51,7 @@ def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], la
 def _draw(
     model: Model, args: argparse.Namespace, picture: Picture, launch: Launch, progress: Progress
 ) -> tuple[Path, dict[str, Any]]:
-    """Where the picture was saved, by the rank that leads, and its record."""
+    """Draw one picture; returns the path at which the leading rank saved it, and its record."""
     import torch
 
     import cutdiff
@@ -61,9 +61,11 @@ def _draw(
     try:
         result = cutdiff.generate(model, picture.prompt, picture.settings, ranks=launch.group, on_step=progress.step)
     except torch.OutOfMemoryError:
-        raise Failure("memory does not hold the network on one item: try --dtype bfloat16, or --device cpu") from None
+        raise Failure(
+            "memory does not suffice for the network on one item: try --dtype bfloat16, or --device cpu"
+        ) from None
     except FloatingPointError:
-        if not launch.group.leads:  # all ranks have met it
+        if not launch.group.leads:  # all ranks have met the error
             raise Ended from None
         raise
     record = result.record
@@ -81,6 +83,7 @@ def _draw(
 
 
 def _cost(record: dict[str, Any]) -> str:
+    """The line of --verbose on what a picture took."""
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in record["seconds"].items())
     cost = f"{record['network_evaluations']} network evaluations; {seconds}"
     if record["ranks"] > 1:
@@ -89,18 +92,18 @@ def _cost(record: dict[str, Any]) -> str:
 
 
 def _notices(record: dict[str, Any]) -> Iterator[str]:
-    """What a run should be told once, whichever picture it was seen at."""
+    """Notices about a picture, each of which a run prints only once."""
     if record and record["decoded_in"] != record["vae_dtype"]:
         yield f"the VAE overflowed in {record['vae_dtype']}, so it decoded in float32"
     if record and record["one_value"]:
         yield "a picture has one value throughout: its weights may be zeros, which --check-weights would find"
     if record and record["view_batch_halved"]:
-        held = record["view_batch_size"]
-        yield f"memory holds {held} patches or views at once: pass --view-batch-size {held}"
+        items = record["view_batch_size"]
+        yield f"memory holds {items} patches or views at once: pass --view-batch-size {items}"
 
 
 def _entry(picture: Picture, path: Path, record: dict[str, Any]) -> str:
-    """What --log-json prints of a picture."""
+    """The line that --log-json prints for a picture."""
     entry = {"line": picture.line or None, "seed": picture.settings.seed, "path": str(path)}
     if picture.finished:
         return json.dumps({**entry, "state": "finished"})
@@ -110,7 +113,7 @@ def _entry(picture: Picture, path: Path, record: dict[str, Any]) -> str:
 
 
 class Progress:
-    """A bar that counts the pictures of the run, where standard error is a terminal; and what other ranks may ask."""
+    """The progress of the run: a bar, if standard error is a terminal, and reports to the other ranks."""
 
     def __init__(self, num_pictures: int, launch: Launch) -> None:
         from tqdm import tqdm
@@ -118,12 +121,12 @@ class Progress:
         self.launch = launch
         self.began = time.perf_counter()
         self.name = ""
-        self.drawn = 0  # pictures, by this group
-        self.current = 0.0  # share of the present picture
+        self.drawn = 0  # the pictures that this group has drawn
+        self.current = 0.0  # the finished share of the present picture
         self.bar = tqdm(
             total=num_pictures,
             bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            smoothing=0,  # the time left follows from the mean of the run
+            smoothing=0,  # the time left is estimated from the mean of the whole run
             miniters=0,
             leave=False,
             disable=None if num_pictures and launch.world.leads else True,
@@ -136,6 +139,7 @@ class Progress:
         self.bar.close()
 
     def begin(self, picture: Picture) -> None:
+        """Note that a picture is begun."""
         self.name, self.current = picture.path.name, 0.0
         self.launch.at(f"before the first step of {self.name}")
 
@@ -148,12 +152,12 @@ class Progress:
         self._show(step.stage)
 
     def end(self) -> None:
-        """The picture is saved."""
+        """Note that the picture is saved."""
         self.drawn, self.current = self.drawn + 1, 0.0
         self.launch.drawn(1)
 
     def wait(self) -> None:
-        """Until other groups have drawn theirs."""
+        """Wait until the other groups have drawn their pictures."""
         for _ in self.launch.wait_for(self.bar.total):
             stopping.check()
             self._show("waiting for other groups")
@@ -171,11 +175,12 @@ class Progress:
 
 
 def tell(message: str) -> None:
+    """Print a message for the user on standard error, above the bar."""
     print_line(f"cutdiff: {' '.join(message.split())}", sys.stderr)
 
 
 def print_line(line: str, file: TextIO | None = None) -> None:
-    """A line above the bar."""
+    """Print a line above the bar."""
     from tqdm import tqdm
 
     with tqdm.external_write_mode(file):

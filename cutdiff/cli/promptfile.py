@@ -1,7 +1,7 @@
-"""A file of prompts: a prompt a line, or a JSON object with a prompt and options of its own. Imports no torch.
+"""A file of prompts, with a prompt on each line or a JSON object of a prompt and its own options. Imports no torch.
 
-A line that begins with { is JSON; one that is blank or begins with # is skipped. Options have the names of `Settings`,
-which checks them.
+A line that begins with { is JSON; a line that is blank or begins with # is skipped. Options have the names of
+`Settings`, which checks them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 MAX_BYTES = 1 << 24
+"""The size of the largest file that is read."""
 
 
 def read_lines(path: Path) -> list[tuple[int, bytes]]:
-    """The lines that hold prompts, and their numbers, counted from 1. OSError where the file cannot be read."""
+    """The lines that hold prompts and their numbers, counted from 1. OSError if the file cannot be read."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file")
     if path.stat().st_size > MAX_BYTES:
@@ -29,7 +30,7 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
 
 
 def _other_format(content: bytes) -> str | None:
-    """The format of a file whose lines are no prompts by themselves, None where they are."""
+    """A sentence on the format of a file whose lines are no prompts by themselves; None if they are."""
     if content[:20].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page or XML"
     if not content.startswith((b"[", b"{")):
@@ -44,7 +45,7 @@ def _other_format(content: bytes) -> str | None:
 
 
 def parse_line(line: bytes) -> tuple[str, dict[str, Any]]:
-    """The prompt and the options of its own. ValueError where the line cannot be read."""
+    """The prompt of a line and its own options. ValueError if the line cannot be read."""
     try:
         text = line.decode()
     except UnicodeDecodeError as error:

@@ -1,8 +1,8 @@
-"""The pictures that a command line asks for, their names, and which of them are there already.
+"""The pictures that a command line asks for, their names, and which of them exist already.
 
-The pictures of --prompts or --num-images are a set: each has the name of its line, method, size and seed, is finished
-or absent, and a name that another picture has is an error. Where PROMPT alone is drawn, a number is added to such a
-name. Imports torch only where a model is at hand, so that --help answers at once.
+The pictures of --prompts or --num-images are a set: each is named by its line, method, size and seed and is finished or
+absent, and a name that another picture has is an error. If PROMPT alone is drawn, a number is added to such a name.
+torch is imported only by functions that are given a model, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Request(NamedTuple):
     prompt: str
     settings: Settings
     line: int = 0
-    """The number of its line in the file of prompts, counted from 1; 0 where there is none."""
+    """The number of its line in the file of prompts, counted from 1; 0 if there is no file."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the run, which is to be drawn unless it is finished."""
+    """One picture of the run, which must be drawn unless it is finished."""
 
     prompt: str
     settings: Settings
@@ -51,7 +51,7 @@ class BadLine(BadArgument):
 
 
 def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine]]:
-    """The prompt, or those of the file, each checked; and the lines that cannot be drawn."""
+    """The prompt of the command line or those of the file, each checked, and the lines that cannot be drawn."""
     if args.prompts is None:
         prompt = DEMO_PROMPT if args.prompt is None else args.prompt
         return [Request(prompt, _settings(prompt, args, {}))], []
@@ -72,7 +72,7 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
 
 
 def check_fit(model: Model, args: argparse.Namespace, requests: list[Request]) -> tuple[list[Request], list[BadLine]]:
-    """The requests that this model can draw, and the lines that it cannot. BadArgument where there are no lines."""
+    """The requests that this model can draw, and the lines that it cannot; BadArgument if there is no file of lines."""
     from cutdiff.pipeline import plan
 
     fit, bad = [], []
@@ -89,7 +89,7 @@ def check_fit(model: Model, args: argparse.Namespace, requests: list[Request]) -
 
 
 def plan_pictures(model: Model, args: argparse.Namespace, requests: list[Request]) -> list[Picture]:
-    """The pictures of the run in order. BadArgument where another picture has the name of one of a set."""
+    """The pictures of the run, in order. BadArgument if another picture has the name of one of a set."""
     return [
         _plan_picture(model, args, request, request.settings.seed + index)
         for request in requests
@@ -98,11 +98,12 @@ def plan_pictures(model: Model, args: argparse.Namespace, requests: list[Request
 
 
 def is_set(args: argparse.Namespace) -> bool:
-    """True where the pictures belong together, so that each keeps its name."""
+    """True if the pictures belong together, so that each keeps its name."""
     return args.prompts is not None or args.num_images > 1
 
 
 def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed: int) -> Picture:
+    """The picture of a request and a seed, with a name that no other picture has, finished if it exists already."""
     from cutdiff.output.images import numbered, read_record
     from cutdiff.output.record import describe, fingerprint
     from cutdiff.pipeline import plan
@@ -130,20 +131,21 @@ def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed
 
 
 def _difference(described: dict[str, Any], record: dict[str, Any]) -> str:
-    """The difference of a record's picture from the described one, as an error tells it."""
+    """The words of an error for what a record's picture was drawn with, other than the described one."""
     from cutdiff.output.record import changes
 
     if not record:
         return "has no record of how it was drawn"
-    told = []
+    differences = []
     for name, (then, now) in changes(described, record).items():
         label = flag_of(name) if name in Settings.__dataclass_fields__ or name == "dtype" else name
-        told.append(f"{label} {reprlib.repr(then)} (now {reprlib.repr(now)})" if name != "model" else "another model")
-    return f"was drawn with {', '.join(told) or 'what its record does not tell'}"
+        values = f"{label} {reprlib.repr(then)} (now {reprlib.repr(now)})"
+        differences.append("another model" if name == "model" else values)
+    return f"was drawn with {', '.join(differences) or 'something that its record does not hold'}"
 
 
 def _settings(prompt: str, args: argparse.Namespace, own: dict[str, Any]) -> Settings:
-    """The arguments that are options of the run, with a line's own in their place, checked."""
+    """The options of the run from the arguments, replaced by those that a line has of its own, and checked."""
     options = {**args.options, **own}
     for text in (prompt, *(value for value in options.values() if isinstance(value, str))):
         if any("\ud800" <= character <= "\udfff" for character in text):

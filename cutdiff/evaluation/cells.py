@@ -1,9 +1,8 @@
-"""Draw the pictures of an evaluation: a folder for each cell, a batch at a time, resumable."""
+"""The pictures of an evaluation, drawn into a folder for each cell, a batch at a time; a second start resumes."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cutdiff.checkpoint.model import Model, dtype_name
+from cutdiff.cli.ending import say
 from cutdiff.output.images import save_json, to_pil, write_atomically
 from cutdiff.output.record import describe, fingerprint
 from cutdiff.pipeline import generate
@@ -29,11 +29,11 @@ from cutdiff.settings import Settings
 
 @dataclass(frozen=True)
 class Cell:
-    """One way of drawing at one size."""
+    """A way of drawing at one size."""
 
     name: str
     settings: Settings
-    """With height and width; its seed is that of the first picture."""
+    """The options of the run, with height and width; the seed is that of the first picture."""
 
     @property
     def side(self) -> int:
@@ -51,11 +51,11 @@ def draw(
     batch: int,
     on_batch: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Draw a picture for each caption, seeds counting on from the first, as `folder`/0000.png and so on.
+    """Draw a picture for each caption, with seeds that count on from the cell's, as `folder`/0000.png and so on.
 
-    `folder`/cell.json holds all that determines the pictures but for their captions, which stand with their cost in
-    `folder`/batches.jsonl, a line for each batch that is finished: those are not drawn again. ValueError where the
-    folder holds other pictures.
+    `folder`/cell.json holds all that determines the pictures except their captions. `folder`/batches.jsonl has a line
+    for each finished batch, with its captions and its cost; such a batch is not drawn again. ValueError if the folder
+    holds other pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     described = describe(model, "", cell.settings, Draws((cell.settings.seed,)), plan_run(model, cell.settings)[1])
@@ -79,7 +79,7 @@ def draw(
 
 
 def draw_cells(model: Model, cells: Sequence[Cell], captions: Sequence[str], out: Path, *, batch: int) -> None:
-    """Draw what is not drawn yet of `cells`, below `out`. Where standard error is no terminal, a line tells of each."""
+    """Draw the missing pictures of `cells` below `out`. If standard error is no terminal, each cell prints a line."""
     with tqdm(total=len(cells) * len(captions), unit="picture", disable=None) as bar:
         for number, cell in enumerate(cells, start=1):
             bar.set_description(f"{cell.name} {cell.side}", refresh=False)
@@ -87,12 +87,12 @@ def draw_cells(model: Model, cells: Sequence[Cell], captions: Sequence[str], out
             draw(model, cell, captions, folder_of(out, cell), batch=batch, on_batch=bar.update)
             if bar.disable:
                 seconds = time.perf_counter() - began
-                what = f"{number} of {len(cells)}: {cell.name} {cell.side} px, {len(captions)} pictures"
-                print(f"cutdiff: {what} in {seconds:.0f} s", file=sys.stderr, flush=True)
+                place = f"{number} of {len(cells)}: {cell.name} {cell.side} px"
+                say(f"{place}, {len(captions)} pictures in {seconds:.0f} s")
 
 
 def _draw_batch(model: Model, settings: Settings, captions: Sequence[str], first: int, folder: Path) -> dict[str, Any]:
-    """Draw, save, and tell the cost; FLOPs are counted in the first batch alone, whose seconds do not count."""
+    """Draw and save a batch; returns its cost. FLOPs are counted in the first batch only, whose time does not count."""
     flops = None
     began = time.perf_counter()
     if first == 0:
@@ -115,7 +115,7 @@ def _draw_batch(model: Model, settings: Settings, captions: Sequence[str], first
 
 
 def cost(folder: Path) -> dict[str, float | None]:
-    """The cost of one picture: network evaluations, TFLOP, seconds; and the peak memory of the batches, in MB."""
+    """The network evaluations, TFLOP and seconds of one picture, and the peak memory of the batches in MB."""
     lines = _lines(folder / "batches.jsonl")
     timed = [line for line in lines if line["seconds"] is not None]
     pictures, timed_pictures = (sum(len(line["captions"]) for line in some) for some in (lines, timed))
@@ -138,7 +138,7 @@ def picture_paths(folder: Path, num: int) -> list[Path]:
 
 
 def pictures(folder: Path, num: int) -> Tensor:
-    """The first `num` pictures of a folder: (N, 3, H, W), uint8."""
+    """The first `num` pictures of a folder, (N, 3, H, W), uint8."""
     images = [np.asarray(Image.open(path).convert("RGB")) for path in picture_paths(folder, num)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 

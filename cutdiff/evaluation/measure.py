@@ -1,4 +1,4 @@
-"""An evaluation from its arguments: draw, score, and write the results."""
+"""The work of `python -m cutdiff.evaluate`: draw, score, and write the results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cutdiff.settings import Settings
 
 
 def measure(args: argparse.Namespace, command: list[str]) -> str:
-    """Check, draw, score and write; returns the table."""
+    """Check the arguments, draw, score and write the results; returns the table."""
     options, own = dict(args.set), {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     base = Settings(num_steps=args.steps, seed=args.seed, **own)
     cells = [
@@ -48,7 +48,9 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
     for cell in cells:
         plan(model, cell.settings)
         if references is not None and cell.side < native:
-            raise ValueError(f"--sizes {cell.side}: a picture smaller than the native {native} px has no crops of it")
+            raise ValueError(
+                f"--sizes {cell.side}: a picture smaller than the native {native} px has no crops of that size"
+            )
     if references is None:
         base = replace(base, **shared)
         testbed = Testbed(model, base, args.num, args.out, args.batch, caption_seed, _named(NATIVE, shared))
@@ -68,7 +70,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
 
 
 def measure_scenes(testbed: Testbed, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Draw and score the native pictures and `cells`: a row for each, and one for the truth of each size."""
+    """Draw and score the native pictures and `cells`; returns a row for each, and one for the truth of each size."""
     testbed.draw(cells)
     rows: list[dict[str, Any]] = []
     sides: set[int] = set()
@@ -83,7 +85,7 @@ def measure_scenes(testbed: Testbed, cells: Sequence[Cell]) -> list[dict[str, An
 def measure_prompts(
     model: Model, cells: Sequence[Cell], prompts: Sequence[str], references: References, out: Path, *, batch: int
 ) -> list[dict[str, Any]]:
-    """Draw `cells` for `prompts` and compare them with the references: a row for each."""
+    """Draw `cells` for `prompts` and compare them with the references; returns a row for each."""
     draw_cells(model, cells, prompts, out, batch=batch)
     rows = []
     for cell in tqdm(cells, desc="scores", disable=None):
@@ -95,12 +97,12 @@ def measure_prompts(
 
 
 def _named(name: str, options: dict[str, Any]) -> str:
-    """The name of a cell: its spec, with the options that --set adds."""
+    """The name of a cell, which is its spec with the options that --set adds."""
     return ",".join([name, *(f"{option}={written(value)}" for option, value in options.items())])
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --prompts, a line each; none where captions of scenes are drawn."""
+    """The prompts of --prompts, one on each line; none if captions of scenes are drawn."""
     if args.prompts is None:
         return []
     lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines()]

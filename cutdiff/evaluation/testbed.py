@@ -1,4 +1,4 @@
-"""The testbed: cells that one model draws for the captions of fixed scenes, scored against the truth."""
+"""The testbed, on which one model draws cells for the captions of fixed scenes, and their scores against the truth."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from cutdiff.scenes.world import Scenes
 from cutdiff.settings import Settings
 
 NATIVE, FLOOR = "native", "other truth"
-"""The names of the cells that no method draws: direct inference at native size, and true renders beside others."""
+"""The names of the rows beside the methods': direct inference at native size, and true renders of other scenes."""
 
 
 @dataclass(frozen=True)
 class Testbed:
-    """The first `num` scenes of a list, and a folder that holds the pictures of every cell drawn for their captions.
+    """The first `num` scenes of a list, and a folder for the pictures of all cells that are drawn for their captions.
 
-    `base` is how the native pictures are drawn, with which the cells' pictures of the same seeds are compared.
+    `base` are the options of the native pictures, with which the cells' pictures of the same seeds are compared.
     """
 
-    __test__ = False  # its name looks like a test's
+    __test__ = False  # pytest takes the name for that of a class of tests
 
     model: Model
     base: Settings
     num: int
     folder: Path
     batch: int = 8
-    """The pictures that are drawn at once."""
+    """The number of pictures that are drawn at once."""
     caption_seed: int = score.CAPTION_SEED
-    """The seed of the list of scenes: what is chosen on one list is judged on another."""
+    """The seed of the list of scenes. Options that were chosen on one list must be judged on another."""
     native_name: str = NATIVE
     """The name of the native pictures' cell."""
     _truths: dict[int, score.Facts] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.caption_seed == score.FLOOR_SEED:
-            raise ValueError(f"caption_seed={self.caption_seed} is that of the scenes the truth is compared with")
+            raise ValueError(f"caption_seed={self.caption_seed} is that of the scenes that the truth is compared with")
 
     @property
     def native(self) -> int:
@@ -57,23 +57,26 @@ class Testbed:
 
     @cached_property
     def scenes(self) -> Scenes:
+        """The scenes whose captions are drawn."""
         return score.scenes(self.num, self.caption_seed)
 
     @cached_property
     def network(self) -> FeatureNet:
+        """The network whose features the distances compare."""
         return load_features()
 
     @property
     def native_cell(self) -> Cell:
+        """The cell of the native pictures."""
         return Cell(self.native_name, replace(self.base, method="direct", height=self.native, width=self.native))
 
     def draw(self, cells: Sequence[Cell]) -> None:
-        """Draw what is not drawn yet of `cells` and of the native pictures."""
+        """Draw the missing pictures of `cells` and of the native cell."""
         captions = world.captions(self.scenes.choices)
         draw_cells(self.model, [self.native_cell, *cells], captions, self.folder, batch=self.batch)
 
     def row(self, cell: Cell) -> dict[str, Any]:
-        """Scores and costs of a cell that was drawn."""
+        """The scores and the cost of a cell that was drawn."""
         images = pictures(folder_of(self.folder, cell), self.num)
         natives = None if cell.side == self.native else pictures(folder_of(self.folder, self.native_cell), self.num)
         stride = getattr(cell.settings.method, "stride", None) or self.model.native_size // 2
@@ -82,13 +85,13 @@ class Testbed:
         return row_of(cell.name, cell.side, self.num, scores, spent, cell.settings.described())
 
     def floor(self, side: int) -> dict[str, Any]:
-        """The scores of other true renders, which a perfect method would have."""
+        """The scores of true renders of other scenes, which a perfect method would have."""
         others = score.scenes(self.num, score.FLOOR_SEED)
         scores = self._score(score.true_renders(others, side), others, None, self.native // 2)
         return row_of(FLOOR, side, self.num, scores, {}, {})
 
     def truth(self, side: int) -> score.Facts:
-        """The facts of the scenes' true renders, measured once."""
+        """The facts of the scenes' true renders, which are measured once for each size."""
         if side not in self._truths:
             self._truths[side] = score.gather_facts(score.true_renders(self.scenes, side), self.network, self.native)
         return self._truths[side]
@@ -102,13 +105,13 @@ class Testbed:
 def row_of(
     name: str, side: int, num: int, scores: dict[str, score.Score], spent: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """A cell of the results, as JSON can hold it."""
+    """A row of the results, in values that JSON can hold."""
     values = {key: asdict(value) for key, value in scores.items()}
     return {"name": name, "size": side, "num": num, "scores": values, "cost": spent, "settings": settings}
 
 
 def environment(model: Model) -> dict[str, Any]:
-    """The model, and the machine that it runs on."""
+    """The model and the machine that it runs on, for the results."""
     on_gpu = model.device.type == "cuda"
     return {
         "model": {"sha256": model.hashes},

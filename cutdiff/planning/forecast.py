@@ -99,25 +99,30 @@ def walk(model: Model, settings: Settings, devices: int = 1, memory: float = mat
 def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
     """The cost of each step of a stage.
 
-    Those cost the same for which the stage says so and guidance is equally on or off; but the first of them is counted
-    by itself, because it may read what is kept, such as the prompt.
+    The first step with guidance and the first one without are counted by themselves, because each reads its prompts. Of
+    the others, those cost the same for which the stage says so and guidance is equally on or off.
     """
-    work, ranks, costs = run.denoiser.work, run.denoiser.ranks, cast(dict[Hashable, Cost], {})
+    denoiser, costs = run.denoiser, cast(dict[Hashable, Cost], {})
+    work, ranks = denoiser.work, denoiser.ranks
     sigmas = stage.sigmas or run.schedule.sigmas[:-1]
+    steps: list[Cost] = []
+    modes: set[Hashable] = set()
 
-    def cost(step: int) -> Cost:
+    def cost(step: int, sigma: float) -> Cost:
         before = work.evaluations, meter.flops, ranks.received_bytes
-        sigma = sigmas[(step - stage.steps.start) if stage.sigmas else step % run.schedule.num_steps]
         stage.denoise(x if stage.before is None else stage.before(x, sigma, step), sigma, step)
         after = work.evaluations, meter.flops, ranks.received_bytes
         return Cost(*(a - b for a, b in zip(after, before, strict=True)))
 
-    alike = [(stage.cost and stage.cost(step), run.denoiser.guided(step)) for step in stage.steps]
-    keys = [(key, key in alike[:before]) for before, key in enumerate(alike)]
-    for step, key in zip(stage.steps, keys, strict=True):
+    for step in stage.steps:
+        sigma = sigmas[(step - stage.steps.start) if stage.sigmas else step % run.schedule.num_steps]
+        mode = denoiser.guided(step), denoiser.copies_at(sigma, step)
+        key = stage.cost and stage.cost(step), mode, mode in modes
+        modes.add(mode)
         if key not in costs:
-            costs[key] = cost(step)
-    return [costs[key] for key in keys]
+            costs[key] = cost(step, sigma)
+        steps.append(costs[key])
+    return steps
 
 
 @dataclass
