@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cutdiff.settings import VERSION as __version__
+
 if TYPE_CHECKING:
     from cutdiff.checkpoint import load
     from cutdiff.pipeline import Result, decode, denoise, encode, generate
@@ -12,8 +14,19 @@ if TYPE_CHECKING:
     from cutdiff.sampling.stages import Step
     from cutdiff.settings import Settings
 
-__all__ = ["Draws", "Observer", "Result", "Settings", "Step", "decode", "denoise", "encode", "generate", "load"]
-__version__ = "0.1.0"
+__all__ = [
+    "Draws",
+    "Observer",
+    "Result",
+    "Settings",
+    "Step",
+    "__version__",
+    "decode",
+    "denoise",
+    "encode",
+    "generate",
+    "load",
+]
 
 _HOMES = {
     "load": "cutdiff.checkpoint",

@@ -12,51 +12,39 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 from cutdiff import specs
-from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, errors_by_flag
+from cutdiff.cli.arguments import DTYPES, BadArgument, Parser
+from cutdiff.cli.ending import add_debug, exit_status
 from cutdiff.options import options_of, read
 from cutdiff.settings import Settings
 
-CAPTION_SEED = 1000
-"""The seed of the scenes whose captions are drawn; judge on other ones than you chose by."""
 OWN = ("method", "height", "width", "num_steps", "seed")
 """Options of a run that have arguments of their own here."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 1 for a run that failed, 2 for arguments that cannot be used."""
-    debug = "--debug" in (sys.argv if argv is None else argv)
-    try:
-        args = _parse(argv)
-        from cutdiff.evaluation.measure import measure
-
-        print(measure(args, ["python", "-m", "cutdiff.evaluate", *(sys.argv[1:] if argv is None else argv)]))
-    except KeyboardInterrupt:
-        return _complain("interrupted", 1)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        if isinstance(error, BadArgument | ValueError | OSError):
-            return _complain(str(error), 2)
-        failed = "" if isinstance(error, FloatingPointError) else f"the run failed: {type(error).__name__}: "
-        return _complain(f"{failed}{error}", 1)
-    return 0
+    bad_arguments = (ValueError, OSError)
+    return exit_status(lambda: _run(argv), argv, bad_arguments=bad_arguments, failures=(FloatingPointError,))
 
 
-def _complain(message: str, status: int) -> int:
-    print(f"cutdiff: {' '.join(message.split())}", file=sys.stderr)
-    return status
+def _run(argv: list[str] | None) -> None:
+    args = _parse(argv)
+    from cutdiff.evaluation.measure import measure
+
+    print(measure(args, ["python", "-m", "cutdiff.evaluate", *(sys.argv[1:] if argv is None else argv)]))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = _parser().parse_args(argv)
     for method in args.methods:
-        with errors_by_flag():
+        try:
             specs.check_name("method", method)
+        except ValueError as error:
+            raise BadArgument(f"--methods {str(error).partition('=')[2]} (see --help)") from None
     for name, least in (("num", 2), ("batch", 1)):
         if getattr(args, name) < least:
             raise BadArgument(f"--{name} {getattr(args, name)} must be at least {least}")
@@ -96,10 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), metavar="DIR", help="the output")
     parser.add_argument(
-        "--caption-seed", type=int, default=CAPTION_SEED, metavar="S",
-        help="of the scenes; judge on other ones than you chose by",
+        "--caption-seed", type=int, metavar="S",
+        help="of the scenes, of which you judge on others than you chose by; none: those of the committed results",
     )  # fmt: skip
-    parser.add_argument("--debug", action="store_true", help="where the run fails, print the traceback too")
+    add_debug(parser)
     real = parser.add_argument_group("any model, against images of your own")
     real.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line; the first --num are drawn")
     real.add_argument("--references", type=Path, metavar="DIR", help="images to compare with")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
@@ -202,5 +203,5 @@ def _docs(cls: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 text = below.value if isinstance(below, ast.Expr) else None
                 if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                    docs[field.target.id] = " ".join(text.value.split()).partition(". ")[0].rstrip(".")
+                    docs[field.target.id] = re.split(r"\. (?=[A-Z])", " ".join(text.value.split()))[0].rstrip(".")
     return docs

@@ -20,7 +20,7 @@ from cutdiff.models.compiled import compiled
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
-from cutdiff.output.record import describe, fingerprint
+from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling import draws as drawing
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
@@ -57,6 +57,8 @@ class Prepared:
     schedule: Schedule
     stages: Sequence[Stage | Phase]
     steps: Iterator[Step]
+    sources: dict[str, str]
+    """The source hashes of objects that are not the package's, before the run."""
 
     @property
     def num_steps(self) -> int:
@@ -242,9 +244,9 @@ def prepare(
     noise = run.draws.noise(shape).to(model.device, torch.float32)
     steps = solve(stages, noise * _init_scale(first, schedule), schedule, settings.solver, run.draws.noise)
     steps = explained(steps, denoiser, model.why_not_finite)
-    return Prepared(
-        settings, denoiser, draws, size, schedule, stages, steps if observer is None else heard(steps, observer)
-    )
+    if observer is not None:
+        steps = heard(steps, observer)
+    return Prepared(settings, denoiser, draws, size, schedule, stages, steps, sources_of(settings, draws))
 
 
 def heard(steps: Iterator[Step], observer: Observer) -> Iterator[Step]:
@@ -280,7 +282,7 @@ def _encode(
 
 
 def _record(model: Model, prompt: str | Sequence[str], prepared: Prepared, seconds: dict[str, float]) -> dict[str, Any]:
-    described = describe(model, prompt, prepared.settings, prepared.draws, prepared.schedule)
+    described = describe(model, prompt, prepared.settings, prepared.draws, prepared.schedule, prepared.sources)
     ranks, work = prepared.denoiser.ranks, prepared.denoiser.work
     view_batch_size = min(ranks.values(work.view_batch_size or 0)) or None
     return {

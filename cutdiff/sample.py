@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cutdiff.cli.arguments import BadArgument, of_flag, parse
-from cutdiff.cli.drawing import Failure, draw_all, print_line, tell
+from cutdiff.cli.drawing import draw_all, print_line, tell
+from cutdiff.cli.ending import Failure, exit_status
 from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests
 from cutdiff.parallel import stopping
-from cutdiff.parallel.process import Ended, RankLost, alike, num_processes, own_gpu, process
+from cutdiff.parallel.process import alike, num_processes, process
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
@@ -32,33 +31,7 @@ LISTED = 5
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    try:
-        _run(argv)
-    except (Exception, KeyboardInterrupt, stopping.Terminated) as error:
-        if "--debug" in (sys.argv if argv is None else argv):
-            traceback.print_exc()
-        return _status(error)
-    return 0
-
-
-def _status(error: BaseException) -> int:
-    """Say in one line why the run ends; returns the exit status."""
-    match error:
-        case BadArgument():
-            return _complain(str(error), 2)
-        case Failure() | RankLost():
-            return _complain(str(error), 1)
-        case Ended():
-            return 1
-        case KeyboardInterrupt():
-            # CPython remembers an interrupt that passed through an exec of text, which imports have, and would at last
-            # end by SIGINT although it was caught; the next such exec makes it forget.
-            exec("")
-            return _end_by(signal.SIGINT)
-        case stopping.Terminated():
-            return _end_by(signal.SIGTERM)
-        case _:  # the last line of defence: one line instead of a traceback
-            return _complain(f"the run failed: {type(error).__name__}: {error}", 1)
+    return exit_status(lambda: _run(argv), argv)
 
 
 def _run(argv: list[str] | None) -> None:
@@ -124,21 +97,12 @@ def _load(args: argparse.Namespace) -> Model:
 
     import cutdiff
     from cutdiff.checkpoint import LoraError
+    from cutdiff.cli.device import device_of
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if num_processes() > 1 and device.startswith("cuda"):
-        if device != "cuda":
-            raise BadArgument(f"--device {device} is one for all processes: give --device cuda, and each takes its own")
-        device = own_gpu()
-    try:
-        found = torch.empty(0, device=device).device
-        if found.type not in ("cpu", "cuda"):
-            raise BadArgument(f"--device {device} is not cpu or cuda")
-    except (RuntimeError, AssertionError):
-        raise BadArgument(f"--device {device} is not available here: use --device cpu") from None
-    if found.type == "cuda":
-        torch.cuda.set_device(found)  # on which Triton's kernels run
-    if args.offload and found.type == "cpu":
+    device = device_of(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # on which Triton's kernels run
+    if args.offload and device.type == "cpu":
         raise BadArgument("--offload moves the text encoders to the CPU, where this run is: leave it out")
     try:
         model = cutdiff.load(
@@ -177,18 +141,6 @@ def _tell_model(model: Model, *, everything: bool) -> None:
     for name, source in model.decided_by.items():
         if everything or source.startswith("default,"):
             tell(f"{name}={values[name]}, decided by: {source}")
-
-
-def _end_by(number: signal.Signals) -> int:
-    """Every process has the signal, and the first says so."""
-    status, told = stopping.ENDS[number]
-    return status if process() else _complain(told, status)
-
-
-def _complain(message: str, status: int) -> int:
-    rank = f"rank {process()}: " * (process() > 0)
-    print(f"cutdiff: {rank}{' '.join(message.split())}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

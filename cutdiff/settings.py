@@ -6,15 +6,18 @@ This module imports no torch; what the objects need is imported where `Settings`
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cutdiff import specs
 from cutdiff.options import Count, Options, Share, options_of
 from cutdiff.specs import TABLES
 
+VERSION = "0.1.0"
+"""The version of the package, as records have it."""
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
-BACKENDS = ("auto", "triton", "reference")
+Backend = Literal["auto", "triton", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 MAX_SIDE = 32768
 """The longest side of a picture in pixels: its latents then take a quarter of a gigabyte, and its pixels 12."""
 
@@ -49,8 +52,8 @@ class Settings(Options):
     num_steps: Count = 50
     """The steps of each phase, where a method draws a cascade of sizes."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
-    """The shares of the steps between which guidance is on; elsewhere the prompt alone is evaluated, at half the cost
-    (Kynkäänniemi et al. 2024, arXiv 2404.07724). Both ends are rounded up to whole steps."""
+    """The shares of the steps between which guidance is on; elsewhere the prompt alone is evaluated, at half the cost.
+    Both ends are rounded up to whole steps (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""
     seed: int = 0
     """The seed of the first image; the others count on from it."""
     view_batch_size: Count | None = None
@@ -60,7 +63,7 @@ class Settings(Options):
     """Send the network through torch.compile, which takes minutes once; not for methods that change it."""
     cuda_graphs: bool = False
     """Record the compiled network as a CUDA graph for each number of rows: fewer waits where batches are small."""
-    backend: Literal["auto", "triton", "reference"] = "auto"
+    backend: Backend = "auto"
     """The operators around the network: "triton", "reference" (plain torch), or "auto", which is Triton on a GPU."""
 
     def __init__(self, **options: Any) -> None:
@@ -87,7 +90,7 @@ class Settings(Options):
             )
         if self.cuda_graphs and not self.compile:
             raise ValueError(f"cuda_graphs={self.cuda_graphs} goes with compile, and that is off: ask for both")
-        if callable(check := getattr(self.method, "check", None)):
+        if callable(check := getattr(self.method, "check_settings", None)):
             check(self)
 
     def described(self) -> dict[str, Any]:

@@ -7,12 +7,15 @@ itself. This module imports no torch; what a table names is imported when it is 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,10 @@ SHAPES = {
 """The shape of an object of each kind."""
 
 
+_TOKEN = r"""(?<=[=(\[{,:\s])(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|."""
+"""A text in quotes where a value may begin, or a single character."""
+
+
 class Text(str):
     """The value of an option as a command line writes it, which is read for the type of the option."""
 
@@ -96,16 +103,15 @@ def changed(things: dict[str, Any], options: dict[str, Any], also: Iterable[str]
 
     `also` are names that an unknown one may have been meant for.
     """
+    owned: dict[str, dict[str, Any]] = {kind: {} for kind in things}
     for name, value in options.items():
-        owners = [kind for kind, thing in things.items() if name in options_of(thing)]
-        if not owners:
+        kinds = [kind for kind, thing in things.items() if name in options_of(thing)]
+        if not kinds:
             raise ValueError(f"{name}={value!r} {no_option(name, things, also)}")
-        if len(owners) > 1:
-            names = " and ".join(f"{kind} {name_of(kind, things[kind])}" for kind in owners)
+        if len(kinds) > 1:
+            names = " and ".join(f"{kind} {name_of(kind, things[kind])}" for kind in kinds)
             raise ValueError(f"{name}={value!r} is an option of {names}: give it in a spec, as NAME,{name}={value}")
-    owned = {
-        kind: {name: options[name] for name in options_of(thing) if name in options} for kind, thing in things.items()
-    }
+        owned[kinds[0]][name] = value
     return {
         kind: replace(thing, **_valued(owned[kind], options_of(thing))) if owned[kind] else thing
         for kind, thing in things.items()
@@ -114,17 +120,26 @@ def changed(things: dict[str, Any], options: dict[str, Any], also: Iterable[str]
 
 def no_option(name: str, things: dict[str, Any], also: Iterable[str] = ()) -> str:
     """An error's words for an option that none of the objects, by their kinds, has; `also` as in `changed`."""
-    known = {f"{kind} {name_of(kind, thing)}": [*options_of(thing)] for kind, thing in things.items()}
-    listed = "; ".join(f"{owner}: {', '.join(options)}" for owner, options in known.items() if options)
-    without = ", ".join(owner for owner, options in known.items() if not options)
-    names = [*also, *(option for options in known.values() for option in options)]
-    hint = f" but of {', '.join(others)}" if (others := owners(name)) else nearest(name, names)
-    return f"is no option of {without or 'these'}{hint}; options of {listed or 'them: none'}"
+    having = [f"{kind} {name_of(kind, x)} ({', '.join(options_of(x)) or 'none'})" for kind, x in things.items()]
+    shipped = _shipped_options()
+    near = nearest(name, [*also, *(option for thing in things.values() for option in options_of(thing)), *shipped])
+    hint = f", but of {', '.join(shipped[name])}" if name in shipped else near
+    return f"is no option of {' or '.join([', '.join(having[:-1]), having[-1]][-len(having) :])}{hint}"
 
 
 def owners(name: str) -> list[str]:
     """The names of all that ships with an option of this name."""
-    return [other for kind, table in TABLES.items() for other in table if name in options_of(_load(kind, other))]
+    return _shipped_options().get(name, [])
+
+
+def _shipped_options() -> dict[str, list[str]]:
+    """The options of all that ships, and the names of what has them."""
+    having: dict[str, list[str]] = {}
+    for kind, table in TABLES.items():
+        for name in table:
+            for option in options_of(_load(kind, name)):
+                having.setdefault(option, []).append(name)
+    return having
 
 
 def parse(kind: str, text: str) -> tuple[str, dict[str, str]]:
@@ -135,50 +150,49 @@ def parse(kind: str, text: str) -> tuple[str, dict[str, str]]:
         option, separator, value = (piece.strip() for piece in part.partition("="))
         if not separator or not option.isidentifier() or option in options:
             raise ValueError(f"{kind}={text!r} is no spec, for {part!r}: give NAME,option=value,option=value")
-        options[option] = value
+        options[option] = _unquoted(value)
     return name.strip(), options
 
 
 def split(text: str) -> list[str]:
-    """The parts of a text between its commas, but for those inside of brackets."""
+    """The parts of a text between its commas, but for those inside of brackets, and of quotes that open a value."""
     parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
+    for token in re.findall(_TOKEN, text, re.DOTALL):
+        depth += (token in [*"([{"]) - (token in [*")]}"])
+        if token == "," and depth == 0:
             parts.append("")
         else:
-            parts[-1] += character
+            parts[-1] += token
     return parts
 
 
 def spec_of(kind: str, thing: Any) -> str:
     """The full spec of an object: its name and all its options."""
-    options = (f"{name}={_described(getattr(thing, name))}" for name in options_of(thing))
-    return ",".join([name_of(kind, thing), *options])
+    return ",".join([name_of(kind, thing), *(f"{name}={text}" for name, text in described_options(thing).items())])
+
+
+def described_options(thing: Any) -> dict[str, str]:
+    """All options of an object as texts, those that a command line could write as it would."""
+    return {name: _described(getattr(thing, name)) for name in options_of(thing)}
 
 
 def name_of(kind: str, thing: Any) -> str:
     """The name of an object in its table; that of its function or class where it is in none."""
+    thing = thing.func if isinstance(thing, partial) else thing
     named = thing if hasattr(thing, "__name__") else type(thing)
     address = f"{named.__module__}:{named.__qualname__}"
     return next((name for name, known in TABLES[kind].items() if known == address), named.__name__)
 
 
 def source_hash(thing: Any) -> str | None:
-    """SHA-256, in hexadecimal, of the source of an object that is not the package's, and of what its function encloses.
+    """SHA-256, in hexadecimal, of an object that is not the package's: its source, and the values that it holds, as a
+    function those of its closure and its defaults, as an instance its attributes, but for options. None for what is the
+    package's.
 
     The source is the whole file that defines it, so that an edited helper beside it counts; in a notebook or an
     interactive session, the definition itself, or its compiled code where even that is not kept.
     """
-    named = thing if isinstance(thing, types.FunctionType | type) else type(thing)
-    if named.__module__.partition(".")[0] == "cutdiff":
-        return None
-    digest = hashlib.sha256(f"{named.__qualname__}\n{_source(named)}".encode())
-    for cell in getattr(named, "__closure__", None) or ():
-        value = cell.cell_contents
-        inner = source_hash(value) if callable(value) else None
-        digest.update((inner or _described(value)).encode())
-    return digest.hexdigest()
+    return _hashed(thing, ())
 
 
 def _load(kind: str, name: str) -> Any:
@@ -231,18 +245,84 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
     return tuple(value) if isinstance(value, list | tuple) else None
 
 
-def _described(value: Any) -> str:
+def _unquoted(text: str) -> str:
+    """The text between quotes, where all of `text` is one in quotes."""
+    try:
+        value = ast.literal_eval(text) if text[:1] in ("'", '"') else text
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, str) else text
+
+
+def _hashed(thing: Any, outer: tuple[int, ...]) -> str | None:
+    """As `source_hash`; `outer` are the ids of the objects that hold this one, in which it may be again."""
+    named, values = _apart(thing)
+    if _is_of_package(named) and (not values or named is type(thing)):
+        return None
+    bases = [base for base in getattr(named, "__mro__", (named,))[1:] if _is_written_here(base)]
+    sources = [_source(part) for part in (named, *bases) if part is named or not _is_of_package(part)]
+    contents = [_described(value, (*outer, id(thing))) for value in values]
+    return hashlib.sha256("\n".join([named.__qualname__, *sources, *contents]).encode()).hexdigest()
+
+
+def _apart(thing: Any) -> tuple[Any, list[Any]]:
+    """The function or class that an object is of, and the values that it holds."""
+    if isinstance(thing, partial):
+        return _apart(thing.func)[0], [thing.func, thing.args, thing.keywords]
+    if isinstance(thing, types.MethodType):
+        return thing.__func__, [thing.__self__]
+    if isinstance(thing, types.FunctionType):
+        cells = [cell.cell_contents for cell in thing.__closure__ or () if cell != types.CellType()]
+        defaults = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+        return thing, cells if _is_of_package(thing) else cells + defaults
+    if isinstance(thing, type):
+        return thing, []
+    if hasattr(thing, "state_dict"):  # a torch module, whose attributes hold more than what it computes with
+        return type(thing), [thing.state_dict()]
+    values = {} if options_of(thing) else getattr(thing, "__dict__", {})  # options are told beside the source
+    return type(thing), [values] if values else []
+
+
+def _described(value: Any, outer: tuple[int, ...] = ()) -> str:
     """A value as text that is the same in every process: of what has no such form, its name and source or contents."""
-    if isinstance(value, tuple | list):
-        return f"({','.join(map(_described, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, str) and (outer or re.search(r"""[][(){},'"\n]|^\s|\s$""", value)):
+        return repr(str(value))
     if isinstance(value, str | int | float | complex | bytes | None):
         return written(value)
-    if hasattr(value, "detach"):
-        contents = value.detach().cpu().contiguous().float().numpy().tobytes()
-        return f"<tensor {tuple(value.shape)} {hashlib.sha256(contents).hexdigest()[:16]}>"
+    if id(value) in outer:
+        return "<itself>"
+    inner = (*outer, id(value))
+    if isinstance(value, tuple | list):
+        return f"({','.join(_described(part, inner) for part in value)}{',' * (len(value) == 1)})"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{_described(key, inner)}:{_described(part, inner)}' for key, part in value.items())}}}"
+    if isinstance(value, set | frozenset):
+        return f"{{{','.join(sorted(_described(part, inner) for part in value))}}}"
+    if hasattr(value, "detach") and hasattr(value, "dtype"):
+        value = value.detach().cpu().contiguous()
+        value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
+    if hasattr(value, "tobytes") and hasattr(value, "shape"):
+        return f"<{value.dtype} {tuple(value.shape)} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}>"
+    if isinstance(value, types.ModuleType):
+        return f"<module {value.__name__}>"
     name = getattr(value, "__qualname__", type(value).__qualname__)
-    inside = [f"{option}={_described(getattr(value, option))}" for option in options_of(value)]
-    return f"<{' '.join([name, (source_hash(value) or '')[:16], *inside]).strip()}>"
+    if not (hasattr(value, "state_dict") or _is_written_here(_apart(value)[0])):
+        shown = repr(value)
+        return f"<{name}>" if " at 0x" in shown or len(shown) > 200 else f"<{name} {shown!r}>"
+    inside = [f"{option}={_described(getattr(value, option), inner)}" for option in options_of(value)]
+    return f"<{' '.join([name, (_hashed(value, outer) or '')[:16], *inside]).strip()}>"
+
+
+def _is_of_package(named: Any) -> bool:
+    return str(named.__module__).partition(".")[0] == "cutdiff"
+
+
+def _is_written_here(named: Any) -> bool:
+    """True for what is this package's or a researcher's own, False for what is Python's or an installed library's."""
+    module = str(getattr(named, "__module__", None) or "builtins")
+    if module.partition(".")[0] in (*sys.builtin_module_names, *sys.stdlib_module_names) and module != "__main__":
+        return False
+    return "site-packages" not in str(getattr(sys.modules.get(module), "__file__", ""))
 
 
 def _source(named: Callable[..., Any] | type) -> str:
@@ -252,7 +332,7 @@ def _source(named: Callable[..., Any] | type) -> str:
             return Path(file).read_text(encoding="utf-8", errors="replace")
         return inspect.getsource(named)
     except (OSError, TypeError):
-        functions = [named] if isinstance(named, types.FunctionType) else vars(named).values()
+        functions = [named] if isinstance(named, types.FunctionType) else getattr(named, "__dict__", {}).values()
         return repr([_compiled(f.__code__) for f in functions if isinstance(f, types.FunctionType)])
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one call of under 9 minutes: the tests marked gpu, then the micro-benchmarks around the
-# network; in another those of the kernels inside of it.
+# Runs all that needs a GPU, in one call of under 9 minutes: the tests marked gpu, then the micro-benchmarks around the
+# network. A call with `network` runs those of the kernels inside of it.
 # Usage: kernels/measure.sh FOLDER [network]. Writes gpu-tests.txt, bench.txt and bench.json there, or bench_network.txt
 # and .json; needs no installation of cutdiff.
 set -euo pipefail

@@ -28,6 +28,7 @@ from cutdiff.models.vae import VAE
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.scenes.vocabulary import WIDTH, make_text_encoders
 
+SLOW = Path(__file__).with_name("slow.txt")
 collect_ignore = [] if find_spec("triton") else ["test_kernels.py", "test_fused.py"]  # there is none for macOS
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci")
@@ -41,6 +42,15 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu" and not knobs.runtime.interpret:
         pytest.skip("kernels are compiled in this process: the interpreter needs one of its own")
     return request.param
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of slow.txt, which were measured to take long, as slow."""
+    slow = {line for line in SLOW.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")}
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in slow:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_sessionstart() -> None:

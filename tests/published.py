@@ -9,17 +9,36 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers.schedulers import scheduling_ddim, scheduling_edm_euler, scheduling_euler_discrete
+from diffusers.schedulers import (
+    scheduling_ddim,
+    scheduling_dpmsolver_multistep,
+    scheduling_edm_euler,
+    scheduling_euler_ancestral_discrete,
+    scheduling_euler_discrete,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from torch import Tensor
 
 from cutdiff.sampling.edm import EDMConfig
 from cutdiff.sampling.noise import NoiseConfig
+from cutdiff.sampling.schedules import Schedule
+
+MODULES = (
+    scheduling_euler_discrete,
+    scheduling_ddim,
+    scheduling_edm_euler,
+    scheduling_dpmsolver_multistep,
+    scheduling_euler_ancestral_discrete,
+)
 
 
-def published_euler(config: NoiseConfig) -> EulerDiscreteScheduler:
-    return EulerDiscreteScheduler(**_shared_options(config), use_karras_sigmas=config.use_karras_sigmas)
+def published_euler(config: NoiseConfig, **options: Any) -> EulerDiscreteScheduler:
+    options = {"use_karras_sigmas": config.use_karras_sigmas, **options}
+    return EulerDiscreteScheduler(**_shared_options(config), **options)
 
 
 def published_ddim(config: NoiseConfig) -> DDIMScheduler:
@@ -30,17 +49,49 @@ def published_edm(config: EDMConfig) -> EDMEulerScheduler:
     return EDMEulerScheduler(**asdict(config))
 
 
+def published_dpmpp_2m(config: NoiseConfig, schedule: Schedule) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++(2M) on the sigmas and timesteps of `schedule`: its own of equal names are other ones."""
+    options = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+    return _visiting(schedule, DPMSolverMultistepScheduler(**_shared_options(config), **options))
+
+
+def published_ancestral(config: NoiseConfig, schedule: Schedule) -> EulerAncestralDiscreteScheduler:
+    """Euler's ancestral solver on the sigmas and timesteps of `schedule`: it has none of Karras et al. itself."""
+    return _visiting(schedule, EulerAncestralDiscreteScheduler(**_shared_options(config)))
+
+
+def _visiting(schedule: Schedule, scheduler: Any) -> Any:
+    scheduler.set_timesteps(schedule.num_steps)
+    scheduler.sigmas = torch.tensor(schedule.sigmas, dtype=torch.float64)
+    scheduler.timesteps = torch.tensor(schedule.timesteps, dtype=torch.float64)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+@contextmanager
+def drawing(fresh: Tensor) -> Iterator[None]:
+    """Let the ancestral scheduler draw the rows of `fresh` one after another."""
+    rows = iter(fresh)
+
+    def randn_tensor(*_: Any, dtype: torch.dtype, **__: Any) -> Tensor:
+        return next(rows).to(dtype)
+
+    with patch.object(scheduling_euler_ancestral_discrete, "randn_tensor", randn_tensor):
+        yield
+
+
 @contextmanager
 def in_float64() -> Iterator[None]:
     """Let schedulers that are made and run in the block compute in float64 where their code says float32.
 
-    Their own float32 loses more than the 1e-5 that we ask for, in three places. Cumulative products of alphas near 0
+    Their own float32 loses more than the 1e-5 that we ask for, in four places. Cumulative products of alphas near 0
     or 1 are rounded before sigma is taken from them: 1e-5 of SDXL's smallest sigma, 2e-3 of the cosine schedule's
     largest. Euler forms x + dx·dt, which cancels at a last step from sigma 4096 to 0, and casts its input to float32.
-    DDIM's direction is the root of 1 - alpha - variance, which cancels where eta is near 1.
+    DDIM's direction is the root of 1 - alpha - variance, which cancels where eta is near 1. Euler's ancestral solver
+    forms sqrt(target² - up²), which cancels where one sigma is far below the one before.
     """
     with ExitStack() as patches:
-        for module in (scheduling_euler_discrete, scheduling_ddim, scheduling_edm_euler):
+        for module in MODULES:
             patches.enter_context(patch.object(module, "torch", _Float64Torch()))
         yield
 

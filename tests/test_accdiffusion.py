@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +13,13 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
+from cutdiff.methods import accdiffusion
 from cutdiff.methods.accdiffusion import responsive, view_prompts
 from cutdiff.models.attention import map_level, recorded_attention
 from cutdiff.models.layers import Attention
 from cutdiff.models.text import TextStates
 from cutdiff.sampling.draws import Draws
-from cutdiff.settings import SOLVER_NAMES
+from cutdiff.specs import SOLVERS
 
 
 def latents(model: Model, method: str = "accdiffusion", prompt: str | list[str] = PROMPT, **options: Any) -> Tensor:
@@ -56,7 +56,7 @@ def test_the_published_run_has_the_same_prompts_and_latents(tiny_model: Model, p
     assert relative_error(sample, torch.tensor(published["latents"])) < 1e-4
 
 
-@pytest.mark.parametrize("solver", SOLVER_NAMES)
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_at_native_size_it_is_direct_to_the_bit(tiny_model: Model, solver: str) -> None:
     options = {"height": 56, "width": 64, "num_steps": 3, "solver": solver}
     assert torch.equal(latents(tiny_model, **options), latents(tiny_model, "direct", **options))
@@ -131,8 +131,7 @@ def test_a_view_with_fewer_words_takes_no_more_chunks(tiny_model: Model, monkeyp
     fewer = whole[::-1].replace(",", "", 1)[::-1]  # without the comma that ends the first chunk
     text = tiny_model.text
     assert (text.length(whole), text.length(fewer)) == (2 * 77, 3 * 77)
-    module = sys.modules[view_prompts.__module__]  # the package's attribute of that name is the method
-    monkeypatch.setattr(module, "view_prompts", lambda _words, _masks, at, *_: [fewer] * len(at.flatten(0, 1)))
+    monkeypatch.setattr(accdiffusion, "view_prompts", lambda _words, _masks, at, *_: [fewer] * len(at.flatten(0, 1)))
     assert latents(tiny_model, prompt=whole, num_steps=1).isfinite().all()
 
 

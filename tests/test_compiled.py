@@ -12,7 +12,9 @@ from cutdiff.bench.parity import full_precision
 from cutdiff.checkpoint.model import Model
 from cutdiff.models import compiled
 from cutdiff.models.inside import replaced
-from cutdiff.settings import CHANGING_THE_NETWORK, METHOD_NAMES
+from cutdiff.specs import METHODS, resolve
+
+CHANGING = tuple(name for name in METHODS if getattr(resolve("method", name), "changes_network", False))
 
 
 def test_a_compiled_run_draws_the_same_and_compiles_once(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,13 +31,13 @@ def test_a_compiled_run_draws_the_same_and_compiles_once(tiny_model: Model, monk
     assert counters["stats"]["unique_graphs"] == graphs, "another prompt and batch compile nothing"
 
 
-@pytest.mark.parametrize("method", CHANGING_THE_NETWORK)
+@pytest.mark.parametrize("method", CHANGING)
 def test_a_method_that_changes_the_network_is_not_compiled(tiny_model: Model, method: str) -> None:
     with pytest.raises(ValueError, match=f"compile=True is not for {method}, which changes the network"):
         cutdiff.denoise(tiny_model, "a red house", method=method, compile=True)
 
 
-@pytest.mark.parametrize("method", [name for name in METHOD_NAMES if name not in CHANGING_THE_NETWORK])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in CHANGING])
 def test_the_other_methods_change_nothing_in_the_network(tiny_model: Model, method: str) -> None:
     """They change neither an attribute of a module nor a hook, which a compiler might not see."""
     unet = tiny_model.unet

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
-from cutdiff.methods.demofusion import gaussian_blur, phase_sizes, with_moments
+from cutdiff.methods.shared import gaussian_blur, phase_sizes, with_moments
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.stages import Step
-from cutdiff.settings import SOLVER_NAMES
+from cutdiff.specs import SOLVERS
 
 
 def run(model: Model, **options: Any) -> list[Step]:
@@ -47,7 +47,7 @@ def test_the_published_run_ends_in_the_same_latents(tiny_model: Model, published
     assert relative_error(sample, torch.tensor(published["latents"])) < 1e-4
 
 
-@pytest.mark.parametrize("solver", SOLVER_NAMES)
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("size_conditioning", ["native", "target"])
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (56, 24)])
 def test_on_one_phase_it_is_direct_to_the_bit(
@@ -65,7 +65,7 @@ def test_the_first_phase_draws_what_direct_draws_at_native_size(tiny_model: Mode
     assert torch.equal(steps[2].latents, native[-1].latents)
 
 
-@pytest.mark.parametrize("solver", SOLVER_NAMES)
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_every_phase_takes_all_steps_on_its_own_canvas(tiny_model: Model, solver: str) -> None:
     heard: list[tuple[Step, int]] = []
     result = cutdiff.generate(

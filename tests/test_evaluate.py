@@ -60,7 +60,7 @@ def test_pictures_that_were_drawn_otherwise_are_not_mixed_in(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path, num=2) == 0
-    assert run(tmp_path, "--set", "interaction=none", num=2) == 2
+    assert run(tmp_path, "--guidance-scale", "2", num=2) == 2
     assert "drawn otherwise" in capsys.readouterr().err.splitlines()[-1]
     assert run(tmp_path, "--caption-seed", "7", num=2) == 2
     assert "drawn otherwise" in capsys.readouterr().err.splitlines()[-1]
@@ -71,12 +71,14 @@ def test_pictures_that_were_drawn_otherwise_are_not_mixed_in(
     [
         (["--sizes", "250"], "height=250"),
         (["--set", "interaction=some"], "interaction='some'"),
-        (["--set", "steps=3"], "is not NAME=VALUE"),
-        (["--set", "stride=x"], "'x' is no number"),
+        (["--set", "steps=3"], "steps='3' is no option of method direct (none), solver euler (none)"),
+        (["--set", "steps"], "'steps' is not NAME=VALUE"),
+        (["--methods", "magnify", "--set", "stride=x"], "stride='x' must be a whole number at least 1"),
+        (["--methods", "magnify", "--set", "stride=1.5"], "stride=1.5 must be a whole number at least 1"),
         (["--num", "5000"], "to 4096, the captions"),
         (["--num", "1"], "--num 1 must be at least 2"),
         (["--batch", "0"], "--batch 0 must be at least 1"),
-        (["--set", "height=256"], "is not NAME=VALUE"),
+        (["--set", "height=256"], "'height=256': height has an argument of its own here (see --help)"),
         (["--caption-seed", "2000"], "caption_seed=2000"),
         (["--device", "nowhere"], "--device nowhere is not available"),
         (["--model", "nowhere"], "nowhere"),

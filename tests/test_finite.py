@@ -42,9 +42,9 @@ def test_the_step_the_stage_and_the_view_are_named(
             out[row] = float("inf")  # of a guidance pair, rows 2k and 2k + 1 are one item
         return out
 
-    prompts = [PROMPT, PROMPT] if method == "direct" else PROMPT
+    prompts, views = ([PROMPT, PROMPT], {}) if method == "direct" else (PROMPT, {"stride": 8})
     with replaced(unet, forward=forward), pytest.raises(FloatingPointError, match=expected) as error:
-        cutdiff.generate(tiny_model, prompts, method=method, stride=8, **RUN)
+        cutdiff.generate(tiny_model, prompts, method=method, **views, **RUN)
     assert str(error.value).endswith("; all weights are finite")
 
 

@@ -1,5 +1,7 @@
-"""The kernels inside of the network against their references, and a U-Net with them beside one without: under Triton's
-interpreter, and with -m gpu on a device."""
+"""Compare the kernels inside of the network with their references, and a U-Net with them with one without.
+
+They run under Triton's interpreter, and with -m gpu on a device.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cutdiff_kernels import bench_network, network, reference
+from cutdiff_kernels import bench_network, network, reference_network
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import LAYOUTS, few, laid_out, poisoned
@@ -36,8 +38,10 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 
 def assert_as_exact(kernel: Tensor, same_precision: Tensor, truth: Tensor, mean: float = 0.0) -> None:
-    """Not farther from the truth, in float64, than twice what torch is in the same precision, and a rounding of the
-    result and of the input's mean."""
+    """Assert that a kernel is no farther from the truth, in float64, than twice torch in the same precision.
+
+    A rounding of the result and of the input's mean is allowed too.
+    """
     assert kernel.isfinite().all()
     roundings = torch.finfo(kernel.dtype).eps * truth.abs().max() + 4 * torch.finfo(torch.float32).eps * mean
     assert (kernel - truth).abs().max() <= 2 * (same_precision - truth).abs().max() + roundings
@@ -67,24 +71,24 @@ def test_group_norms_are_those_of_the_reference(
     offset: float,
     silu: bool,
 ) -> None:
-    """Any size of a group, tiles that nothing fills, one and many tiles, and a mean far from zero."""
+    """Groups have any size, tiles may be one or many and not filled, and the mean may be far from zero."""
     channels = group * num_groups
     x = laid_out((drawn(seed, batch, channels, *side) + offset).to(device, dtype), layout)
     weight, bias = (drawn(seed + n, channels).to(device, dtype) for n in (1, 2))
     out = poisoned(batch, *side, channels, dtype=dtype, device=device)
-    found = network.group_norm(x, num_groups, weight, bias, 1e-5, silu=silu, out=out)
-    assert found.data_ptr() == out.data_ptr()
-    same = reference.group_norm(x, num_groups, weight, bias, 1e-5, silu=silu)
-    truth = reference.group_norm(x.double(), num_groups, weight.double(), bias.double(), 1e-5, silu=silu)
-    assert_as_exact(found, same, truth, offset)
+    result = network.group_norm(x, num_groups, weight, bias, 1e-5, silu=silu, out=out)
+    assert result.data_ptr() == out.data_ptr()
+    same = reference_network.group_norm(x, num_groups, weight, bias, 1e-5, silu=silu)
+    truth = reference_network.group_norm(x.double(), num_groups, weight.double(), bias.double(), 1e-5, silu=silu)
+    assert_as_exact(result, same, truth, offset)
 
 
 def test_more_tiles_than_are_folded_at_once(device: str) -> None:
     """The last of 66 tiles has four of 128 rows."""
     x = drawn(0, 1, 6, 65 * 16 + 1, 8).to(device)
     weight, bias = torch.ones(6, device=device), torch.zeros(6, device=device)
-    found = network.group_norm(x, 2, weight, bias, 1e-5)
-    torch.testing.assert_close(found, reference.group_norm(x, 2, weight, bias, 1e-5), rtol=1e-5, atol=1e-5)
+    result = network.group_norm(x, 2, weight, bias, 1e-5)
+    torch.testing.assert_close(result, reference_network.group_norm(x, 2, weight, bias, 1e-5), rtol=1e-5, atol=1e-5)
 
 
 @few
@@ -108,10 +112,13 @@ def test_gated_products_are_those_of_the_reference(
     weight = (drawn(seed + 1, 2 * num_out, num_in) / num_in**0.5).to(device, dtype)
     bias = drawn(seed + 2, 2 * num_out).to(device, dtype)
     out = poisoned(*rows, num_out, dtype=dtype, device=device)
-    found = network.geglu(x, weight, bias, out=out)
-    assert found is out
-    same, truth = reference.geglu(x, weight, bias), reference.geglu(x.double(), weight.double(), bias.double())
-    assert_as_exact(found, same, truth)
+    result = network.geglu(x, weight, bias, out=out)
+    assert result is out
+    same, truth = (
+        reference_network.geglu(x, weight, bias),
+        reference_network.geglu(x.double(), weight.double(), bias.double()),
+    )
+    assert_as_exact(result, same, truth)
 
 
 def test_what_does_not_fit_is_an_error(device: str) -> None:
@@ -143,7 +150,7 @@ def test_a_fused_network_predicts_the_same_and_has_the_same_weights(device: str,
 
 @pytest.mark.parametrize("op", ["group norm", "gate"])
 def test_a_compiler_is_told_the_truth(device: str, op: str) -> None:
-    """Of shapes, strides and what is written, also at a single position and channel."""
+    """Shapes, strides and what is written are declared rightly, also at a single position and channel."""
     for channels, side in ((1, 1), (6, 5)):
         x, weight = drawn(0, 2, channels, side, side).to(device), drawn(1, channels).to(device)
         if op == "group norm":
@@ -154,7 +161,7 @@ def test_a_compiler_is_told_the_truth(device: str, op: str) -> None:
 
 
 def test_a_fused_network_is_one_graph(device: str, tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With any number of rows."""
+    """One graph serves any number of rows."""
     monkeypatch.setattr("cutdiff.models.compiled.BACKEND", "aot_eager")
     unet = deepcopy(tiny_model.unet).to(device)
     fuse(unet)
@@ -186,7 +193,7 @@ def test_where_no_kernel_can_run_nothing_is_fused(tiny_model: Model, monkeypatch
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_bench_checks_before_it_times(device: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A norm and a gate; of a wrong kernel no time is taken."""
+    """A wrong kernel, of a norm or of a gate, is not timed."""
     monkeypatch.setattr(bench_network, "NORMS", ((64, 5),))
     monkeypatch.setattr(bench_network, "GATES", ((32, 4),))
     if device == "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -96,8 +97,7 @@ def test_methods_import_no_other_method() -> None:
 
 def test_kernels_know_nothing_of_the_package() -> None:
     for path in (PACKAGE.parent / "kernels").rglob("*.py"):
-        assert "from cutdiff." not in path.read_text(encoding="utf-8"), path
-        assert "import cutdiff\n" not in path.read_text(encoding="utf-8"), path
+        assert not re.search(r"^\s*(from|import) cutdiff\b", path.read_text(encoding="utf-8"), re.MULTILINE), path
 
 
 @pytest.mark.parametrize("name", sorted({room(name) for name in MODULES if "." in name}))

@@ -1,4 +1,4 @@
-"""The Triton kernels against their plain-torch references: under Triton's interpreter, and with -m gpu on a device."""
+"""Compare the Triton kernels with their references, under Triton's interpreter, and with -m gpu on a device."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from cutdiff_kernels import bench, patches, reference, views
-from cutdiff_kernels.reference import Seeded
+from cutdiff_kernels import bench, patches, permutations, reference, views
+from cutdiff_kernels.permutations import Permutation, SeededPermutation
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import LAYOUTS, few, laid_out, poisoned
@@ -31,7 +33,8 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.models.text import TextStates
 from cutdiff.sampling import operators as dispatch
 from cutdiff.sampling.denoiser import Denoiser
-from cutdiff.sampling.operators import Patches, Permutation, SeededPermutation, Views
+from cutdiff.sampling.guidance import CFG
+from cutdiff.sampling.operators import Patches, Views
 from cutdiff.sampling.preconditioning import epsilon
 from cutdiff.sampling.solvers import euler_step
 
@@ -40,7 +43,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Case:
-    """Patches of `shape` (B, C, h, w) on `grid`, and the way there and back."""
+    """A gather or scatter of patches of `shape` (B, C, h, w) on `grid`, with its options."""
 
     shape: tuple[int, int, int, int]
     grid: tuple[int, int]
@@ -48,7 +51,7 @@ class Case:
     canvas_dtype: torch.dtype
     dtype: torch.dtype
     copies: int
-    permutation: Seeded | Tensor | None
+    permutation: Permutation
     seed: int
 
     @property
@@ -71,15 +74,13 @@ class Case:
         shape = (b * self.num_patches * self.copies, c, h, w)
         return laid_out(self.random(shape, device).to(self.dtype), self.layout)
 
-    def permutation_on(self, device: str) -> Seeded | Tensor | None:
-        if isinstance(self.permutation, Seeded):
-            return self.permutation._replace(seeds=self.permutation.seeds.to(device))
-        return None if self.permutation is None else self.permutation.to(device)
+    def permutation_on(self, device: str) -> Permutation:
+        return self.permutation.to(device) if isinstance(self.permutation, Tensor) else self.permutation
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Grids of 1×1 to 8×8; sizes that no block divides; every layout, dtype and source of permutations."""
+    """Draw grids of 1×1 to 8×8, sizes that no block divides, and every layout, dtype and source of permutations."""
     grid = draw(st.tuples(st.integers(1, 8), st.integers(1, 8)))
     side = 9 if grid[0] * grid[1] <= 16 else 4
     b, c = draw(st.integers(1, 2)), draw(st.integers(1, 4 if side == 9 else 2))
@@ -88,8 +89,8 @@ def cases(draw: st.DrawFn) -> Case:
     source = draw(st.sampled_from(["none", "channel", "pixel", "index", "index for each image"]))
     permutation = None
     if source in ("channel", "pixel"):
-        seeds = draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=b, max_size=b))
-        permutation = Seeded(torch.tensor(seeds), draw(st.sampled_from([0, 1, 16, 49, 999])), source == "channel")
+        seeds = draw(st.lists(st.integers(0, 2**64 - 1), min_size=b, max_size=b))
+        permutation = SeededPermutation(tuple(seeds), draw(st.sampled_from([0, 1, 16, 49, 999])), source)
     elif source != "none":
         images = (b,) if source == "index for each image" else ()
         keys = torch.rand(
@@ -109,7 +110,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def assert_copied(kernel: Tensor, expected: Tensor, *, rounded: bool) -> None:
-    """Equal to the bit. Triton's interpreter cuts where bfloat16 should be rounded: there, to the last place."""
+    """Assert equality to the bit, or to the last place where Triton's interpreter cuts instead of rounding bfloat16."""
     assert kernel.dtype == expected.dtype
     if rounded and kernel.dtype == torch.bfloat16 and knobs.runtime.interpret:
         kernel, expected = kernel.view(torch.int16).int(), expected.view(torch.int16).int()
@@ -119,7 +120,7 @@ def assert_copied(kernel: Tensor, expected: Tensor, *, rounded: bool) -> None:
 
 
 def assert_as_exact(kernel: Tensor, same_precision: Tensor, truth: Tensor) -> None:
-    """Within twice the error of torch in the same precision, against float64."""
+    """Assert that a kernel is within twice the error of torch in the same precision, against float64."""
     assert kernel.isfinite().all()
     bound = 2 * (same_precision.double() - truth).abs().max() + 1e-9
     assert (kernel.double() - truth).abs().max() <= bound
@@ -164,19 +165,86 @@ def test_scatter_undoes_gather_to_the_bit(device: str, case: Case) -> None:
     assert torch.equal(patches.scatter_patches(mixed, case.grid, permutation, copies=case.copies), canvas.float())
 
 
-@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("grain", ["channel", "pixel"])
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 2), (3, 3), (4, 4), (5, 7), (8, 8)])
-def test_kernels_draw_the_permutations_of_the_cpu_reference(
-    device: str, grid: tuple[int, int], per_channel: bool
-) -> None:
-    """Gather the patches' own numbers: what arrives is the index."""
+def test_kernels_draw_the_permutations_of_the_cpu_reference(device: str, grid: tuple[int, int], grain: str) -> None:
+    """A gather of the patches' own numbers gives the index."""
     n, shape = grid[0] * grid[1], (3, 5, 3)
-    drawn = Seeded(torch.tensor([2**40 + 7, -3]), 31, per_channel)
+    drawn = SeededPermutation((2**40 + 7, 2**64 - 3), 31, grain)
     numbers = torch.arange(n, dtype=torch.float32).view(n, 1, 1, 1).expand(n, *shape).repeat(2, 1, 1, 1)
     canvas = reference.relocate(numbers, grid).to(device)
-    arrived = patches.gather_patches(canvas, grid, drawn._replace(seeds=drawn.seeds.to(device)))
-    expected = reference.permutation_index(drawn, n, shape).expand(2, n, *shape).flatten(0, 1)
+    arrived = patches.gather_patches(canvas, grid, drawn)
+    expected = permutations.permutation_index(drawn, n, shape).expand(2, n, *shape).flatten(0, 1)
     assert torch.equal(arrived.cpu().long(), expected)
+
+
+@pytest.mark.parametrize("grain", ["channel", "pixel"])
+@pytest.mark.parametrize("grid", [(1, 2), (2, 2), (3, 3), (3, 5)])
+@pytest.mark.parametrize("mask", [0, 1, 6])
+def test_equal_keys_give_the_permutations_of_the_reference(
+    monkeypatch: pytest.MonkeyPatch, mask: int, grid: tuple[int, int], grain: str
+) -> None:
+    """Kernels that draw one, two or four distinct words rank ties by the patches' numbers, as the reference does."""
+    if not knobs.runtime.interpret:
+        pytest.skip("compiled in this process: the generator can be replaced in the interpreter alone")
+    in_kernels, in_reference = tl.philox, permutations.philox
+    monkeypatch.setattr(tl, "philox", lambda *args: tuple(word & mask for word in in_kernels(*args)))
+    monkeypatch.setattr(permutations, "philox", lambda *args: tuple(word & mask for word in in_reference(*args)))
+    n, drawn = grid[0] * grid[1], SeededPermutation((3, 5), 7, grain)
+    canvas = torch.arange(2.0 * n * 2 * 5 * 3).view(2, 2, grid[0] * 5, grid[1] * 3)
+    mixed = patches.gather_patches(canvas, grid, drawn)
+    assert torch.equal(mixed, reference.gather_patches(canvas, grid, drawn))
+    assert torch.equal(patches.scatter_patches(mixed, grid, drawn), canvas)
+
+
+def assert_patches_are_right(module: ModuleType, permutation: Permutation) -> None:
+    """Assert that kernels of a module write what the references write, for three patches, and nothing beside it."""
+    grid, shape = (1, 3), (2, 2, 5, 21)  # 35 positions in a tile of 64, three patches padded to four
+    frame = 256
+    around = torch.full((frame + 2 * 2 * 5 * 21 + frame,), float("nan"))
+    inner = around[frame:-frame]
+    inner.copy_(torch.arange(len(inner)))
+    canvas = inner.view(shape)
+    mixed = torch.full_like(around, float("nan"))
+    module.gather_patches(canvas, grid, permutation, out=mixed[frame:-frame].view(6, 2, 5, 7))
+    assert torch.equal(mixed[frame:-frame].view(6, 2, 5, 7), reference.gather_patches(canvas, grid, permutation))
+    assert mixed[:frame].isnan().all()
+    assert mixed[-frame:].isnan().all()
+    back = torch.full_like(around, float("nan"))
+    module.scatter_patches(mixed[frame:-frame].view(6, 2, 5, 7), grid, permutation, out=back[frame:-frame].view(shape))
+    assert torch.equal(back[frame:-frame].view(shape), canvas)
+    assert back[:frame].isnan().all()
+    assert back[-frame:].isnan().all()
+
+
+@pytest.mark.parametrize("source", ["none", "channel", "index"])
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("", ""),
+        ("inside = position < positions", "inside = position < positions - 1"),
+        ("inside = position < positions", "inside = position <= positions"),
+        ("(patch < NUM_PATCHES)[None, :]", "(patch < NUM_PATCHES - 1)[None, :]"),
+        ("(patch < NUM_PATCHES)[None, :]", "(patch <= NUM_PATCHES)[None, :]"),
+    ],
+)
+def test_a_mask_that_is_off_by_one_is_caught(tmp_path: Path, right: str, wrong: str, source: str) -> None:
+    """The comparison fails for the kernels' own code with a wrong mask, and passes without."""
+    if not knobs.runtime.interpret:
+        pytest.skip("compiled in this process: a kernel that writes beside its output is for the interpreter alone")
+    code = Path(patches.__file__).read_text(encoding="utf-8")
+    assert right in code
+    file = tmp_path / "changed.py"
+    file.write_text(code.replace(right, wrong) if right else code, encoding="utf-8")
+    spec = spec_from_file_location("changed", file)
+    assert spec is not None
+    assert spec.loader is not None
+    changed = module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    index = torch.rand(3, 2, 5, 7, generator=torch.Generator().manual_seed(0)).argsort(0)
+    permutation = {"none": None, "channel": SeededPermutation((1, 2), 0, "channel"), "index": index}[source]
+    with pytest.raises(AssertionError) if right else nullcontext():
+        assert_patches_are_right(changed, permutation)
 
 
 @triton.jit
@@ -231,7 +299,7 @@ class ViewCase:
 
 @st.composite
 def view_cases(draw: st.DrawFn) -> ViewCase:
-    """Views that cover the canvas and may reach past it, one set for each image."""
+    """Draw views that cover the canvas and may reach past it, one set for each image."""
     axes = []
     for _ in range(2):
         window = draw(st.integers(1, 12))
@@ -296,7 +364,7 @@ def test_views_wider_than_a_tile(device: str, size: tuple[int, int], window: tup
 @pytest.mark.parametrize(("grid", "side"), [((1, 1), 25), ((2, 2), 13), ((3, 3), 7), ((8, 8), 5)])
 def test_patches_of_more_positions_than_a_tile(device: str, grid: tuple[int, int], side: int) -> None:
     canvas = torch.randn(1, 2, grid[0] * side, grid[1] * side, device=device)
-    drawn = Seeded(torch.tensor([3], device=device), 5, True)
+    drawn = SeededPermutation((3,), 5, "channel")
     mixed = patches.gather_patches(canvas, grid, drawn)
     assert torch.equal(mixed, reference.gather_patches(canvas, grid, drawn))
     assert torch.equal(patches.scatter_patches(mixed, grid, drawn), canvas)
@@ -305,11 +373,11 @@ def test_patches_of_more_positions_than_a_tile(device: str, grid: tuple[int, int
 @pytest.mark.gpu
 def test_a_new_step_compiles_nothing() -> None:
     canvas = torch.randn(1, 4, 16, 16, device="cuda")
-    seeds = torch.tensor([3], device="cuda")
     compiled = set()
     for step in (0, 1, 2, 16, 49):
-        mixed = patches.gather_patches(canvas, (2, 2), Seeded(seeds, step, True), c_in=1 / (step + 1))
-        patches.scatter_patches(mixed, (2, 2), Seeded(seeds, step, True), canvas=canvas, c_skip=1.0, c_out=-step)
+        drawn = SeededPermutation((3,), step, "channel")
+        mixed = patches.gather_patches(canvas, (2, 2), drawn, c_in=1 / (step + 1))
+        patches.scatter_patches(mixed, (2, 2), drawn, canvas=canvas, c_skip=1.0, c_out=-step)
         caches = (
             kernel.device_caches[torch.cuda.current_device()][0]
             for kernel in (patches.gather_kernel, patches.scatter_kernel)
@@ -319,7 +387,7 @@ def test_a_new_step_compiles_nothing() -> None:
 
 
 def test_what_lies_outside_the_canvas_is_never_read(device: str) -> None:
-    """Views of ones whose parts outside are NaN: the average is one."""
+    """The average of views is one where their parts outside of the canvas are NaN and the others ones."""
     values = torch.full((2, 1, 5, 5), float("nan"), device=device)
     values[0, :, 2:, 2:] = 1
     values[1, :, :4, :4] = 1
@@ -341,11 +409,11 @@ def test_an_uncovered_pixel_is_an_error_before_the_launch(device: str) -> None:
         (lambda x: patches.gather_patches(x, (3, 1)), "does not divide"),
         (lambda x: patches.gather_patches(x.expand(1, 1, 144, 144), (12, 12)), "up to 64"),
         (lambda x: patches.scatter_patches(x.expand(3, 1, 8, 8), (2, 2)), "no whole number"),
-        (lambda x: patches.gather_patches(x, (2, 2), Seeded(torch.tensor([1, 2]), 0, True)), "do not fit 1 images"),
         (
-            lambda x: patches.gather_patches(x.expand(2, 1, 8, 8), (2, 2), Seeded(torch.zeros(2), 0, True)),
-            "float32 do not",
+            lambda x: patches.gather_patches(x, (2, 2), SeededPermutation((1, 2), 0, "channel")),
+            "2 seeds .* do not fit 1 images",
         ),
+        (lambda x: patches.scatter_patches(x.expand(12, 1, 8, 8), (2, 2), copies=3), "copies=3 cannot be joined"),
         (
             lambda x: patches.scatter_patches(x.expand(8, 1, 8, 8), (2, 2), canvas=torch.zeros(1, 1, 16, 16)),
             "does not fit a",
@@ -373,7 +441,7 @@ def test_what_does_not_fit_is_an_error(device: str, call: Callable[[Tensor], Ten
 
 @pytest.mark.parametrize("method", ["direct", "multidiffusion", "cutdiffusion"])
 def test_a_run_on_kernels_is_the_run_on_references(device: str, tiny_model: Model, method: str) -> None:
-    """Odd sizes, two pictures, guidance: every operator of a run, through the dispatch."""
+    """A run of odd sizes, two pictures and guidance takes every operator through the dispatch."""
     options = {"height": 104, "width": 136, "num_steps": 4, "method": method, "view_batch_size": 5}
     model = on(device, tiny_model)
     runs = [
@@ -385,7 +453,7 @@ def test_a_run_on_kernels_is_the_run_on_references(device: str, tiny_model: Mode
 
 @pytest.mark.gpu
 def test_the_embedded_model_draws_the_same_on_a_gpu_and_a_cpu() -> None:
-    """A whole CutDiffusion run in float32: final latents within 1e-3, relative."""
+    """The final latents of a whole CutDiffusion run in float32 are within 1e-3, relative."""
     latents = {}
     allow_tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
@@ -405,7 +473,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_kernel_compiles_ahead_of_time_and_spills_nothing() -> None:
-    """For sm_80, sm_90 and gfx942, with no GPU at hand; exit status 1 tells of spills and of local memory."""
+    """The targets are sm_80, sm_90 and gfx942, without a GPU; spills and local memory give exit status 1."""
     result = run("from cutdiff_kernels.compile import main; raise SystemExit(main([]))")
     assert result.returncode == 0, result.stdout + result.stderr
     for target in ("sm_80", "sm_90", "gfx942"):
@@ -420,12 +488,12 @@ def test_the_bench_times_what_is_here_and_says_so(tmp_path: Path) -> None:
     result = run(code, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
     assert "no GPU here: the references were timed, no kernel" in result.stdout
-    found = json.loads(file.read_text())
-    assert found["hardware"]["torch"] == torch.__version__
-    assert found["copy_bytes_per_s"] is None
-    assert {row["name"] for row in found["rows"]} >= {"gather patches", "scatter patches", "structure step"}
-    assert all(row["reference_us"] > 0 and row["kernel_us"] is None for row in found["rows"])
-    assert found["draw"]["published_s"] > 10 * found["draw"]["reference_s"], "20 and more where nothing else runs"
+    report = json.loads(file.read_text())
+    assert report["hardware"]["torch"] == torch.__version__
+    assert report["copy_bytes_per_s"] is None
+    assert {row["name"] for row in report["rows"]} >= {"gather patches", "scatter patches", "structure step"}
+    assert all(row["reference_us"] > 0 and row["kernel_us"] is None for row in report["rows"])
+    assert report["draw"]["published_s"] > 10 * report["draw"]["reference_s"], "20 and more where nothing else runs"
 
 
 def test_the_bench_shows_no_time_of_a_kernel_that_differs() -> None:
@@ -438,7 +506,7 @@ def test_the_bench_shows_no_time_of_a_kernel_that_differs() -> None:
 
 
 def test_without_triton_the_cpu_still_draws() -> None:
-    """What is not used is not imported: macOS has no Triton."""
+    """Triton is not imported where it is not used, because macOS has none."""
     code = """
 import sys
 sys.modules["triton"] = None
@@ -462,12 +530,7 @@ def test_the_triton_backend_says_so_where_it_cannot_run() -> None:
 @given(case=cases())
 def test_patches_are_the_same_on_either_backend(device: str, case: Case) -> None:
     canvas = case.canvas(device)
-    permutation: Permutation = case.permutation if isinstance(case.permutation, Tensor) else None
-    if isinstance(case.permutation, Seeded):
-        seeds = tuple(seed % 2**64 for seed in case.permutation.seeds.tolist())
-        grain = "channel" if case.permutation.per_channel else "pixel"
-        permutation = SeededPermutation(seeds, case.permutation.step, grain)
-    operator = Patches(case.grid, permutation)
+    operator = Patches(case.grid, case.permutation)
     mixed = operator.gather(canvas, "reference")
     assert torch.equal(operator.gather(canvas, "triton"), mixed)
     assert torch.equal(operator.scatter(mixed, "triton"), operator.scatter(mixed, "reference"))
@@ -511,7 +574,7 @@ def test_views_check_cover_and_weights_when_they_are_made() -> None:
 
 
 class _Count(TorchDispatchMode):
-    """Counts the operations that write a tensor on the "meta" device, where nothing is computed."""
+    """Count the operations that write a tensor on the "meta" device, where nothing is computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -527,11 +590,11 @@ class _Count(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["structure", "detail"])
 def test_a_step_is_a_handful_of_operations_around_the_network(method: str) -> None:
-    """On the device: gather, the timestep, the size ids' copy, (network,) scatter, the solver's step; no host loop."""
+    """A step on the device is gather, timestep, copy of size ids, network, scatter and solver, with no host loop."""
     latents = torch.empty(1, 4, 32, 32, device="meta")
 
     class Stub:
-        """An operator of two kernels, each one operation."""
+        """An operator whose two kernels are one operation each."""
 
         def gather(self, canvas: Tensor, backend: str = "auto", **how: Any) -> Tensor:
             return torch.neg(canvas.expand(8, 4, 32, 32))
@@ -549,11 +612,11 @@ def test_a_step_is_a_handful_of_operations_around_the_network(method: str) -> No
             return states
 
     states = TextStates(torch.empty(1, 7, 16, device="meta"), torch.empty(1, 8, device="meta"))
-    denoiser = Denoiser(Network(), lambda sigma: 1.0, epsilon, states, states, 7.5, 8, 16)
+    denoiser = Denoiser(Network(), lambda sigma: 1.0, epsilon, states, states, CFG(7.5), 8)
     crops = torch.zeros(4, 2) if method == "detail" else None
-    denoiser.through(Stub(), latents, 1.0, crop_origins=crops)  # makes the text of every row
+    denoiser.through(Stub(), latents, 1.0, 0, crop_origins=crops)  # makes the text of every row
     with _Count() as count:
-        euler_step(latents, denoiser.through(Stub(), latents, 1.0, crop_origins=crops), 1.0, 0.5)
+        euler_step(latents, denoiser.through(Stub(), latents, 1.0, 0, crop_origins=crops), 1.0, 0.5)
     assert sorted(count.names) == sorted(
         ["aten.neg.default", "aten.full.default", "aten._to_copy.default", "aten.neg.default", "aten.lerp.Scalar"]
     )

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
-from cutdiff.methods import Run, magnify
-from cutdiff.methods.magnify import held
-from cutdiff.methods.shared import guided
+from cutdiff.methods.magnify import Magnify
+from cutdiff.methods.shared import Run, with_guidance_scale
 from cutdiff.pipeline import prepare
-from cutdiff.sampling.solvers import Phase
+from cutdiff.sampling.denoiser import Work
+from cutdiff.sampling.guidance import CFG
+from cutdiff.sampling.stages import Phase
 from cutdiff.settings import Settings
 
 PROMPT = "a red house at night"
@@ -33,7 +33,7 @@ def run(tiny_model: Model) -> Run:
 
     def spy(run: Run) -> list[Any]:
         found.append(run)
-        return magnify(run)
+        return Magnify().stages(run)
 
     prepare(tiny_model, PROMPT, Settings(method=spy, num_steps=4, height=128, width=128), None)
     return found[0]
@@ -65,38 +65,32 @@ def test_the_detail_stage_takes_the_steps_that_are_left_at_least_one(
 
 @pytest.mark.parametrize(("scale", "copies"), [(None, 1), (1.0, 1), (3.0, 2)])
 def test_details_are_drawn_without_guidance_unless_told(tiny_model: Model, scale: float | None, copies: int) -> None:
-    options = {"method": "magnify", "num_steps": 4, "detail_guidance_scale": scale}
+    options = {"method": "magnify", "num_steps": 4, **({} if scale is None else {"detail_guidance_scale": scale})}
     record = cutdiff.generate(tiny_model, PROMPT, height=128, width=128, **options).record
     assert record["network_evaluations"] == 4 * 2 + 2 * 9 * copies, "a native picture, then 9 views"
 
 
 def test_a_stage_of_its_own_guidance_leaves_the_denoiser_as_it_was(run: Run) -> None:
-    seen = []
-
-    def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-        seen.append(run.denoiser.guidance_scale)
-        return x
-
-    x = torch.randn(1, 4, 16, 16)
-    guided(run, 2.0, denoise)(x, 1.0, 0)
-    guided(run, None, denoise)(x, 1.0, 0)
-    assert seen == [2.0, 7.5]
-    assert run.denoiser.guidance_scale == 7.5
+    other = with_guidance_scale(run, 2.0)
+    assert (other.denoiser.guidance, run.denoiser.guidance) == (CFG(2.0), CFG(7.5))
+    assert other.denoiser.work is run.denoiser.work, "what is counted and kept is the run's"
+    assert with_guidance_scale(run, None) is run
 
 
 def test_guidance_may_change_where_the_number_of_rows_does_not(run: Run) -> None:
     """Two items under guidance and four without take as many rows of text, and not the same ones."""
     x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    fresh = replace(run.denoiser, guidance_scale=1.0)(x, 5.0)
-    run.denoiser(x[:2], 5.0)
-    later = guided(run, 1.0, lambda x, sigma, step: run.denoiser(x, sigma))(x, 5.0, 0)
+    fresh = replace(run.denoiser, guidance=CFG(1.0), work=Work())(x, 5.0, 0)
+    run.denoiser(x[:2], 5.0, 0)
+    later = with_guidance_scale(run, 1.0).denoiser(x, 5.0, 0)
     assert torch.equal(later, fresh)
 
 
 def test_estimates_are_held_to_the_picture_most_where_noise_is_most(run: Run) -> None:
     picture = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     estimate = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    denoise = held(run, picture, lambda x, sigma, step: estimate)
+    hold = Magnify().hold
+    denoise = hold(run, picture, lambda x, sigma, step: estimate)
 
     def distance(sigma: float) -> float:
         coarse = F.avg_pool2d(denoise(estimate, sigma, 0), 2)
@@ -107,12 +101,18 @@ def test_estimates_are_held_to_the_picture_most_where_noise_is_most(run: Run) ->
     assert distances == sorted(distances)
     assert distances[0] < 0.5 * (F.avg_pool2d(estimate, 2) - picture).norm()
     assert torch.equal(
-        held(run, F.avg_pool2d(estimate, 2), lambda x, sigma, step: estimate)(estimate, sigmas[0], 0), estimate
+        hold(run, F.avg_pool2d(estimate, 2), lambda x, sigma, step: estimate)(estimate, sigmas[0], 0), estimate
     ), "an estimate that agrees is left alone"
 
 
 def test_a_method_of_ones_own_is_a_function_and_is_recorded_by_its_name(tiny_model: Model, run: Run) -> None:
-    assert isinstance(magnify(run)[1], Phase)
-    result = cutdiff.generate(tiny_model, PROMPT, method=magnify, num_steps=2)
-    assert result.record["method"] == "magnify"
-    assert torch.equal(result.latents, cutdiff.generate(tiny_model, PROMPT, method="magnify", num_steps=2).latents)
+    def mine(run: Run) -> Any:
+        return Magnify().stages(run)
+
+    assert isinstance(mine(run)[1], Phase)
+    result = cutdiff.generate(tiny_model, PROMPT, method=mine, num_steps=2)
+    assert result.record["method"] == "mine"
+    named, itself = (cutdiff.generate(tiny_model, PROMPT, method=m, num_steps=2) for m in ("magnify", Magnify()))
+    assert named.record["method"].startswith("magnify,")
+    assert torch.equal(result.latents, named.latents)
+    assert torch.equal(result.latents, itself.latents)

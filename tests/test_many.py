@@ -204,7 +204,7 @@ def test_one_bar_for_the_run(run: list[str], tmp_path: Path, monkeypatch: pytest
     assert all(float(rate) > 0 for *_, rate in shown)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_a_bad_line_of_a_thousand_and_flat_memory(quick_folder: Path, tmp_path: Path) -> None:
     """The others are drawn, and the process does not grow with them."""
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"

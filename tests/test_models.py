@@ -142,7 +142,7 @@ def test_every_key_of_the_sdxl_vae_is_the_published_one() -> None:
     assert SDXL_VAE.factor == 8
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("config", [SDXL_UNET, SD15_UNET, SD21_UNET], ids=["SDXL", "SD 1.5", "SD 2.1"])
 @torch.no_grad()
 def test_full_size_unet_is_the_published_one(config: UNetConfig) -> None:

@@ -1,4 +1,4 @@
-"""The operators between canvas and network, by property: what must hold for every size, grid and draw."""
+"""Properties that the plain operators between canvas and network must have for every size, grid and draw."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from cutdiff_kernels import reference
+from cutdiff_kernels import permutations, reference
+from cutdiff_kernels.checks import check_cover
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import (
     GRAINS,
+    Patches,
     SeededPermutation,
     average,
     cut,
@@ -33,7 +35,7 @@ seeds = st.integers(0, 2**64 - 1)
 
 @st.composite
 def canvases(draw: st.DrawFn) -> tuple[Tensor, tuple[int, int]]:
-    """A canvas that its grid divides: contiguous, channels_last or a transposed view."""
+    """Draw a canvas that its grid divides, contiguous, in channels_last or a transposed view."""
     grid, patch = draw(grids), draw(sides)
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 5)), grid[0] * patch[0], grid[1] * patch[1])
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
@@ -45,8 +47,8 @@ def canvases(draw: st.DrawFn) -> tuple[Tensor, tuple[int, int]]:
 
 
 def drawn(seed: int, step: int, shape: tuple[int, int, int]) -> Tensor:
-    """The index (N, C, h, w) of four patches of `shape`."""
-    return reference.permutation_index(reference.Seeded(torch.tensor([seed]), step, True), 4, shape)[0]
+    """Draw the index (N, C, h, w) of four patches of `shape`."""
+    return permutations.permutation_index(SeededPermutation((seed,), step, "channel"), 4, shape)[0]
 
 
 @given(canvases())
@@ -95,6 +97,73 @@ def test_a_permutation_that_does_not_fit_is_an_error() -> None:
         permute(torch.zeros(4, 3, 2, 2), torch.zeros(9, 3, 2, 2, dtype=torch.int64), 4)
 
 
+@st.composite
+def indexes(draw: st.DrawFn) -> tuple[Tensor, tuple[int, int]]:
+    """Draw an index (N, C or 1, h, w) or (B, N, C or 1, h, w) of permutations, and the grid of the patches."""
+    grid, shape = draw(grids), (draw(st.integers(1, 3)), *draw(sides))
+    batch = draw(st.sampled_from([(), (1,), (2,)]))
+    keys = torch.rand(*batch, grid[0] * grid[1], *shape, generator=torch.Generator().manual_seed(draw(seeds) % 2**63))
+    return keys.argsort(-4), grid
+
+
+@given(indexes(), st.data())
+def test_an_index_must_be_a_permutation_at_every_position(
+    case: tuple[Tensor, tuple[int, int]], data: st.DataObject
+) -> None:
+    """A single wrong number, outside of 0 … N − 1 or a second time, is an error wherever an index is given."""
+    index, grid = case
+    num_patches = grid[0] * grid[1]
+    batch, (channels, h, w) = (len(index) if index.ndim == 5 else 1), index.shape[-3:]
+    patches = torch.zeros(batch * num_patches, channels, h, w)
+    canvas = torch.zeros(batch, channels, grid[0] * h, grid[1] * w)
+    uses = (
+        lambda: Patches(grid, index),
+        lambda: permute(patches, index, num_patches),
+        lambda: permute_back(patches, index, num_patches),
+        lambda: reference.gather_patches(canvas, grid, index),
+        lambda: reference.scatter_patches(patches, grid, index),
+    )
+    for use in uses:
+        use()
+    place = data.draw(st.integers(0, index.numel() - 1))
+    wrong = data.draw(st.integers(-3, num_patches + 2).filter(lambda value: value != index.flatten()[place]))
+    index.view(-1)[place] = wrong
+    message = "names another patch twice" if 0 <= wrong < num_patches else rf"index holds {wrong}, and patches are"
+    for use in uses:
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+@pytest.mark.parametrize("index", [torch.zeros(9, 3, 2, 2).long(), torch.zeros(4, 3, 2, 2), torch.arange(4)])
+def test_an_index_that_does_not_fit_the_grid_is_an_error(index: Tensor) -> None:
+    with pytest.raises(ValueError, match="does not fit 4 patches"):
+        Patches((2, 2), index)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 0.0])
+def test_seeds_of_permutations_are_whole_numbers_of_64_bits(seed: int) -> None:
+    with pytest.raises(ValueError, match=r"seed=.* of a permutation must be a whole number"):
+        SeededPermutation((seed,), 0, "channel")
+
+
+@given(grid=grids, mask=st.sampled_from([0, 1, 6]), grain=st.sampled_from(["channel", "pixel"]), seed=seeds)
+def test_equal_keys_still_give_a_permutation(grid: tuple[int, int], mask: int, grain: str, seed: int) -> None:
+    """Ties among one, two or four distinct keys are ranked by the patches' numbers."""
+    n, shape, drawn_words = grid[0] * grid[1], (2, 4, 3), []
+
+    def few_words(*args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        drawn_words.extend(word & mask for word in philox(*args))
+        return tuple(word.clone() for word in drawn_words)
+
+    philox = permutations.philox
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(permutations, "philox", few_words)
+        index = permutations.permutation_index(SeededPermutation((seed,), 3, grain), n, shape)
+    assert torch.equal(index.sort(1).values, torch.arange(n).view(1, n, 1, 1, 1).expand(index.shape))
+    keys = torch.stack(drawn_words, dim=2).flatten(1, 2)[:, :n]  # (1, N, C or 1, h·w)
+    assert torch.equal(index.flatten(3), keys.argsort(dim=1, stable=True))
+
+
 def test_pixel_grain_moves_the_channels_of_a_pixel_together() -> None:
     patches = torch.arange(9.0).view(9, 1, 1, 1).expand(9, 4, 5, 5)
     by_pixel = permute(patches, SeededPermutation((3,), 0, "pixel"), 9)
@@ -104,7 +173,7 @@ def test_pixel_grain_moves_the_channels_of_a_pixel_together() -> None:
 
 
 def test_permutations_are_uniform() -> None:
-    """Chi-square over the 24 orders of 4 patches, for positions, steps and seeds alike; 23 degrees of freedom."""
+    """The chi-square over the 24 orders of 4 patches (23 degrees of freedom) holds for positions, steps and seeds."""
     orders = {order: i for i, order in enumerate(itertools.permutations(range(4)))}
     for sample in (
         drawn(7, 0, (1, 100, 240)).flatten(1).T,
@@ -144,12 +213,12 @@ def test_philox_gives_the_known_answers_of_random123(
 ) -> None:
     c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
     k0, k1 = (torch.tensor([word]) for word in key)
-    assert tuple(int(word) for word in reference.philox((c0, c1, c2, c3), (k0, k1))) == expected
+    assert tuple(int(word) for word in permutations.philox((c0, c1, c2, c3), (k0, k1))) == expected
 
 
 @st.composite
 def view_cases(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Size, window, stride, jitter: any size ≥ window, any stride ≤ window, jitter within what is promised."""
+    """Draw size, window, stride and jitter: any size ≥ window, any stride ≤ window, and a jitter that is promised."""
     axes = []
     for _ in range(2):
         window = draw(st.integers(1, 9))
@@ -202,19 +271,19 @@ def test_views_read_zeros_outside_and_drop_what_they_write_there() -> None:
 def test_cover_is_what_laying_the_views_out_shows(
     size: tuple[int, int], window: tuple[int, int], seed: int, num_views: int
 ) -> None:
-    """Of two images, with views that reach past the canvas or miss it."""
+    """The views of two images may reach past the canvas or miss it."""
     low, high = -torch.tensor(window) - 1, torch.tensor(size) + 2
     rng = torch.Generator().manual_seed(seed)
     origins = low + (torch.rand(2, num_views, 2, generator=rng) * (high - low)).long()
     shown = torch.zeros(2, *size)
-    for image, at in zip(shown, origins.tolist(), strict=True):
-        for y, x in at:
+    for image, its_origins in zip(shown, origins.tolist(), strict=True):
+        for y, x in its_origins:
             image[max(y, 0) : max(y + window[0], 0), max(x, 0) : max(x + window[1], 0)] = 1
     if shown.all():
-        reference.check_cover(origins, window, size)
+        check_cover(origins, window, size)
     else:
         with pytest.raises(ValueError, match="uncovered"):
-            reference.check_cover(origins, window, size)
+            check_cover(origins, window, size)
 
 
 def test_an_uncovered_pixel_is_an_error() -> None:
@@ -229,7 +298,7 @@ def test_views_that_cannot_cover_are_an_error(size: int, window: int, stride: in
 
 
 def test_view_grid_counts_as_the_published_code() -> None:
-    """25 patches steps and 9 views for a canvas of twice the window at half its stride."""
+    """A canvas of twice the window has 9 views at a stride of half the window."""
     assert len(view_grid((256, 256), (128, 128), (64, 64))) == 9
     assert len(view_grid((384, 512), (128, 128), (64, 64))) == 5 * 7
     assert view_grid((20, 16), (16, 16), (8, 8)).tolist() == [[0, 0], [4, 0]]

@@ -21,7 +21,8 @@ from cutdiff.checkpoint.random_model import random_model
 from cutdiff.plan import main
 from cutdiff.planning.forecast import decoding, outline, sized, walk, weight_bytes
 from cutdiff.planning.meter import Meter
-from cutdiff.settings import METHOD_NAMES, Settings
+from cutdiff.settings import Settings
+from cutdiff.specs import METHODS
 
 UNET = replace(
     QUICK_UNET, channels=(16, 32, 32), transformer_layers=(0, 1, 3), mid_transformer_layers=2, num_heads=(2, 4, 4)
@@ -56,7 +57,7 @@ CASES: list[tuple[int, int, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("height", "width", "options"), CASES)
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_counts_of_every_step_are_those_of_the_run(
     method: str, height: int, width: int, options: dict[str, Any], small: Model
 ) -> None:
@@ -113,7 +114,7 @@ def test_flops_of_decoding_are_counted(size: tuple[int, int], small: Model) -> N
 # ---- Memory
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_memory_is_within_15_percent_of_what_lives_in_a_run(method: str) -> None:
     """It is the memory besides the weights, on a CPU, whose operators keep more than kernels do."""
     model = random_model(SMALL_UNET, QUICK_VAE, CPU)
@@ -224,13 +225,19 @@ def test_the_largest_size_on_many_devices(capsys: pytest.CaptureFixture[str]) ->
     ("arguments", "status", "words"),
     [
         (["--width", "100"], 2, "--width 100 must be a multiple of 8"),
-        (["--steps", "0"], 2, "--steps 0 must be at least 1"),
+        (["--steps", "0"], 2, "argument --steps: 0 must be a whole number at least 1"),
         (["--steps", "2000"], 2, "--steps 2000 must be between 1 and the 1000 timesteps"),
         (["--devices", "0"], 2, "--devices 0 must be above 0"),
         (["--utilisation", "2"], 2, "--utilisation 2.0 must be above 0, at most 1"),
         (["--tflops", "nan"], 2, "--tflops nan must be above 0"),
         (["--method", "magnfy"], 2, "did you mean 'magnify'?"),
-        (["--method", "direct", "--stride", "8"], 2, "--stride 8 is for methods with views"),
+        (
+            ["--method", "direct", "--stride", "8"],
+            2,
+            "--stride is no option of method direct (none), solver euler (none)",
+        ),
+        (["--method", "magnify,strid=8"], 2, "did you mean 'stride'?"),
+        (["--method", "nowhere:Mine"], 2, "there is no module 'nowhere'"),
         (["--model", "nowhere"], 2, "nowhere does not exist"),
         (["--model", "README.md"], 1, "README.md is no safetensors file"),
     ],

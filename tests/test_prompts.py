@@ -379,7 +379,8 @@ def test_a_file_of_prompts_is_drawn_in_order(tmp_path: Path, capsys: pytest.Capt
         "  a (blue:1.3) tree  ",
         "--help",
         "a red tent",
-        '{"prompt": "# no comment", "width": 136, "num_steps": 2, "guidance-scale": 4, "cosine_scales": [1, 2.5, 3]}',
+        '{"prompt": "# no comment", "width": 136, "num_steps": 2, "guidance-scale": 4, "method": "demofusion", '
+        '"cosine_scales": [1, 2.5, 3]}',
         '{"prompt": "", "negative_prompt": "--seed=1", "prompt_2": "a moon", "seed": 7, "method": "cutdiffusion"}',
     ]
     file.write_bytes("\n".join(lines).encode())
@@ -387,7 +388,7 @@ def test_a_file_of_prompts_is_drawn_in_order(tmp_path: Path, capsys: pytest.Capt
     assert main(["--prompts", str(file), *QUICK, *options, "--out", str(out)]) == 0
     names = [
         *("0001-direct-128x128", "0004-direct-128x128", "0005-direct-128x128"),
-        *("0006-direct-128x128", "0007-direct-136x128", "0008-cutdiffusion-128x128"),
+        *("0006-direct-128x128", "0007-demofusion-136x128", "0008-cutdiffusion-128x128"),
     ]
     seeds = [(0, 1)] * 5 + [(7, 8)]
     expected = [f"{name}-seed{seed}.png" for name, pair in zip(names, seeds, strict=True) for seed in pair]
@@ -400,5 +401,7 @@ def test_a_file_of_prompts_is_drawn_in_order(tmp_path: Path, capsys: pytest.Capt
     assert [record["negative_prompt"] for record in records] == ["a house"] * 5 + ["--seed=1"]
     assert [record["num_steps"] for record in records] == [1, 1, 1, 1, 2, 1]
     assert [record["prompt_2"] for record in records] == [None] * 5 + ["a moon"]
-    assert (records[4]["guidance_scale"], records[4]["cosine_scales"]) == (4.0, [1.0, 2.5, 3.0])
+    assert records[4]["guidance"] == "cfg,guidance_scale=4.0"
+    assert records[4]["method"].endswith(",cosine_scales=(1.0,2.5,3.0)")
+    assert records[5]["method"].startswith("cutdiffusion,stride=None,")
     assert all("Clip skip: 1" in text for _, _, text in found)

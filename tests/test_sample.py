@@ -73,7 +73,7 @@ def test_the_picture_carries_its_parameters_and_its_record(tmp_path: Path, capsy
 
     record = json.loads(path.with_suffix(".json").read_text())
     assert record["prompt"] == prompt
-    assert (record["seed"], record["eta"], record["solver"], record["height"]) == (7, 0.5, "ddim", 128)
+    assert (record["seed"], record["solver"], record["height"]) == (7, "ddim,eta=0.5", 128)
     assert record["network_evaluations"] == 2 * 2
     assert set(record["seconds"]) == {"direct", "decode"}
     assert record["peak_memory_bytes"] > 2**20

@@ -47,7 +47,7 @@ def test_the_embedded_vae_reconstructs_true_scenes(model: Model, size: int) -> N
     assert psnr(decoded.clamp(0, 1), truth).mean() >= 34
 
 
-@pytest.mark.parametrize(("num", "share"), [(64, 0.9), pytest.param(500, 0.97, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("num", "share"), [(64, 0.9), pytest.param(500, 0.97, marks=pytest.mark.large)])
 def test_the_embedded_model_draws_what_captions_name(model: Model, num: int, share: float) -> None:
     """Pictures at native size have one body and one subject, of the caption's kind and colour."""
     choices = scenes(num, seed=500).choices

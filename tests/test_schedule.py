@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from published import in_float64, published_ddim, published_euler
+from published import in_float64, published_ddim, published_edm, published_euler
 
-from cutdiff.sampling.noise import (
-    BETA_SCHEDULES,
-    SPACINGS,
-    NoiseConfig,
-    NoiseTable,
-    alphas_cumprod,
-    ddim_schedule,
-    euler_schedule,
-)
+import cutdiff
+from cutdiff.checkpoint.model import Model
+from cutdiff.models.inside import replaced
+from cutdiff.sampling.edm import AnyNoise, EDMConfig
+from cutdiff.sampling.noise import BETA_SCHEDULES, NoiseConfig, NoiseTable, alphas_cumprod
+from cutdiff.sampling.schedules import Karras, Schedule, ddim_schedule, euler_schedule, make_schedule
+from cutdiff.sampling.solvers import Euler
+from cutdiff.settings import SPACINGS, Settings
+from cutdiff.specs import SCHEDULES, SOLVERS, resolve
 
 # The published Euler turns tensors into arrays in a way that numpy 2 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -190,3 +193,145 @@ def test_num_steps_must_fit_the_trained_timesteps(make, num_steps: int) -> None:
 def test_an_unknown_choice_is_an_error_that_lists_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}='other' is not one of \w+, "):
         NoiseConfig(**{name: "other"})
+
+
+# ---- Schedules that are passed in
+
+ON_SIGMAS = ("karras", "exponential", "beta")
+"""The schedules that spread the steps over the model's own sigmas."""
+EDM = EDMConfig(sigma_min=0.01, sigma_max=50.0)
+
+
+def made(spec: Any, noise: AnyNoise, num_steps: int) -> Schedule:
+    return make_schedule(resolve("schedule", spec), Euler(), noise, num_steps)
+
+
+@pytest.mark.parametrize("name", ON_SIGMAS)
+@settings(max_examples=40)
+@given(config=noise_configs(), data=st.data())
+def test_a_schedule_by_name_is_the_published_one(name: str, config: NoiseConfig, data: st.DataObject) -> None:
+    num_steps = data.draw(st.integers(1, config.num_train_timesteps // 2))
+    with in_float64():
+        published = published_euler(config, **{"use_karras_sigmas": False, f"use_{name}_sigmas": True})
+        published.set_timesteps(num_steps)
+    if config.timestep_spacing == "trailing":  # at some lengths they spread the steps down to a timestep too many
+        n = config.num_train_timesteps
+        assume(len(np.arange(n, 0, -n / num_steps)) == num_steps)
+    ours = made(name, config, num_steps)
+    np.testing.assert_allclose(ours.sigmas[:-1], published.sigmas[:-1].numpy(), rtol=1e-5)
+    np.testing.assert_allclose(ours.timesteps, published.timesteps.numpy(), rtol=1e-5, atol=1e-4)
+    assert ours.sigmas[-1] == 0
+    assert ours.targets == ours.sigmas[1:]
+    assert ours.init_scale == pytest.approx(float(published.init_noise_sigma), rel=1e-5)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("num_steps", [1, 2, 20])
+def test_karras_by_name_is_the_karras_of_the_model(spacing: str, num_steps: int) -> None:
+    config = NoiseConfig(timestep_spacing=spacing)
+    own = euler_schedule(NoiseConfig(timestep_spacing=spacing, use_karras_sigmas=True), num_steps)
+    assert made("karras", config, num_steps).digest == own.digest
+
+
+@pytest.mark.parametrize("config", [NoiseConfig(), NoiseConfig(timestep_spacing="trailing")])
+def test_a_list_of_sigmas_is_the_published_one(config: NoiseConfig) -> None:
+    sigmas = [14.0, 9.5, 3.0, 0.7, 0.031, 0.0]
+    with in_float64():
+        published = published_euler(config)
+        published.set_timesteps(sigmas=sigmas)
+    for given_as in (sigmas, tuple(sigmas), "14,9.5,3,0.7,0.031,0", f"list,values={sigmas}"):
+        ours = made(given_as, config, 5)
+        assert ours.sigmas == tuple(sigmas)
+        np.testing.assert_allclose(ours.timesteps, published.timesteps.numpy(), atol=1e-4)
+        assert ours.init_scale == pytest.approx(float(published.init_noise_sigma), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["karras", "exponential"])
+@pytest.mark.parametrize("num_steps", [2, 3, 30])
+def test_on_an_edm_model_a_schedule_is_the_published_one(name: str, num_steps: int) -> None:
+    """The published exponential schedule is another one at a single step."""
+    published = published_edm(replace(EDM, sigma_schedule=name))
+    published.set_timesteps(num_steps)
+    ours = made(name, EDM, num_steps)
+    np.testing.assert_allclose(ours.sigmas, published.sigmas.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(ours.timesteps, published.timesteps.numpy(), atol=1e-5)
+    assert ours.init_scale == pytest.approx(published.init_noise_sigma)
+
+
+def test_on_an_edm_model_beta_spreads_the_steps_between_its_sigmas() -> None:
+    ours, symmetric = made("beta", EDM, 9), (EDM.sigma_max + EDM.sigma_min) / 2
+    assert (ours.sigmas[0], ours.sigmas[4], ours.sigmas[8]) == pytest.approx((EDM.sigma_max, symmetric, EDM.sigma_min))
+    assert ours.timesteps == pytest.approx([math.log(sigma) / 4 for sigma in ours.sigmas[:-1]])
+
+
+@pytest.mark.parametrize("noise", [NoiseConfig(), NoiseConfig(rescale_betas_zero_snr=True), EDM])
+@pytest.mark.parametrize("name", ON_SIGMAS)
+def test_one_step_goes_from_the_models_first_sigma_to_0(noise: AnyNoise, name: str) -> None:
+    first = made("model", noise, 1).sigmas[0]
+    assert made(name, noise, 1).sigmas == (pytest.approx(first), 0)
+
+
+@pytest.mark.parametrize("noise", [NoiseConfig(), EDM], ids=["betas", "edm"])
+@pytest.mark.parametrize("schedule", [*(name for name in SCHEDULES if name != "list"), "14,2,0.5,0"])
+def test_every_solver_draws_on_every_schedule(tiny_model: Model, noise: AnyNoise, schedule: str) -> None:
+    model = replace(tiny_model, noise=noise)
+    for solver in SOLVERS:
+        options = {"method": "direct", "num_steps": 3, "height": 64, "width": 64}
+        steps = list(cutdiff.denoise(model, "a red house", schedule=schedule, solver=solver, **options))
+        assert [step.sigma for step in steps][1:] == sorted([step.sigma for step in steps][1:], reverse=True)
+        assert steps[-1].latents.isfinite().all()
+
+
+def test_the_shapes_of_a_schedule_are_its_options() -> None:
+    assert Settings(schedule="karras", rho=3).schedule == Settings(schedule="karras,rho=3").schedule == Karras(3.0)
+    assert made("karras,rho=1", NoiseConfig(), 3).sigmas[1] == pytest.approx(
+        sum(made("model", NoiseConfig(), 3).sigmas[:3:2]) / 2
+    )
+    assert made("beta,alpha=1,beta=1", NoiseConfig(), 5).digest != made("beta", NoiseConfig(), 5).digest
+
+
+class Given:
+    """A schedule of one's own."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = values
+
+    def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
+        return self.values
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ([1.0, 2.0, 3.0, 0.0], r"schedule gives the sigmas \[1.0, 2.0, 3.0, 0.0\]: they must fall at every step"),
+        ([3.0, 2.0, 2.0, 0.0], ".*they must fall at every step, and end with 0"),
+        ([3.0, 0.0, 2.0, 0.0], ".*they must fall at every step, and end with 0"),
+        ([3.0, 0.0, 0.0, 0.0], ".*they must fall at every step, and end with 0"),
+        ([3.0, 2.0, 1.0, 0.5], ".*they must fall at every step, and end with 0"),
+        ([3.0, 2.0, 0.0], "schedule gives 3 sigmas where num_steps=3 needs 4, the last one 0: give num_steps=2"),
+        ([3.0, 2.0, 1.0, 0.5, 0.0], "schedule gives 5 sigmas where num_steps=3 needs 4, .* give num_steps=4"),
+        ([], r"schedule=\(\) must hold two sigmas or more"),
+        ([0.0], r"schedule=\(0.0,\) must hold two sigmas or more"),
+        ([3.0, math.nan, 1.0, 0.0], r"values=.*nan.* must be a list of numbers"),
+        ([math.inf, 2.0, 1.0, 0.0], r"values=.*inf.* must be a list of numbers"),
+        ([3.0, 2.0, -1.0, 0.0], r"values=.*-1.0.* must be a list of numbers"),
+        ([3.0, "2", 1.0, 0.0], r"values=.*'2'.* must be a list of numbers"),
+        ("3,2,one,0", "schedule='3,2,one,0' must be numbers with commas between them"),
+        (Given(3.0, math.nan, 1.0, 0.0), r"schedule gives the sigmas \[3.0, nan, 1.0, 0.0\]: they must fall"),
+        (Given(math.inf, 2.0, 1.0, 0.0), r"schedule gives the sigmas \[inf, 2.0, 1.0, 0.0\]: they must fall"),
+        (Given(), "schedule gives 0 sigmas where num_steps=3 needs 4, the last one 0: give num_steps=1, or other"),
+        ("karras,rho=0.5", "rho=0.5 must be a finite number in 1 … 1000"),
+        ("beta,alpha=0", "alpha=0 must be a finite number in 0.001 … 1000"),
+        ("karas", "schedule='karas' is not one of model, karras, .*did you mean 'karras'"),
+        (5, "schedule=5 must be an object with `sigmas"),
+    ],
+)
+def test_sigmas_that_cannot_be_are_one_error_before_any_work(tiny_model: Model, schedule: Any, message: str) -> None:
+    def work(*_: Any, **__: Any) -> Any:
+        raise AssertionError("work was done")
+
+    with replaced(tiny_model.unet, forward=work), replaced(tiny_model.text.text_encoder, forward=work):
+        for solver in SOLVERS:
+            with pytest.raises(ValueError, match=f"^{message}") as error:
+                cutdiff.denoise(tiny_model, "a red house", schedule=schedule, solver=solver, num_steps=3)
+            assert "\n" not in str(error.value)

@@ -12,11 +12,27 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from published import in_float64, published_ddim, published_euler
+from published import drawing, in_float64, published_ancestral, published_ddim, published_dpmpp_2m, published_euler
 from torch import Tensor
 
-from cutdiff.sampling.noise import BETA_SCHEDULES, NoiseConfig, Schedule, euler_schedule
-from cutdiff.sampling.solvers import Phase, Solver, Stage, Step, euler_step, make_solver, noise_scale, solve
+import cutdiff
+from cutdiff.checkpoint.model import Model
+from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.noise import BETA_SCHEDULES, NoiseConfig
+from cutdiff.sampling.operators import average, views
+from cutdiff.sampling.schedules import (
+    Karras,
+    ModelSchedule,
+    Schedule,
+    SigmaSchedule,
+    ddim_schedule,
+    euler_schedule,
+    make_schedule,
+)
+from cutdiff.sampling.solvers import DDIM, DPMpp2M, Euler, EulerAncestral, Solver, euler_step, noise_scale, noisy_step
+from cutdiff.sampling.stages import Phase, Stage, Step, solve
+from cutdiff.settings import Settings
+from cutdiff.specs import SOLVERS, resolve
 
 # The published Euler turns tensors into arrays in a way that numpy 2 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -25,6 +41,7 @@ SHAPE = (2, 4, 5, 3)
 NOISE = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) / 2
 TOLERANCE = 1e-5
+MODEL = ModelSchedule()
 
 PREDICTIONS = pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 ZERO_SNR = pytest.mark.parametrize("zero_snr", [False, True], ids=["plain", "zero-snr"])
@@ -54,8 +71,10 @@ class Trajectory(NamedTuple):
     latents: list[Tensor]
 
 
-def solve_ours(config: NoiseConfig, solver: Solver, num_steps: int, fresh: Tensor) -> tuple[Schedule, list[Step]]:
-    schedule = solver.make_schedule(config, num_steps)
+def solve_ours(
+    config: NoiseConfig, solver: Solver, num_steps: int, fresh: Tensor, sigmas: SigmaSchedule = MODEL
+) -> tuple[Schedule, list[Step]]:
+    schedule = make_schedule(sigmas, solver, config, num_steps)
 
     def denoise(x: Tensor, sigma: float, i: int) -> Tensor:
         return estimate(x, sigma, schedule.timesteps[i], config.prediction_type)
@@ -65,7 +84,7 @@ def solve_ours(config: NoiseConfig, solver: Solver, num_steps: int, fresh: Tenso
 
 
 def ours_euler(config: NoiseConfig, num_steps: int) -> Trajectory:
-    schedule, steps = solve_ours(config, make_solver("euler"), num_steps, NOISE[:0])
+    schedule, steps = solve_ours(config, Euler(), num_steps, NOISE[:0])
     return Trajectory(NOISE * schedule.init_scale, [step.latents for step in steps])
 
 
@@ -81,11 +100,15 @@ def theirs_euler(config: NoiseConfig, num_steps: int, dtype: torch.dtype) -> Tra
     return Trajectory(start, latents)
 
 
-def ours_ddim(config: NoiseConfig, num_steps: int, eta: float, fresh: Tensor) -> Trajectory:
-    schedule, steps = solve_ours(config, make_solver("ddim", eta), num_steps, fresh)
-    # x = x0 + sigma·noise over sqrt(1 + sigma²) is the state of the published DDIM.
+def in_vp(schedule: Schedule, steps: list[Step]) -> Trajectory:
+    """Our states over sqrt(1 + sigma²), which are those of the published DDIM and DPM-Solver++."""
     latents = [step.latents / math.sqrt(1 + schedule.sigmas[step.index + 1] ** 2) for step in steps]
     return Trajectory(NOISE * schedule.init_scale / math.sqrt(1 + schedule.sigmas[0] ** 2), latents)
+
+
+def ours_ddim(config: NoiseConfig, num_steps: int, eta: float, fresh: Tensor) -> Trajectory:
+    schedule, steps = solve_ours(config, DDIM(eta), num_steps, fresh)
+    return in_vp(schedule, steps)
 
 
 def theirs_ddim(config: NoiseConfig, num_steps: int, eta: float, fresh: Tensor, dtype: torch.dtype) -> Trajectory:
@@ -160,8 +183,53 @@ def test_ddim_goes_where_the_published_one_goes(
 
 def begins_without_signal(config: NoiseConfig, num_steps: int) -> bool:
     """Tell whether the first step reads the last timestep and that has a signal-to-noise ratio of zero."""
-    first = make_solver("ddim").make_schedule(config, num_steps).timesteps[0]
+    first = ddim_schedule(config, num_steps).timesteps[0]
     return config.rescale_betas_zero_snr and first == config.num_train_timesteps - 1
+
+
+@PREDICTIONS
+@ZERO_SNR
+@pytest.mark.parametrize("sigmas", [MODEL, Karras()], ids=["plain", "karras"])
+def test_dpmpp_2m_goes_where_the_published_one_goes(
+    prediction_type: str, zero_snr: bool, sigmas: SigmaSchedule
+) -> None:
+    """Every step of ours in float32 against theirs computed in float64; both end with a step of first order."""
+    base = NoiseConfig(prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
+    for spacing, num_steps in itertools.product(("leading", "trailing"), (1, 2, 3, 7, 20, 50)):
+        config = replace(base, timestep_spacing=spacing)
+        schedule, steps = solve_ours(config, DPMpp2M(), num_steps, NOISE[:0], sigmas)
+        ours = in_vp(schedule, steps)
+        with in_float64():
+            scheduler = published_dpmpp_2m(config, schedule)
+            x = ours.start.double()
+            latents = []
+            for t in scheduler.timesteps:
+                x = scheduler.step(network(x, t.item()), t, x, return_dict=False)[0]
+                latents.append(x)
+        assert_same(ours, Trajectory(ours.start, latents), (config, num_steps))
+
+
+@PREDICTIONS
+@ZERO_SNR
+@pytest.mark.parametrize("sigmas", [MODEL, Karras()], ids=["plain", "karras"])
+def test_the_ancestral_solver_goes_where_the_published_one_goes(
+    prediction_type: str, zero_snr: bool, sigmas: SigmaSchedule
+) -> None:
+    """Every step of ours in float32 against theirs computed in float64, with the same noise."""
+    base = NoiseConfig(prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
+    for spacing, num_steps in itertools.product(("leading", "trailing"), (1, 2, 7, 20, 50)):
+        config, fresh = replace(base, timestep_spacing=spacing), fresh_noise(num_steps)
+        schedule, steps = solve_ours(config, EulerAncestral(), num_steps, fresh, sigmas)
+        with in_float64(), drawing(fresh):
+            scheduler = published_ancestral(config, schedule)
+            x = NOISE.double() * scheduler.init_noise_sigma
+            start, latents = x, []
+            for t in scheduler.timesteps:
+                prediction = network(scheduler.scale_model_input(x, t), t.item())
+                x = scheduler.step(prediction, t, x, return_dict=False)[0]
+                latents.append(x)
+        ours = Trajectory(NOISE * schedule.init_scale, [step.latents for step in steps])
+        assert_same(ours, Trajectory(start, latents), (config, num_steps))
 
 
 @PREDICTIONS
@@ -203,11 +271,15 @@ def test_ddim_stays_finite_where_the_published_one_divides_by_zero() -> None:
 def test_ddim_without_eta_is_euler_on_the_same_timesteps() -> None:
     """Spacing "leading" fits DDIM's stride; alpha one makes both end at sigma 0."""
     config = NoiseConfig(set_alpha_to_one=True, steps_offset=0)
-    euler, ddim = make_solver("euler").make_schedule(config, 20), make_solver("ddim").make_schedule(config, 20)
+    euler, ddim = (make_schedule(MODEL, solver, config, 20) for solver in (Euler(), DDIM()))
     assert euler.timesteps == ddim.timesteps
     np.testing.assert_allclose(euler.sigmas, ddim.sigmas, rtol=1e-12)
     np.testing.assert_allclose(euler.targets, ddim.targets, rtol=1e-12)
     assert all(ddim.rescale(i) == 1 for i in range(20))
+
+
+def no_noise(shape: tuple[int, ...], step: int) -> Tensor:
+    raise AssertionError(f"noise of step {step} was asked for")
 
 
 sigmas = st.floats(1e-2, 1e3)
@@ -252,7 +324,7 @@ def test_two_steps_along_one_line_are_one(seed: int, sigma: float, first: float,
 def test_a_step_to_zero_returns_denoised_to_the_bit(seed: int, sigma: float, eta: float) -> None:
     x, denoised = (tensor.float() for tensor in randn(seed, 2))
     assert torch.equal(euler_step(x, denoised, sigma, 0.0), denoised)
-    assert torch.equal(make_solver("ddim", eta).step(x, denoised, sigma, 0.0), denoised)
+    assert torch.equal(noisy_step(x, denoised, sigma, 0.0, eta, no_noise, 0), denoised)
 
 
 @given(sigmas, fractions, fractions)
@@ -270,7 +342,7 @@ def test_eta_trades_old_noise_for_fresh_and_keeps_the_variance(
 ) -> None:
     x0, old, fresh = randn(seed, 3)
     target = sigma * fraction
-    x = make_solver("ddim", eta).step(x0 + sigma * old, x0, sigma, target, fresh)
+    x = noisy_step(x0 + sigma * old, x0, sigma, target, eta, lambda shape, step: fresh, 0)
     up = noise_scale(sigma, target, eta)
     assert up <= target
     kept = math.sqrt(max(0.0, target**2 - up**2))
@@ -281,32 +353,45 @@ def test_a_step_changes_none_of_its_arguments() -> None:
     tensors = randn(0, 3)
     before = [tensor.clone() for tensor in tensors]
     x, denoised, noise = tensors
-    make_solver("ddim", 0.7).step(x, denoised, 2.0, 1.0, noise)
+    schedule = make_schedule(resolve("schedule", [2.0, 1.0, 0.0]), Euler(), NoiseConfig(), 2)
+    for solver in (*(resolve("solver", name) for name in SOLVERS), DDIM(0.7)):
+        take = solver.start(schedule, lambda shape, step: noise)
+        for i in range(2):
+            take(x, denoised, i)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
 def test_a_solver_that_cannot_be_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"solver 'heun' is not one of euler, ddim"):
-        make_solver("heun")
-    with pytest.raises(ValueError, match=r"eta=0.5 needs the ddim solver, not euler"):
-        make_solver("euler", 0.5)
+    with pytest.raises(ValueError, match=r"solver='leapfrog' is not one of euler, ddim"):
+        resolve("solver", "leapfrog")
+    with pytest.raises(ValueError, match=r"eta=0.5 is no option of solver euler, .* but of ddim, euler_ancestral"):
+        Settings(solver="euler", eta=0.5)
     for eta in (-0.1, 1.5, math.nan, math.inf):
-        with pytest.raises(ValueError, match=rf"eta={eta} must be between 0 and 1"):
-            make_solver("ddim", eta)
+        with pytest.raises(ValueError, match=rf"eta={eta} must be a finite number in 0 … 1"):
+            DDIM(eta)
 
 
-def test_eta_without_noise_is_an_error() -> None:
-    x, denoised = randn(0, 2)
-    with pytest.raises(ValueError, match=r"eta=0\.5 adds noise at every step"):
-        make_solver("ddim", 0.5).step(x, denoised, 2.0, 1.0)
+def test_noise_is_asked_only_for_what_is_needed() -> None:
+    """Neither a solver without fresh noise nor a step to sigma 0 draws any."""
+    x, denoised = (tensor.float() for tensor in randn(0, 2))
+    schedule = make_schedule(resolve("schedule", [2.0, 1.0, 0.0]), Euler(), NoiseConfig(), 2)
+    for solver in ("euler", "ddim", "dpmpp_2m", "euler_ancestral,eta=0"):
+        take = resolve("solver", solver).start(schedule, no_noise)
+        for i in range(2):
+            take(x, denoised, i)
+    for solver in ("ddim,eta=0.5", "euler_ancestral"):
+        take = resolve("solver", solver).start(schedule, no_noise)
+        assert torch.equal(take(x, denoised, 1), denoised)
+        with pytest.raises(AssertionError, match="was asked for"):
+            take(x, denoised, 0)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(sum), st.sampled_from([0.0, 0.5]))
 def test_solve_yields_every_step_of_every_stage_in_order(lengths: list[int], eta: float) -> None:
     num_steps = sum(lengths)
     ends = list(itertools.accumulate(lengths))
-    solver = make_solver("ddim", eta)
-    schedule = solver.make_schedule(NoiseConfig(), num_steps)
+    solver = DDIM(eta)
+    schedule = ddim_schedule(NoiseConfig(), num_steps)
     calls, asked = [], []
 
     def stage(name: str, start: int, stop: int) -> Stage:
@@ -340,7 +425,7 @@ def test_solve_takes_a_step_only_when_it_is_asked_for() -> None:
         calls.append(i)
         return torch.zeros_like(x)
 
-    solver = make_solver("euler")
+    solver = Euler()
     schedule = euler_schedule(NoiseConfig(), 5)
     steps = solve([Stage("all", range(5), denoise)], NOISE, schedule, solver, lambda shape, i: NOISE)
     assert calls == []
@@ -352,7 +437,7 @@ def test_solve_takes_a_step_only_when_it_is_asked_for() -> None:
 
 def test_solve_neither_changes_the_start_nor_records_gradients() -> None:
     start = NOISE.clone().requires_grad_()
-    solver = make_solver("euler")
+    solver = Euler()
     schedule = euler_schedule(NoiseConfig(), 3)
     stages = [Stage("all", range(3), lambda x, sigma, i: 0.9 * x)]
     steps = list(solve(stages, start, schedule, solver, lambda shape, i: NOISE))
@@ -360,10 +445,10 @@ def test_solve_neither_changes_the_start_nor_records_gradients() -> None:
     assert not any(step.latents.requires_grad for step in steps)
 
 
-@pytest.mark.parametrize("name", ["euler", "ddim"])
+@pytest.mark.parametrize("name", SOLVERS)
 def test_a_phase_begins_from_what_came_before_and_goes_through_the_schedule_again(name: str) -> None:
-    solver = make_solver(name)
-    schedule = solver.make_schedule(NoiseConfig(), 3)
+    solver: Solver = resolve("solver", name)
+    schedule = make_schedule(MODEL, solver, NoiseConfig(), 3)
     seen: list[tuple[tuple[int, ...], float, int]] = []
 
     def denoise(x: Tensor, sigma: float, i: int) -> Tensor:
@@ -384,8 +469,110 @@ def test_a_phase_begins_from_what_came_before_and_goes_through_the_schedule_agai
     assert [step.index for step in steps] == list(range(6))
     assert [step.stage for step in steps] == ["small"] * 3 + ["large"] * 3
     x = steps[2].latents.repeat(1, 1, 2, 2) + 1
+    take = solver.start(schedule, lambda shape, step: torch.zeros(shape))
     for i in range(3):
         x = x + schedule.sigmas[i]
-        x = solver.step(x, 0.5 * x, schedule.sigmas[i], schedule.targets[i]) * schedule.rescale(i)
+        x = take(x, 0.5 * x, i)
         expected = x if i < 2 else x - steps[2].latents.repeat(1, 1, 2, 2)
         torch.testing.assert_close(steps[3 + i].latents, expected)
+
+
+# ---- The memory of a multistep solver
+
+
+def test_dpmpp_2m_is_exact_where_the_estimate_is_constant() -> None:
+    schedule, target = euler_schedule(NoiseConfig(), 12), NOISE.flip(0)
+    start = NOISE * schedule.init_scale
+    steps = solve([Stage("all", range(12), lambda x, sigma, i: target)], start, schedule, DPMpp2M(), no_noise)
+    for step in steps:
+        share = schedule.sigmas[step.index + 1] / schedule.sigmas[0]
+        torch.testing.assert_close(step.latents, target + share * (start - target), rtol=1e-5, atol=1e-5)
+
+
+def second_order(x: Tensor, estimates: list[Tensor], sigmas: tuple[float, ...], i: int) -> Tensor:
+    """Lu et al. 2022, algorithm 2, for alpha = 1, in float64: estimates of the steps up to i, from the first that
+    counts."""
+    x, *estimates = (tensor.double() for tensor in (x, *estimates))
+    if sigmas[i + 1] == 0:
+        return estimates[-1]
+    h = math.log(sigmas[i] / sigmas[i + 1])
+    estimate = estimates[-1]
+    if len(estimates) > 1:
+        r = math.log(sigmas[i - 1] / sigmas[i]) / h
+        estimate = (1 + 1 / (2 * r)) * estimates[-1] - 1 / (2 * r) * estimates[-2]
+    return math.exp(-h) * x - math.expm1(-h) * estimate
+
+
+def test_the_history_of_dpmpp_2m_is_that_of_the_canvas() -> None:
+    """Views move at every step, so that a pixel's last estimate is not that of the same views."""
+    schedule, draws, size, window = euler_schedule(NoiseConfig(), 6), Draws((0, 1)), (12, 9), (6, 5)
+
+    def denoise(x: Tensor, sigma: float, i: int) -> Tensor:
+        origins = draws.view_origins(i, size, window, (4, 3), (1, 1))
+        items = views(x, origins, window)
+        return average(torch.tanh(items - items.mean(dim=(2, 3), keepdim=True)), origins, size)
+
+    x = draws.noise((2, 4, *size)) * schedule.init_scale
+    estimates = []
+    for step in solve([Stage("views", range(6), denoise)], x, schedule, DPMpp2M(), no_noise):
+        estimates.append(denoise(x, step.sigma, step.index))
+        assert torch.equal(step.denoised, estimates[-1])
+        expected = second_order(x, estimates, schedule.sigmas, step.index)
+        torch.testing.assert_close(step.latents, expected.float(), rtol=1e-5, atol=1e-5)
+        x = step.latents
+
+
+def bend(x: Tensor, sigma: float, i: int) -> Tensor:
+    """An estimate that changes from step to step."""
+    return torch.tanh(x / math.hypot(sigma, 1)) + 0.1 * i
+
+
+@pytest.mark.parametrize("spec", ["dpmpp_2m", "euler_ancestral"])
+def test_stages_on_one_canvas_share_the_memory_of_the_solver(spec: str) -> None:
+    solver, schedule, fresh = resolve("solver", spec), euler_schedule(NoiseConfig(), 6), fresh_noise(6)
+    start = NOISE * schedule.init_scale
+
+    def run(*stages: Stage) -> list[Tensor]:
+        return [step.latents for step in solve(stages, start, schedule, solver, lambda shape, i: fresh[i])]
+
+    whole = run(Stage("all", range(6), bend))
+    parts = run(*(Stage(str(steps), steps, bend) for steps in (range(1), range(1, 1), range(1, 4), range(4, 6))))
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_dpmpp_2m_forgets_what_it_estimated_on_another_canvas(first: int) -> None:
+    schedule, begun = euler_schedule(NoiseConfig(), 6), 20 * NOISE.repeat(1, 1, 2, 2)
+    phase_steps = range(6 + first, 12)
+    large = Phase(phase_steps, (10, 6), lambda previous: (begun, Stage("large", phase_steps, bend)))
+    stages = [Stage("small", range(6), bend), large]
+    *_, last = solve(stages, NOISE * schedule.init_scale, schedule, DPMpp2M(), no_noise)
+    x, estimates = begun, []
+    for i in range(first, 6):
+        estimates.append(bend(x, schedule.sigmas[i], 6 + i))
+        x = second_order(x, estimates, schedule.sigmas, i).float()
+    torch.testing.assert_close(last.latents, x, rtol=1e-5, atol=1e-5)
+
+
+# ---- Fresh noise
+
+
+@pytest.mark.parametrize("method", ["direct", "cutdiffusion", "multidiffusion", "magnify", "demofusion"])
+def test_ancestral_noise_is_drawn_on_the_canvas_once_a_step(tiny_model: Model, method: str) -> None:
+    """The last step of each canvas goes to sigma 0 and draws none."""
+    asked: list[tuple[tuple[int, ...], int | None]] = []
+
+    class Recorded(Draws):
+        def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
+            asked.append((shape, step))
+            return super().noise(shape, step)
+
+    options = {"method": method, "solver": "euler_ancestral", "num_steps": 3, "height": 96, "width": 128}
+    prompts = ["a red house", "a blue tree"]
+    steps = list(cutdiff.denoise(tiny_model, prompts, draws=Recorded((0, 1)), **options))
+    canvases = [tuple(step.latents.shape) for step in steps]
+    added = [(shape, step.index) for shape, step in zip(canvases, steps, strict=True) if step.index % 3 < 2]
+    assert asked == [(canvases[0], None), *added]
+    other = list(cutdiff.denoise(tiny_model, prompts, draws=Recorded((0, 2)), **options))[-1].latents
+    torch.testing.assert_close(other[0], steps[-1].latents[0], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(other[1], steps[-1].latents[1], rtol=0.1)

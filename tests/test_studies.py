@@ -19,7 +19,11 @@ import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.evaluation import score
 from cutdiff.evaluation.testbed import Testbed
-from cutdiff.methods import METHODS, direct
+from cutdiff.methods import METHODS
+from cutdiff.methods.direct import direct
+from cutdiff.methods.shared import Run
+from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.stages import Stage
 
 CELLS = {studies.result_path(cell).name: cell for cells in studies.STUDIES.values() for cell in cells}
 
@@ -95,14 +99,19 @@ def test_magnify_without_its_hold_draws_something_else(tiny_model: Model) -> Non
 
 def test_contiguous_patches_are_whole_pictures_side_by_side(tiny_model: Model) -> None:
     """Without interaction and views, each tile is the native picture of its own noise."""
-    from cutdiff.sampling.draws import Draws
 
     class Tiled(Draws):
         def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
             return super().noise((*shape[:2], 16, 16), step)[:, :, : shape[2], : shape[3]]
 
-    options = {"structure_fraction": 1.0, "interaction": "none", "draws": Tiled((3,))}
-    canvas = latents(tiny_model, variants.contiguous_patches, **options)
+        def permutation(self, step: int, grid: Any, shape: tuple[int, ...], grain: str) -> None:
+            return None
+
+    def structure_alone(run: Run) -> list[Stage]:
+        structure, _ = variants.contiguous_patches(run)
+        return [replace(structure, steps=range(run.num_steps))]
+
+    canvas = latents(tiny_model, structure_alone, draws=Tiled((3,)))
     native = latents(tiny_model, "direct", height=64, width=64, draws=Tiled((3,)))
     torch.testing.assert_close(canvas[:, :, :8, :8], native, rtol=1e-3, atol=1e-4)
 
@@ -125,9 +134,9 @@ def test_every_result_is_of_a_cell_and_of_the_embedded_model(model: Model) -> No
         if path.name.startswith("truth-"):
             assert result["scores"]["one of each"]["value"] > 0.99
             continue
-        assert studies.completed(result["settings"]) == json.loads(json.dumps(CELLS[path.name].settings.described())), (
-            path.name
-        )
+        settings = CELLS[path.name].settings
+        described = json.loads(json.dumps(settings.described()))
+        assert studies.completed(result["settings"], settings) == described, path.name
         assert result["num"] >= 20
         assert result["caption_seed"] == (studies.CHOICE_SEED if "seed=" in path.name else score.CAPTION_SEED)
         assert (result["model"]["sha256"] == model.hashes) == (path.parent == studies.RESULTS), path.name
@@ -172,7 +181,7 @@ def test_a_study_measures_what_is_missing(tmp_path: Path, model: Model, capsys: 
     assert figures.rows(cells, results)[0]["num"] == 2
     assert "wrote" in capsys.readouterr().out
     studies.measure(cells, testbed, results)
-    assert not capsys.readouterr().out, "it is there already"
+    assert capsys.readouterr().out == f"{path.name} is there, of 2 pictures or more\n"
     studies.measure(cells, replace(testbed, num=3), results)
     assert figures.rows(cells, results)[0]["num"] == 3, "more pictures are a new result"
     assert len(replace(testbed, num=3).truth(128).whole) == 3, "and have a truth of their own"

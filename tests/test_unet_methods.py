@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,32 +15,60 @@ from published_unet_methods import CONFIG, GUIDANCE, RUNS, STEPS, noise, publish
 from tiny import relative_error
 from torch import Tensor, nn
 
-from cutdiff.methods import METHODS, Run
 from cutdiff.methods.attention_scaling import entropy_factor, scaled_attention
-from cutdiff.methods.hidiffusion import pooling, resampling, top_level, windowed
+from cutdiff.methods.hidiffusion import Plan, changed, pooling, resampling, top_level, windowed
+from cutdiff.methods.hidiffusion import plan_for as hidiffusion_plan
 from cutdiff.methods.scalecrafter import Dilations, plan_for, redilated, redilated_conv
-from cutdiff.models.config import SDXL_UNET, UNetConfig
+from cutdiff.methods.shared import Run
+from cutdiff.models.config import SD15_UNET, SD21_UNET, SDXL_UNET, UNetConfig
 from cutdiff.models.inside import blocks, replaced, size_at
 from cutdiff.models.layers import Attention
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import TransformerBlock, UNet
 from cutdiff.models.windows import attend_in_windows
-from cutdiff.sampling.denoiser import Denoiser
+from cutdiff.sampling.denoiser import Denoiser, Work
 from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.guidance import CFG
 from cutdiff.sampling.noise import NoiseConfig
-from cutdiff.sampling.solvers import make_solver, solve
+from cutdiff.sampling.schedules import ModelSchedule, Schedule, make_schedule
+from cutdiff.sampling.stages import Phase, Stage, solve
 from cutdiff.scenes.vocabulary import make_text_encoders
-from cutdiff.settings import SOLVER_NAMES
+from cutdiff.specs import SOLVERS, resolve
 
 METHOD_NAMES = ("attention_scaling", "scalecrafter", "hidiffusion")
 EMBEDDED = replace(CONFIG, layers_per_block=1, transformer_layers=(0, 1, 1), mid_transformer_layers=1)
 """A configuration with the embedded model's layout."""
+SD = replace(
+    CONFIG,
+    channels=(8, 16, 16, 16),
+    transformer_layers=(1, 1, 1, 0),
+    mid_transformer_layers=1,
+    num_heads=(1, 2, 2, 2),
+    pooled_dim=0,
+    size_embedding_dim=0,
+    linear_projections=False,
+)
+"""A configuration with the layout of SD 1.5, which reads neither pooled text nor sizes; SD 2.1 differs in widths."""
 
 
 def make_unet(config: UNetConfig = CONFIG) -> UNet:
     unet = UNet(config).eval().requires_grad_(False)
     unet.load_state_dict(weights(unet.state_dict()), strict=True)
     return unet
+
+
+def schedule_for(solver: str, num_steps: int) -> Schedule:
+    return make_schedule(ModelSchedule(), resolve("solver", solver), NoiseConfig(), num_steps)
+
+
+def stages_of(method: str, run: Run) -> list[Stage | Phase]:
+    """The stages of a method by its name: of an object with `stages`, or of a plain function."""
+    chosen = resolve("method", method)
+    return getattr(chosen, "stages", chosen)(run)
+
+
+def no_picture(tensor: Tensor) -> Tensor:
+    raise AssertionError("these methods need no VAE")
 
 
 def make_run(
@@ -58,24 +86,25 @@ def make_run(
         TextStates(s.context.repeat(len(seeds), 1, 1).to(dtype), s.pooled.repeat(len(seeds), 1).to(dtype))
         for s in states()
     )
-    schedule = make_solver(solver).make_schedule(NoiseConfig(), num_steps)
+    schedule = schedule_for(solver, num_steps)
     denoiser = Denoiser(
         unet=make_unet(config).to(dtype),
         timestep=schedule.timestep,
         coefficients=NoiseConfig().coefficients,
         positive=positive,
         negative=negative,
-        guidance_scale=guidance_scale,
+        guidance=CFG(guidance_scale),
         factor=8,
-        view_batch_size=view_batch_size,
+        work=Work(view_batch_size),
     )
-    return Run(denoiser, Draws(seeds), size, size, schedule, [""] * len(seeds), make_text_encoders())
+    prompts, text = [""] * len(seeds), make_text_encoders()
+    return Run(denoiser, Draws(seeds), size, size, schedule, prompts, text, no_picture, no_picture)
 
 
 def latents(method: str, run: Run, *, solver: str = "ddim", start: Tensor | None = None) -> Tensor:
-    schedule = make_solver(solver).make_schedule(NoiseConfig(), run.num_steps)
+    schedule = schedule_for(solver, run.num_steps)
     x = (noise(run.size) if start is None else start) * schedule.init_scale
-    steps = solve(METHODS[method](run), x, schedule, make_solver(solver), lambda shape, step: x)
+    steps = solve(stages_of(method, run), x, schedule, resolve("solver", solver), lambda shape, step: x)
     return list(steps)[-1].latents
 
 
@@ -95,14 +124,14 @@ def test_the_published_code_ends_in_the_same_latents(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
-@pytest.mark.parametrize("solver", SOLVER_NAMES)
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_at_native_size_every_method_is_direct_to_the_bit(method: str, solver: str) -> None:
     run = make_run((8, 8), solver=solver, num_steps=4)
     assert torch.equal(latents(method, run, solver=solver), latents("direct", run, solver=solver))
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
-@pytest.mark.parametrize("config", [CONFIG, EMBEDDED], ids=["sdxl", "embedded"])
+@pytest.mark.parametrize("config", [CONFIG, EMBEDDED, SD], ids=["sdxl", "embedded", "sd"])
 @pytest.mark.parametrize("size", [(16, 16), (9, 15), (33, 7), (1, 20)])
 def test_any_size_can_be_drawn_and_differs_from_direct(method: str, config: UNetConfig, size: tuple[int, int]) -> None:
     run = make_run(size, config=config, num_steps=3, solver="euler")
@@ -134,13 +163,13 @@ def test_low_precision_draws_nearly_the_same(method: str) -> None:
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_runs_that_take_turns_do_not_touch_each_other(method: str) -> None:
     """A step changes the network only while it is taken, so that others may use it between steps."""
-    changed, plain = make_run((16, 16), num_steps=3), make_run((16, 16), num_steps=3)
-    plain.denoiser.unet = changed.denoiser.unet
-    schedule = make_solver("ddim").make_schedule(NoiseConfig(), 3)
+    changing, plain = make_run((16, 16), num_steps=3), make_run((16, 16), num_steps=3)
+    plain = replace(plain, denoiser=replace(plain.denoiser, unet=changing.denoiser.unet))
+    schedule = schedule_for("ddim", 3)
     x = noise((16, 16)) * schedule.init_scale
     both = (
-        solve(METHODS[name](run), x, schedule, make_solver("ddim"), lambda step: x)
-        for name, run in ((method, changed), ("direct", plain))
+        solve(stages_of(name, run), x, schedule, resolve("solver", "ddim"), lambda shape, step: x)
+        for name, run in ((method, changing), ("direct", plain))
     )
     last = list(zip(*both, strict=True))[-1]
     assert torch.equal(last[0].latents, latents(method, make_run((16, 16), num_steps=3)))
@@ -152,13 +181,13 @@ def test_noise_damped_guidance_is_counted(size: tuple[int, int], evaluations: in
     """Each of the first 70% of the steps takes one evaluation more, of the negative row alone."""
     run = make_run(size)
     latents("scalecrafter", run)
-    assert run.denoiser.evaluations == evaluations
+    assert run.denoiser.work.evaluations == evaluations
 
 
 def test_without_guidance_nothing_is_damped() -> None:
     run = make_run((32, 32), guidance_scale=1.0)
     assert latents("scalecrafter", run).isfinite().all()
-    assert run.denoiser.evaluations == 10
+    assert run.denoiser.work.evaluations == 10
 
 
 # ---- What a change leaves behind
@@ -169,28 +198,32 @@ def snapshot(unet: UNet) -> dict[str, dict[str, Any]]:
     return {name: {k: v for k, v in vars(m).items() if not k.startswith("_")} for name, m in unet.named_modules()}
 
 
-CHANGES: dict[str, Callable[[Run], AbstractContextManager[None]]] = {
+LEVEL_1 = top_level(CONFIG)
+Changed = Callable[[Run], AbstractContextManager[Denoiser | None]]
+"""Changes the network of a run; the block gets the denoiser to call, None where that is the run's own."""
+CHANGES: dict[str, Changed] = {
     "scaled attention": lambda run: scaled_attention(run.denoiser.unet, run.size),
     "re-dilation": lambda run: redilated(run.denoiser.unet, plan_for(4).dilations),
-    "resampling": lambda run: resampling(run.denoiser.unet, (2, 2)),
-    "pooling": lambda run: pooling(run.denoiser.unet, (2, 2), run.size),
-    "windows": lambda run: windowed(run, (2, 2), 0),
+    "resampling": lambda run: resampling(run.denoiser.unet, LEVEL_1, (2, 2)),
+    "pooling": lambda run: pooling(run.denoiser.unet, LEVEL_1, (2, 2)),
+    "windows": lambda run: nullcontext(windowed(run, (2, 2), 0)),
+    "all of HiDiffusion": lambda run: changed(run, (2, 2), Plan(LEVEL_1, range(1), LEVEL_1, range(1)), 0),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_change_leaves_no_trace_even_after_an_error(change: Callable[[Run], AbstractContextManager[None]]) -> None:
+def test_a_change_leaves_no_trace_even_after_an_error(change: Changed) -> None:
     run = make_run((16, 16), num_steps=4)
     before, x = snapshot(run.denoiser.unet), 10 * noise(run.size)
-    plain = run.denoiser(x, 10.0)
-    with change(run):
-        assert relative_error(run.denoiser(x, 10.0), plain) > 1e-4
+    plain = run.denoiser(x, 10.0, 0)
+    with change(run) as denoiser:
+        assert relative_error((denoiser or run.denoiser)(x, 10.0, 0), plain) > 1e-4
     assert snapshot(run.denoiser.unet) == before
     with pytest.raises(KeyboardInterrupt), change(run):
         raise KeyboardInterrupt
     assert snapshot(run.denoiser.unet) == before
     assert run.denoiser.network is None
-    assert torch.equal(run.denoiser(x, 10.0), plain)
+    assert torch.equal(run.denoiser(x, 10.0, 0), plain)
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
@@ -346,13 +379,14 @@ def test_dilations_shrink_to_2() -> None:
 def test_damped_guidance_takes_the_direction_from_one_network_and_the_base_from_another() -> None:
     run = make_run((32, 32))
     x, sigma, plan = 10 * noise(run.size), 10.0, plan_for(4)
-    denoise = METHODS["scalecrafter"](run)[0].denoise
-    found = denoise(x, sigma, 0)
+    stage = stages_of("scalecrafter", run)[0]
+    assert isinstance(stage, Stage)
+    found = stage.denoise(x, sigma, 0)
 
     def predicted(dilations: Dilations, guidance_scale: float) -> Tensor:
-        denoiser = replace(run.denoiser, guidance_scale=guidance_scale)
+        denoiser = replace(run.denoiser, guidance=CFG(guidance_scale))
         with redilated(run.denoiser.unet, dilations):
-            return (x - denoiser(x, sigma)) / sigma
+            return (x - denoiser(x, sigma, 0)) / sigma
 
     assert plan.base is not None
     wide, base = plan.dilations.shrunk(1), plan.base.shrunk(1)
@@ -410,11 +444,12 @@ def test_rau_net_shrinks_the_deep_levels_and_gives_back_the_size(config: UNetCon
     unet, seen = run.denoiser.unet, []
     hook = unet.mid_block.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[2:]))
     x = 10 * noise(size)
-    for change in (resampling(unet, (2, 2)), pooling(unet, (2, 2), size), resampling(unet, (1, 2))):
+    level = top_level(config)
+    for change in (resampling(unet, level, (2, 2)), pooling(unet, level, (2, 2)), resampling(unet, level, (1, 2))):
         with change:
-            assert run.denoiser(x, 10.0).shape == x.shape
-    with resampling(unet, (2, 2)), pooling(unet, (2, 2), size):
-        assert run.denoiser(x, 10.0).shape == x.shape
+            assert run.denoiser(x, 10.0, 0).shape == x.shape
+    with resampling(unet, level, (2, 2)), pooling(unet, level, (2, 2)):
+        assert run.denoiser(x, 10.0, 0).shape == x.shape
     hook.remove()
     assert seen == [size_at(size, 3), size_at(size, 3), (size_at(size, 2)[0], size_at(size, 3)[1]), size_at(size, 4)]
 
@@ -425,7 +460,7 @@ def test_the_resampler_is_a_dilated_convolution_with_stride_4() -> None:
     assert isinstance(conv, nn.Conv2d)
     x = sample(1, 16, 9, 12)
     expected = F.conv2d(x, spread(conv.weight, 2), conv.bias, stride=4, padding=2)
-    with resampling(unet, (2, 2)):
+    with resampling(unet, LEVEL_1, (2, 2)):
         torch.testing.assert_close(conv(x), expected)
 
 
@@ -436,3 +471,96 @@ def test_an_axis_of_native_size_keeps_its_network() -> None:
     latents("hidiffusion", run)
     hook.remove()
     assert seen == [(2, 2)] * 4 + [(2, 4)] * 6
+
+
+@pytest.mark.parametrize(
+    ("config", "times", "expected"),
+    [
+        # first the level and the steps of 50 in which it is resampled, then those in which it is pooled
+        (SDXL_UNET, 2, Plan(1, range(8), 1, range(8, 20))),
+        (SDXL_UNET, 4, Plan(1, range(15), 1, range(35))),
+        (SD15_UNET, 2, Plan(0, range(20), 1, range(0))),
+        (SD15_UNET, 4, Plan(0, range(35), 1, range(15))),
+        (SD21_UNET, 2, Plan(0, range(20), 1, range(0))),
+        (SD21_UNET, 4, Plan(0, range(35), 1, range(15))),
+        (replace(SD21_UNET, native_size=64), 4, Plan(0, range(35), 1, range(15))),
+    ],
+)
+def test_the_published_plans(config: UNetConfig, times: int, expected: Plan) -> None:
+    """The thresholds T1 and T2 that the published code has for 1024, 2048 and 4096 pixels."""
+    side = times * config.native_size
+    assert hidiffusion_plan(config, (side, side), 50) == expected
+    assert hidiffusion_plan(config, (side, side + 40), 50) == expected
+    assert hidiffusion_plan(config, (side + 8, side), 50) == expected
+    near = hidiffusion_plan(config, (2 * config.native_size, 4 * config.native_size), 50)
+    assert near == hidiffusion_plan(config, (2 * config.native_size,) * 2, 50), "both axes are to be four times native"
+
+
+@pytest.mark.parametrize("config", [SDXL_UNET, SD15_UNET])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 25, 30])
+def test_a_threshold_is_rounded_down_as_published(config: UNetConfig, num_steps: int) -> None:
+    near, far = (hidiffusion_plan(config, (times * config.native_size,) * 2, num_steps) for times in (2, 4))
+    first, last = (int(share * num_steps + 1e-9) for share in (0.3, 0.7))
+    assert max(near.resampled.stop, near.pooled.stop) == int(0.4 * num_steps + 1e-9)
+    assert sorted((far.resampled.stop, far.pooled.stop)) == [first, last]
+    assert all(plan.changes(num_steps - 1) == (False, False) for plan in (near, far))
+
+
+@pytest.mark.parametrize(
+    ("config", "times", "expected"),
+    [
+        # for each step the sides of the maps that leave levels 0, 1 and 2 on the way down, and of the middle's
+        (SD, 2, [(16, 4, 2, 1)] * 4 + [(16, 8, 4, 2)] * 6),
+        (SD, 4, [(32, 4, 2, 1)] * 3 + [(32, 8, 4, 2)] * 4 + [(32, 16, 8, 4)] * 3),
+        (CONFIG, 2, [(16, 8, 2, 2)] * 1 + [(16, 4, 2, 2)] * 3 + [(16, 8, 4, 4)] * 6),
+        (CONFIG, 4, [(32, 8, 2, 2)] * 3 + [(32, 8, 4, 4)] * 4 + [(32, 16, 8, 8)] * 3),
+    ],
+    ids=["sd-2", "sd-4", "sdxl-2", "sdxl-4"],
+)
+def test_maps_are_shrunk_at_the_steps_of_the_plan(
+    config: UNetConfig, times: int, expected: list[tuple[int, ...]]
+) -> None:
+    """Pooling is behind a level's first layer, so that its last one tells; the way up gives back the size."""
+    run = make_run((8 * times, 8 * times), config=config)
+    unet, sides = run.denoiser.unet, []
+    before, x = snapshot(unet), 10 * noise(run.size)
+    plain = run.denoiser(x, 10.0, 0)
+    watched = [*(block.resnets[-1] for block in unet.down_blocks[:3]), unet.mid_block]
+    hooks = [m.register_forward_hook(lambda _m, _i, output: sides.append(output.shape[2])) for m in watched]
+    drawn = latents("hidiffusion", run)
+    for hook in hooks:
+        hook.remove()
+    assert [*zip(*[iter(sides)] * 4, strict=True)] == expected
+    assert snapshot(unet) == before, "the network is as it was"
+    assert drawn.shape == (1, 2, 8 * times, 8 * times)
+    assert torch.equal(run.denoiser(x, 10.0, 0), plain)
+    first = stages_of("hidiffusion", run)[0]
+    assert isinstance(first, Stage)
+    assert relative_error(first.denoise(x, 10.0, 0), plain) > 1e-4
+
+
+@pytest.mark.parametrize(("config", "level"), [(SD, 0), (CONFIG, 1)], ids=["sd", "sdxl"])
+def test_self_attention_of_the_top_level_is_in_windows_at_every_step(config: UNetConfig, level: int) -> None:
+    """A window has a quarter of its map: in SD's layout that of the canvas, which level 0 never shrinks."""
+    run, tokens = make_run((16, 16), config=config, num_steps=2), []
+    block = next(m for m in run.denoiser.unet.down_blocks[level].modules() if isinstance(m, TransformerBlock))
+    hook = block.attn1.to_q.register_forward_hook(lambda _m, inputs, _o: tokens.append(inputs[0].shape[1]))
+    latents("hidiffusion", run)
+    hook.remove()
+    assert tokens == [(16 >> level) ** 2 // 4] * 4 * 2
+
+
+@pytest.mark.parametrize("times", [2, 4])
+def test_the_steps_that_cost_the_same_have_one_key(times: int) -> None:
+    stages = stages_of("hidiffusion", make_run((8 * times, 8 * times), config=SD))
+    assert [(stage.name, stage.steps) for stage in stages if isinstance(stage, Stage)] == [
+        ("resolution-aware", range(4 if times == 2 else 7)),
+        ("windowed", range(4 if times == 2 else 7, 10)),
+    ]
+    (first, second) = stages
+    assert isinstance(first, Stage)
+    assert isinstance(second, Stage)
+    assert first.cost is not None
+    keys = [first.cost(step) for step in first.steps]
+    assert keys == ([(True, False)] * 4 if times == 2 else [(True, True)] * 3 + [(True, False)] * 4)
+    assert second.cost is None

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from cutdiff import specs
 from cutdiff.options import MAX_FLOAT32, Option, nearest, not_one_of, options_of, read
@@ -32,9 +32,9 @@ class BadArgument(Exception):
 
 
 def of_flag(error: Exception) -> BadArgument:
-    """`name=value …` as `--name value …`, and `name=True …` as `--name …`."""
+    """`name=value …` as `--name value …`, and `name=True …` as `--name …` where the value may be True."""
     name, _, rest = str(error).partition("=")
-    return BadArgument(f"{flag_of(name)} {rest.removeprefix('True ')}")
+    return BadArgument(f"{flag_of(name)} {re.sub('^True (?!must be )', '', rest)}")
 
 
 @contextmanager
@@ -62,18 +62,20 @@ class Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments:(?: | .* )(-[^ ]+)", message)
         hint = ""
         if unknown:
-            message = f"{unknown[1]} {self._no_option(unknown[1])}"
+            self._check_owned(unknown[1])
+            meant = nearest(unknown[1], self._option_string_actions) if unknown[1].startswith("--") else ""
+            message = f"{unknown[1]} is no option{meant}"
         if self._get_positional_actions() and (unknown or "ignored explicit argument" in message):
             hint = '; a prompt that begins with - comes last, after --: -- "-…"'
         elif option := re.search(r"(--[\w-]+): expected one argument", message):
             hint = f"; a value that begins with - is given as {option[1]}=-…"
         raise BadArgument(f"{message} (see --help{hint})")
 
-    def _no_option(self, flag: str) -> str:
+    def _check_owned(self, flag: str) -> None:
+        """BadArgument where an unknown flag is an option of a method, solver, schedule or guidance not chosen here."""
         name = flag.partition("=")[0].lstrip("-").replace("-", "_")
         if self.things and flag.startswith("--") and specs.owners(name):
-            return specs.no_option(name, self.things)
-        return f"is no option{nearest(flag, self._option_string_actions) if flag.startswith('--') else ''}"
+            raise BadArgument(f"{flag} {specs.no_option(name, self.things)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -132,16 +134,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def add_option(group: Group, option: Option, help: str = "") -> None:
     """A flag for an option of a run, which goes into `options` of the arguments where it is given."""
-    text = help or f"{option.doc[:1].lower()}{option.doc[1:]}"
+    text = help or f"{option.doc[:1].lower()}{option.doc[1:]}".replace("None:", "none:")
     shown = "" if option.default in (None, False, "") else f" ({_shown(option.default)})"
     told: dict[str, Any] = {"dest": option.name, "action": _Given, "help": f"{text}{shown}".replace("%", "%%").strip()}
     if option.type is bool:
         told |= {"action": _Set, "nargs": 0}
     elif get_origin(option.type) is tuple and get_args(option.type)[-1] is not Ellipsis:
         kinds = get_args(option.type)
-        told |= {"nargs": len(kinds), "type": _reader(option.name, kinds[0]), "metavar": option.name[0].upper()}
+        told |= {"nargs": len(kinds), "type": _reader(option.name, kinds[0]), "metavar": _metavar(kinds[0])}
     else:
-        told |= {"type": _reader(option.name, option.type), "metavar": option.name.rpartition("_")[2].upper()}
+        told |= {"type": _reader(option.name, option.type), "metavar": _metavar(option.type)}
     group.add_argument(flag_of(option.name), default=argparse.SUPPRESS, **told)
 
 
@@ -149,7 +151,7 @@ def add_how(group: Group) -> None:
     """The options of a run that say how a picture is drawn."""
     own = options_of(Settings)
     for kind, table in TABLES.items():
-        add_option(group, own[kind]._replace(type=str), f"{', '.join(table)}, or module:object; NAME,option=value")
+        add_option(group, own[kind]._replace(type=str), f"NAME,option=value of {', '.join(table)}, or module:object")
     for name in HOW:
         if name not in TABLES:
             add_option(group, own[name])
@@ -185,6 +187,18 @@ def _reader(name: str, kind: Any) -> Any:
             raise argparse.ArgumentTypeError(str(error).partition("=")[2]) from None
 
     return convert
+
+
+def _metavar(kind: Any) -> str:
+    """The placeholder of a value: N, X, TEXT, SPEC, or what it may be."""
+    for part in (kind, *get_args(kind)):
+        if get_origin(part) is Literal:
+            return f"{{{','.join(get_args(part))}}}"
+        if part in (int, float, str):
+            return {int: "N", float: "X", str: "TEXT"}[part]
+        if get_origin(part) is Annotated:
+            return _metavar(get_args(part)[0])
+    return "VALUE"
 
 
 def _shown(value: Any) -> str:

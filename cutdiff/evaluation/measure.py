@@ -37,11 +37,12 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
     direct = replace(base, method="direct")
     shared = {name: value for name, value in options.items() if direct.has(name)}
     prompts = _prompts(args)
+    caption_seed = score.CAPTION_SEED if args.caption_seed is None else args.caption_seed
     device, references = device_of(args.device), None
     if args.references is not None:
         references = References.load(args.references, args.features, args.clip, device)
     else:
-        score.scenes(args.num, args.caption_seed)
+        score.scenes(args.num, caption_seed)
     model = cutdiff.load(args.model, device=device, dtype=getattr(torch, args.dtype))
     native = model.native_size * model.factor
     for cell in cells:
@@ -52,9 +53,9 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
             )
     if references is None:
         base = replace(base, **shared)
-        testbed = Testbed(model, base, args.num, args.out, args.batch, args.caption_seed, _named(NATIVE, shared))
+        testbed = Testbed(model, base, args.num, args.out, args.batch, caption_seed, _named(NATIVE, shared))
         rows, cells = measure_scenes(testbed, cells), [testbed.native_cell, *cells]
-        drawn = {"batch": args.batch, "caption_seed": args.caption_seed}
+        drawn = {"batch": args.batch, "caption_seed": caption_seed}
     else:
         rows = measure_prompts(model, cells, prompts, references, args.out, batch=args.batch)
         drawn = {"batch": args.batch, "prompts": prompts}

@@ -46,7 +46,7 @@ class AccDiffusion(Cascade):
     word_threshold: Share = 0.3
     """The share of a view that a word must fill to stand in its prompt: the paper's c."""
 
-    def check(self, settings: Settings) -> None:
+    def check_settings(self, settings: Settings) -> None:
         """ValueError where the run has a second prompt: a view gets the words of one."""
         if settings.prompt_2 is not None:
             raise ValueError(

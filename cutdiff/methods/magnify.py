@@ -43,12 +43,12 @@ class Magnify(Tiled):
 
     def enlarged(self, run: Run, steps: range) -> Phase:
         """The detail stage on the run's canvas, from what the structure stage ended with."""
+        views = self.on_views(with_guidance_scale(run, self.detail_guidance_scale))
 
         def begin(picture: Tensor) -> tuple[Tensor, Stage]:
             guide = F.interpolate(picture, run.size, mode="bicubic")
             sigma = run.schedule.sigmas[steps.start % run.num_steps]
             x = guide + sigma * run.draws.phase_noise(tuple(guide.shape), 2).to(guide)
-            views = self.on_views(with_guidance_scale(run, self.detail_guidance_scale))
             return x, Stage("detail", steps, self.hold(run, picture, views), run.size)
 
         return Phase(steps, run.size, begin)

@@ -10,19 +10,18 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from cutdiff_kernels import Grain
 from torch import Tensor
 
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders, TextStates
-from cutdiff.options import Between, Count, Options
+from cutdiff.options import Between, Count, Options, options_of
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import Patches, Views, pad_to_grid
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.stages import CanvasDenoiser, Phase, Size, Stage
 
-Grain = Literal["channel", "pixel", "none"]
-"""The unit that patches exchange: a channel of a pixel (the published code), a whole pixel (the paper), nothing."""
 Power = Annotated[float, Between(0)]
 Stages = list[Stage | Phase]
 BLUR = 0.8
@@ -236,11 +235,14 @@ def on_whole_inside(changed: Callable[[int], AbstractContextManager[Denoiser]]) 
 
 
 def with_guidance_scale(run: Run, scale: float | None) -> Run:
-    """The run with another guidance scale, or itself where that is None. ValueError where its guidance has none."""
+    """The run with another guidance scale, 1 for no guidance; itself where that is None. ValueError where its guidance
+    has no scale."""
     if scale is None:
         return run
     guidance: Any = run.denoiser.guidance
-    if not hasattr(guidance, "guidance_scale"):
+    if scale == 1:
+        return replace(run, denoiser=replace(run.denoiser, guided=lambda step: False))
+    if "guidance_scale" not in options_of(guidance):
         raise ValueError(
             f"detail_guidance_scale={scale} needs a guidance with a guidance_scale, which {guidance!r} lacks"
         )

@@ -16,6 +16,21 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from cutdiff import specs
+
+SAMPLERS = {
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "ddim": "DDIM",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_sde": "DPM++ SDE",
+    "heun": "Heun",
+    "lcm": "LCM",
+}
+"""A1111's names of solvers."""
+SPACINGS = {"karras": " Karras", "exponential": " Exponential", "beta": " Beta"}
+"""What A1111 adds to them for the spacing of the sigmas."""
+
 
 def to_pil(image: Tensor) -> Image.Image:
     """An image (3, H, W) in [0, 1] -> 8-bit RGB."""
@@ -79,25 +94,41 @@ def parameters_text(record: dict[str, Any]) -> str:
         raise ValueError("a picture's record names one prompt, not a list: generate pictures to be saved one by one")
     hashes = record["model"]["sha256"]
     unet = next((value for name, value in hashes.items() if name.startswith("unet")), next(iter(hashes.values()), ""))
-    loras = ", ".join(f"{Path(lora['path']).stem}: {lora['scale']}" for lora in record["model"]["loras"])
+    guidance = specs.parse("guidance", record["guidance"])[1]
     pairs = {
         "Steps": record["num_steps"],
-        "Sampler": {"euler": "Euler", "ddim": "DDIM"}[record["solver"]],
-        "CFG scale": record["guidance_scale"],
+        "Sampler": _sampler(record),
+        "CFG scale": guidance.get("guidance_scale"),
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",
         "Model hash": unet[:10],
         "Model": Path(record["model"]["source"]).stem,
-        **({"Loras": f'"{loras}"'} if loras else {}),
-        "Method": record["method"],
+        "Loras": ", ".join(f"{Path(lora['path']).stem}: {lora['scale']}" for lora in record["model"]["loras"]) or None,
+        **{kind.capitalize(): record[kind] for kind in specs.TABLES},
         "Version": f"cutdiff {record['versions']['cutdiff']}",
+        "Clip skip": record["clip_skip"],
     }
-    if record["clip_skip"] is not None:
-        pairs["Clip skip"] = record["clip_skip"]
     lines = [record["prompt"]]
     if record["negative_prompt"]:
         lines.append(f"Negative prompt: {record['negative_prompt']}")
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in pairs.items())])
+    said = (f"{name}: {_quoted(value)}" for name, value in pairs.items() if value is not None)
+    return "\n".join([*lines, ", ".join(said)])
+
+
+def _sampler(record: dict[str, Any]) -> str:
+    """A1111's name of the solver and of the spacing of its sigmas; of another solver than those, its own name."""
+    solver, schedule = (specs.parse(kind, record[kind])[0] for kind in ("solver", "schedule"))
+    if solver not in SAMPLERS:
+        return solver
+    if schedule == "model" and record["noise"].get("use_karras_sigmas") and solver != "ddim":
+        schedule = "karras"
+    return f"{SAMPLERS[solver]}{SPACINGS.get(schedule, '')}"
+
+
+def _quoted(value: Any) -> str:
+    """A value as A1111 writes it, who reads up to the next comma what is not in quotes."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(character in text for character in ',:"\n') else text
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -12,25 +12,33 @@ from typing import Any
 
 import torch
 
-import cutdiff
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.schedules import Schedule
-from cutdiff.settings import Settings
-from cutdiff.specs import source_hash
+from cutdiff.settings import VERSION, Settings
+from cutdiff.specs import described_options, source_hash
 
 ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
 """The options that change a picture by rounding only, so that a run may go on with another."""
 
 
 def describe(
-    model: Model, prompt: str | Sequence[str], settings: Settings, draws: Draws, schedule: Schedule
+    model: Model,
+    prompt: str | Sequence[str],
+    settings: Settings,
+    draws: Draws,
+    schedule: Schedule,
+    sources: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The part of a record that is known before the run; draws of one's own are named by their class, and their source
-    and that of other objects which are not the package's stand under "sources"."""
+    """The part of a record that is known before the run.
+
+    Draws of one's own are named by their class and the fields that it adds. Their source, and that of other objects
+    which are not the package's, stands under "sources": as `sources` has them, which were made before a run could
+    change the objects.
+    """
     height, width = (side * model.factor for side in settings.canvas_size(model.native_size, model.factor))
     seeds = list(getattr(draws, "seeds", ()))  # draws of one's own may have none
-    source = source_hash(draws)
+    added = {name: text for name, text in described_options(draws).items() if name not in vars(Draws(()))}
     return {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
         **settings.described(),
@@ -47,15 +55,21 @@ def describe(
         },
         **model.noise.described(),
         "noise": {"class": type(model.noise).__name__, **vars(model.noise), "schedule": schedule.digest},
-        "sources": settings.sources() | ({} if source is None else {"draws": source}),
+        "sources": sources_of(settings, draws) if sources is None else sources,
         "seed": seeds[0] if seeds else None,
-        "draws": {"class": type(draws).__qualname__, "seeds": seeds},
+        "draws": {"class": type(draws).__qualname__, "seeds": seeds} | added,
         "device": _device_name(model.device),
         "dtype": dtype_name(model.dtype),
         "fp8": model.fp8,
         "vae_dtype": dtype_name(model.vae_dtype),
-        "versions": {"cutdiff": cutdiff.__version__, **_versions(), "python": platform.python_version()},
+        "versions": {"cutdiff": VERSION, **_versions(), "python": platform.python_version()},
     }
+
+
+def sources_of(settings: Settings, draws: Draws) -> dict[str, str]:
+    """The source hashes of all that a run is given and that is not the package's."""
+    source = source_hash(draws)
+    return settings.sources() | ({} if source is None else {"draws": source})
 
 
 def fingerprint(described: dict[str, Any]) -> str:

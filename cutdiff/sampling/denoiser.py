@@ -215,8 +215,8 @@ class Denoiser:
         if copies == 1 or isinstance(self.guidance, LinearGuidance):
             scale = self.guidance.scale_at(sigma, step) if isinstance(self.guidance, LinearGuidance) else 1.0
             return operator.scatter(prediction, self.backend, copies=copies, guidance_scale=scale, **back)
-        negative, positive_ = (operator.scatter(prediction[half::2], self.backend, **back) for half in (0, 1))
-        return self.guidance(positive_, negative, sigma, step)
+        unconditional, conditional = (operator.scatter(prediction[half::2], self.backend, **back) for half in (0, 1))
+        return self.guidance(conditional, unconditional, sigma, step)
 
     def evaluate(self, inputs: Inputs) -> Tensor:
         """One pass of the U-Net over the rows, which are counted."""

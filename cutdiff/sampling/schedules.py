@@ -22,6 +22,7 @@ import numpy as np
 from cutdiff.options import Between, Options
 from cutdiff.sampling.edm import AnyNoise, EDMConfig
 from cutdiff.sampling.noise import NoiseConfig, Timesteps, noise_table
+from cutdiff.specs import name_of
 
 EULER_TERMINAL_ALPHA = 2.0**-24
 """Zero terminal SNR has an infinite sigma; Euler takes this alpha instead (sigma 4096), as the published one does."""
@@ -154,13 +155,14 @@ def make_schedule(schedule: SigmaSchedule, solver: Any, noise: AnyNoise, num_ste
         return getattr(solver, "model_schedule", model_schedule)(noise, num_steps)
     _check_num_steps(noise, num_steps)
     sigmas = [float(sigma) for sigma in schedule.sigmas(noise, num_steps)]
+    name = name_of("schedule", schedule)
     if len(sigmas) != num_steps + 1:
         raise ValueError(
-            f"schedule gives {len(sigmas)} sigmas where num_steps={num_steps} needs {num_steps + 1}, the last one 0: "
-            f"give num_steps={max(len(sigmas) - 1, 1)}, or other sigmas"
+            f"schedule={name} gives {len(sigmas)} sigmas, which is no run of {num_steps} steps: "
+            f"give num_steps={max(len(sigmas) - 1, 1)}, or {num_steps + 1} sigmas, the last one 0"
         )
     if sigmas[-1] != 0 or not all(math.inf > a > b for a, b in pairwise(sigmas)):
-        raise ValueError(f"schedule gives the sigmas {sigmas}: they must fall at every step, and end with 0")
+        raise ValueError(f"schedule={name} gives the sigmas {sigmas}: they must fall at every step, and end with 0")
     return _visiting(sigmas, _timesteps(noise), _init_scale(noise, sigmas))
 
 

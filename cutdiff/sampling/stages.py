@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -84,12 +86,27 @@ def check_stages(stages: Sequence[Stage | Phase], num_steps: int) -> None:
                 f"takes the steps {taken}: its stages must take them in order, each once; only a phase leaves some out"
             )
     for part in parts:
-        if isinstance(part, Stage) and part.sigmas is not None and len(part.sigmas) != len(part.steps) + 1:
-            raise ValueError(
-                f"gives stage {part.name} {len(part.sigmas)} sigmas: {len(part.steps)} steps take one more"
-            )
-    if not parts or (isinstance(parts[-1], Stage) and parts[-1].sigmas is None and (taken[-1] + 1) % num_steps):
+        if isinstance(part, Stage) and (fault := _fault(part, num_steps)):
+            raise ValueError(f"cannot run: {fault}")
+    last = parts[-1] if parts else None
+    if last is None or (isinstance(last, Stage) and last.sigmas is None and (taken[-1] + 1) % num_steps):
         raise ValueError(f"takes the steps {taken}: its stages must take them in order, to the last of {num_steps}")
+    if isinstance(last, Stage) and last.sigmas is not None and last.sigmas[-1] != 0:
+        raise ValueError(f"ends with the sigmas {last.sigmas} of stage {last.name}: the last one must be 0")
+
+
+def _fault(stage: Stage, num_steps: int) -> str:
+    """The fault of a stage whose steps do not stand at sigmas that fall; "" where there is none."""
+    steps, sigmas = stage.steps, stage.sigmas
+    if sigmas is None:
+        if not steps or steps[0] // num_steps == steps[-1] // num_steps:
+            return ""
+        return f"stage {stage.name} takes {steps}, past the end of a schedule of {num_steps}: divide it there"
+    if len(sigmas) != len(steps) + 1:
+        return f"stage {stage.name} has {len(sigmas)} sigmas, where {len(steps)} steps take one more"
+    if not sigmas[-1] >= 0 or not all(math.inf > a > b for a, b in pairwise(sigmas)):
+        return f"stage {stage.name} has the sigmas {sigmas}, which must fall at every step"
+    return ""
 
 
 @torch.no_grad()
@@ -101,13 +118,14 @@ def solve(
     Raises NotFinite where an estimate of x0 is not, and ValueError where a stage gives another canvas than it says.
     """
     take: TakeStep | None = None
+    started: tuple[Schedule, int] | None = None  # what the solver was started on, and the number of its first step
     for part in stages:
-        x, stage = _begun(part, x) if isinstance(part, Phase) else (x, part)
-        start = stage.steps.start
-        first = start if stage.sigmas else start // schedule.num_steps * schedule.num_steps
-        own = schedule.visiting(stage.sigmas) if stage.sigmas else schedule
-        if take is None or isinstance(part, Phase) or stage.sigmas:
-            take = solver.start(own, partial(_counted, noise, first))
+        x, stage = _begun(part, x, schedule.num_steps) if isinstance(part, Phase) else (x, part)
+        start, sigmas = stage.steps.start, stage.sigmas
+        first = start // schedule.num_steps * schedule.num_steps if sigmas is None else start
+        own = schedule if sigmas is None else schedule.visiting(sigmas)
+        if take is None or isinstance(part, Phase) or started != (own, first):
+            take, started = solver.start(own, partial(_counted, noise, first)), (own, first)
         for i in stage.steps:
             sigma = own.sigmas[i - first]
             x = x if stage.before is None else stage.before(x, sigma, i)
@@ -122,7 +140,7 @@ def solve(
             yield Step(i, stage.name, sigma, x, denoised)
 
 
-def _begun(phase: Phase, x: Tensor) -> tuple[Tensor, Stage]:
+def _begun(phase: Phase, x: Tensor, num_steps: int) -> tuple[Tensor, Stage]:
     """The first state of a phase and its stage, which must be what the phase said."""
     state, stage = phase.begin(x)
     expected = (*x.shape[:2], *phase.size)
@@ -131,6 +149,8 @@ def _begun(phase: Phase, x: Tensor) -> tuple[Tensor, Stage]:
             f"stage {stage.name} begins with {tuple(state.shape)} and takes {stage.steps} on a canvas of {stage.size}, "
             f"where its phase said {expected} and {phase.steps}"
         )
+    if fault := _fault(stage, num_steps):
+        raise ValueError(fault)
     return state, stage
 
 

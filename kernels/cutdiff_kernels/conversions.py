@@ -1,4 +1,4 @@
-"""What stands between an operator's items and the network: scale, cast, copies, guidance, and the skip of the canvas.
+"""Conversions between items and the network's rows: scale, cast, copies, guidance, and the skip of the canvas.
 
 Everything is computed in float32, or in float64 where that is given.
 """
