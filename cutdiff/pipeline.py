@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cutdiff.checkpoint.model import Model, dtype_name
-from cutdiff.methods.shared import Run, step_at
+from cutdiff.methods.shared import Run, stages_of, step_at
 from cutdiff.models.compiled import compiled
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders, TextStates
@@ -234,7 +234,7 @@ def prepare(
         encode=partial(encode, model),
         decode=lambda latents: _decode(model, latents, ranks)[0].to(latents.device),
     )
-    stages = settings.method.stages(run) if hasattr(settings.method, "stages") else settings.method(run)
+    stages = stages_of(settings.method, run)
     try:
         check_stages(stages or (), settings.num_steps)
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from cutdiff import specs
 from cutdiff.options import Count, Options, Share, options_of
+from cutdiff.sources import source_hash
 from cutdiff.specs import TABLES
 
 VERSION = "0.1.0"
@@ -103,7 +104,7 @@ class Settings(Options):
 
     def sources(self) -> dict[str, str]:
         """The source hashes of those of the four objects that are not the package's."""
-        hashes = {kind: specs.source_hash(getattr(self, kind)) for kind in TABLES}
+        hashes = {kind: source_hash(getattr(self, kind)) for kind in TABLES}
         return {kind: value for kind, value in hashes.items() if value is not None}
 
     @property

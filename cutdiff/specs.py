@@ -8,19 +8,15 @@ itself. This module imports no torch; what a table names is imported when it is 
 from __future__ import annotations
 
 import ast
-import hashlib
-import inspect
 import re
-import sys
-import types
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from cutdiff.options import Option, check_options, nearest, options_of, read, written
+from cutdiff.options import Option, check_options, nearest, options_of, read
+from cutdiff.sources import described
 
 METHODS = {
     "direct": "cutdiff.methods.direct:direct",
@@ -173,7 +169,7 @@ def spec_of(kind: str, thing: Any) -> str:
 
 def described_options(thing: Any) -> dict[str, str]:
     """All options of an object as texts, those that a command line could write as it would."""
-    return {name: _described(getattr(thing, name)) for name in options_of(thing)}
+    return {name: described(getattr(thing, name)) for name in options_of(thing)}
 
 
 def name_of(kind: str, thing: Any) -> str:
@@ -182,17 +178,6 @@ def name_of(kind: str, thing: Any) -> str:
     named = thing if hasattr(thing, "__name__") else type(thing)
     address = f"{named.__module__}:{named.__qualname__}"
     return next((name for name, known in TABLES[kind].items() if known == address), named.__name__)
-
-
-def source_hash(thing: Any) -> str | None:
-    """SHA-256, in hexadecimal, of an object that is not the package's: its source, and the values that it holds, as a
-    function those of its closure and its defaults, as an instance its attributes, but for options. None for what is the
-    package's.
-
-    The source is the whole file that defines it, so that an edited helper beside it counts; in a notebook or an
-    interactive session, the definition itself, or its compiled code where even that is not kept.
-    """
-    return _hashed(thing, ())
 
 
 def _load(kind: str, name: str) -> Any:
@@ -252,90 +237,3 @@ def _unquoted(text: str) -> str:
     except (ValueError, SyntaxError):
         return text
     return value if isinstance(value, str) else text
-
-
-def _hashed(thing: Any, outer: tuple[int, ...]) -> str | None:
-    """As `source_hash`; `outer` are the ids of the objects that hold this one, in which it may be again."""
-    named, values = _apart(thing)
-    if _is_of_package(named) and (not values or named is type(thing)):
-        return None
-    bases = [base for base in getattr(named, "__mro__", (named,))[1:] if _is_written_here(base)]
-    sources = [_source(part) for part in (named, *bases) if part is named or not _is_of_package(part)]
-    contents = [_described(value, (*outer, id(thing))) for value in values]
-    return hashlib.sha256("\n".join([named.__qualname__, *sources, *contents]).encode()).hexdigest()
-
-
-def _apart(thing: Any) -> tuple[Any, list[Any]]:
-    """The function or class that an object is of, and the values that it holds."""
-    if isinstance(thing, partial):
-        return _apart(thing.func)[0], [thing.func, thing.args, thing.keywords]
-    if isinstance(thing, types.MethodType):
-        return thing.__func__, [thing.__self__]
-    if isinstance(thing, types.FunctionType):
-        cells = [cell.cell_contents for cell in thing.__closure__ or () if cell != types.CellType()]
-        defaults = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
-        return thing, cells if _is_of_package(thing) else cells + defaults
-    if isinstance(thing, type):
-        return thing, []
-    if hasattr(thing, "state_dict"):  # a torch module, whose attributes hold more than what it computes with
-        return type(thing), [thing.state_dict()]
-    values = {} if options_of(thing) else getattr(thing, "__dict__", {})  # options are told beside the source
-    return type(thing), [values] if values else []
-
-
-def _described(value: Any, outer: tuple[int, ...] = ()) -> str:
-    """A value as text that is the same in every process: of what has no such form, its name and source or contents."""
-    if isinstance(value, str) and (outer or re.search(r"""[][(){},'"\n]|^\s|\s$""", value)):
-        return repr(str(value))
-    if isinstance(value, str | int | float | complex | bytes | None):
-        return written(value)
-    if id(value) in outer:
-        return "<itself>"
-    inner = (*outer, id(value))
-    if isinstance(value, tuple | list):
-        return f"({','.join(_described(part, inner) for part in value)}{',' * (len(value) == 1)})"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{_described(key, inner)}:{_described(part, inner)}' for key, part in value.items())}}}"
-    if isinstance(value, set | frozenset):
-        return f"{{{','.join(sorted(_described(part, inner) for part in value))}}}"
-    if hasattr(value, "detach") and hasattr(value, "dtype"):
-        value = value.detach().cpu().contiguous()
-        value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
-    if hasattr(value, "tobytes") and hasattr(value, "shape"):
-        return f"<{value.dtype} {tuple(value.shape)} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}>"
-    if isinstance(value, types.ModuleType):
-        return f"<module {value.__name__}>"
-    name = getattr(value, "__qualname__", type(value).__qualname__)
-    if not (hasattr(value, "state_dict") or _is_written_here(_apart(value)[0])):
-        shown = repr(value)
-        return f"<{name}>" if " at 0x" in shown or len(shown) > 200 else f"<{name} {shown!r}>"
-    inside = [f"{option}={_described(getattr(value, option), inner)}" for option in options_of(value)]
-    return f"<{' '.join([name, (_hashed(value, outer) or '')[:16], *inside]).strip()}>"
-
-
-def _is_of_package(named: Any) -> bool:
-    return str(named.__module__).partition(".")[0] == "cutdiff"
-
-
-def _is_written_here(named: Any) -> bool:
-    """True for what is this package's or a researcher's own, False for what is Python's or an installed library's."""
-    module = str(getattr(named, "__module__", None) or "builtins")
-    if module.partition(".")[0] in (*sys.builtin_module_names, *sys.stdlib_module_names) and module != "__main__":
-        return False
-    return "site-packages" not in str(getattr(sys.modules.get(module), "__file__", ""))
-
-
-def _source(named: Callable[..., Any] | type) -> str:
-    try:
-        file = inspect.getsourcefile(named)
-        if file is not None and Path(file).is_file():
-            return Path(file).read_text(encoding="utf-8", errors="replace")
-        return inspect.getsource(named)
-    except (OSError, TypeError):
-        functions = [named] if isinstance(named, types.FunctionType) else getattr(named, "__dict__", {}).values()
-        return repr([_compiled(f.__code__) for f in functions if isinstance(f, types.FunctionType)])
-
-
-def _compiled(code: types.CodeType) -> tuple[Any, ...]:
-    constants = [_compiled(value) if isinstance(value, types.CodeType) else repr(value) for value in code.co_consts]
-    return code.co_code, code.co_names, constants

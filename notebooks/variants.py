@@ -17,7 +17,7 @@ from torch import Tensor
 from cutdiff.methods.cutdiffusion import CutDiffusion
 from cutdiff.methods.direct import direct
 from cutdiff.methods.magnify import Magnify
-from cutdiff.methods.shared import Run
+from cutdiff.methods.shared import Run, stages_of
 from cutdiff.models.unet import Context, UNet
 from cutdiff.sampling.denoiser import Call, Denoiser
 from cutdiff.sampling.operators import grid_for
@@ -167,7 +167,7 @@ def told_native(method: Method | Any) -> Method:
 
     def variant(run: Run) -> Sequence[Stage | Phase]:
         native = replace(run, denoiser=Native(**vars(run.denoiser)))
-        return getattr(method, "stages", method)(native)
+        return stages_of(method, native)
 
     return _named(variant, f"{name_of('method', method)}_told_native")
 

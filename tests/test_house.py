@@ -25,6 +25,7 @@ FLOORS = (
     {"models"},
     {"parallel", "settings"},
     {"specs"},
+    {"sources"},
     {"options"},
 )
 """The rooms and single files of the package from the roof to the ground."""

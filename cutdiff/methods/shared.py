@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -222,6 +222,11 @@ class Cascade(Tiled):
             return start, Stage(f"phase {number}", steps, denoise, run.size, before=hold, end=end)
 
         return Phase(steps, run.size, begin)
+
+
+def stages_of(method: Any, run: Run) -> Sequence[Stage | Phase]:
+    """The stages of a method: a dataclass with `stages(run)`, or a function of a run."""
+    return method.stages(run) if hasattr(method, "stages") else method(run)
 
 
 def on_whole_inside(changed: Callable[[int], AbstractContextManager[Denoiser]]) -> CanvasDenoiser:

@@ -16,7 +16,8 @@ from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.settings import VERSION, Settings
-from cutdiff.specs import described_options, source_hash
+from cutdiff.sources import source_hash
+from cutdiff.specs import described_options
 
 ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
 """The options that change a picture by rounding only, so that a run may go on with another."""
