@@ -112,7 +112,7 @@ def measure(cells: Sequence[Cell], testbed: Testbed, results: Path = RESULTS) ->
     for cell in cells:
         path = result_path(cell, results)
         if known(path, cell.settings, testbed):
-            print(f"{path.name} is there, with {testbed.num} pictures or more", flush=True)
+            print(f"{path.name} is there, of {testbed.num} pictures or more", flush=True)
         else:
             testbed.draw([cell])
             save(path, testbed.row(cell), testbed)
