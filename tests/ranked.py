@@ -23,7 +23,7 @@ import cutdiff
 import cutdiff.models.bands
 import cutdiff.models.vae
 from cutdiff.parallel.launch import joined
-from cutdiff.settings import METHOD_NAMES, WITHOUT_VIEWS, Settings
+from cutdiff.specs import METHODS, WITHOUT_VIEWS, Settings
 
 SIZES = (1, 2, 5)
 VIEW_BATCHES = (1, 3, None)
@@ -49,7 +49,7 @@ def draw_all(model: Path, folder: Path) -> None:
         settings = Settings(height=64, width=64, num_steps=1)
         result = cutdiff.generate(overflowing, "a", settings, ranks=launch.group)
         results["overflow"] = result.images, result.record["decoded_in"]
-        for method in METHOD_NAMES:
+        for method in METHODS:
             stride = None if method in WITHOUT_VIEWS else 2
             settings = Settings(method=method, height=128, width=96, num_steps=2, stride=stride)
             for items in VIEW_BATCHES:
