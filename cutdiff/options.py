@@ -77,10 +77,10 @@ def check_options(thing: Any) -> None:
 
 def checked(name: str, value: Any, kind: Any) -> Any:
     """The value as one of the type `kind`. ValueError, which names the option and what it takes, where it is none."""
-    found = _fitted(value, kind)
-    if found is MISSING:
+    fitted = _fitted(value, kind)
+    if fitted is MISSING:
         raise ValueError(f"{name}={_not_a(value, kind)}")
-    return found
+    return fitted
 
 
 def read(name: str, text: str, kind: Any) -> Any:
@@ -143,10 +143,10 @@ def _fitted(value: Any, kind: Any) -> Any:
     """The value as one of the type, MISSING where it is none."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        found = _fitted(value, args[0])
-        return found if found is not MISSING and all(low <= found <= high for low, high in args[1:]) else MISSING
+        fitted = _fitted(value, args[0])
+        return fitted if fitted is not MISSING and all(low <= fitted <= high for low, high in args[1:]) else MISSING
     if origin in (Union, UnionType):
-        return next((found for arg in args if (found := _fitted(value, arg)) is not MISSING), MISSING)
+        return next((fitted for arg in args if (fitted := _fitted(value, arg)) is not MISSING), MISSING)
     if origin is Literal:
         alike = (arg for arg in args if arg == value and isinstance(arg, bool) == isinstance(value, bool))
         return next(alike, MISSING)
@@ -154,8 +154,8 @@ def _fitted(value: Any, kind: Any) -> Any:
         kinds = args[:1] * len(value) if args[-1] is Ellipsis and isinstance(value, tuple | list) else args
         if not isinstance(value, tuple | list) or len(value) != len(kinds):
             return MISSING
-        found = tuple(map(_fitted, value, kinds))
-        return MISSING if any(part is MISSING for part in found) else found
+        fitted = tuple(map(_fitted, value, kinds))
+        return MISSING if any(part is MISSING for part in fitted) else fitted
     if kind in (float, int):
         return _number(value, kind)
     return value if _is(value, origin or kind) else MISSING

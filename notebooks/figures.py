@@ -1,4 +1,4 @@
-"""Tables and plots of results/ for the notebooks: every number has its 95% interval."""
+"""Tables and plots of results/ for the notebooks, in which every number has its 95% interval."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cutdiff.evaluation.report import table
 from cutdiff.evaluation.score import SHARES
 
 MAIN = ("one of each", "right caption", "kernel whole", "kernel crops", "seams", "detail", "agreement")
-"""The scores that the tables show; all scores are in the JSON."""
+"""The scores that the tables show; the JSON files have all of them."""
 Row = dict[str, Any]
 
 
@@ -28,13 +28,13 @@ def rows(cells: Iterable[Cell], results: Path = RESULTS) -> list[Row]:
 
 
 def truth(side: int, results: Path = RESULTS) -> list[Row]:
-    """The result of other true renders at a size in a list, which is empty where that was not measured."""
+    """The result of other true renders at a size, in a list that is empty if it was not measured."""
     path = results / f"truth-{side}.json"
     return [json.loads(path.read_text())] if path.exists() else []
 
 
 def show(results: Sequence[Row], scores: Sequence[str] = MAIN) -> Markdown:
-    """Make a table of results, without the seconds: the processes shared two cores, so that these say little."""
+    """A table of results without the seconds, which say little because the processes shared two cores."""
     return Markdown(table(results, scores, costs=("evaluations", "TFLOP")))
 
 
@@ -56,14 +56,14 @@ def bars(results: Sequence[Row], score: str, axis: Axes | None = None, names: Se
 
 
 def curve(x: Sequence[float], results: Sequence[Row], score: str, axis: Axes, label: str | None = None) -> None:
-    """Draw a score over a number."""
+    """Plot a score of the results over the numbers `x`."""
     values, errors = _values(results, score)
     axis.errorbar(x, values, yerr=errors, marker="o", markersize=3, capsize=2, label=label)
     axis.set_ylabel(_label(score), fontsize=8)
 
 
 def _values(results: Sequence[Row], score: str) -> tuple[list[float], list[list[float]]]:
-    """The values of a score, and the reach of their intervals below and above them."""
+    """The values of a score, and how far their intervals reach below and above them."""
     factor = 100 if score in SHARES else 1
     scores = [{key: factor * row["scores"][score][key] for key in ("value", "low", "high")} for row in results]
     low = [max(0.0, s["value"] - s["low"]) for s in scores]

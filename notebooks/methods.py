@@ -1,4 +1,4 @@
-"""Draw the README's picture: one prompt, four seeds, native size and four methods at twice that."""
+"""Draw the picture of the README: one prompt and four seeds, at native size and by four methods at twice that size."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def tile(images: Tensor) -> Tensor:
-    """Images (rows, columns, 3, H, W) -> one picture with white gaps."""
+    """Images (rows, columns, 3, H, W) -> one picture (3, H', W') with white gaps between them."""
     padded = F.pad(images, (0, GAP, 0, GAP), value=1.0)
     return padded.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, :-GAP, :-GAP]
 

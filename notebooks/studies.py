@@ -1,8 +1,8 @@
 """Draw and measure what the notebooks show: `python notebooks/studies.py table-2x2 ablation --out runs/studies`.
 
-Each cell's result goes to results/<cell>-<size>.json with everything needed to repeat it. A cell whose result is there,
-of as many pictures, is left alone: a study can be stopped, continued, extended, and divided (--part 1/2, --part 2/2).
-Pictures stay in --out.
+The result of each cell goes to results/<cell>-<size>.json with everything that is needed to repeat it. A cell that has
+a result of as many pictures is left alone, so a study can be stopped, continued, extended, and divided (--part 1/2,
+--part 2/2). The pictures stay in --out.
 """
 
 from __future__ import annotations
@@ -40,17 +40,16 @@ from cutdiff.specs import METHODS, TABLES, options_of, parse, resolve
 
 RESULTS = Path(__file__).with_name("results")
 BASE = Settings(num_steps=10, guidance_scale=4.0, view_batch_size=16)
-"""Of every cell that does not say otherwise. Twice the steps help a little (study `switch`), and cost twice as much."""
-
-
+"""The options of every cell that names no others. Twice the steps help a little (study `switch`) at twice the cost."""
 CHOICE_SEED = 5000
 CHOICE = {"seed": CHOICE_SEED}
-"""Study `choice`, by which magnify's settings were chosen: seeds and captions that no other study draws."""
+"""The options of study `choice`, by which magnify's were chosen, on seeds and captions that no other study draws."""
 MAGNIFY = ({}, {"structure_fraction": 0.5}, {"structure_fraction": 0.7}, {"detail_guidance_scale": 4.0})
+"""The options of magnify that study `choice` compares."""
 
 
 def cell(method: Any = "cutdiffusion", size: int = 256, **options: Any) -> Cell:
-    """Named by its method and by what differs from `BASE`."""
+    """A cell that is named by its method and by the options in which it differs from `BASE`."""
     settings = replace(BASE, method=method, height=size, width=size, **options)
     return Cell(",".join([settings.method_name, *(f"{name}={value}" for name, value in options.items())]), settings)
 
@@ -102,14 +101,14 @@ STUDIES: dict[str, list[Cell]] = {
     ],
     "better": [cell(method, size) for size in (256, 512) for method in ("cutdiffusion", "demofusion", "magnify")],
     "limit": [
-        cell("direct", 128),  # a 1×1 grid, where all three are one
+        cell("direct", 128),  # a 1×1 grid, on which all three methods are one
         *(cell(method, side * 128) for side in range(2, 7) for method in ("direct", "cutdiffusion", "magnify")),
     ],
 }  # fmt: skip
 
 
 def measure(cells: Sequence[Cell], testbed: Testbed, results: Path = RESULTS) -> None:
-    """Draw and score the cells that have no result yet; ValueError where one has another cell's."""
+    """Draw and score the cells that have no result yet; ValueError if one has the result of another cell."""
     for cell in cells:
         path = result_path(cell, results)
         if known(path, cell.settings, testbed):
@@ -120,15 +119,17 @@ def measure(cells: Sequence[Cell], testbed: Testbed, results: Path = RESULTS) ->
 
 
 def measure_floor(side: int, testbed: Testbed, results: Path = RESULTS) -> None:
-    """What other true renders would score at a size."""
+    """Measure the scores of other true renders at a size, if they have no result yet."""
     path = results / f"truth-{side}.json"
     if not known(path, None, testbed):
         save(path, testbed.floor(side), testbed)
 
 
 def known(path: Path, settings: Settings | None, testbed: Testbed) -> bool:
-    """True where there is a result of as many pictures; ValueError where it is of anything else. True renders have no
-    settings."""
+    """True if there is a result of as many pictures; ValueError if it is the result of something else.
+
+    True renders have no settings.
+    """
     if not path.exists():
         return False
     result = json.loads(path.read_text())
@@ -143,7 +144,7 @@ def known(path: Path, settings: Settings | None, testbed: Testbed) -> bool:
 
 
 def completed(settings: dict[str, Any], wanted: Settings) -> dict[str, Any]:
-    """A result's settings with those that came after it was measured, which had no effect then: their defaults."""
+    """The settings of a result, completed with the defaults of options that did not exist when it was measured."""
     complete = {**json.loads(json.dumps(Settings().described())), **settings}
     for kind in TABLES:
         name, options = parse(kind, complete[kind])
@@ -153,7 +154,7 @@ def completed(settings: dict[str, Any], wanted: Settings) -> dict[str, Any]:
 
 
 def save_sheets(study: str, testbed: Testbed, results: Path = RESULTS) -> None:
-    """A contact sheet for each size of a study whose pictures are all here."""
+    """Save a contact sheet for each size of a study, if all of its pictures are here."""
     for side in dict.fromkeys(cell.side for cell in STUDIES[study]):
         folders = [folder_of(testbed.folder, cell) for cell in STUDIES[study] if cell.side == side]
         if all(path.exists() for folder in folders for path in picture_paths(folder, min(8, testbed.num))):
@@ -161,11 +162,12 @@ def save_sheets(study: str, testbed: Testbed, results: Path = RESULTS) -> None:
 
 
 def result_path(cell: Cell, results: Path = RESULTS) -> Path:
+    """The file of a cell's result."""
     return results / f"{cell.name}-{cell.side}.json"
 
 
 def save(path: Path, result: dict[str, Any], testbed: Testbed) -> None:
-    """Write a result with what it takes to repeat it."""
+    """Write a result with everything that is needed to repeat it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     how = {"batch": testbed.batch, "caption_seed": testbed.caption_seed, **environment(testbed.model)}
     save_json(path, {**result, **how})
@@ -184,16 +186,22 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Draw and measure studies of the testbed.")
     parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
-    parser.add_argument("--num", type=int, default=200, metavar="N", help="pictures of each cell (%(default)s)")
+    parser.add_argument(
+        "--num", type=int, default=200, metavar="N", help="number of pictures of each cell (%(default)s)"
+    )
     parser.add_argument(
         "--part", type=_part, default=(1, 1), metavar="K/N", help="every Nth cell from the Kth on (1/1)"
     )
-    parser.add_argument("--batch", type=int, default=8, metavar="B", help="pictures drawn at once (%(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=8, metavar="B", help="number of pictures drawn at once (%(default)s)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="(%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--model", type=Path, help="another model of the scenes, with --results of its own")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="one file a cell (results/)")
-    parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="the pictures (%(default)s)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the results, a file for each cell (results/)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder of the pictures (%(default)s)")
     args = parser.parse_args(argv)
     if args.model is not None and args.results.resolve() == RESULTS.resolve():
         parser.error("--model needs --results of its own: those here are the embedded model's")

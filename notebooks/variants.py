@@ -1,6 +1,6 @@
-"""CutDiffusion and magnify with one part taken out or changed: for the ablations and sweeps.
+"""CutDiffusion and magnify with one part removed or changed, for the ablations and sweeps.
 
-Every one is a method, a plain function of a run; the name of the function is the name of the method.
+Each variant is a method that is a plain function of a run; the name of the function is the name of the method.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Method = Callable[[Run], Sequence[Stage | Phase]]
 
 
 def contiguous_patches(run: Run) -> list[Stage]:
-    """No relocation: patches are tiles of the canvas, which exchange pixels as the interleaved ones do."""
+    """CutDiffusion without relocation: patches are tiles of the canvas and exchange pixels as interleaved ones do."""
     structure, detail = CutDiffusion().stages(run)
     rows, columns = grid_for(run.size, run.native_size)
     sides = {"rows": rows, "columns": columns}
@@ -42,7 +42,7 @@ def contiguous_patches(run: Run) -> list[Stage]:
 
 
 def interaction_every(k: int) -> Method:
-    """Patches exchange pixels at steps 0, k, 2k … only."""
+    """CutDiffusion whose patches exchange pixels at steps 0, k, 2k … only."""
 
     def method(run: Run) -> list[Stage]:
         structure, detail = CutDiffusion().stages(run)
@@ -57,7 +57,7 @@ def interaction_every(k: int) -> Method:
 
 
 def conditioned(structure: Any, detail: Any) -> Method:
-    """Size conditioning "native" or "target", for each stage by itself."""
+    """CutDiffusion whose stages each have their own size conditioning, "native" or "target"."""
 
     def method(run: Run) -> list[Stage]:
         stages = [CutDiffusion(size_conditioning=sizes).stages(run) for sizes in (structure, detail)]
@@ -67,22 +67,25 @@ def conditioned(structure: Any, detail: Any) -> Method:
 
 
 def without_jitter(run: Run) -> list[Stage]:
-    """Views stand on the same grid at every step."""
+    """CutDiffusion whose views stand on the same grid at every step."""
     structure, detail = CutDiffusion().stages(run)
     return [structure, replace(detail, denoise=CutDiffusion().on_views(run, jitter=(0, 0)))]
 
 
 def cosine_weights(run: Run) -> list[Stage]:
-    """A view counts less towards its border: sin² of the way across it, on both axes."""
+    """CutDiffusion whose views weigh less towards their borders: sin² of the way across them, on both axes."""
     structure, detail = CutDiffusion().stages(run)
     rise = [torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() for side in run.window]
     return [structure, replace(detail, denoise=CutDiffusion().on_views(run, weights=torch.outer(*rise)))]
 
 
 def deep_reused(k: int, *stages: str) -> Method:
-    """DeepCache (Ma et al. 2023, arXiv 2312.00858) in some stages of CutDiffusion: of k steps one runs the whole
-    network; the others only its finest level, on what the levels below gave at that step to the patch or view of the
-    same number. Views stand still for it: a patch's pixels come from elsewhere at every step all the same."""
+    """CutDiffusion with DeepCache (Ma et al. 2023, arXiv 2312.00858) in some of its stages.
+
+    One of k steps runs the whole network. The others run its finest level only, on the output that the levels below had
+    at that step for the patch or view of the same number. Views stand still for this; the pixels of a patch come from
+    elsewhere at every step all the same.
+    """
 
     def method(run: Run) -> list[Stage]:
         plain = without_jitter if "detail" in stages else CutDiffusion().stages
@@ -93,7 +96,7 @@ def deep_reused(k: int, *stages: str) -> Method:
 
 
 def deep_reused_direct(k: int) -> Method:
-    """The same in direct inference: what it was made for, at native size."""
+    """Direct inference with DeepCache, which was made for that, at native size."""
 
     def method(run: Run) -> list[Stage]:
         (stage,) = direct(run)
@@ -103,9 +106,9 @@ def deep_reused_direct(k: int) -> Method:
 
 
 def reusing_denoiser(run: Run, k: int, stage: Stage) -> Denoiser:
-    """The denoiser of a stage, which runs the levels below the finest one in its first of every `k` steps."""
+    """A denoiser for a stage that runs the levels below the finest one in the first of every `k` steps only."""
     unet = run.denoiser.unet
-    kept: dict[int, Tensor] = {}  # by the number of a pass in its step
+    kept: dict[int, Tensor] = {}  # the output of the levels below, by the number of a pass in its step
     passes, last = count(), -1
 
     def network(call: Call) -> Tensor:
@@ -128,7 +131,7 @@ def reusing_denoiser(run: Run, k: int, stage: Stage) -> Denoiser:
 
 
 def _finest(unet: UNet, below: Tensor, x: Tensor, timesteps: Tensor, context: Context, *added: Tensor) -> Tensor:
-    """The network's output with `below` in the place of all that its finest level gets from the others."""
+    """The output of the network with `below` in the place of what its finest level receives from the others."""
     time = unet.embed_conditions(timesteps, *added).to(x.dtype)
     x = unet.conv_in(x)
     *skips, _ = [x, *unet.down_blocks[0](x, time, context)]
@@ -137,7 +140,7 @@ def _finest(unet: UNet, below: Tensor, x: Tensor, timesteps: Tensor, context: Co
 
 
 def not_held(run: Run) -> Sequence[Stage | Phase]:
-    """Magnify, whose estimates may leave the native picture."""
+    """Magnify without its hold: estimates may depart from the native picture."""
 
     class NotHeld(Magnify):
         def hold(self, run: Run, picture: Tensor, denoise: CanvasDenoiser) -> CanvasDenoiser:
@@ -148,7 +151,7 @@ def not_held(run: Run) -> Sequence[Stage | Phase]:
 
 @dataclass(frozen=True)
 class Native(Denoiser):
-    """A denoiser whose network is told that it draws a picture of native size, whatever it draws."""
+    """A denoiser whose size conditioning is always that of a picture of native size."""
 
     def through(self, *args: Any, **options: Any) -> Tensor:
         native = (self.native_size, self.native_size)
@@ -156,10 +159,10 @@ class Native(Denoiser):
 
 
 def told_native(method: Method | Any) -> Method:
-    """A method on the whole canvas, whose network is told that it draws a picture of native size.
+    """A method on the whole canvas with the size conditioning of a picture of native size.
 
-    What "original size: twice the native one" means, a network learned from its training pictures: SDXL a large picture
-    that was shrunk, the embedded model a crop that was magnified.
+    A network learns from its training pictures what an "original size" of twice the native one means: for SDXL it is a
+    large picture that was shrunk, for the embedded model a crop that was magnified.
     """
 
     def variant(run: Run) -> Sequence[Stage | Phase]:
@@ -170,5 +173,6 @@ def told_native(method: Method | Any) -> Method:
 
 
 def _named(method: Method, name: str) -> Any:
+    """The method, with another name."""
     method.__name__ = name
     return method

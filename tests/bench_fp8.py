@@ -21,7 +21,8 @@ from cutdiff.evaluation.metrics import psnr
 from cutdiff.models.fp8 import quantize_transformers
 from cutdiff.pipeline import Result
 from cutdiff.scenes import world
-from cutdiff.settings import METHOD_NAMES, Settings
+from cutdiff.settings import Settings
+from cutdiff.specs import METHODS
 
 RUNS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "FP8": torch.bfloat16}
 COMPARED = (("bfloat16", "float32"), ("FP8", "bfloat16"), ("FP8", "float32"))
@@ -41,7 +42,7 @@ def spread(values: Tensor, digits: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare FP8 with bfloat16, and bfloat16 with float32.")
     parser.add_argument("--num", type=int, default=8, metavar="N", help="captions (8)")
-    parser.add_argument("--method", choices=METHOD_NAMES, default="cutdiffusion", help="cutdiffusion")
+    parser.add_argument("--method", choices=METHODS, default="cutdiffusion", help="cutdiffusion")
     parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="side of the pictures (256)")
     args = parser.parse_args()
     settings = Settings(num_steps=10, guidance_scale=4.0, method=args.method, height=args.size, width=args.size)

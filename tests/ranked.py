@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,8 @@ import cutdiff
 import cutdiff.models.bands
 import cutdiff.models.vae
 from cutdiff.parallel.launch import joined
-from cutdiff.settings import METHOD_NAMES, WITHOUT_VIEWS, Settings
+from cutdiff.settings import Settings
+from cutdiff.specs import METHODS
 
 SIZES = (1, 2, 5)
 VIEW_BATCHES = (1, 3, None)
@@ -49,9 +51,9 @@ def draw_all(model: Path, folder: Path) -> None:
         settings = Settings(height=64, width=64, num_steps=1)
         result = cutdiff.generate(overflowing, "a", settings, ranks=launch.group)
         results["overflow"] = result.images, result.record["decoded_in"]
-        for method in METHOD_NAMES:
-            stride = None if method in WITHOUT_VIEWS else 2
-            settings = Settings(method=method, height=128, width=96, num_steps=2, stride=stride)
+        for method in METHODS:
+            settings = Settings(method=method, height=128, width=96, num_steps=2)
+            settings = replace(settings, stride=2) if settings.has("stride") else settings
             for items in VIEW_BATCHES:
                 result = cutdiff.generate(
                     loaded, ["a red house", "b"], settings, ranks=launch.group, view_batch_size=items

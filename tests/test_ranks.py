@@ -24,7 +24,7 @@ from cutdiff.parallel.process import Ended, RankLost
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.parallel.watch import Watch
 from cutdiff.sample import main
-from cutdiff.settings import METHOD_NAMES
+from cutdiff.specs import METHODS
 
 Drawn = dict[Any, Any]
 
@@ -56,7 +56,7 @@ def drawn(quick_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {size: [torch.load(out / f"{size}-{rank}.pt") for rank in range(size)] for size in SIZES}
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_every_rank_has_the_picture_of_one_process(size: int, method: str, drawn: dict[int, list[Drawn]]) -> None:
     """They agree to the bit if network calls have the same items. Two pictures in one phase are fewer items than five

@@ -139,15 +139,19 @@ def add_option(group: Group, option: Option, help: str = "") -> None:
     """A flag for an option of a run, which goes into `options` of the arguments where it is given."""
     text = help or f"{option.doc[:1].lower()}{option.doc[1:]}".replace("None:", "none:")
     shown = "" if option.default in (None, False, "") else f" ({_shown(option.default)})"
-    told: dict[str, Any] = {"dest": option.name, "action": _Given, "help": f"{text}{shown}".replace("%", "%%").strip()}
+    settings: dict[str, Any] = {
+        "dest": option.name,
+        "action": _Given,
+        "help": f"{text}{shown}".replace("%", "%%").strip(),
+    }
     if option.type is bool:
-        told |= {"action": _Set, "nargs": 0}
+        settings |= {"action": _Set, "nargs": 0}
     elif get_origin(option.type) is tuple and get_args(option.type)[-1] is not Ellipsis:
         kinds = get_args(option.type)
-        told |= {"nargs": len(kinds), "type": _reader(option.name, kinds[0]), "metavar": _metavar(kinds[0])}
+        settings |= {"nargs": len(kinds), "type": _reader(option.name, kinds[0]), "metavar": _metavar(kinds[0])}
     else:
-        told |= {"type": _reader(option.name, option.type), "metavar": _metavar(option.type)}
-    group.add_argument(flag_of(option.name), default=argparse.SUPPRESS, **told)
+        settings |= {"type": _reader(option.name, option.type), "metavar": _metavar(option.type)}
+    group.add_argument(flag_of(option.name), default=argparse.SUPPRESS, **settings)
 
 
 def add_how(group: Group) -> None:

@@ -92,7 +92,7 @@ def draw_cells(model: Model, cells: Sequence[Cell], captions: Sequence[str], out
 
 
 def _draw_batch(model: Model, settings: Settings, captions: Sequence[str], first: int, folder: Path) -> dict[str, Any]:
-    """Draw and save a batch; returns its cost. FLOPs are counted in the first batch only, whose time does not count."""
+    """Draw and save a batch and return its cost. FLOPs are counted in the first one only, whose time does not count."""
     flops = None
     began = time.perf_counter()
     if first == 0:

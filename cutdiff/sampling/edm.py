@@ -63,8 +63,8 @@ class EDMConfig:
 
     def fraction(self, timestep: float) -> float:
         """The place of a timestep in the schedule: 1 at sigma_max, 0 at sigma_min."""
-        low, high, at = map(self._warped, (self.sigma_min, self.sigma_max, math.exp(4 * timestep)))
-        return (at - low) / (high - low)
+        low, high, middle = map(self._warped, (self.sigma_min, self.sigma_max, math.exp(4 * timestep)))
+        return (middle - low) / (high - low)
 
     def sigmas(self, num_steps: int) -> list[float]:
         """The sigmas from sigma_max down to sigma_min; a single step takes sigma_max."""
