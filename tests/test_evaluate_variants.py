@@ -34,8 +34,9 @@ def of_scenes(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def run(of_scenes: Path, tmp_path: Path) -> Run:
-    """Measure two pictures of a tiny model, at twice its native size."""
+def run(of_scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Measure two pictures of a tiny model, at twice its native size; intervals, which take long, are coarse."""
+    monkeypatch.setattr("cutdiff.evaluation.score.ROUNDS", 10)
     options = ["--model", str(of_scenes), "--sizes", "256", "--steps", "2", "--num", "2", "--batch", "2"]
     return lambda *arguments: main([*options, "--out", str(tmp_path / "out"), *arguments])
 
