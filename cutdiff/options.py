@@ -20,6 +20,8 @@ from textwrap import dedent
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+_TOKEN = r"""(?:^|(?<=[=(\[{,:\s]))(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|."""
+"""A text in quotes where a value may begin, or a single character."""
 MAX_FLOAT32 = 2.0**128 * (1 - 2**-24)
 """The largest number that tensors can be multiplied by."""
 
@@ -54,6 +56,8 @@ class Option(NamedTuple):
     default: Any
     doc: str
     """The first sentence of the text below the field."""
+    required: bool = False
+    """True where there is no default."""
 
 
 def options_of(thing: object) -> dict[str, Option]:
@@ -63,7 +67,13 @@ def options_of(thing: object) -> dict[str, Option]:
         return {}
     types, docs = _types(cls), _docs(cls)
     return {
-        field.name: Option(field.name, types.get(field.name, Any), field.default, docs.get(field.name, ""))
+        field.name: Option(
+            field.name,
+            types.get(field.name, Any),
+            None if field.default is MISSING else field.default,
+            docs.get(field.name, ""),
+            field.default is MISSING and field.default_factory is MISSING,
+        )
         for field in fields(cls)
         if field.init
     }
@@ -84,15 +94,8 @@ def checked(name: str, value: Any, kind: Any) -> Any:
 
 
 def read(name: str, text: str, kind: Any) -> Any:
-    """The value that a command line writes as `text`. ValueError, which names the option, where it is none."""
-    is_none = text == "None" and _fitted(None, kind) is None
-    if _takes_text(kind) and _fitted(text, kind) is not MISSING and not is_none:
-        return checked(name, str(text), kind)
-    try:
-        value = ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text, text.strip()))
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = str(text)
-    return checked(name, value, kind)
+    """The value that a command line or a spec writes as `text`. ValueError, naming the option, where it is none."""
+    return checked(name, _parsed(text, kind), kind)
 
 
 def written(value: Any) -> str:
@@ -108,14 +111,17 @@ def words(kind: Any) -> str:
     """The words of errors and --help for a type: "a finite number in 0 … 1"."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        bounds = ", ".join(str(bound) for bound in args[1:] if abs(bound.low) < MAX_FLOAT32)
+        bounds = ", ".join(str(b) for b in args[1:] if isinstance(b, Between) and abs(b.low) < MAX_FLOAT32)
         return " ".join([words(args[0]), bounds]).strip()
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}"
     if origin in (Union, UnionType):
         return " or ".join(words(arg) for arg in args)
+    if origin is list or (origin is tuple and args[-1:] == (Ellipsis,)):
+        return f"a list, each {words(args[0])}"
     if origin is tuple:
-        return f"{len(args)} values, each {words(args[0])}" if args[-1] is not Ellipsis else "a list of numbers"
+        kinds = dict.fromkeys(map(words, args))
+        return f"{len(args)} values, each {' or '.join(kinds)}"
     names = {float: "a finite number", int: "a whole number", str: "a text", bool: "True or False", NoneType: "None"}
     return names.get(kind) or f"a {getattr(kind, '__name__', kind)}"
 
@@ -132,6 +138,57 @@ def nearest(value: object, known: Iterable[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else ""
 
 
+def split(text: str) -> list[str]:
+    """The parts of a text between its commas, but for those inside of brackets, and of quotes that open a value."""
+    parts, depth = [""], 0
+    for token in re.findall(_TOKEN, text, re.DOTALL):
+        depth += (token in [*"([{"]) - (token in [*")]}"])
+        if token == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return parts
+
+
+def unquoted(text: str) -> str:
+    """The text between quotes, where all of `text` is one in quotes."""
+    try:
+        value = ast.literal_eval(text) if text[:1] in ("'", '"') else text
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, str) else text
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    """The value of the type that a text says, or the text itself."""
+    items = _item_kinds(kind)
+    if items is not None and text.strip() != "None":
+        inner = text.strip()
+        inner = inner[1:-1] if inner[:1] + inner[-1:] in ("()", "[]") else inner
+        parts = [part.strip() for part in split(inner)]
+        texts = [unquoted(part) for part in (parts[:-1] if parts[-1] == "" else parts)]  # a comma may be last
+        kinds = items if isinstance(items, tuple) and items else [items] * len(texts)
+        kinds = [*kinds, *[kinds[-1]] * len(texts)][: len(texts)]
+        return tuple(_parsed(part, inner) for part, inner in zip(texts, kinds, strict=True))
+    is_none = text == "None" and _fitted(None, kind) is None
+    if _takes_text(kind) and _fitted(text, kind) is not MISSING and not is_none:
+        return str(text)
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text, text.strip()))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return str(text)
+
+
+def _item_kinds(kind: Any) -> Any:
+    """The types of a tuple's items, the one type of a list's or of those of a tuple of any length; None otherwise."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return next((items for arg in args if (items := _item_kinds(arg)) is not None), None)
+    if origin is list or (origin is tuple and args[-1:] == (Ellipsis,)):
+        return args[0]
+    return args if origin is tuple else None
+
+
 def _not_a(value: Any, kind: Any) -> str:
     literals = get_args(kind) if get_origin(kind) is Literal else ()
     if literals and isinstance(value, str):
@@ -143,18 +200,20 @@ def _fitted(value: Any, kind: Any) -> Any:
     """The value as one of the type, MISSING where it is none."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        fitted = _fitted(value, args[0])
-        return fitted if fitted is not MISSING and all(low <= fitted <= high for low, high in args[1:]) else MISSING
+        fitted, bounds = _fitted(value, args[0]), [bound for bound in args[1:] if isinstance(bound, Between)]
+        return fitted if fitted is not MISSING and all(low <= fitted <= high for low, high in bounds) else MISSING
     if origin in (Union, UnionType):
         return next((fitted for arg in args if (fitted := _fitted(value, arg)) is not MISSING), MISSING)
     if origin is Literal:
         alike = (arg for arg in args if arg == value and isinstance(arg, bool) == isinstance(value, bool))
         return next(alike, MISSING)
-    if origin is tuple:
-        kinds = args[:1] * len(value) if args[-1] is Ellipsis and isinstance(value, tuple | list) else args
-        if not isinstance(value, tuple | list) or len(value) != len(kinds):
+    if origin in (tuple, list):
+        if not isinstance(value, tuple | list):
             return MISSING
-        fitted = tuple(map(_fitted, value, kinds))
+        kinds = args[:1] * len(value) if origin is list or args[-1:] == (Ellipsis,) else args
+        if len(value) != len(kinds):
+            return MISSING
+        fitted = origin(map(_fitted, value, kinds))
         return MISSING if any(part is MISSING for part in fitted) else fitted
     if kind in (float, int):
         return _number(value, kind)
@@ -182,10 +241,10 @@ def _takes_text(kind: Any) -> bool:
 
 @cache
 def _types(cls: type) -> dict[str, Any]:
-    """The types of the fields; none where a name in them is known to type checkers only."""
+    """The types of the fields; none where they cannot be had, as where a name is known to type checkers only."""
     try:
         return get_type_hints(cls, include_extras=True)
-    except NameError:
+    except Exception:  # an annotation may hold any expression
         return {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -22,9 +23,9 @@ from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
 from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
-from cutdiff.sampling import draws as drawing
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.finite import explained
 from cutdiff.sampling.operators import check_backend
 from cutdiff.sampling.schedules import Schedule, make_schedule
@@ -98,7 +99,11 @@ def generate(
     **options: Any,
 ) -> Result:
     """Run to the end and decode: the same run as `denoise`. `on_step(step, num_steps)` hears of each step and of the
-    number of all."""
+    number of all.
+
+    Threads may draw with one model at the same time, but not beside one whose method changes the network: that one must
+    have a model of its own.
+    """
     settings = replace(settings or Settings(), **options)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -113,6 +118,8 @@ def generate(
         seconds[step.stage] = seconds.get(step.stage, 0.0) + ended - began
         began = ended
     received = ranks.received_bytes - received_before
+    if not latents.isfinite().all():
+        raise FloatingPointError("the last step of the solver gave NaN or infinity")
     images, dtype = _decode(model, latents, ranks)
     seconds["decode"] = now(model.device) - began
     record = _record(model, prompt, prepared, seconds)
@@ -182,7 +189,7 @@ def _in_safe_dtype(model: Model, run: Callable[[VAE, torch.dtype], Tensor]) -> t
     raise FloatingPointError(f"the VAE gave NaN or infinity; {model.bad_weights() or 'all weights are finite'}")
 
 
-def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Schedule]:
+def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, int], Schedule]:
     """The canvas in latents and the schedule of a run; ValueError where the model cannot do it."""
     check_backend(settings.backend, model.device)
     if settings.cuda_graphs and model.device.type != "cuda":
@@ -191,6 +198,8 @@ def plan(model: Model, settings: Settings) -> tuple[tuple[int, int], Schedule]:
     for name in ("prompt_2", "negative_prompt_2"):
         if getattr(settings, name) is not None and model.text.text_encoder_2 is None:
             raise ValueError(f"{name}={getattr(settings, name)!r} is for a second text encoder, which only SDXL has")
+    if callable(check := getattr(settings.method, "check_native", None)):
+        check(model.native_size)
     schedule = make_schedule(settings.schedule, settings.solver, model.noise, settings.num_steps)
     return settings.canvas_size(model.native_size, model.factor), schedule
 
@@ -208,22 +217,25 @@ def prepare(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("prompt is an empty list: give at least one prompt")
-    size, schedule = plan(model, settings)
+    size, schedule = canvas_and_schedule(model, settings)
+    if isinstance(observer, type) or isinstance(draws, str | type):
+        what = f"observer={observer}" if isinstance(observer, type) else f"draws={draws!r}"
+        raise ValueError(f"{what} must be an object: make one of its class")
     if draws is None:
         draws = Draws(tuple(settings.seed + i for i in range(len(prompts))), model.device)
     text: TextEncoders | SharedText = model.text.skipping(settings.clip_skip)
     if ranks.size > 1:
         text = SharedText(text, ranks, model.device, model.dtype)
     positive, negative = _encode(text, prompts, settings, model.zeros_for_empty_negative)
-    guided = range(*(step_at(share, settings.num_steps) for share in settings.guidance_interval))
+    begin = getattr(settings.guidance, "begin", None)
     denoiser = make_denoiser(
         unet=model.unet,
         timestep=schedule.timestep,
         coefficients=model.noise.coefficients,
         positive=positive,
         negative=negative,
-        guidance=settings.guidance,
-        guided=lambda step: step % settings.num_steps in guided,
+        guidance=settings.guidance if begin is None else begin(schedule),
+        guided=_guided(schedule, settings.guidance_interval),
         factor=model.factor,
         compiled=compiled(model.unet, cuda_graphs=settings.cuda_graphs) if settings.compile else None,
         ranks=ranks,
@@ -233,7 +245,7 @@ def prepare(
     )
     run = Run(
         denoiser=denoiser,
-        draws=drawing.checked(draws, len(prompts)),
+        draws=checked_draws(draws, len(prompts)),
         size=size,
         target_size=size,
         schedule=schedule,
@@ -242,10 +254,14 @@ def prepare(
         encode=partial(encode, model),
         decode=lambda latents: _decode(model, latents, ranks)[0].to(latents.device),
     )
-    stages = stages_of(settings.method, run)
     try:
-        check_stages(stages or (), settings.num_steps)
+        stages = stages_of(settings.method, run)
+        check_stages(stages, settings.num_steps)
+        if stages[-1].size not in (None, size):
+            raise ValueError(f"ends on a canvas of {stages[-1].size} latents, where the picture has {size}")
     except ValueError as error:
+        if str(error).startswith("detail_guidance_scale="):
+            raise
         raise ValueError(f"method={settings.method_name} {error}") from None
     first = stages[0]
     shape = (len(prompts), model.unet.config.in_channels, *(first.size or size))
@@ -253,15 +269,22 @@ def prepare(
     steps = solve(stages, noise * _init_scale(first, schedule), schedule, settings.solver, run.draws.noise)
     steps = explained(steps, denoiser, model.why_not_finite)
     if observer is not None:
-        steps = heard(steps, observer)
+        steps = _observed(steps, observer)
     return Prepared(settings, denoiser, draws, size, schedule, stages, steps, sources_of(settings, draws))
 
 
-def heard(steps: Iterator[Step], observer: Observer) -> Iterator[Step]:
+def _observed(steps: Iterator[Step], observer: Observer) -> Iterator[Step]:
     """The steps, each after the observer has heard of it."""
     for step in steps:
         observer.step(step)
         yield step
+
+
+def _guided(schedule: Schedule, interval: tuple[float, float]) -> Callable[[float], bool]:
+    """Tells for a sigma whether it is one of a share of the schedule's, or between them."""
+    first, last = (step_at(share, schedule.num_steps) for share in interval)
+    high, low = schedule.sigmas[first] if first else math.inf, schedule.sigmas[last]
+    return lambda sigma: low < sigma <= high
 
 
 def _init_scale(first: Stage | Phase, schedule: Schedule) -> float:

@@ -29,7 +29,8 @@ class Settings(Options):
     their names those of the method, the solver, the schedule and the guidance, which then have them. ValueError, with
     option, value and remedy, where one cannot be used.
 
-    `dataclasses.replace` changes options of any of these in the same way.
+    `dataclasses.replace` changes options of any of these in the same way; another method, solver, schedule or guidance
+    comes with its own options, not with those of the one before.
     """
 
     negative_prompt: str = ""
@@ -67,11 +68,16 @@ class Settings(Options):
     backend: Backend = "auto"
     """The operators around the network: "triton", "reference" (plain torch), or "auto", which is Triton on a GPU."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         own = {field.name: options.pop(field.name, field.default) for field in fields(Settings)}
-        things = {kind: specs.resolve(kind, own[kind]) for kind in TABLES}
+        things = {kind: specs.resolve(kind, own[kind], options) for kind in TABLES}
+        for kind, thing in things.items():
+            if same := [name for name in options_of(thing) if name in own]:
+                raise ValueError(
+                    f"{kind}={specs.name_of(kind, thing)} has an option {same[0]!r}, which every run has: rename it"
+                )
         things = specs.changed(things, options, also=own)
-        for name, value in {**own, **things}.items():
+        for name, value in {**own, **things, "_sources": self._hashes(things)}.items():
             object.__setattr__(self, name, value)
         self.__post_init__()
 
@@ -96,15 +102,20 @@ class Settings(Options):
 
     def described(self) -> dict[str, Any]:
         """All options as JSON can hold them: the four objects by their full specs."""
-        return {**vars(self), **{kind: specs.spec_of(kind, getattr(self, kind)) for kind in TABLES}}
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**own, **{kind: specs.spec_of(kind, getattr(self, kind)) for kind in TABLES}}
 
     def has(self, option: str) -> bool:
         """True where an option of this name belongs to the run, or to one of its four objects."""
         return any(option in options_of(thing) for thing in (self, *(getattr(self, kind) for kind in TABLES)))
 
     def sources(self) -> dict[str, str]:
-        """The source hashes of those of the four objects that are not the package's."""
-        hashes = {kind: source_hash(getattr(self, kind)) for kind in TABLES}
+        """The source hashes of those of the four objects that are not the package's, before a run could change them."""
+        return dict(vars(self)["_sources"])
+
+    @staticmethod
+    def _hashes(things: dict[str, Any]) -> dict[str, str]:
+        hashes = {kind: source_hash(thing) for kind, thing in things.items()}
         return {kind: value for kind, value in hashes.items() if value is not None}
 
     @property
@@ -120,7 +131,4 @@ class Settings(Options):
                 raise ValueError(
                     f"{name}={value} must be a multiple of {factor}; try {value // factor * factor or factor}"
                 )
-        stride = getattr(self.method, "stride", None)
-        if stride is not None and stride > native_size:
-            raise ValueError(f"stride={stride} must not exceed the window of {native_size} latents")
         return height // factor, width // factor

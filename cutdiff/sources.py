@@ -11,12 +11,16 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from cutdiff.options import options_of, written
+
+_TEXTS: dict[tuple[Path, int], tuple[object, str]] = {}
+"""The files that were read, by their path and the id of their module's spec, which is kept so that the id stays its."""
 
 
 def source_hash(thing: Any) -> str | None:
@@ -24,8 +28,9 @@ def source_hash(thing: Any) -> str | None:
     function those of its closure and its defaults, as an instance its attributes, but for options. None for what is the
     package's.
 
-    The source is the whole file that defines it, so that an edited helper beside it counts; in a notebook or an
-    interactive session, the definition itself, or its compiled code where even that is not kept.
+    The source is the whole file that defines it, and the files of other modules of a researcher's own that it imports,
+    so that an edited helper counts; in a notebook or an interactive session, the definition itself, or its compiled
+    code where even that is not kept.
     """
     return _hashed(thing, ())
 
@@ -54,8 +59,7 @@ def described(value: Any, outer: tuple[int, ...] = ()) -> str:
         return f"<module {value.__name__}>"
     name = getattr(value, "__qualname__", type(value).__qualname__)
     if not (hasattr(value, "state_dict") or _is_written_here(_apart(value)[0])):
-        shown = repr(value)
-        return f"<{name}>" if " at 0x" in shown or len(shown) > 200 else f"<{name} {shown!r}>"
+        return f"<{name} {_reduced(value, inner)}>"
     inside = [f"{option}={described(getattr(value, option), inner)}" for option in options_of(value)]
     return f"<{' '.join([name, (_hashed(value, outer) or '')[:16], *inside]).strip()}>"
 
@@ -67,6 +71,8 @@ def _hashed(thing: Any, outer: tuple[int, ...]) -> str | None:
         return None
     bases = [base for base in getattr(named, "__mro__", (named,))[1:] if _is_written_here(base)]
     sources = [_source(part) for part in (named, *bases) if part is named or not _is_of_package(part)]
+    if isinstance(named, types.FunctionType):  # of two on one line, or of one name, this tells which it is
+        sources.append(repr(_compiled(named.__code__)))
     contents = [described(value, (*outer, id(thing))) for value in values]
     return hashlib.sha256("\n".join([named.__qualname__, *sources, *contents]).encode()).hexdigest()
 
@@ -85,31 +91,92 @@ def _apart(thing: Any) -> tuple[Any, list[Any]]:
         return thing, []
     if hasattr(thing, "state_dict"):  # a torch module, whose attributes hold more than what it computes with
         return type(thing), [thing.state_dict()]
-    values = {} if options_of(thing) else getattr(thing, "__dict__", {})  # options are told beside the source
+    options = options_of(thing)  # which are described beside the source
+    slots = [name for base in type(thing).__mro__ for name in _names(getattr(base, "__slots__", ()))]
+    attributes = {name: getattr(thing, name) for name in slots if hasattr(thing, name)} | getattr(thing, "__dict__", {})
+    values = {name: value for name, value in attributes.items() if name not in options}
     return type(thing), [values] if values else []
 
 
+def _reduced(value: Any, inner: tuple[int, ...]) -> str:
+    """What makes a copy of a library's object, as text; where nothing does, a text that is another one every time."""
+    shown = repr(value)
+    if " at 0x" not in shown and len(shown) <= 200:
+        return repr(shown)
+    if isinstance(value, types.BuiltinFunctionType | types.FunctionType | type):
+        return str(getattr(value, "__module__", ""))
+    try:
+        maker, *state = value.__reduce_ex__(4)
+    except Exception:
+        return uuid4().hex
+    return described([getattr(maker, "__qualname__", ""), *map(_listed, state)], inner)
+
+
+def _listed(part: Any) -> Any:
+    return part if isinstance(part, tuple | dict | None) else list(part) if isinstance(part, Iterator) else part
+
+
+def _names(slots: Any) -> list[str]:
+    return [slots] if isinstance(slots, str) else [*slots]
+
+
 def _is_of_package(named: Any) -> bool:
-    return str(named.__module__).partition(".")[0] == "cutdiff"
+    return _module_of(named).partition(".")[0] == "cutdiff"
 
 
 def _is_written_here(named: Any) -> bool:
     """True for what is this package's or a researcher's own, False for what is Python's or an installed library's."""
-    module = str(getattr(named, "__module__", None) or "builtins")
+    module = _module_of(named)
     if module.partition(".")[0] in (*sys.builtin_module_names, *sys.stdlib_module_names) and module != "__main__":
         return False
     return "site-packages" not in str(getattr(sys.modules.get(module), "__file__", ""))
 
 
+def _module_of(named: Any) -> str:
+    """The name of a module, or of the one in which a function or class stands."""
+    return (
+        named.__name__ if isinstance(named, types.ModuleType) else str(getattr(named, "__module__", None) or "builtins")
+    )
+
+
 def _source(named: Callable[..., Any] | type) -> str:
+    """The files that an object's definition reads, or the definition itself where it stands in none."""
     try:
         file = inspect.getsourcefile(named)
         if file is not None and Path(file).is_file():
-            return Path(file).read_text(encoding="utf-8", errors="replace")
+            modules = {Path(file): sys.modules.get(named.__module__)}
+            modules |= _files_of(sys.modules.get(named.__module__), set())
+            return "\n".join(
+                _text(path, getattr(module, "__spec__", None)) for path, module in sorted(modules.items(), key=str)
+            )
         return inspect.getsource(named)
     except (OSError, TypeError):
         functions = [named] if isinstance(named, types.FunctionType) else getattr(named, "__dict__", {}).values()
         return repr([_compiled(f.__code__) for f in functions if isinstance(f, types.FunctionType)])
+
+
+def _text(path: Path, spec: object) -> str:
+    """The text of a file when a module of it was first asked for: Python runs what was imported, not a later edit. The
+    `spec` of the module is another one after it is imported again."""
+    key = path, id(spec)
+    if key not in _TEXTS:
+        _TEXTS[key] = spec, path.read_text(encoding="utf-8", errors="replace")
+    return _TEXTS[key][1]
+
+
+def _files_of(module: types.ModuleType | None, reached: set[str]) -> dict[Path, types.ModuleType]:
+    """The files of a module of a researcher's own, and of all such modules whose names it holds."""
+    if module is None or module.__name__ in reached or _is_of_package(module) or not _is_written_here(module):
+        return {}
+    reached.add(module.__name__)
+    file = getattr(module, "__file__", None)
+    files = {Path(file): module} if file and Path(file).is_file() else {}
+    for value in [*vars(module).values()]:
+        other = (
+            value if isinstance(value, types.ModuleType) else sys.modules.get(getattr(value, "__module__", None) or "")
+        )
+        files |= _files_of(other, reached)
+    return files
 
 
 def _compiled(code: types.CodeType) -> tuple[Any, ...]:

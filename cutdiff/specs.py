@@ -7,15 +7,15 @@ itself. This module imports no torch; what a table names is imported when it is 
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
-from cutdiff.options import Option, check_options, nearest, options_of, read
+from cutdiff.options import Option, check_options, nearest, options_of, read, split, unquoted
 from cutdiff.sources import described
 
 METHODS = {
@@ -58,8 +58,6 @@ SHAPES = {
 
 _ADDRESS = r"\w[\w.]*:\w+"
 """The form of `module:object`."""
-_TOKEN = r"""(?<=[=(\[{,:\s])(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|."""
-"""A text in quotes where a value may begin, or a single character."""
 
 
 class Text(str):
@@ -73,22 +71,30 @@ def check_name(kind: str, text: str) -> None:
         raise ValueError(_unknown(kind, name))
 
 
-def resolve(kind: str, value: Any) -> Any:
-    """The object that `value` names or is; a class is made with its defaults.
+def named(kind: str, value: Any) -> Any:
+    """The class or object that `value` names or is, before it is made. ValueError where there is none."""
+    if kind == "schedule" and _numbers(value) is not None:
+        value = "list"
+    return _load(kind, parse(kind, value)[0]) if isinstance(value, str) else value
+
+
+def resolve(kind: str, value: Any, given: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The object that `value` names or is; a class is made with its defaults, and with those options that it needs and
+    has none for taken from `given`.
 
     ValueError, which names the kind, the value and what is known, where there is none, or an option does not fit.
     """
-    options = {}
+    thing, options = named(kind, value), {}
     if kind == "schedule" and (numbers := _numbers(value)) is not None:
-        value, options = SCHEDULES["list"], {"values": numbers}
+        options = {"values": numbers}
     elif isinstance(value, str):
-        value, texts = parse(kind, value)
-        options = {name: Text(text) for name, text in texts.items()}
-    thing = _load(kind, value) if isinstance(value, str) else value
+        options = {name: Text(text) for name, text in parse(kind, value)[1].items()}
     if isinstance(thing, type):
-        thing = _made(kind, thing, options)
-    elif options:
+        thing = _made(kind, thing, options, given)
+    elif options and not options_of(thing):
         raise ValueError(f"{kind}={name_of(kind, thing)} has no options, so {', '.join(options)} cannot be given")
+    elif options:
+        thing = changed({kind: thing}, options)[kind]
     if not _fits(kind, thing):
         raise ValueError(f"{kind}={thing!r} must be {SHAPES[kind]}, or a name of {', '.join(TABLES[kind])}")
     if options_of(thing):
@@ -122,7 +128,8 @@ def no_option(name: str, things: dict[str, Any], also: Iterable[str] = ()) -> st
     shipped = _shipped_options()
     near = nearest(name, [*also, *(option for thing in things.values() for option in options_of(thing)), *shipped])
     hint = f", but of {', '.join(shipped[name])}" if name in shipped else near
-    return f"is no option of {' or '.join([', '.join(having[:-1]), having[-1]][-len(having) :])}{hint}"
+    others = f"{', '.join(having[:-1])} or " if having[1:] else ""
+    return f"is no option of {others}{having[-1]}{hint}"
 
 
 def owners(name: str) -> list[str]:
@@ -148,20 +155,8 @@ def parse(kind: str, text: str) -> tuple[str, dict[str, str]]:
         option, separator, value = (piece.strip() for piece in part.partition("="))
         if not separator or not option.isidentifier() or option in options:
             raise ValueError(f"{kind}={text!r} is no spec, for {part!r}: give NAME,option=value,option=value")
-        options[option] = _unquoted(value)
+        options[option] = unquoted(value)
     return name.strip(), options
-
-
-def split(text: str) -> list[str]:
-    """The parts of a text between its commas, but for those inside of brackets, and of quotes that open a value."""
-    parts, depth = [""], 0
-    for token in re.findall(_TOKEN, text, re.DOTALL):
-        depth += (token in [*"([{"]) - (token in [*")]}"])
-        if token == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += token
-    return parts
 
 
 def spec_of(kind: str, thing: Any) -> str:
@@ -192,6 +187,8 @@ def _load(kind: str, name: str) -> Any:
         loaded = import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(f"{kind}={name!r}: there is no module {error.name!r} where Python looks for it") from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{kind}={name!r}: importing {module} failed, {type(error).__name__}: {error}") from error
     if not hasattr(loaded, attribute):
         public = [name for name in vars(loaded) if not name.startswith("_")]
         raise ValueError(f"{kind}={name!r}: the module {module} has no {attribute!r}{nearest(attribute, public)}")
@@ -203,16 +200,23 @@ def _unknown(kind: str, name: str) -> str:
     return f"{kind}={name!r} is not one of {known}"
 
 
-def _made(kind: str, cls: type, options: dict[str, Any]) -> Any:
+def _made(kind: str, cls: type, options: dict[str, Any], given: Mapping[str, Any]) -> Any:
     """An instance of the class; an option is a value, or reads its text for the type of the field."""
     known = options_of(cls)
     for name in options:
         if name not in known:
             raise ValueError(f"{name} {no_option(name, {kind: cls})}")
+    needed = {name: given[name] for name, option in known.items() if option.required and name in given}
+    options = {**needed, **options}
+    missing = [name for name, option in known.items() if option.required and name not in options]
+    if missing:
+        raise ValueError(f"{kind}={cls.__name__} needs {', '.join(missing)}: give NAME,{missing[0]}=value")
     try:
         return cls(**_valued(options, known))
-    except TypeError as error:
-        raise ValueError(f"{kind}={cls.__name__} cannot be made: {error}") from None
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{kind}={cls.__name__} cannot be made, {type(error).__name__}: {error}") from error
 
 
 def _valued(options: dict[str, Any], known: dict[str, Option]) -> dict[str, Any]:
@@ -231,13 +235,6 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
             return tuple(map(float, value.split(",")))
         except ValueError:
             raise ValueError(f"schedule={value!r} must be numbers with commas between them") from None
+    if hasattr(value, "tolist"):
+        value = value.tolist()  # pyright: ignore[reportAttributeAccessIssue]
     return tuple(value) if isinstance(value, list | tuple) else None
-
-
-def _unquoted(text: str) -> str:
-    """The text between quotes, where all of `text` is one in quotes."""
-    try:
-        value = ast.literal_eval(text) if text[:1] in ("'", '"') else text
-    except (ValueError, SyntaxError):
-        return text
-    return value if isinstance(value, str) else text

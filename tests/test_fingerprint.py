@@ -20,7 +20,7 @@ import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.evaluation.cells import Cell, draw
 from cutdiff.output.record import changes, describe, fingerprint
-from cutdiff.pipeline import plan
+from cutdiff.pipeline import canvas_and_schedule
 from cutdiff.sample import main
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import NoiseConfig
@@ -32,7 +32,7 @@ SMALL = {"height": 64, "width": 64, "num_steps": 2}
 
 def described(model: Model, draws: Draws | None = None, **options: Any) -> dict[str, Any]:
     settings = Settings(**SMALL | options)
-    return describe(model, "a tent", settings, draws or Draws((0,)), plan(model, settings)[1])
+    return describe(model, "a tent", settings, draws or Draws((0,)), canvas_and_schedule(model, settings)[1])
 
 
 def of_guidance(model: Model, guidance: Any) -> str:

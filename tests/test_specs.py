@@ -137,7 +137,7 @@ def test_what_is_no_spec(spec: str) -> None:
         ("method", "magnify,stride=1.5", r"^stride=1\.5 must be a whole number at least 1 or None$"),
         ("schedule", "1,x,0", r"^schedule='1,x,0' must be numbers with commas between them$"),
         ("schedule", [3], r"^schedule=\(3\.0,\) must hold two sigmas or more, falling, the last one 0$"),
-        ("schedule", [3, "x"], r"^values=\(3, 'x'\) must be a list of numbers$"),
+        ("schedule", [3, "x"], r"^values=\(3, 'x'\) must be a list, each a finite number at least 0$"),
     ],
 )  # fmt: skip
 def test_an_error_names_kind_value_what_is_known_and_a_near_miss(kind: str, value: Any, message: str) -> None:
@@ -172,7 +172,7 @@ def test_a_dataclass_a_function_and_an_instance(methods: OwnModules) -> None:
     [
         ("mine_methods:Min", "has no 'Min': did you mean 'Mine'?"),
         ("mine_methods:nothing", "method=3 must be a dataclass with `stages(run)`"),
-        ("mine_methods:Needy", "method=Needy cannot be made: "),
+        ("mine_methods:Needy", "method=Needy needs strength: give NAME,strength=value"),
         ("mine_methods:plain,strength=2", "method=plain has no options, so strength cannot be given"),
         ("mine_methods:Mine,strength=11", "strength=11 must be a finite number in 0 … 10"),
         ("mine_methods:Mine,strength=nan", "strength='nan' must be a finite number in 0 … 10"),
@@ -181,7 +181,7 @@ def test_a_dataclass_a_function_and_an_instance(methods: OwnModules) -> None:
         ("mine_methods:Mine,level=3", "level=3 must be one of 1, 2"),
         ("mine_methods:Mine,on=1", "on=1 must be True or False"),
         ("mine_methods:Mine,pair=(1,2,3)", "pair=(1, 2, 3) must be 2 values, each a finite number"),
-        ("mine_methods:Mine,many=(1,2.5)", "many=(1, 2.5) must be a list of numbers"),
+        ("mine_methods:Mine,many=(1,2.5)", "many=(1, 2.5) must be a list, each a whole number"),
         ("mine_methods:Strict,strength=5", "five is too much"),
         ("mine_methods:Strict,strength=x", "strength='x' must be a finite number"),
     ],
@@ -198,9 +198,11 @@ def test_a_module_that_fails_is_one_line(own: OwnModules, command_line: CommandL
     own.write("broken", "import no_such_module\n")
     command_line.refuses(["--method", "broken:Mine"], 2, "there is no module 'no_such_module' where Python looks")
     own.write("broken", "x = = 3\n")
-    command_line.refuses(["--method", "broken:Mine"], 1, "SyntaxError: invalid syntax (broken.py, line 1)")
+    command_line.refuses(["--method", "broken:Mine"], 2, "SyntaxError: invalid syntax (broken.py, line 1)")
     own.write("broken", "import os\nos.nothing\n")
-    command_line.refuses(["--method", "broken:Mine"], 1, "AttributeError: module 'os' has no attribute 'nothing'")
+    command_line.refuses(["--method", "broken:Mine"], 2, "AttributeError: module 'os' has no attribute 'nothing'")
+    own.write("broken", "raise SystemExit(3)\n")
+    command_line.refuses(["--method", "broken:Mine"], 2, "importing broken failed, SystemExit: 3")
     own.write("mine_methods", METHODS)
     line = command_line.refuses(["--method", "mine_methods:Strict,strength=5"], 2)
     assert line == "five is too much"

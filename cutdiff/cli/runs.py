@@ -74,13 +74,13 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
 
 def check_fit(model: Model, args: argparse.Namespace, requests: list[Request]) -> tuple[list[Request], list[BadLine]]:
     """The requests that this model can draw, and the lines that it cannot; BadArgument if there is no file of lines."""
-    from cutdiff.pipeline import plan
+    from cutdiff.pipeline import canvas_and_schedule
 
     fit, bad = [], []
     for request in requests:
         try:
             with errors_by_flag():
-                plan(model, request.settings)
+                canvas_and_schedule(model, request.settings)
             fit.append(request)
         except BadArgument as error:
             if not request.line:
@@ -107,7 +107,7 @@ def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed
     """The picture of a request and a seed, with a name that no other picture has, finished if it exists already."""
     from cutdiff.output.images import numbered, read_record
     from cutdiff.output.record import describe, fingerprint
-    from cutdiff.pipeline import plan
+    from cutdiff.pipeline import canvas_and_schedule
     from cutdiff.sampling.draws import Draws
 
     settings = replace(request.settings, seed=seed)
@@ -117,7 +117,7 @@ def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed
     picture = Picture(request.prompt, settings, request.line, args.out / f"{stem}.png", finished=False)
     if not picture.path.exists():
         return picture
-    described = describe(model, request.prompt, settings, Draws((seed,)), plan(model, settings)[1])
+    described = describe(model, request.prompt, settings, Draws((seed,)), canvas_and_schedule(model, settings)[1])
     for path in takewhile(Path.exists, numbered(args.out, stem)):
         record = read_record(path)
         if record.get("fingerprint") == fingerprint(described):

@@ -20,8 +20,7 @@ from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.cli.ending import say
 from cutdiff.output.images import save_json, to_pil, write_atomically
 from cutdiff.output.record import describe, fingerprint
-from cutdiff.pipeline import generate
-from cutdiff.pipeline import plan as plan_run
+from cutdiff.pipeline import canvas_and_schedule, generate
 from cutdiff.planning.meter import Meter
 from cutdiff.sampling.draws import Draws
 from cutdiff.settings import Settings
@@ -58,7 +57,9 @@ def draw(
     holds other pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    described = describe(model, "", cell.settings, Draws((cell.settings.seed,)), plan_run(model, cell.settings)[1])
+    described = describe(
+        model, "", cell.settings, Draws((cell.settings.seed,)), canvas_and_schedule(model, cell.settings)[1]
+    )
     plan = {"name": cell.name, "settings": cell.settings.described(), "sources": cell.settings.sources()}
     plan |= {"batch": batch, "dtype": dtype_name(model.dtype), "fingerprint": fingerprint(described)}
     plan = json.loads(json.dumps(plan))  # as it will be read back

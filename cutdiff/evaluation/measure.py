@@ -22,7 +22,7 @@ from cutdiff.evaluation.report import save_sheet, table
 from cutdiff.evaluation.testbed import NATIVE, Testbed, environment, row_of
 from cutdiff.options import written
 from cutdiff.output.images import save_json
-from cutdiff.pipeline import plan
+from cutdiff.pipeline import canvas_and_schedule
 from cutdiff.settings import Settings
 
 
@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         )
     least, what = (PIXELS, "the crops of") if references is None else (native, "the native")
     for cell in cells:
-        plan(model, cell.settings)
+        canvas_and_schedule(model, cell.settings)
         if cell.side < least:
             raise ValueError(f"--sizes {cell.side}: a picture smaller than {what} {least} px has no crops of that size")
     if references is None:

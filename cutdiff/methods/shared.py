@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import Patches, Views, pad_to_grid
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.stages import CanvasDenoiser, Phase, Size, Stage
+from cutdiff.specs import name_of
 
 Power = Annotated[float, Between(0)]
 Stages = list[Stage | Phase]
@@ -75,6 +76,11 @@ class Tiled(Options):
     size_conditioning: Literal["native", "target"] = "native"
     """The sizes that the network is told: "native", those of the patch or crop that it sees, or "target", the finished
     picture's, as the published CutDiffusion code has it."""
+
+    def check_native(self, native_size: int) -> None:
+        """ValueError where the stride leaves gaps between views of a model of this native size, in latents."""
+        if self.stride is not None and self.stride > native_size:
+            raise ValueError(f"stride={self.stride} must not exceed the window of {native_size} latents")
 
     def strides(self, run: Run) -> Size:
         """The distance between views on each axis."""
@@ -224,9 +230,28 @@ class Cascade(Tiled):
         return Phase(steps, run.size, begin)
 
 
-def stages_of(method: Any, run: Run) -> Sequence[Stage | Phase]:
-    """The stages of a method: a dataclass with `stages(run)`, or a function of a run."""
-    return method.stages(run) if hasattr(method, "stages") else method(run)
+class Method(Protocol):
+    """A method as it is passed in; a plain function of a `Run` is one without options.
+
+    Besides, a method may have `changes_network = True`, if it changes the inside of the U-Net, which a compiled one
+    would not see; `check_settings(settings)`, which raises ValueError where the options of a run do not suit it; and
+    `check_native(native_size)`, the same for the model's native size in latents.
+    """
+
+    def stages(self, run: Run) -> Sequence[Stage | Phase]:
+        """The stages in the order in which they run."""
+        ...
+
+
+def stages_of(method: Any, run: Run) -> list[Stage | Phase]:
+    """The stages of a method or a function of a run. ValueError where they are none."""
+    stages = method.stages(run) if hasattr(method, "stages") else method(run)
+    stages = stages if isinstance(stages, str | Stage | Phase) or not isinstance(stages, Iterable) else list(stages)
+    if not isinstance(stages, list) or not all(isinstance(part, Stage | Phase) for part in stages):
+        raise ValueError(f"gives {stages!r:.200} where a list of stages is needed")
+    if wrong := [part.steps for part in stages if not isinstance(part.steps, range)]:
+        raise ValueError(f"gives a stage the steps {wrong[0]!r:.200} where a range is needed")
+    return stages
 
 
 def on_whole_inside(changed: Callable[[int], AbstractContextManager[Denoiser]]) -> CanvasDenoiser:
@@ -246,11 +271,10 @@ def with_guidance_scale(run: Run, scale: float | None) -> Run:
         return run
     guidance: Any = run.denoiser.guidance
     if scale == 1:
-        return replace(run, denoiser=replace(run.denoiser, guided=lambda step: False))
+        return replace(run, denoiser=replace(run.denoiser, guided=lambda sigma: False))
     if "guidance_scale" not in options_of(guidance):
-        raise ValueError(
-            f"detail_guidance_scale={scale} needs a guidance with a guidance_scale, which {guidance!r} lacks"
-        )
+        name = name_of("guidance", guidance)
+        raise ValueError(f"detail_guidance_scale={scale} needs a guidance with a guidance_scale, which {name} lacks")
     return replace(run, denoiser=replace(run.denoiser, guidance=replace(guidance, guidance_scale=scale)))
 
 

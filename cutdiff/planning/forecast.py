@@ -116,7 +116,7 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
 
     for step in stage.steps:
         sigma = sigmas[(step - stage.steps.start) if stage.sigmas else step % run.schedule.num_steps]
-        kind = stage.cost and stage.cost(step), denoiser.guided(step), denoiser.copies_at(sigma, step)
+        kind = stage.cost and stage.cost(step), denoiser.guided(sigma), denoiser.copies_at(sigma, step)
         key = kind, kind in known
         known.add(kind)
         if key not in costs:

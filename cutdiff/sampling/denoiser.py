@@ -19,6 +19,7 @@ from cutdiff.sampling.guidance import Guidance, LinearGuidance
 from cutdiff.sampling.operators import Operator, Patches, upload
 from cutdiff.sampling.preconditioning import Coefficients
 from cutdiff.sampling.stages import Step
+from cutdiff.specs import name_of
 
 Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor]
 """The rows that the U-Net reads: latents, timesteps, context, pooled, size ids."""
@@ -89,12 +90,13 @@ class _Text(NamedTuple):
 
 @dataclass
 class Work:
-    """The state that all denoisers of a run share: a count, the batch that memory holds, observers, the text's keys."""
+    """The state that all denoisers of a run share: a count, the batch that memory holds, observers, texts."""
 
     view_batch_size: int | None = None
     """The items that go through the network at once; None: all. It is halved where memory does not suffice."""
     evaluations: int = 0
-    """The rows that this rank evaluated, a guidance pair counted as two; what all evaluate is counted by the first."""
+    """The rows that this rank evaluated, a guidance pair counted as two; rows that every rank evaluates are counted
+    once, by the first."""
     observers: list[Observer] = field(default_factory=list)
     texts: dict[int, _Text] = field(default_factory=dict, repr=False)
     """The text by the number of copies."""
@@ -115,7 +117,7 @@ class Denoiser:
 
     The batch is ordered image first; every image's items share its row of the text states. It is divided among the
     `ranks`, and split into parts of `work.view_batch_size` items (a guidance pair is one item). A method that wants
-    another one makes it with `dataclasses.replace`: the copy shares the `work`, and nobody else is affected.
+    another denoiser makes it with `dataclasses.replace`: the copy shares the `work`, and nobody else is affected.
     """
 
     unet: UNet
@@ -128,8 +130,8 @@ class Denoiser:
     guidance: Guidance
     factor: int
     """The pixels of an image for one latent, on each axis."""
-    guided: Callable[[int], bool] = lambda step: True
-    """Tells for a step whether guidance is on; where it is off, the prompt alone is evaluated."""
+    guided: Callable[[float], bool] = lambda sigma: True
+    """Tells for a sigma whether guidance is on; where it is off, the prompt alone is evaluated."""
     network: Network | None = None
     """A method's own network in the place of one pass of the U-Net, made of calls of `evaluate`."""
     shares_rows: bool = True
@@ -154,7 +156,7 @@ class Denoiser:
 
     def copies_at(self, sigma: float, step: int) -> int:
         """The rows of each item: two for a guidance pair, the positive one last."""
-        if not self.guided(step):
+        if not self.guided(sigma):
             return 1
         return 1 if isinstance(self.guidance, LinearGuidance) and self.guidance.scale_at(sigma, step) == 1 else 2
 
@@ -201,8 +203,8 @@ class Denoiser:
 
         D's estimate is linear in its input and in the network's prediction, and scatter undoes gather: so the input's
         part is taken from the canvas itself, and each way is one pass. Where `shown` (B, C, H, W) is given, the network
-        reads that, and its prediction holds for the canvas. `positive` are text states in the place of the prompt's, B
-        rows or one for each item of the operator. A guidance that is not linear gets both estimates of the canvas.
+        reads that, and its prediction is used for the canvas. `positive` are text states in the place of the prompt's,
+        B rows or one for each item of the operator. A guidance that is not linear gets both estimates of the canvas.
         """
         copies, (c_in, c_skip, c_out) = self.copies_at(sigma, step), self.coefficients(sigma)
         dtype = self.unet.conv_in.weight.dtype
@@ -216,7 +218,12 @@ class Denoiser:
             scale = self.guidance.scale_at(sigma, step) if isinstance(self.guidance, LinearGuidance) else 1.0
             return operator.scatter(prediction, self.backend, copies=copies, guidance_scale=scale, **back)
         unconditional, conditional = (operator.scatter(prediction[half::2], self.backend, **back) for half in (0, 1))
-        return self.guidance(conditional, unconditional, sigma, step)
+        estimate = self.guidance(conditional, unconditional, sigma, step)
+        if not isinstance(estimate, Tensor) or estimate.shape != canvas.shape:
+            what = tuple(estimate.shape) if isinstance(estimate, Tensor) else type(estimate).__name__
+            name = name_of("guidance", self.guidance)
+            raise ValueError(f"guidance={name} gave {what} where {tuple(canvas.shape)} is needed")
+        return estimate.to(canvas.dtype)
 
     def evaluate(self, inputs: Inputs) -> Tensor:
         """One pass of the U-Net over the rows, which are counted."""

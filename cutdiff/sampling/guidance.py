@@ -16,7 +16,11 @@ from cutdiff.options import Options, Scale, Share
 
 
 class Guidance(Protocol):
-    """A guidance as it is passed in."""
+    """A guidance as it is passed in.
+
+    One with a memory also has `begin(schedule)`, which returns the function of a run; the canvas of a run may grow, and
+    a method may ask for several estimates of a step.
+    """
 
     def __call__(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int, /) -> Tensor:
         """Two estimates of x0 (B, C, H, W), float32 -> the one that the solver takes."""

@@ -137,7 +137,7 @@ class Beta(Options):
 class Listed(Options):
     """Sigmas that are given one by one."""
 
-    values: tuple[Annotated[float, Between(0)], ...] = ()
+    values: tuple[Annotated[float, Between(0)], ...]
     """The sigmas, falling, the last one 0: one more than there are steps."""
 
     def __post_init__(self) -> None:

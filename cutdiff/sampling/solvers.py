@@ -1,8 +1,9 @@
 """Solvers: pure steps in sigma space, from x = x0 + sigma·noise to the same at a smaller sigma.
 
 A solver that is passed in has `start(schedule, noise)`, which returns the function that takes the steps, with whatever
-memory that needs. It is started anew on every new canvas, and never sees a patch or a view: the estimate of x0 that it
-is given is that of the whole canvas, so a multistep solver has one history, and noise is drawn on the canvas.
+memory that needs. It is started anew for every phase and every stage with sigmas of its own. It never sees a patch or a
+view: the estimate of x0 that it is given is that of the whole canvas, so a multistep solver has one history, and noise
+is drawn on the canvas. A step has one estimate: a solver that wants two (Heun's) does not fit yet.
 
 Sources: Song et al. 2020 (2010.02502), Karras et al. 2022 (2206.00364), Lu et al. 2022 (2211.01095).
 """

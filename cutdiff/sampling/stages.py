@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -88,11 +88,23 @@ def check_stages(stages: Sequence[Stage | Phase], num_steps: int) -> None:
     for part in parts:
         if isinstance(part, Stage) and (fault := _fault(part, num_steps)):
             raise ValueError(f"cannot run: {fault}")
-    last = parts[-1] if parts else None
-    if last is None or (isinstance(last, Stage) and last.sigmas is None and (taken[-1] + 1) % num_steps):
+    if not parts:
         raise ValueError(f"takes the steps {taken}: its stages must take them in order, to the last of {num_steps}")
-    if isinstance(last, Stage) and last.sigmas is not None and last.sigmas[-1] != 0:
-        raise ValueError(f"ends with the sigmas {last.sigmas} of stage {last.name}: the last one must be 0")
+    if fault := _unfinished(parts[-1], num_steps, taken):
+        raise ValueError(fault)
+
+
+def _unfinished(last: Stage | Phase, num_steps: int, taken: list[int]) -> str:
+    """The fault of the last stage of a run where it does not go to sigma 0; "" where there is none, or it shows when a
+    phase begins. `taken` are the steps."""
+    if isinstance(last, Phase):
+        return ""
+    if last.sigmas is not None:
+        end = last.sigmas[-1]
+        return "" if end == 0 else f"ends with the sigmas {last.sigmas} of stage {last.name}: the last one must be 0"
+    if (taken[-1] + 1) % num_steps == 0:
+        return ""
+    return f"takes the steps {taken}: its stages must take them in order, to the last of {num_steps}"
 
 
 def _fault(stage: Stage, num_steps: int) -> str:
@@ -111,36 +123,42 @@ def _fault(stage: Stage, num_steps: int) -> str:
 
 @torch.no_grad()
 def solve(
-    stages: Iterable[Stage | Phase], x: Tensor, schedule: Schedule, solver: Solver, noise: Noise
+    stages: Sequence[Stage | Phase], x: Tensor, schedule: Schedule, solver: Solver, noise: Noise
 ) -> Iterator[Step]:
     """Run the stages one after another from x (B, C, H, W), float32, and yield every step.
 
-    Raises NotFinite where an estimate of x0 is not, and ValueError where a stage gives another canvas than it says.
+    Raises NotFinite where an estimate of x0 is not, FloatingPointError where a solver makes it so, and ValueError where
+    a stage or the solver gives another canvas than it says.
     """
     take: TakeStep | None = None
     started: tuple[Schedule, int] | None = None  # what the solver was started on, and the number of its first step
     for part in stages:
-        x, stage = _begun(part, x, schedule.num_steps) if isinstance(part, Phase) else (x, part)
+        stage = part
+        if isinstance(part, Phase):
+            x, stage = _begun(part, x, schedule.num_steps, is_last=part is stages[-1])
+        assert isinstance(stage, Stage)
         start, sigmas = stage.steps.start, stage.sigmas
         first = start // schedule.num_steps * schedule.num_steps if sigmas is None else start
         own = schedule if sigmas is None else schedule.visiting(sigmas)
         if take is None or isinstance(part, Phase) or started != (own, first):
             take, started = solver.start(own, partial(_counted, noise, first)), (own, first)
+        shape = x.shape
         for i in stage.steps:
             sigma = own.sigmas[i - first]
-            x = x if stage.before is None else stage.before(x, sigma, i)
-            denoised = stage.denoise(x, sigma, i)
-            if denoised.shape != x.shape:
-                raise ValueError(f"stage {stage.name} gave {tuple(denoised.shape)} for a canvas of {tuple(x.shape)}")
+            if stage.before is not None:
+                x = _of_shape(stage.before(x, sigma, i), shape, f"stage {stage.name}, before step {i},")
+            denoised = _of_shape(stage.denoise(x, sigma, i), shape, f"stage {stage.name}")
             if not denoised.isfinite().all():
+                if not x.isfinite().all():
+                    raise FloatingPointError(f"the state before step {i} ({stage.name}) holds NaN or infinity")
                 raise NotFinite(stage, x, sigma, i)
-            x = take(x, denoised, i - first)
+            x = _of_shape(take(x, denoised, i - first), shape, "the solver").to(denoised.dtype)
             if stage.end is not None and i == stage.steps[-1]:
-                x = stage.end(x)
+                x = _of_shape(stage.end(x), shape, f"stage {stage.name} at its end")
             yield Step(i, stage.name, sigma, x, denoised)
 
 
-def _begun(phase: Phase, x: Tensor, num_steps: int) -> tuple[Tensor, Stage]:
+def _begun(phase: Phase, x: Tensor, num_steps: int, *, is_last: bool) -> tuple[Tensor, Stage]:
     """The first state of a phase and its stage, which must be what the phase said."""
     state, stage = phase.begin(x)
     expected = (*x.shape[:2], *phase.size)
@@ -151,7 +169,17 @@ def _begun(phase: Phase, x: Tensor, num_steps: int) -> tuple[Tensor, Stage]:
         )
     if fault := _fault(stage, num_steps):
         raise ValueError(fault)
+    if is_last and (fault := _unfinished(stage, num_steps, [*stage.steps])):
+        raise ValueError(f"the method {fault}")
     return state, stage
+
+
+def _of_shape(value: Tensor, shape: tuple[int, ...], giver: str) -> Tensor:
+    """The value where it is a canvas of that shape."""
+    if not isinstance(value, Tensor) or value.shape != shape:
+        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{giver} gave {what} for a canvas of {tuple(shape)}")
+    return value
 
 
 def _counted(noise: Noise, first: int, shape: tuple[int, ...], step: int) -> Tensor:
