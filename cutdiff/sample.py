@@ -8,7 +8,6 @@ that --help answers at once. Of several processes one says what concerns all of 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cutdiff.cli.arguments import BadArgument, of_flag, parse
-from cutdiff.cli.drawing import draw_all, print_line, tell
+from cutdiff.cli.drawing import draw_all, leave_out, tell
 from cutdiff.cli.ending import Failure, exit_status
 from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests
 from cutdiff.parallel import stopping
@@ -55,10 +54,10 @@ def _run(argv: list[str] | None) -> None:
                 from cutdiff.output.images import remove_parts
 
                 remove_parts(args.out, {picture.path.stem for picture in pictures if not picture.finished})
-        draw_all(model, args, pictures, launch)
+        failed = draw_all(model, args, pictures, launch)
     with alike():
-        if bad or unfit:
-            lines = sorted(error.line for error in (*bad, *unfit))
+        if bad or unfit or failed:
+            lines = sorted({*(error.line for error in (*bad, *unfit)), *failed})
             more = f" and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
             named = ", ".join(map(str, lines[:LISTED]))
             raise Failure(f"{args.prompts}, left out: {named}{more}; correct these lines and start again")
@@ -78,9 +77,7 @@ def _leave_out(args: argparse.Namespace, bad: list[BadLine], *, everything: bool
         raise bad[0]
     for error in bad:
         if process() == 0:
-            tell(f"{error}; the other lines are drawn")
-            if args.log_json:
-                print_line(json.dumps({"line": error.line, "state": "left out", "error": str(error)}))
+            leave_out(args, error)
 
 
 def _check_output(folder: Path) -> None:

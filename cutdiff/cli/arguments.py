@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
@@ -37,7 +38,8 @@ def of_flag(error: Exception) -> BadArgument:
     name, separator, rest = str(error).partition("=")
     if not (separator and name.isidentifier()):
         return BadArgument(str(error))
-    return BadArgument(f"{flag_of(name)} {re.sub('^True (?!must be )', '', rest)}")
+    words = re.sub("^True (?!must be )", "", rest).replace("num_steps=", f"{flag_of('num_steps')} ")
+    return BadArgument(f"{flag_of(name)} {words}")
 
 
 @contextmanager
@@ -58,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     """Raises BadArgument, which names what was most likely meant."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"formatter_class": _Formatter, **options})
+        super().__init__(*args, **{"formatter_class": _Formatter, "allow_abbrev": False, **options})
         self.things: dict[str, Any] = {}
 
     def error(self, message: str) -> NoReturn:
@@ -88,28 +90,36 @@ class Parser(argparse.ArgumentParser):
         """The arguments, those that are options of a run under `options`, with flags for the options of the objects
         that they name. BadArgument where such an object cannot be had."""
         arguments = [*(sys.argv[1:] if argv is None else argv)]
-        before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        for kind in TABLES:
-            before.add_argument(flag_of(kind))
-        try:
-            named = vars(before.parse_known_args(arguments)[0])
-        except SystemExit:  # a flag without its value, which the parser itself tells of
-            named = {}
+        named = _named_objects(arguments)
         if self._misses_flags(arguments) or (named and {"-h", "--help"} & {*arguments}):
             with errors_by_flag():
-                self.things = {kind: specs.resolve(kind, named.get(kind, kind_default(kind))) for kind in TABLES}
+                self.things = {kind: specs.named(kind, named.get(kind, kind_default(kind))) for kind in TABLES}
             for kind, thing in self.things.items():
                 group = self.add_argument_group(f"options of {kind} {specs.name_of(kind, thing)}")
                 for option in options_of(thing).values():
-                    if flag_of(option.name) not in self._option_string_actions:
-                        add_option(group, option._replace(default=getattr(thing, option.name)))
+                    if flag_of(option.name) in self._option_string_actions:
+                        group.description = f"{option.name} is given in the spec: the flag is another option's"
+                    else:
+                        value = option.default if isinstance(thing, type) else getattr(thing, option.name)
+                        add_option(group, option._replace(default=value))
         return self.parse_args(arguments, argparse.Namespace(options={}))
 
     def _misses_flags(self, arguments: list[str]) -> bool:
         """True where a flag is given that the parser does not have."""
         end = arguments.index("--") if "--" in arguments else len(arguments)
         flags = {argument.partition("=")[0] for argument in arguments[:end] if argument.startswith("--")}
-        return any(not any(known.startswith(flag) for known in self._option_string_actions) for flag in flags)
+        return not flags <= {*self._option_string_actions, "--"}
+
+
+def _named_objects(arguments: list[str]) -> dict[str, str]:
+    """The specs that a command line gives by the flags of methods, solvers, schedules and guidance."""
+    specs_given: dict[str, str] = {}
+    for argument, after in pairwise([*arguments, ""]):
+        flag, separator, value = argument.partition("=")
+        for kind in TABLES:
+            if flag == flag_of(kind):
+                specs_given[kind] = value if separator else after
+    return {kind: text for kind, text in specs_given.items() if text and not text.startswith("--")}
 
 
 def kind_default(kind: str) -> Any:
@@ -144,11 +154,14 @@ def add_option(group: Group, option: Option, help: str = "") -> None:
         "action": _Given,
         "help": f"{text}{shown}".replace("%", "%%").strip(),
     }
+    kinds = get_args(option.type)
     if option.type is bool:
-        settings |= {"action": _Set, "nargs": 0}
-    elif get_origin(option.type) is tuple and get_args(option.type)[-1] is not Ellipsis:
-        kinds = get_args(option.type)
-        settings |= {"nargs": len(kinds), "type": _reader(option.name, kinds[0]), "metavar": _metavar(kinds[0])}
+        settings["help"] = f"{text}{' (on)' * (option.default is True)}"
+        flags = [flag_of(option.name), *[f"--no-{flag_of(option.name)[2:]}"] * (option.default is True)]
+        group.add_argument(*flags, default=argparse.SUPPRESS, nargs=0, **settings)
+        return
+    if get_origin(option.type) is tuple and kinds and kinds[-1] is not Ellipsis:
+        settings |= {"nargs": len(kinds), "metavar": tuple(map(_metavar, kinds)), "const": option.type}
     else:
         settings |= {"type": _reader(option.name, option.type), "metavar": _metavar(option.type)}
     group.add_argument(flag_of(option.name), default=argparse.SUPPRESS, **settings)
@@ -165,17 +178,17 @@ def add_how(group: Group) -> None:
 
 
 class _Given(argparse.Action):
-    """Put a value into `options` of the arguments."""
+    """Put a value into `options` of the arguments: True or False for a flag without one; several are read together."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
-        namespace.options = {**namespace.options, self.dest: tuple(values) if isinstance(values, list) else values}
-
-
-class _Set(_Given):
-    """Put True into `options` of the arguments."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
-        super().__call__(parser, namespace, True, flag)
+        if self.nargs == 0:
+            values = not str(flag).startswith("--no-")
+        elif self.const is not None:
+            try:
+                values = read(self.dest, f"({','.join(values)})", self.const)
+            except ValueError as error:
+                raise argparse.ArgumentError(self, str(error).partition("=")[2]) from None
+        namespace.options = {**namespace.options, self.dest: values}
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from cutdiff.cli.arguments import BadArgument, of_flag
 from cutdiff.cli.ending import Failure
-from cutdiff.cli.runs import Picture, is_set
+from cutdiff.cli.runs import BadLine, Picture, is_set
 from cutdiff.parallel import stopping
 from cutdiff.parallel.process import Ended
 
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from cutdiff.sampling.stages import Step
 
 
-def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], launch: Launch) -> None:
-    """Draw the pictures that are not finished and print the path of each, in order if one group draws all."""
+def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], launch: Launch) -> list[int]:
+    """Draw the pictures that are not finished and print the path of each, in order if one group draws all; returns the
+    lines that could not be drawn, of all groups."""
     with launch.agreeing():
-        others = launch.others([(picture.prompt, picture.settings, picture.path.name) for picture in pictures])
+        options = [(picture.settings.described(), picture.settings.sources()) for picture in pictures]
+        others = launch.others([(picture.prompt, picture.path.name) for picture in pictures] + options)
         if others:
             raise Failure(f"rank {others[0]} was told of other prompts or options: tell all the same")
     finished = launch.any([picture.finished for picture in pictures])
@@ -34,9 +37,19 @@ def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], la
     if num_missing < len(pictures) and launch.world.leads:
         tell(f"{len(pictures) - num_missing} of {len(pictures)} pictures are finished already")
     past_notices: set[str] = set()
+    bad_lines: set[int] = set()
     with Progress(num_missing, launch) as progress:
         for picture in (pictures[turn] for turn in launch.turns(len(pictures))):
-            path, record = (picture.path, {}) if picture.finished else _draw(model, args, picture, launch, progress)
+            try:
+                path, record = (picture.path, {}) if picture.finished else _draw(model, args, picture, launch, progress)
+            except BadArgument as error:
+                if not picture.line:
+                    raise
+                bad_lines.add(picture.line)
+                progress.end()
+                if launch.group.leads:
+                    leave_out(args, BadLine(args.prompts, picture.line, error))
+                continue
             if not launch.group.leads:
                 continue
             for notice in _notices(record):
@@ -46,6 +59,14 @@ def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], la
             print_line(_entry(picture, path, record) if args.log_json else str(path))
         if launch.world.leads:
             progress.wait()
+    return sorted(set().union(*launch.world.values(bad_lines)))
+
+
+def leave_out(args: argparse.Namespace, error: BadLine) -> None:
+    """Tell of a line of the file of prompts that cannot be drawn."""
+    tell(f"{error}; the other lines are drawn")
+    if args.log_json:
+        print_line(json.dumps({"line": error.line, "state": "left out", "error": str(error)}))
 
 
 def _draw(
@@ -64,9 +85,11 @@ def _draw(
         raise Failure(
             "memory does not suffice for the network on one item: try --dtype bfloat16, or --device cpu"
         ) from None
-    except FloatingPointError:
-        if not launch.group.leads:  # all ranks have met the error
+    except (FloatingPointError, ValueError) as error:
+        if not launch.group.leads and not picture.line:  # all ranks have met the error
             raise Ended from None
+        if isinstance(error, ValueError):
+            raise of_flag(error) from error
         raise
     record = result.record
     if not launch.group.leads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ from cutdiff.pipeline import canvas_and_schedule, generate
 from cutdiff.planning.meter import Meter
 from cutdiff.sampling.draws import Draws
 from cutdiff.settings import Settings
+
+MAX_NAME = 200
+"""The most bytes of a folder's name."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,11 @@ def cost(folder: Path) -> dict[str, float | None]:
 
 
 def folder_of(out: Path, cell: Cell) -> Path:
-    """The folder of a cell's pictures, below `out`."""
-    return out / f"{cell.name}-{cell.side}"
+    """The folder of a cell's pictures, below `out`: its name, as far as a folder can have it."""
+    name = cell.name.replace("/", "_").replace("\0", "_")
+    if len(name.encode()) > MAX_NAME:
+        name = f"{name[: MAX_NAME // 4]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return out / f"{name}-{cell.side}"
 
 
 def picture_paths(folder: Path, num: int) -> list[Path]:

@@ -29,14 +29,16 @@ from cutdiff.settings import Settings
 def measure(args: argparse.Namespace, command: list[str]) -> str:
     """Check the arguments, draw, score and write the results; returns the table."""
     options, own = dict(args.set), {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
-    base = Settings(num_steps=args.steps, seed=args.seed, **own)
+    if "guidance_scale" in options and own:
+        raise ValueError("--set guidance_scale goes in the place of --guidance-scale: give one of them")
+    base = Settings(num_steps=args.steps, seed=args.seed)
     cells = [
-        Cell(_named(method, options), replace(base, method=method, height=size, width=size, **options))
+        Cell(_named(method, options), replace(base, method=method, height=size, width=size, **own, **options))
         for size in args.sizes
         for method in args.methods
     ]
     of_run = {name: value for name, value in options.items() if name in vars(base)}
-    direct = replace(base, method="direct", **of_run)
+    direct = base = replace(base, method="direct", **of_run, **own)
     shared = {name: value for name, value in options.items() if direct.has(name)}
     prompts = _prompts(args)
     caption_seed = score.CAPTION_SEED if args.caption_seed is None else args.caption_seed

@@ -248,7 +248,8 @@ def stages_of(method: Any, run: Run) -> list[Stage | Phase]:
     stages = method.stages(run) if hasattr(method, "stages") else method(run)
     stages = stages if isinstance(stages, str | Stage | Phase) or not isinstance(stages, Iterable) else list(stages)
     if not isinstance(stages, list) or not all(isinstance(part, Stage | Phase) for part in stages):
-        raise ValueError(f"gives {stages!r:.200} where a list of stages is needed")
+        kinds = [type(part).__name__ for part in stages] if isinstance(stages, list) else type(stages).__name__
+        raise ValueError(f"gives {kinds} where a list of stages is needed")
     if wrong := [part.steps for part in stages if not isinstance(part.steps, range)]:
         raise ValueError(f"gives a stage the steps {wrong[0]!r:.200} where a range is needed")
     return stages

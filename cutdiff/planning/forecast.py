@@ -7,12 +7,13 @@ cost, as the stage declares them, and only one block of each transformer.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from cutdiff.sampling.operators import Operator, items_of
 from cutdiff.sampling.stages import Phase, Size, Stage
 from cutdiff.settings import Settings
 
+T = TypeVar("T")
 SDXL_TEXT_WEIGHTS = 123_060_480 + 694_659_840
 """The weights of CLIP ViT-L and OpenCLIP ViT-bigG."""
 LIVE_BANDS = 7
@@ -91,8 +93,14 @@ def walk(model: Model, settings: Settings, devices: int = 1, memory: float = mat
         run = prepare(model, "", settings, SizedDraws((0,), "meta"), make_denoiser=rank_of)
         x = torch.empty(1, model.unet.config.in_channels, *(run.stages[0].size or run.size), device="meta")
         for part in run.stages:
-            x, stage = part.begin(x) if isinstance(part, Phase) else (x, part)
-            stages.append(StageCost(stage.name, _costs(run, stage, x, meter)))
+            (x, stage), begun = _counted(run, meter, lambda: part.begin(x) if isinstance(part, Phase) else (x, part))  # noqa: B023
+            costs = _costs(run, stage, x, meter)
+            if costs:
+                costs[0] = _sum(costs[0], begun)
+            if costs and (end := stage.end) is not None:
+                x, ended = _counted(run, meter, lambda: end(x))  # noqa: B023
+                costs[-1] = _sum(costs[-1], ended)
+            stages.append(StageCost(stage.name, costs))
     return Walk(stages, weights + meter.peak_bytes, run.denoiser.work.view_batch_size)
 
 
@@ -103,16 +111,13 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
     is counted by itself: it may be the one that reads the prompts.
     """
     denoiser, costs = run.denoiser, cast(dict[Hashable, Cost], {})
-    work, ranks = denoiser.work, denoiser.ranks
     sigmas = stage.sigmas or run.schedule.sigmas[:-1]
     steps: list[Cost] = []
     known: set[Hashable] = set()
 
     def cost(step: int, sigma: float) -> Cost:
-        before = work.evaluations, meter.flops, ranks.received_bytes
-        stage.denoise(x if stage.before is None else stage.before(x, sigma, step), sigma, step)
-        after = work.evaluations, meter.flops, ranks.received_bytes
-        return Cost(*(a - b for a, b in zip(after, before, strict=True)))
+        state = lambda: x if stage.before is None else stage.before(x, sigma, step)  # noqa: E731
+        return _counted(run, meter, lambda: stage.denoise(state(), sigma, step))[1]
 
     for step in stage.steps:
         sigma = sigmas[(step - stage.steps.start) if stage.sigmas else step % run.schedule.num_steps]
@@ -123,6 +128,19 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
             costs[key] = cost(step, sigma)
         steps.append(costs[key])
     return steps
+
+
+def _counted(run: Prepared, meter: Meter, call: Callable[[], T]) -> tuple[T, Cost]:
+    """What a call returns, and its cost."""
+    work, ranks = run.denoiser.work, run.denoiser.ranks
+    before = work.evaluations, meter.flops, ranks.received_bytes
+    value = call()
+    after = work.evaluations, meter.flops, ranks.received_bytes
+    return value, Cost(*(a - b for a, b in zip(after, before, strict=True)))
+
+
+def _sum(a: Cost, b: Cost) -> Cost:
+    return Cost(*map(operator.add, a, b))
 
 
 @dataclass
