@@ -157,20 +157,25 @@ def test_counts_of_every_step_are_those_of_the_run(name: str, small: Model) -> N
 
 
 def counted(method: Any, counter: FlopCounterMode, flops: list[int]) -> Callable[[Run], list[Stage | Phase]]:
-    """The method, with the FLOPs of each step's denoiser, and of nothing beside it, put into `flops`."""
+    """The method, with the FLOPs of each step's denoiser, and of the beginning of a phase in its first step, put into
+    `flops`."""
+    beginning = [0]
 
     def of(stage: Stage) -> Stage:
         def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
             before = counter.get_total_flops()
             denoised = stage.denoise(x, sigma, step)
-            flops.append(counter.get_total_flops() - before)
+            flops.append(counter.get_total_flops() - before + beginning[0])
+            beginning[0] = 0
             return denoised
 
         return replace(stage, denoise=denoise)
 
     def begun(phase: Phase) -> Phase:
         def begin(x: Tensor) -> tuple[Tensor, Stage]:
+            before = counter.get_total_flops()
             x, stage = phase.begin(x)
+            beginning[0] = counter.get_total_flops() - before
             return x, of(stage)
 
         return replace(phase, begin=begin)
