@@ -4,15 +4,19 @@ While the picture of native size is drawn, cross-attention tells where it shows 
 gets those words for a prompt that fill enough of it (patch-content-aware prompts). The interleaved patches exchange
 pixels before the network and after it (dilated sampling with window interaction).
 
-As in the published code, whose defaults these are: maps are averaged over all steps and over the layers at the coarsest
-level, without the middle; a mask is where a map exceeds its mean, opened with 3×3 pixels as often as its side has
-sixteenths; views are drawn once a phase, so that their prompts hold. Unlike it: views may stand at any latent, there at
-every fourth, the grain of the maps; a word's area in a view is divided by the area of the view, there by that of the
-native picture; a word of several tokens stays whole, where that code prompts with the pieces; maps that are not square
-are read as they lie, where that code swaps their sides; prompts are made after the first phase whatever its last
-timestep, there only where it is 1; all patches exchange pixels, there those of one view batch; a word keeps its weight
-(`models.prompts`), there are none. The head of `demofusion` on the network's input, padding, moments and sizes holds
-here too. That code moves each channel of a pixel by itself: `interaction="channel"`.
+Defaults are those of the published code. As there:
+- Maps are averaged over all steps and over the layers at the coarsest level, without the middle.
+- A mask is where a map exceeds its mean, opened with 3×3 pixels as often as its side has sixteenths.
+- Views are drawn once a phase, so that their prompts hold.
+Where it is not followed:
+- Its views stand at every fourth latent, the grain of the maps; here they may stand at any.
+- It divides a word's area in a view by the area of the native picture; here by that of the view.
+- It prompts with the pieces of a word of several tokens; here the word stays whole, and keeps its weight.
+- It swaps the sides of maps that are not square; here they are read as they lie.
+- It makes prompts only where the last timestep of the first phase is 1; here always.
+- It lets the patches of one view batch exchange pixels; here all do. It moves each channel of a pixel by itself, which
+  is `interaction="channel"`.
+The head of `demofusion` on the network's input, padding, moments and sizes holds here too.
 """
 
 from __future__ import annotations
@@ -74,7 +78,7 @@ class AccDiffusion(Cascade):
         positive = run.text.encode(prompts, min_length=run.denoiser.negative.context.shape[1], comma_window=0)
 
         def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
-            return self.on_views_at(run, origins, jitter, latents, sigma, step, positive=positive)
+            return self.denoise_views(run, origins, jitter, latents, sigma, step, positive=positive)
 
         return denoise
 

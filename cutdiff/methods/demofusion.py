@@ -4,14 +4,19 @@ Each phase enlarges the result of the one before, diffuses it to the first sigma
 (progressive upscaling, section 3.2). The same result, diffused to the sigma of each step, holds the state at its side
 (skip residual, 3.3); beside the views, blurred interleaved patches see the whole picture (dilated sampling, 3.4).
 
-As in the published code, whose defaults these are: latents are enlarged by bicubic interpolation, without the VAE; the
-blur's width fades from its full value to 1% of it, and the blurred canvas is given back its mean and deviation; so is
-the result of every phase those of the first one's. Unlike it: that code counts them over the whole batch, we for each
-image; with the Euler solver it scales the patches, and all views past the first batch, by the sigma of the next step,
-and in a phase's first step its first batch not at all, we everything by that of the step; it pads a canvas that the
-patches do not divide with zeros at the top and the left, we by reflection at the other ends; on a size between two
-multiples of the native one it draws the first phase larger than native, where we go by multiples and take the size
-itself last. It tells the network the finished size in every phase: `size_conditioning="target"` is that.
+Defaults are those of the published code. As there:
+- Latents are enlarged by bicubic interpolation, without the VAE.
+- The blur's width fades from its full value to 1% of it, and the blurred canvas is given back its mean and deviation.
+- So is the result of every phase those of the first one's.
+Where it is not followed:
+- It counts mean and deviation over the whole batch; here each image has its own.
+- With the Euler solver it scales the patches, and all views past the first batch, by the sigma of the next step, and in
+  a phase's first step its first batch not at all; here all are scaled by the sigma of the step.
+- It pads a canvas that the patches do not divide with zeros at the top and the left; here by reflection at the other
+  ends.
+- On a size between two multiples of the native one it draws the first phase larger than native; here sizes go by
+  multiples, and the size itself comes last.
+- It tells the network the finished size in every phase: `size_conditioning="target"` is that.
 """
 
 from __future__ import annotations

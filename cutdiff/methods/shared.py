@@ -137,11 +137,11 @@ class Tiled(Options):
 
         def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
             origins = run.draws.view_origins(step, run.size, run.window, self.strides(run), most)
-            return self.on_views_at(run, origins, most, latents, sigma, step, weights=weights)
+            return self.denoise_views(run, origins, most, latents, sigma, step, weights=weights)
 
         return denoise
 
-    def on_views_at(
+    def denoise_views(
         self,
         run: Run,
         origins: Tensor,

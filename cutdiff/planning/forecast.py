@@ -93,12 +93,15 @@ def walk(model: Model, settings: Settings, devices: int = 1, memory: float = mat
         run = prepare(model, "", settings, SizedDraws((0,), "meta"), make_denoiser=rank_of)
         x = torch.empty(1, model.unet.config.in_channels, *(run.stages[0].size or run.size), device="meta")
         for part in run.stages:
-            (x, stage), begun = _counted(run, meter, lambda: part.begin(x) if isinstance(part, Phase) else (x, part))  # noqa: B023
+            stage, begun = part, Cost()
+            if isinstance(part, Phase):
+                (x, stage), begun = _counted(run, meter, part.begin, x)
+            assert isinstance(stage, Stage)
             costs = _costs(run, stage, x, meter)
             if costs:
                 costs[0] = _sum(costs[0], begun)
-            if costs and (end := stage.end) is not None:
-                x, ended = _counted(run, meter, lambda: end(x))  # noqa: B023
+            if costs and stage.end is not None:
+                x, ended = _counted(run, meter, stage.end, x)
                 costs[-1] = _sum(costs[-1], ended)
             stages.append(StageCost(stage.name, costs))
     return Walk(stages, weights + meter.peak_bytes, run.denoiser.work.view_batch_size)
@@ -116,8 +119,10 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
     known: set[Hashable] = set()
 
     def cost(step: int, sigma: float) -> Cost:
-        state = lambda: x if stage.before is None else stage.before(x, sigma, step)  # noqa: E731
-        return _counted(run, meter, lambda: stage.denoise(state(), sigma, step))[1]
+        before, state = Cost(), x
+        if stage.before is not None:
+            state, before = _counted(run, meter, stage.before, x, sigma, step)
+        return _sum(before, _counted(run, meter, stage.denoise, state, sigma, step)[1])
 
     for step in stage.steps:
         sigma = sigmas[(step - stage.steps.start) if stage.sigmas else step % run.schedule.num_steps]
@@ -130,11 +135,11 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
     return steps
 
 
-def _counted(run: Prepared, meter: Meter, call: Callable[[], T]) -> tuple[T, Cost]:
-    """What a call returns, and its cost."""
+def _counted(run: Prepared, meter: Meter, call: Callable[..., T], *args: Any) -> tuple[T, Cost]:
+    """The value that a call returns, and its cost."""
     work, ranks = run.denoiser.work, run.denoiser.ranks
     before = work.evaluations, meter.flops, ranks.received_bytes
-    value = call()
+    value = call(*args)
     after = work.evaluations, meter.flops, ranks.received_bytes
     return value, Cost(*(a - b for a, b in zip(after, before, strict=True)))
 

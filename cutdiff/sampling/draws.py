@@ -32,7 +32,8 @@ class Draws:
                 raise ValueError(f"seed={seed} must lie in 0 … 2⁶⁴ − 1")
 
     def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
-        """Standard normal noise (B, C, H, W) in canvas layout: the initial noise, or that which `step` adds."""
+        """Standard normal noise (B, C, H, W) in canvas layout: the initial noise, or that which a solver adds at
+        `step`. A phase that diffuses its start takes `phase_noise`."""
         return self._normal(shape, NOISE, 0 if step is None else 1 + step)
 
     def phase_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:

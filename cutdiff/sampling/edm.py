@@ -61,9 +61,13 @@ class EDMConfig:
         """The number that tells the network of a sigma: the paper's c_noise."""
         return math.log(max(sigma, LEAST)) / 4
 
+    def sigma(self, timestep: float) -> float:
+        """The sigma that a number tells the network of."""
+        return math.exp(4 * timestep)
+
     def fraction(self, timestep: float) -> float:
         """The place of a timestep in the schedule: 1 at sigma_max, 0 at sigma_min."""
-        low, high, middle = map(self._warped, (self.sigma_min, self.sigma_max, math.exp(4 * timestep)))
+        low, high, middle = map(self._warped, (self.sigma_min, self.sigma_max, self.sigma(timestep)))
         return (middle - low) / (high - low)
 
     def sigmas(self, num_steps: int) -> list[float]:

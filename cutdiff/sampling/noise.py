@@ -15,6 +15,8 @@ import numpy as np
 from cutdiff.sampling.preconditioning import Coefficients, epsilon, velocity
 from cutdiff.settings import PREDICTION_TYPES, SPACINGS
 
+EULER_TERMINAL_ALPHA = 2.0**-24
+"""Zero terminal SNR has an infinite sigma; Euler takes this alpha instead (sigma 4096), as the published one does."""
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 MAX_TIMESTEPS = 100_000
@@ -64,6 +66,10 @@ class NoiseConfig:
             "zero_terminal_snr": self.rescale_betas_zero_snr,
             "timestep_spacing": self.timestep_spacing,
         }
+
+    def sigma(self, timestep: float) -> float:
+        """The sigma of a timestep of the training, linear between whole ones."""
+        return noise_table(self, EULER_TERMINAL_ALPHA).sigma(timestep)
 
     def coefficients(self, sigma: float) -> Coefficients:
         """The numbers that turn the network's output into an estimate of x0."""

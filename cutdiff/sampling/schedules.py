@@ -21,11 +21,9 @@ import numpy as np
 
 from cutdiff.options import Between, Options
 from cutdiff.sampling.edm import AnyNoise, EDMConfig
-from cutdiff.sampling.noise import NoiseConfig, Timesteps, noise_table
+from cutdiff.sampling.noise import EULER_TERMINAL_ALPHA, NoiseConfig, Timesteps, noise_table
 from cutdiff.specs import name_of
 
-EULER_TERMINAL_ALPHA = 2.0**-24
-"""Zero terminal SNR has an infinite sigma; Euler takes this alpha instead (sigma 4096), as the published one does."""
 DDIM_TERMINAL_ALPHA = 2.0**-44
 """DDIM's own formula has no singularity there; with this alpha (sigma 4·10⁶) sigma space agrees to float32 rounding."""
 KARRAS_RHO = 7.0
@@ -83,7 +81,8 @@ class SigmaSchedule(Protocol):
     """A schedule as it is passed in."""
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
-        """num_steps + 1 sigmas for a model with this noise, falling, the last one 0."""
+        """num_steps + 1 sigmas for a model with this noise, falling, the last one 0. `model_noise.sigma(timestep)` is
+        the sigma of a timestep."""
         ...
 
 
