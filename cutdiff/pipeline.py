@@ -84,7 +84,7 @@ def denoise(
     work all call this with the same arguments, and get the same steps. `observer` hears of every step and every call of
     the network.
     """
-    return prepare(model, prompt, replace(settings or Settings(), **options), draws, ranks, observer).steps
+    return prepare(model, prompt, _with_options(settings, options), draws, ranks, observer).steps
 
 
 def generate(
@@ -104,7 +104,7 @@ def generate(
     Threads may draw with one model at the same time, but not beside one whose method changes the network: that one must
     have a model of its own.
     """
-    settings = replace(settings or Settings(), **options)
+    settings = _with_options(settings, options)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     prepared = prepare(model, prompt, settings, draws, ranks, observer)
@@ -129,6 +129,12 @@ def generate(
         "one_value": any(bool(image.amin() == image.amax()) for image in images),
     }
     return Result(images, latents, record)
+
+
+def _with_options(settings: Settings | None, options: dict[str, Any]) -> Settings:
+    """The settings with these options; the very same ones where there are none, whose sources stand as they were."""
+    settings = settings or Settings()
+    return replace(settings, **options) if options else settings
 
 
 @torch.no_grad()
