@@ -49,10 +49,11 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of slow.txt, which were measured to take long, as slow."""
+    """Mark the tests of slow.txt, which were measured to take long, as slow: single cases, or all of a function."""
     slow = {line for line in SLOW.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")}
     for item in items:
-        if item.nodeid.removeprefix("tests/") in slow:
+        name = item.nodeid.removeprefix("tests/")
+        if name in slow or name.partition("[")[0] in slow:
             item.add_marker(pytest.mark.slow)
 
 
