@@ -301,7 +301,6 @@ def test_options_that_cannot_be_used_are_named_before_any_work(tiny_model: Model
         ([range(3), range(2, 4)], "[0, 1, 2, 2, 3]"),
         ([range(1, 3)], "[1, 2]"),
         ([], "[]"),
-        ([], "[]"),
     ],
 )
 def test_stages_that_do_not_lead_to_the_last_step(tiny_model: Model, steps: list[range], told: str) -> None:
