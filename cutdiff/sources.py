@@ -99,7 +99,7 @@ def _apart(thing: Any) -> tuple[Any, list[Any]]:
 
 
 def _reduced(value: Any, inner: tuple[int, ...]) -> str:
-    """What makes a copy of a library's object, as text; where nothing does, a text that is another one every time."""
+    """The parts that make a copy of a library's object, as text; where none do, a text that differs every time."""
     shown = repr(value)
     if " at 0x" not in shown and len(shown) <= 200:
         return repr(shown)

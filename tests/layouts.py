@@ -1,4 +1,4 @@
-"""What tests of kernels share: how often they draw, and how tensors lie in memory."""
+"""The examples that tests of kernels draw, and the layouts of tensors in memory."""
 
 from __future__ import annotations
 

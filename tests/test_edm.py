@@ -132,7 +132,7 @@ def test_solvers_go_where_the_published_one_goes(solver: str, config: EDMConfig)
 
 @given(st.floats(1e-3, 200), st.floats(0.1, 2))
 def test_the_network_is_shown_unit_variance_and_must_say_unit_variance(sigma: float, sigma_data: float) -> None:
-    """By the paper's equations 117 and 131, c_in is one over the state's deviation, c_out the best estimate's."""
+    """In the paper's equations 117 and 131, c_in is one over the state's deviation, c_out the best estimate's."""
     for kind, sign in (("epsilon", 1), ("v_prediction", -1)):
         c_in, c_skip, c_out = EDMConfig(sigma_data=sigma_data, prediction_type=kind).coefficients(sigma)
         assert c_in**2 * (sigma**2 + sigma_data**2) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""What determines a picture: whatever changes it changes its fingerprint, and the same again is finished."""
+"""Fingerprints: whatever changes a picture changes its fingerprint, and the same again is finished."""
 
 from __future__ import annotations
 

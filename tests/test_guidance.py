@@ -189,7 +189,7 @@ def test_where_guidance_is_off_the_prompt_alone_is_evaluated(
 
 @pytest.mark.parametrize("guidance", ["cfg", "rescale", lambda c, u, sigma, step: u + 7.5 * (c - u)])
 def test_a_detail_scale_of_1_turns_any_guidance_off(tiny_model: Model, guidance: Any) -> None:
-    """That is magnify's own; its structure is guided."""
+    """Magnify's details are unguided; its structure is guided."""
     result = cutdiff.generate(tiny_model, "a tent", method="magnify", guidance=guidance, stride=8, **RUN)
     assert result.record["network_evaluations"] == 4 * 2 + 2 * 4, "the picture, then 4 views in 2 steps"
 

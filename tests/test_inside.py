@@ -67,7 +67,7 @@ changes = st.lists(
     ),
     max_size=4,
 )
-"""What each of a few nested blocks replaces, and by which kind of value."""
+"""The attributes that each of a few nested blocks replaces, and the kinds of their values."""
 
 
 def snapshot(module: nn.Module) -> tuple[Any, ...]:

@@ -44,7 +44,7 @@ class Ear(cutdiff.Observer):
 
 
 def listened(model: Model, prompts: str | list[str] = PROMPTS, **options: Any) -> tuple[Ear, list[Step], Tensor]:
-    """What was heard, the steps that came, and the noise that the run began with."""
+    """The calls and steps that the observer heard of, the steps that came, and the noise that the run began with."""
     ear, options = Ear(), {**RUN, **options}
     start: list[Tensor] = []
 

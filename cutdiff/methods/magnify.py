@@ -56,9 +56,9 @@ class Magnify(Tiled):
     def hold(self, run: Run, picture: Tensor, denoise: CanvasDenoiser) -> CanvasDenoiser:
         """Move the estimate of `denoise` towards `picture` (B, C, h, w) in all that a canvas of that size can hold."""
 
-        def held(x: Tensor, sigma: float, step: int) -> Tensor:
+        def denoise_towards(x: Tensor, sigma: float, step: int) -> Tensor:
             denoised = denoise(x, sigma, step)
             missing = picture - F.adaptive_avg_pool2d(denoised, (picture.shape[2], picture.shape[3]))
             return denoised + fade(run, sigma) * F.interpolate(missing, run.size, mode="bicubic")
 
-        return held
+        return denoise_towards

@@ -29,7 +29,7 @@ SAMPLERS = {
 }
 """A1111's names of solvers."""
 SPACINGS = {"karras": " Karras", "exponential": " Exponential", "beta": " Beta"}
-"""What A1111 adds to them for the spacing of the sigmas."""
+"""The words that A1111 adds to them for the spacing of the sigmas."""
 
 
 def to_pil(image: Tensor) -> Image.Image:
