@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], launch: Launch) -> list[int]:
     """Draw the pictures that are not finished and print the path of each, in order if one group draws all; returns the
-    lines that could not be drawn, of all groups."""
+    lines that could not be drawn, in the first process those of all groups."""
     with launch.agreeing():
         options = [(picture.settings.described(), picture.settings.sources()) for picture in pictures]
         others = launch.others([(picture.prompt, picture.path.name) for picture in pictures] + options)
@@ -46,9 +46,10 @@ def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], la
                 if not picture.line:
                     raise
                 bad_lines.add(picture.line)
-                progress.end()
                 if launch.group.leads:
                     leave_out(args, BadLine(args.prompts, picture.line, error))
+                    launch.failed(picture.line)
+                    progress.end()
                 continue
             if not launch.group.leads:
                 continue
@@ -59,7 +60,8 @@ def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], la
             print_line(_entry(picture, path, record) if args.log_json else str(path))
         if launch.world.leads:
             progress.wait()
-    return sorted(set().union(*launch.world.values(bad_lines)))
+            bad_lines |= launch.failures()
+    return sorted(bad_lines)
 
 
 def leave_out(args: argparse.Namespace, error: BadLine) -> None:

@@ -83,6 +83,17 @@ class Launch:
         """The number of pictures that all groups have drawn, after adding `more`; 0 where there is one group."""
         return self._add("drawn", more) if self.num_groups > 1 else 0
 
+    def failed(self, line: int) -> None:
+        """Report a line that this group could not draw."""
+        if self.num_groups > 1:
+            self.store.set(f"failed {self._add('failed', 1)}", str(line))
+
+    def failures(self) -> set[int]:
+        """The lines that groups have reported as failed; none if a single group draws all."""
+        if self.num_groups == 1:
+            return set()
+        return {int(self.store.get(f"failed {number + 1}")) for number in range(self._add("failed", 0))}
+
     def wait_for(self, num: int) -> Iterator[None]:
         """Yield now and again until all groups have drawn `num` pictures.
 
