@@ -19,9 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import ENVIRONMENT, contents, free_port
 from ranked import QUICK, SIZES
+from torch.distributed import HashStore
 
+from cutdiff.parallel.launch import Launch
 from cutdiff.parallel.process import Ended, RankLost
-from cutdiff.parallel.ranks import Ranks
+from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.parallel.watch import Watch
 from cutdiff.sample import main
 from cutdiff.specs import METHODS
@@ -108,6 +110,17 @@ def test_two_launchers_draw_one_picture(quick_folder: Path, tmp_path: Path) -> N
 
 
 # ---- Sets of pictures, and faults
+
+
+def test_lines_that_failed_reach_the_first_of_several_groups() -> None:
+    several = Launch(ALONE, ALONE, num_groups=2, store=HashStore())
+    assert several.failures() == set()
+    for line in (7, 3):
+        several.failed(line)
+    assert several.failures() == {3, 7}
+    alone = Launch(ALONE, ALONE)
+    alone.failed(7)
+    assert alone.failures() == set()
 
 
 @pytest.fixture(scope="module")
