@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cutdiff import specs
-from cutdiff.cli.arguments import DTYPES, BadArgument, Parser
-from cutdiff.cli.ending import add_debug, exit_status
+from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_debug
+from cutdiff.cli.ending import exit_status
 from cutdiff.options import options_of, read
 from cutdiff.settings import Settings
 

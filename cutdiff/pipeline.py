@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 import time
@@ -229,6 +230,7 @@ def prepare(
         raise ValueError(f"{what} must be an object: make one of its class")
     if draws is None:
         draws = Draws(tuple(settings.seed + i for i in range(len(prompts))), model.device)
+    sources = sources_of(settings, draws)  # before a run could change what it is given
     text: TextEncoders | SharedText = model.text.skipping(settings.clip_skip)
     if ranks.size > 1:
         text = SharedText(text, ranks, model.device, model.dtype)
@@ -266,7 +268,7 @@ def prepare(
         if stages[-1].size not in (None, size):
             raise ValueError(f"ends on a canvas of {stages[-1].size} latents, where the picture has {size}")
     except ValueError as error:
-        if str(error).startswith("detail_guidance_scale="):
+        if re.match(r"\w+=", str(error)):  # it names an option, which is nearer to the cause than the method
             raise
         raise ValueError(f"method={settings.method_name} {error}") from None
     first = stages[0]
@@ -276,7 +278,7 @@ def prepare(
     steps = explained(steps, denoiser, model.why_not_finite)
     if observer is not None:
         steps = _observed(steps, observer)
-    return Prepared(settings, denoiser, draws, size, schedule, stages, steps, sources_of(settings, draws))
+    return Prepared(settings, denoiser, draws, size, schedule, stages, steps, sources)
 
 
 def _observed(steps: Iterator[Step], observer: Observer) -> Iterator[Step]:

@@ -15,8 +15,8 @@ import math
 import sys
 from typing import Any
 
-from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_how, add_option, errors_by_flag
-from cutdiff.cli.ending import add_debug, exit_status
+from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_debug, add_how, add_option, errors_by_flag
+from cutdiff.cli.ending import exit_status
 from cutdiff.options import options_of
 from cutdiff.settings import Settings
 

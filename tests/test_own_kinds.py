@@ -337,3 +337,15 @@ def test_what_a_phase_begins_and_a_stage_ends_with_is_planned(tiny_model: Model)
 
     planned = walk(sizes_of(tiny_model), settings)
     assert sum(stage.total.evaluations for stage in planned.stages) == real == 2 * (8 + 2)
+
+
+def test_draws_that_change_as_they_draw_are_recorded_as_they_were(tiny_model: Model) -> None:
+    class Counting(Draws):
+        def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
+            object.__setattr__(self, "calls", vars(self).get("calls", 0) + 1)
+            return super().noise(shape, step)
+
+    draws, before = Counting((1,)), source_hash(Counting((1,)))
+    record = cutdiff.generate(tiny_model, "a", Settings(**OPTIONS), draws=draws).record
+    assert record["sources"] == {"draws": before}
+    assert source_hash(draws) != before

@@ -39,9 +39,9 @@ from cutdiff.bench.parity import NotEqual, prove, prove_again
 from cutdiff.bench.report import CUDNN, FP8, FUSED, GRAPHS, OURS, VARIANTS, heading, summary, table
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import cast, changed, random_model
-from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, errors_by_flag
+from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_debug, errors_by_flag
 from cutdiff.cli.device import device_of
-from cutdiff.cli.ending import Failure, add_debug, exit_status, say
+from cutdiff.cli.ending import Failure, exit_status, say
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
 from cutdiff.models.fused import check_fused, fuse

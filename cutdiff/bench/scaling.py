@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import cutdiff
-from cutdiff.cli.arguments import DEMO_PROMPT, BadArgument, Parser, errors_by_flag
+from cutdiff.cli.arguments import DEMO_PROMPT, BadArgument, Parser, add_debug, errors_by_flag
 from cutdiff.cli.device import device_of
-from cutdiff.cli.ending import add_debug, exit_status
+from cutdiff.cli.ending import exit_status
 from cutdiff.output.images import save_json
 from cutdiff.parallel.launch import joined
 from cutdiff.parallel.process import alike

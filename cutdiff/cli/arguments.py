@@ -145,6 +145,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def add_debug(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the flag --debug, which `cutdiff.cli.ending.exit_status` reads."""
+    parser.add_argument("--debug", action="store_true", help="where the run fails, print the traceback too")
+
+
 def add_option(group: Group, option: Option, help: str = "") -> None:
     """A flag for an option of a run, which goes into `options` of the arguments where it is given."""
     text = help or f"{option.doc[:1].lower()}{option.doc[1:]}".replace("None:", "none:")
@@ -298,7 +303,7 @@ def _add_run(group: Group) -> None:
         add_option(group, own[name])
     group.add_argument("--log-json", action="store_true", help="print a JSON object for each picture, not its path")
     group.add_argument("-v", "--verbose", action="store_true", help="tell what was read and what it cost")
-    group.add_argument("--debug", action="store_true", help="where the run fails, print the traceback too")
+    add_debug(group)
 
 
 def _seconds(text: str) -> float:

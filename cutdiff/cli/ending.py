@@ -6,7 +6,6 @@ SIGTERM. Nothing here imports torch.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import textwrap
@@ -42,11 +41,6 @@ def exit_status(
             traceback.print_exc()
         return _status(error, bad_arguments, failures)
     return 0
-
-
-def add_debug(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add the flag --debug, which `exit_status` reads."""
-    parser.add_argument("--debug", action="store_true", help="where the run fails, print the traceback too")
 
 
 def say(message: str) -> None:

@@ -20,7 +20,7 @@ from cutdiff.evaluation.features import PIXELS
 from cutdiff.evaluation.references import References, compare
 from cutdiff.evaluation.report import save_sheet, table
 from cutdiff.evaluation.testbed import NATIVE, Testbed, environment, row_of
-from cutdiff.options import written
+from cutdiff.options import options_of, written
 from cutdiff.output.images import save_json
 from cutdiff.pipeline import canvas_and_schedule
 from cutdiff.settings import Settings
@@ -37,9 +37,9 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         for size in args.sizes
         for method in args.methods
     ]
-    of_run = {name: value for name, value in options.items() if name in vars(base)}
-    direct = base = replace(base, method="direct", **of_run, **own)
-    shared = {name: value for name, value in options.items() if direct.has(name)}
+    of_run = {name: value for name, value in options.items() if name in options_of(base)}
+    base = replace(base, method="direct", **of_run, **own)
+    shared = {name: value for name, value in options.items() if base.has(name)}
     prompts = _prompts(args)
     caption_seed = score.CAPTION_SEED if args.caption_seed is None else args.caption_seed
     device, references = device_of(args.device), None
