@@ -27,7 +27,8 @@ COST = ("seconds", "peak_memory_bytes", "ranks", "received_bytes_per_step")
 """The fields of a record that may differ when a picture is drawn again."""
 PATIENCE = 120.0
 """The seconds that a start may take."""
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""The last is what a command line sets before it imports torch; here the forks of one process import it before."""
 
 
 def contents(folder: Path) -> dict[str, Any]:

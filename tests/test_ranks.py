@@ -178,6 +178,28 @@ def test_signals(name: str, status: int, message: str, runs: Path) -> None:
     assert {path.suffix for path in (runs / name / "pictures").iterdir()} == {".png", ".json"}
 
 
+def test_torch_is_silent_about_a_lost_store() -> None:
+    code = """if True:
+        from cutdiff.cli.ending import exit_status
+
+        def run():
+            import torch.distributed as dist
+
+            server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+            client.set("key", "value")
+            del server
+            for _ in range(10):  # the first messages may still be taken by the connection
+                client.set("key", "value")
+
+        exit_status(run, [])
+    """
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("cutdiff: the run failed: DistNetworkError")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_full_disk(groups: int, runs: Path) -> None:
     """If there are two groups, the other one draws what it can, and ends too."""

@@ -6,6 +6,7 @@ SIGTERM. Nothing here imports torch.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import textwrap
@@ -34,10 +35,14 @@ def exit_status(
     as BadArgument and Failure always do. The line of any other error names its type, too, and the status is 1. With
     --debug in `argv` the traceback is printed first.
     """
+    debug = "--debug" in (sys.argv if argv is None else argv)
+    if not debug:
+        # As it is imported, torch reads whether to warn, as of a connection that a process of the run has closed.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         run()
     except (Exception, KeyboardInterrupt, stopping.Terminated) as error:
-        if "--debug" in (sys.argv if argv is None else argv):
+        if debug:
             traceback.print_exc()
         return _status(error, bad_arguments, failures)
     return 0
