@@ -15,8 +15,9 @@ from cutdiff.models.config import Size
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import Context, UNet
 from cutdiff.parallel.ranks import ALONE, Ranks
+from cutdiff.sampling.flags import Flags
 from cutdiff.sampling.guidance import Guidance, LinearGuidance
-from cutdiff.sampling.operators import Operator, Patches, upload
+from cutdiff.sampling.operators import Operator, Patches, takes_flag, upload
 from cutdiff.sampling.preconditioning import Coefficients
 from cutdiff.sampling.stages import Step
 from cutdiff.specs import name_of
@@ -90,7 +91,7 @@ class _Text(NamedTuple):
 
 @dataclass
 class Work:
-    """The state that all denoisers of a run share: a count, the batch that memory holds, observers, texts."""
+    """The state that all denoisers of a run share: a count, the batch that memory holds, observers, flags, texts."""
 
     view_batch_size: int | None = None
     """The items that go through the network at once; None: all. It is halved where memory does not suffice."""
@@ -98,6 +99,8 @@ class Work:
     """The rows that this rank evaluated, a guidance pair counted as two; rows that every rank evaluates are counted
     once, by the first."""
     observers: list[Observer] = field(default_factory=list)
+    flags: Flags = field(default_factory=Flags, repr=False)
+    """The flags that kernels set where an estimate of x0 is not finite."""
     texts: dict[int, _Text] = field(default_factory=dict, repr=False)
     """The text by the number of copies."""
 
@@ -216,7 +219,13 @@ class Denoiser:
         back = {"canvas": canvas, "c_skip": c_skip, "c_out": c_out}
         if copies == 1 or isinstance(self.guidance, LinearGuidance):
             scale = self.guidance.scale_at(sigma, step) if isinstance(self.guidance, LinearGuidance) else 1.0
-            return operator.scatter(prediction, self.backend, copies=copies, guidance_scale=scale, **back)
+            how = back | {"copies": copies, "guidance_scale": scale}
+            flags = self.work.flags
+            if flags.flag is None or not takes_flag(operator, self.backend, canvas.device):
+                return operator.scatter(prediction, self.backend, **how)
+            denoised = operator.scatter(prediction, self.backend, flag=flags.flag, **how)
+            flags.written(denoised)
+            return denoised
         unconditional, conditional = (operator.scatter(prediction[half::2], self.backend, **back) for half in (0, 1))
         estimate = self.guidance(conditional, unconditional, sigma, step)
         if not isinstance(estimate, Tensor) or estimate.shape != canvas.shape:

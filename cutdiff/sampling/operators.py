@@ -81,6 +81,12 @@ class Operator(Protocol):
         ...
 
 
+class Written(FromNetwork, total=False):
+    """The options of a scatter by a kernel, which sets `flag` to 1 where a value that it writes is not finite."""
+
+    flag: Tensor
+
+
 @dataclass(frozen=True)
 class Patches:
     """permute ∘ cut, and relocate ∘ permute⁻¹: N interleaved patches that exchange pixels, (B·N·copies, C, h, w).
@@ -101,7 +107,7 @@ class Patches:
         kernels = _kernels("patches", backend, canvas)
         return kernels.gather_patches(canvas, self.grid, self._permutation_on(canvas.device), **how)
 
-    def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[FromNetwork]) -> Tensor:
+    def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[Written]) -> Tensor:
         kernels = _kernels("patches", backend, values)
         return kernels.scatter_patches(values, self.grid, self._permutation_on(values.device), **how)
 
@@ -145,7 +151,7 @@ class Views:
     def gather(self, canvas: Tensor, backend: str = "auto", **how: Unpack[ToNetwork]) -> Tensor:
         return _kernels("views", backend, canvas).gather_views(canvas, self.origins, self.window, **how)
 
-    def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[FromNetwork]) -> Tensor:
+    def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[Written]) -> Tensor:
         kernels = _kernels("views", backend, values)
         return kernels.average_views(values, self.origins, self.size, weights=self.weights, covered=True, **how)
 
@@ -165,6 +171,11 @@ def check_backend(backend: str, device: torch.device) -> None:
             f"backend={backend!r} needs {error.name} on {device.type}: install it, or take 'reference'"
         ) from None
     launch.check_device(device)
+
+
+def takes_flag(operator: Operator, backend: str, device: torch.device) -> bool:
+    """Tell if the operator's scatter is a kernel that sets a flag where a value is not finite."""
+    return type(operator) in (Patches, Views) and not _is_reference(backend, device)
 
 
 def upload(values: Tensor, device: torch.device | str) -> Tensor:
