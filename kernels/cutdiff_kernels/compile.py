@@ -92,8 +92,9 @@ def _patch_variants(dtype: str, grid: tuple[int, int], source: int, grain: str) 
         "strides": STRIDES_4,
     }  # fmt: skip
     scatter = {
-        "values": f"*{dtype}", "out": "*fp32", "permutation": INT64, "canvas": "*fp32", "step": INTEGER,
-        "guidance_scale": FLOAT, "c_skip": FLOAT, "c_out": FLOAT, "strides": STRIDES_4, "canvas_strides": STRIDES_4,
+        "values": f"*{dtype}", "out": "*fp32", "permutation": INT64, "canvas": "*fp32", "flag": "*i32",
+        "step": INTEGER, "guidance_scale": FLOAT, "c_skip": FLOAT, "c_out": FLOAT,
+        "strides": STRIDES_4, "canvas_strides": STRIDES_4,
     }  # fmt: skip
     return [
         Variant(f"gather_patches {name}", patches.gather_kernel, gather | sizes, constants, options),
@@ -101,7 +102,7 @@ def _patch_variants(dtype: str, grid: tuple[int, int], source: int, grain: str) 
             f"scatter_patches {name}",
             patches.scatter_kernel,
             scatter | sizes,
-            constants | {"HAS_CANVAS": True},
+            constants | {"HAS_CANVAS": True, "HAS_FLAG": True},
             options,
         ),
     ]
@@ -116,8 +117,8 @@ def _view_variants(dtype: str) -> list[Variant]:
     }  # fmt: skip
     average = {
         "values": f"*{dtype}", "out": "*fp32", "origins": INT64, "weights": "*fp32", "canvas": "*fp32",
-        "guidance_scale": FLOAT, "c_skip": FLOAT, "c_out": FLOAT, "strides": STRIDES_4, "canvas_strides": STRIDES_4,
-        "channels": INTEGER,
+        "flag": "*i32", "guidance_scale": FLOAT, "c_skip": FLOAT, "c_out": FLOAT,
+        "strides": STRIDES_4, "canvas_strides": STRIDES_4, "channels": INTEGER,
     }  # fmt: skip
     return [
         Variant(f"gather_views {dtype}", views.gather_kernel, gather | sizes, tile, ROUNDING),
@@ -126,7 +127,7 @@ def _view_variants(dtype: str) -> list[Variant]:
                 f"average_views {dtype}{' weighted' * weighted}",
                 views.average_kernel,
                 average | sizes,
-                tile | {"NUM_VIEWS": 49, "HAS_WEIGHTS": weighted, "HAS_CANVAS": True},
+                tile | {"NUM_VIEWS": 49, "HAS_WEIGHTS": weighted, "HAS_CANVAS": True, "HAS_FLAG": True},
                 ROUNDING,
             )
             for weighted in (False, True)

@@ -1,13 +1,26 @@
-"""Checks and outputs that every launch needs: a device that Triton runs on, and somewhere to write."""
+"""What launches share: the checks of a device and of where to write, and a flag of values that are not finite."""
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
 ROUNDING = {"enable_fp_fusion": False}
 """Launch options that round products and sums one by one, as torch does, for the same bits everywhere."""
+
+
+@triton.jit
+def store_flag(flag, values):
+    """Store 1 to `flag`, an int32, where any of a tile's values is NaN or infinite, else nothing.
+
+    Values of the tile that are not written must be finite, as those that are computed from zeros are. The flag may lie
+    in pinned memory, which the host reads without a copy. All threads that store, store the same.
+    """
+    finite = tl.abs(values) < float("inf")  # false for NaN
+    tl.store(flag + tl.zeros(values.shape, tl.int32), 1, mask=~finite)
 
 
 def runs_on(device: torch.device) -> bool:

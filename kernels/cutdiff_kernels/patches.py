@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cutdiff_kernels.checks import check_canvas, check_copies, check_items, check_patches
-from cutdiff_kernels.launch import ROUNDING, output
+from cutdiff_kernels.checks import check_canvas, check_copies, check_flag, check_items, check_patches
+from cutdiff_kernels.launch import ROUNDING, output, store_flag
 from cutdiff_kernels.permutations import Permutation, SeededPermutation, check_permutation, seed_bits
 
 NONE, SEEDED, INDEX = 0, 1, 2
@@ -102,12 +102,13 @@ def gather_kernel(
         tl.store(target + copy * channels * positions, values, mask=mask)
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit(do_not_specialize=["step", "flag"])
 def scatter_kernel(
-    values, out, permutation, canvas, step, guidance_scale, c_skip, c_out,
+    values, out, permutation, canvas, flag, step, guidance_scale, c_skip, c_out,
     strides, canvas_strides, index_strides, channels, width, positions,
     GRID_W: tl.constexpr, NUM_PATCHES: tl.constexpr, PADDED: tl.constexpr, SOURCE: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, COPIES: tl.constexpr, HAS_CANVAS: tl.constexpr, BLOCK: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, COPIES: tl.constexpr, HAS_CANVAS: tl.constexpr, HAS_FLAG: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """values (B·N·COPIES, C, h, w), any strides -> out (B, C, s_h·h, s_w·w), contiguous, float32."""
     image, channel, position, inside, patch, mask = tile_of(channels, positions, NUM_PATCHES, PADDED, BLOCK)
@@ -135,6 +136,8 @@ def scatter_kernel(
         combined = c_skip * tl.load(base, mask=mask, other=0.0).to(tl.float32) + c_out * combined
     target = out + tl.program_id(1).to(tl.int64) * positions * NUM_PATCHES + rows * (width * GRID_W) + columns
     tl.store(target, combined, mask=mask)
+    if HAS_FLAG:
+        store_flag(flag, combined)
 
 
 def gather_patches(
@@ -178,12 +181,14 @@ def scatter_patches(
     c_skip: float = 0.0,
     c_out: float = 1.0,
     out: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> Tensor:
     """`reference.scatter_patches` in one launch. `out`, contiguous float32, is written and returned if given.
 
-    An explicit index is trusted as in `gather_patches`.
+    An explicit index is trusted as in `gather_patches`. `flag` is that of `launch.store_flag`.
     """
     check_copies(copies)
+    check_flag(flag)
     items, channels, h, w = values.shape
     num_patches = grid[0] * grid[1]
     batch = check_items(items, num_patches * copies)
@@ -195,9 +200,9 @@ def scatter_patches(
     source, step, index_strides = _arguments(permutation, out)
     with torch.cuda.device_of(values):
         scatter_kernel[launch](
-            values, out, source, base, step, guidance_scale, c_skip, c_out,
+            values, out, source, base, out if flag is None else flag, step, guidance_scale, c_skip, c_out,
             values.stride(), base.stride(), index_strides, channels, w, h * w,
-            **chosen, COPIES=copies, HAS_CANVAS=canvas is not None,
+            **chosen, COPIES=copies, HAS_CANVAS=canvas is not None, HAS_FLAG=flag is not None,
         )  # fmt: skip
     return out
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cutdiff_kernels.checks import check_canvas, check_origins, check_views
-from cutdiff_kernels.launch import ROUNDING, output
+from cutdiff_kernels.checks import check_canvas, check_flag, check_origins, check_views
+from cutdiff_kernels.launch import ROUNDING, output, store_flag
 
 TILE = 1024
 """The pixels of a tile, two to eight for each of its 128 threads."""
@@ -47,11 +47,12 @@ def gather_kernel(
         tl.store(target + copy * channels * plane, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["flag"])
 def average_kernel(
-    values, out, origins, weights, canvas, guidance_scale, c_skip, c_out, strides, canvas_strides,
+    values, out, origins, weights, canvas, flag, guidance_scale, c_skip, c_out, strides, canvas_strides,
     channels, size, window, NUM_VIEWS: tl.constexpr, COPIES: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, HAS_CANVAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_CANVAS: tl.constexpr, HAS_FLAG: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """values (B·V·COPIES, C, h, w), any strides · origins (B, V, 2) -> out (B, C, H, W), contiguous, float32."""
     image, channel = tl.program_id(0) // channels, tl.program_id(0) % channels
@@ -92,6 +93,8 @@ def average_kernel(
         base = canvas + image.to(tl.int64) * stride_b + channel * stride_c + y * stride_y + x * stride_x
         mean = c_skip * tl.load(base, mask=inside, other=0.0).to(tl.float32) + c_out * mean
     tl.store(out + tl.program_id(0).to(tl.int64) * size[0] * size[1] + y * size[1] + x, mean, mask=inside)
+    if HAS_FLAG:
+        store_flag(flag, mean)
 
 
 def gather_views(
@@ -132,8 +135,13 @@ def average_views(
     c_out: float = 1.0,
     covered: bool = False,
     out: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> Tensor:
-    """`reference.average_views` in one launch. `out`, contiguous float32, is written and returned if given."""
+    """`reference.average_views` in one launch. `out`, contiguous float32, is written and returned if given.
+
+    `flag` is that of `launch.store_flag`.
+    """
+    check_flag(flag)
     items, channels, *window = values.shape
     batch, num_views = origins.shape[:2]
     check_views(origins, (window[0], window[1]), size, items, copies, weights, covered)
@@ -145,9 +153,10 @@ def average_views(
     with torch.cuda.device_of(values):
         average_kernel[(batch * channels, num_tiles)](
             values, out, origins.to(values.device).contiguous(), shares, base,
-            guidance_scale, c_skip, c_out, values.stride(), base.stride(), channels, size, tuple(window),
+            out if flag is None else flag, guidance_scale, c_skip, c_out, values.stride(), base.stride(),
+            channels, size, tuple(window),
             NUM_VIEWS=num_views, COPIES=copies, HAS_WEIGHTS=weights is not None, HAS_CANVAS=canvas is not None,
-            **tile, **ROUNDING,
+            HAS_FLAG=flag is not None, **tile, **ROUNDING,
         )  # fmt: skip
     return out
 
