@@ -24,7 +24,7 @@ class Flags:
 
     def begin(self, device: torch.device) -> None:
         """Begin a step on a canvas of this device."""
-        self.flag = None if device.type == "meta" else torch.zeros(1, dtype=torch.int32, pin_memory=_is_gpu(device))
+        self.flag = None if device.type == "meta" else _new_flag(device)
         self._written = None
 
     def written(self, estimate: Tensor) -> None:
@@ -69,6 +69,11 @@ def _raise(pending: tuple[Tensor, torch.cuda.Event, Callable[[], Exception]] | N
     event.synchronize()  # the device has the next step to do meanwhile
     if flag.item():
         raise error()
+
+
+def _new_flag(device: torch.device) -> Tensor:
+    """A flag that is not set, where this host and the device both reach it."""
+    return torch.zeros(1, dtype=torch.int32, pin_memory=_is_gpu(device))
 
 
 def _is_gpu(device: torch.device) -> bool:
