@@ -116,26 +116,23 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class TextContext:
-    """The keys and values that each attention layer makes of the text, computed once for P texts that B items read.
+    """The keys and values that each attention layer makes of B texts, computed once.
 
     It can stand wherever a context (B, M, context_dim) can, and is indexed in the same way. A later change of a layer's
     `to_k` and `to_v` has no effect on it.
     """
 
     kept: Mapping[Attention, tuple[Tensor, Tensor]]
-    """The keys and values of each layer, (P, heads, M, dim / heads) each."""
-    rows: Tensor
-    """The index, 0 to P - 1, of the text that each item reads: (B,)."""
+    """The keys and values of each layer, (B, heads, M, dim / heads) each."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(next(iter(self.kept.values()))[0])
 
     def __getitem__(self, part: slice | Tensor) -> TextContext:
-        return TextContext(self.kept, self.rows[part])
+        return TextContext({layer: (keys[part], values[part]) for layer, (keys, values) in self.kept.items()})
 
     def keys_and_values(self, layer: Attention) -> tuple[Tensor, Tensor]:
-        keys, values = self.kept[layer]
-        return keys[self.rows], values[self.rows]
+        return self.kept[layer]
 
 
 class Downsample(nn.Module):

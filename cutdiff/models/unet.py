@@ -240,8 +240,7 @@ class UNet(nn.Module):
         the same items take many steps.
         """
         blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
-        rows = torch.arange(len(states), device=states.device)
-        return TextContext({block.attn2: block.attn2.keys_and_values(states) for block in blocks}, rows)
+        return TextContext({block.attn2: block.attn2.keys_and_values(states) for block in blocks})
 
     def embed_conditions(self, timesteps: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
         """The time, and in SDXL pooled text and numbers of size and crop, as one vector an item: (B, time_dim)."""

@@ -22,6 +22,8 @@ from cutdiff.sampling.preconditioning import Coefficients
 from cutdiff.sampling.stages import Step
 from cutdiff.specs import name_of
 
+KINDS_OF_CALLS = 2
+"""The kinds of calls whose rows' text is kept: those of a full batch of one picture, and those of the rest."""
 Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor]
 """The rows that the U-Net reads: latents, timesteps, context, pooled, size ids."""
 
@@ -85,8 +87,8 @@ class _Text(NamedTuple):
     """Positive and negative states, and the network."""
     context: Context
     pooled: Tensor
-    by_rows: dict[int, tuple[Context, Tensor]]
-    """The text of every row, by their number."""
+    by_rows: dict[tuple[int, ...], tuple[Context, Tensor]]
+    """The text of each row of the last few kinds of calls, by the numbers of their rows' texts."""
 
 
 @dataclass
@@ -247,7 +249,7 @@ class Denoiser:
         Raises torch.OutOfMemoryError where memory does not suffice for a single item.
         """
         num_rows, copies = len(inputs), rows.copies
-        context, pooled = self._text(num_rows, copies, rows.positive)
+        text = self._text(copies, rows.positive)
         timestep = torch.full((1,), self.timestep(rows.sigma), device=inputs.device).expand(num_rows)
         ranks = self.ranks if self.shares_rows else ALONE
         starts = self.shares(num_rows, copies, ranks)
@@ -255,7 +257,8 @@ class Denoiser:
         parts, start = [], first
         while start < end:
             part = slice(start, min(start + (self.work.view_batch_size or num_rows) * copies, end))
-            taken = (inputs[part], timestep[part], context[part], pooled[part], size_ids[part])
+            context, pooled = _of_rows(text, part, num_rows, copies)
+            taken = (inputs[part], timestep[part], context, pooled, size_ids[part])
             call = Call(
                 rows.step, rows.sigma, rows.operator, taken, start, num_rows, len(self.positive.context), copies
             )
@@ -285,9 +288,9 @@ class Denoiser:
             together = self.items_of_a_call * copies
         return [min(start * together, num_rows) for start in ranks.starts(math.ceil(num_rows / together))]
 
-    def _text(self, num_rows: int, copies: int, positive: TextStates) -> tuple[Context, Tensor]:
-        """Context and pooled states of every row. What layers make of the prompt, which all items of an image share at
-        every step, is kept; of a view's own states, it is not."""
+    def _text(self, copies: int, positive: TextStates) -> _Text:
+        """The text of each image, or of each item that has its own. What layers make of the prompt, which all items of
+        an image share at every step, is kept; of a view's own states, it is not."""
         sources = (positive, self.negative, self.unet)
         text = self.work.texts.get(copies)
         if text is None or not self.keeps_text or any(a is not b for a, b in zip(text.sources, sources, strict=True)):
@@ -298,11 +301,19 @@ class Denoiser:
             text = _Text(sources, context, pooled, {})
             if self.keeps_text and positive is self.positive:
                 text = self.work.texts[copies] = text._replace(context=self.unet.read(context))
-        if num_rows not in text.by_rows:
-            rows = torch.arange(len(text.pooled), device=text.pooled.device).unflatten(0, (-1, copies))
-            rows = rows.repeat_interleave(num_rows // len(text.pooled), dim=0).flatten()
-            text.by_rows[num_rows] = text.context[rows], text.pooled[rows]
-        return text.by_rows[num_rows]
+        return text
+
+
+def _of_rows(text: _Text, part: slice, num_rows: int, copies: int) -> tuple[Context, Tensor]:
+    """Context and pooled states of a part of all rows, which is kept for calls with the same texts."""
+    shared_by = num_rows // (len(text.pooled) // copies)
+    rows = tuple(row // shared_by * copies + row % copies for row in range(part.start, part.stop))
+    if rows not in text.by_rows:
+        if len(text.by_rows) == KINDS_OF_CALLS:
+            del text.by_rows[next(iter(text.by_rows))]
+        index = upload(torch.tensor(rows), text.pooled.device)
+        text.by_rows[rows] = text.context[index], text.pooled[index]
+    return text.by_rows[rows]
 
 
 class Rows(NamedTuple):
