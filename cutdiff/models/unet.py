@@ -18,6 +18,7 @@ from cutdiff.models.layers import (
     Downsample,
     EmbeddingMLP,
     GroupNormSiLU,
+    KeysAndValues,
     ResnetBlock,
     TextContext,
     sinusoidal_embedding,
@@ -63,7 +64,8 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysAndValues) -> Tensor:
+        """x (B, L, dim); context (B, M, context_dim), or what `attn2` made of it -> (B, L, dim)."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -96,7 +98,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, h·w, C)
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+            tokens = block(tokens, context.of(block.attn2) if isinstance(context, TextContext) else context)
         return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cutdiff.models.bands import Limits, in_bands
 from cutdiff.models.config import VAEConfig
-from cutdiff.models.layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, TextContext
+from cutdiff.models.layers import Attention, Downsample, GroupNormSiLU, KeysAndValues, ResnetBlock
 from cutdiff.parallel.ranks import ALONE, Ranks
 
 EPS = 1e-6
@@ -54,7 +54,7 @@ class SpatialAttention(Attention):
         self.group_norm = nn.GroupNorm(norm_groups, channels, eps=EPS)
         self.ranks = ALONE
 
-    def forward(self, x: Tensor, context: Tensor | TextContext | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysAndValues | None = None) -> Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h·w, C)
         return x + super().forward(tokens, context).transpose(1, 2).unflatten(2, x.shape[2:])
 
