@@ -8,6 +8,9 @@ names are the keys of diffusers checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,7 +100,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, h·w, C)
-        for block in self.transformer_blocks:
+        for block in cast(Sequence[TransformerBlock], self.transformer_blocks):
             tokens = block(tokens, context.of(block.attn2) if isinstance(context, TextContext) else context)
         return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 

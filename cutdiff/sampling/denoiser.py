@@ -225,7 +225,7 @@ class Denoiser:
             flags = self.work.flags
             if flags.flag is None or not takes_flag(operator, self.backend, canvas.device):
                 return operator.scatter(prediction, self.backend, **how)
-            denoised = operator.scatter(prediction, self.backend, flag=flags.flag, **how)
+            denoised = operator.flagged(flags.flag, prediction, self.backend, **how)
             flags.written(denoised)
             return denoised
         unconditional, conditional = (operator.scatter(prediction[half::2], self.backend, **back) for half in (0, 1))

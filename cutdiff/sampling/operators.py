@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import Protocol, Unpack
+from typing import Protocol, TypeGuard, Unpack
 
 import torch
 from cutdiff_kernels import GRAINS, reference
@@ -81,12 +81,6 @@ class Operator(Protocol):
         ...
 
 
-class Written(FromNetwork, total=False):
-    """The options of a scatter by a kernel, which sets `flag` to 1 where a value that it writes is not finite."""
-
-    flag: Tensor
-
-
 @dataclass(frozen=True)
 class Patches:
     """permute ∘ cut, and relocate ∘ permute⁻¹: N interleaved patches that exchange pixels, (B·N·copies, C, h, w).
@@ -107,9 +101,13 @@ class Patches:
         kernels = _kernels("patches", backend, canvas)
         return kernels.gather_patches(canvas, self.grid, self._permutation_on(canvas.device), **how)
 
-    def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[Written]) -> Tensor:
-        kernels = _kernels("patches", backend, values)
-        return kernels.scatter_patches(values, self.grid, self._permutation_on(values.device), **how)
+    def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[FromNetwork]) -> Tensor:
+        return self.flagged(None, values, backend, **how)
+
+    def flagged(self, flag: Tensor | None, values: Tensor, backend: str, **how: Unpack[FromNetwork]) -> Tensor:
+        """`scatter`, whose kernel sets `flag` to 1 where a value that it writes is not finite."""
+        kernels, flags = _kernels("patches", backend, values), {} if flag is None else {"flag": flag}
+        return kernels.scatter_patches(values, self.grid, self._permutation_on(values.device), **how, **flags)
 
     def items(self, canvas: Tensor) -> tuple[int, tuple[int, int]]:
         """Return the number of patches of all images of the canvas, and their (h, w)."""
@@ -151,9 +149,15 @@ class Views:
     def gather(self, canvas: Tensor, backend: str = "auto", **how: Unpack[ToNetwork]) -> Tensor:
         return _kernels("views", backend, canvas).gather_views(canvas, self.origins, self.window, **how)
 
-    def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[Written]) -> Tensor:
-        kernels = _kernels("views", backend, values)
-        return kernels.average_views(values, self.origins, self.size, weights=self.weights, covered=True, **how)
+    def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[FromNetwork]) -> Tensor:
+        return self.flagged(None, values, backend, **how)
+
+    def flagged(self, flag: Tensor | None, values: Tensor, backend: str, **how: Unpack[FromNetwork]) -> Tensor:
+        """`scatter`, whose kernel sets `flag` to 1 where a value that it writes is not finite."""
+        kernels, flags = _kernels("views", backend, values), {} if flag is None else {"flag": flag}
+        return kernels.average_views(
+            values, self.origins, self.size, weights=self.weights, covered=True, **how, **flags
+        )
 
     def items(self, canvas: Tensor) -> tuple[int, tuple[int, int]]:
         """Return the number of views of all images of the canvas, and their (h, w)."""
@@ -173,7 +177,7 @@ def check_backend(backend: str, device: torch.device) -> None:
     launch.check_device(device)
 
 
-def takes_flag(operator: Operator, backend: str, device: torch.device) -> bool:
+def takes_flag(operator: Operator, backend: str, device: torch.device) -> TypeGuard[Patches | Views]:
     """Tell if the operator's scatter is a kernel that sets a flag where a value is not finite."""
     return type(operator) in (Patches, Views) and not _is_reference(backend, device)
 
