@@ -42,8 +42,8 @@ BATCHES = {"one": 1, "automatic": None}
 """The view batch sizes of every method, by their names."""
 FLAGS = ("methods", "plan", "small", "size", "steps", "dtype", "device", "repeats", "backend", "json", "debug")
 """The options that go together with --methods."""
-COUNTS = ("evaluations", "flops", "live_bytes")
-"""What is both planned and measured; the last is the peak memory besides the weights."""
+COUNTS = {"evaluations": "evaluations", "flops": "FLOPs", "live_bytes": "peak memory besides the weights"}
+"""What is both planned and measured, by its name in a row and in words."""
 Row = dict[str, Any]
 """What one picture takes: `COUNTS`, and where it was drawn, the seconds of every round and the plan."""
 Part = dict[str, Any]
@@ -210,10 +210,10 @@ def _about(part: Part) -> str:
     rows = [row[name] for row in part["methods"] for name in BATCHES]
     rounds, batch = len(rows[0]["seconds"]), part["methods"][0]["automatic"]["view_batch_size"]
     off = {name: max(abs(row["planned"][name] / row[name] - 1) for row in rows) for name in COUNTS}
-    planned = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in off.items())
+    planned = ", ".join(f"{COUNTS[name]} {value:.1%}" for name, value in off.items())
     return (
         f"{picture}: measured in {part['dtype']}, {rounds} rounds, median [least – most]; {weights}; "
-        f"automatic is {batch or 'all'} at once; the plan is off by at most: {planned}"
+        f"automatic is {batch or 'all'} at once; the plan is off by at most {planned}"
     )
 
 
