@@ -14,6 +14,8 @@ FLOPs of the network's evaluations at the best rate that a large matrix product 
 On a GPU the peak memory of each contestant is reported, including its weights; on every device that of the process,
 which holds the weights of all. The exit status is 0, 1 if networks differ or a run failed, and 2 for arguments that
 cannot be used.
+
+With --methods, methods are compared with each other instead (`bench.methods`), and nothing needs diffusers.
 """
 
 from __future__ import annotations
