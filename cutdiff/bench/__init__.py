@@ -2,5 +2,5 @@
 
 Read `__main__` first. `baselines` has the published loop and its faster variants, `parity` proves that all of them
 compute the same before any clock runs, `measure` times them, and `report` makes the table. `scaling` compares one
-process with several.
+process with several, and `methods` one method with others.
 """

@@ -14,6 +14,8 @@ FLOPs of the network's evaluations at the best rate that a large matrix product 
 On a GPU the peak memory of each contestant is reported, including its weights; on every device that of the process,
 which holds the weights of all. The exit status is 0, 1 if networks differ or a run failed, and 2 for arguments that
 cannot be used.
+
+With --methods, methods are compared with each other instead (`bench.methods`), and nothing needs diffusers.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from torch.nn.attention import SDPBackend
 from tqdm import trange
 
 import cutdiff
+from cutdiff.bench import methods
 from cutdiff.bench.measure import Contestant, Ours, Timing, count_flops, matmul_peak, timed
 from cutdiff.bench.parity import NotEqual, prove, prove_again
 from cutdiff.bench.report import CUDNN, FP8, FUSED, GRAPHS, OURS, VARIANTS, heading, summary, table
@@ -82,8 +85,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> None:
-    args = _parse(argv)
-    result = _measure(args, ["python", "-m", "cutdiff.bench", *(sys.argv[1:] if argv is None else argv)])
+    args, given = _parse(argv), sys.argv[1:] if argv is None else argv
+    command = ["python", "-m", "cutdiff.bench", *given]
+    if methods.asked(args, given):
+        device, networks = device_of(args.device), (SMALL_UNET, SMALL_VAE) if args.small else (SDXL_UNET, SDXL_VAE)
+        _check(args, device)
+        print(methods.report(methods.compare(args, command, device, *networks)))
+        return
+    result = _measure(args, command)
     print(f"{heading(result)}\n\n{table(result)}")
 
 
@@ -185,11 +194,8 @@ def _baselines() -> ModuleType:
         raise Failure(f'the baselines need {error.name}: pip install -e ".[bench]"') from None
 
 
-def _settings(args: argparse.Namespace, device: torch.device, unet: UNetConfig, vae: VAEConfig) -> Settings:
-    """The options of this package's sampler, checked; the published loop does the same work."""
-    native = unet.native_size * vae.factor
-    if args.size < native or args.size % native:
-        raise BadArgument(f"--size {args.size} must be a multiple of {native}, the native size: so the loop has it")
+def _check(args: argparse.Namespace, device: torch.device) -> None:
+    """BadArgument where an argument cannot be used, whatever is compared."""
     for name, least in (("steps", 2), ("repeats", 1), ("matmul", 1), ("view_batch_size", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -200,6 +206,14 @@ def _settings(args: argparse.Namespace, device: torch.device, unet: UNetConfig, 
         raise BadArgument(f"--{str(error).replace('=', ' ', 1)}") from None
     if args.json is not None and not args.json.parent.is_dir():
         raise BadArgument(f"--json {args.json} cannot be written, its folder does not exist: create it")
+
+
+def _settings(args: argparse.Namespace, device: torch.device, unet: UNetConfig, vae: VAEConfig) -> Settings:
+    """The options of this package's sampler, checked; the published loop does the same work."""
+    native = unet.native_size * vae.factor
+    if args.size < native or args.size % native:
+        raise BadArgument(f"--size {args.size} must be a multiple of {native}, the native size: so the loop has it")
+    _check(args, device)
     if args.compile and len(args.also) > 1:
         raise BadArgument(f"--also {' '.join(args.also)}: with --compile one at a time, each is compiled anew")
     for name in args.also:
@@ -249,6 +263,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--backend", default=defaults.backend, choices=BACKENDS, help="the sampler's operators")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements to this file")
+    methods.add_arguments(parser)
     add_debug(parser)
     args = parser.parse_args(argv)
     for name, value in (SMALL if args.small else FULL).items():
