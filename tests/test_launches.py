@@ -16,7 +16,7 @@ import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.models.inside import replaced
 from cutdiff.planning.forecast import SizedDraws, sized
-from cutdiff.sampling import flags, operators
+from cutdiff.sampling import denoiser, flags, operators
 from cutdiff.sampling.flags import Flags
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.schedules import euler_schedule
@@ -99,6 +99,47 @@ def test_a_step_is_four_kernels_and_no_wait_on_a_gpu(tiny_model: Model, method: 
     on_device = [event for event in profile.events() or () if event.device_type == DeviceType.CUDA]
     kernels = [event.name for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
     assert len(kernels) <= 4 * 3, kernels
+
+
+class Indexed(TorchDispatchMode):
+    """Counts the gathers of four-dimensional tensors, which keys and values of the text are."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += func is torch.ops.aten.index.Tensor and args[0].ndim == 4
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("prompts", [["a red house"], ["a red house", "a blue tree"]])
+def test_the_text_of_a_small_call_is_gathered_once(
+    tiny_model: Model, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four patches, and later nine views, go through the network four at a time."""
+    options = {
+        "num_steps": 6,
+        "height": 128,
+        "width": 128,
+        "view_batch_size": 4,
+        "stride": 4,
+        "structure_fraction": 0.5,
+    }
+    row_bytes = tiny_model.unet.read(torch.zeros(1, 77, tiny_model.unet.config.context_dim)).row_bytes
+    latents, gathers = [], []
+    for most in (0, 8, 1000):
+        monkeypatch.setattr(denoiser, "GATHERED_BYTES", most * row_bytes)
+        with Indexed() as indexed:
+            *_, last = cutdiff.denoise(tiny_model, prompts, **options)
+        latents.append(last.latents)
+        gathers.append(indexed.num)
+    assert torch.equal(latents[0], latents[1])
+    assert torch.equal(latents[0], latents[2])
+    layers = 2 * len(tiny_model.unet.read(torch.zeros(1, 77, tiny_model.unet.config.context_dim)).kept)
+    calls = len(prompts) * 3 * 1 + 3 * -(-9 * len(prompts) // 4)
+    kinds = {1: 2, 2: 4}[len(prompts)]  # four of either picture, and the last view; four of both, and the last two
+    assert gathers[0] == layers * calls
+    assert gathers[2] == layers * kinds
+    assert gathers[2] <= gathers[1] < gathers[0]
 
 
 def test_a_kernel_tells_of_the_step_that_is_not_finite(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,24 +123,40 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class TextContext:
-    """The keys and values that each attention layer makes of B texts, computed once.
+    """The keys and values that each attention layer makes of the text, computed once for P texts that B items read.
 
     It can stand wherever the U-Net takes a context (B, M, context_dim), and is indexed in the same way. A later change
     of a layer's `to_k` and `to_v` has no effect on it.
     """
 
     kept: Mapping[Attention, KeysAndValues]
-    """The keys and values of each layer, (B, heads, M, dim / heads) each."""
-
-    def __len__(self) -> int:
-        return len(next(iter(self.kept.values()))[0])
+    """The keys and values of each layer, (P, heads, M, dim / heads) each."""
+    rows: Tensor | None = None
+    """The index, 0 to P - 1, of the text that each item reads: (B,); None: each reads its own."""
 
     def __getitem__(self, part: slice | Tensor) -> TextContext:
+        if self.rows is not None:
+            return TextContext(self.kept, self.rows[part])
+        if isinstance(part, Tensor):
+            return TextContext(self.kept, part)
         return TextContext({layer: (keys[part], values[part]) for layer, (keys, values) in self.kept.items()})
 
+    def __len__(self) -> int:
+        return len(next(iter(self.kept.values()))[0] if self.rows is None else self.rows)
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of the keys and values of one item."""
+        return sum(each[0].nbytes for pair in self.kept.values() for each in pair)
+
     def of(self, layer: Attention) -> KeysAndValues:
-        """What the layer reads."""
-        return self.kept[layer]
+        """The keys and values that the items have in one layer."""
+        keys, values = self.kept[layer]
+        return (keys, values) if self.rows is None else (keys[self.rows], values[self.rows])
+
+    def gathered(self) -> TextContext:
+        """The same context, with a row of its own for each item."""
+        return TextContext({layer: self.of(layer) for layer in self.kept})
 
 
 class Downsample(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cutdiff.models.config import Size
+from cutdiff.models.layers import TextContext
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import Context, UNet
 from cutdiff.parallel.ranks import ALONE, Ranks
@@ -22,8 +23,9 @@ from cutdiff.sampling.preconditioning import Coefficients
 from cutdiff.sampling.stages import Step
 from cutdiff.specs import name_of
 
-KINDS_OF_CALLS = 2
-"""The kinds of calls whose rows' text is kept: those of a full batch of one picture, and those of the rest."""
+GATHERED_BYTES = 256 << 20
+"""The most bytes of the text's keys and values that are kept for the rows of calls, and not gathered by every layer in
+every call: those of 10 rows of SDXL in 16 bits. In larger calls the layers' work outweighs their gathers."""
 Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor]
 """The rows that the U-Net reads: latents, timesteps, context, pooled, size ids."""
 
@@ -88,7 +90,7 @@ class _Text(NamedTuple):
     context: Context
     pooled: Tensor
     by_rows: dict[tuple[int, ...], tuple[Context, Tensor]]
-    """The text of each row of the last few kinds of calls, by the numbers of their rows' texts."""
+    """The text of each row of the last kinds of calls, by the numbers of their rows' texts."""
 
 
 @dataclass
@@ -309,10 +311,15 @@ def _of_rows(text: _Text, part: slice, num_rows: int, copies: int) -> tuple[Cont
     shared_by = num_rows // (len(text.pooled) // copies)
     rows = tuple(row // shared_by * copies + row % copies for row in range(part.start, part.stop))
     if rows not in text.by_rows:
-        if len(text.by_rows) == KINDS_OF_CALLS:
-            del text.by_rows[next(iter(text.by_rows))]
         index = upload(torch.tensor(rows), text.pooled.device)
-        text.by_rows[rows] = text.context[index], text.pooled[index]
+        context, pooled = text.context[index], text.pooled[index]
+        if isinstance(context, TextContext):
+            most = GATHERED_BYTES // context.row_bytes
+            if len(rows) + sum(len(kind) for kind in text.by_rows if len(kind) <= most) > most:
+                text.by_rows.clear()
+            if len(rows) <= most:
+                context = context.gathered()
+        text.by_rows[rows] = context, pooled
     return text.by_rows[rows]
 
 
