@@ -16,7 +16,7 @@ BACKEND = "inductor"
 BLOCKS = (ResnetBlock, TransformerBlock)
 """What is compiled by itself: one graph for all blocks of the same shapes, and one more for each number of rows."""
 MOST_GRAPHS = 1024
-"""The graphs of one kind of block, of which SDXL has up to 12 for each number of rows; torch refuses more than 8."""
+"""The graphs of one kind of block. SDXL has up to 12 for each number of rows, and torch of itself takes 8."""
 GRAPHS = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
 """The options that record CUDA graphs; a graph that cannot be recorded is an error and not a slower run."""
 
@@ -29,8 +29,11 @@ def compiled(
     "blocks" compiles each kind of resnet and transformer block once and leaves what stands between them as it is;
     "whole" compiles one graph. With `cuda_graphs` the whole network is recorded for each number of rows, and its output
     is copied, as the next call writes over it. A later change inside of `unet` has no effect: it runs as a copy that
-    shares its tensors.
+    shares its tensors. torch's limits of graphs are raised for the process.
     """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, MOST_GRAPHS)
     own = _sharing_tensors(unet)
     if parts == "blocks" and not cuda_graphs:
         for module in own.modules():
@@ -42,8 +45,7 @@ def compiled(
     def forward(x: Tensor, timesteps: Tensor, context: Context, pooled: Tensor, size_ids: Tensor) -> Tensor:
         if cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=MOST_GRAPHS):
-            prediction = own(x, timesteps.contiguous(), context, pooled, size_ids)
+        prediction = own(x, timesteps.contiguous(), context, pooled, size_ids)
         return prediction.clone() if cuda_graphs else prediction
 
     return forward
