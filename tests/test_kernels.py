@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,8 +24,10 @@ from tiny import on
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
+from uninterpreted import run
 
 import cutdiff
+from cutdiff.bench.parity import full_precision
 from cutdiff.checkpoint.model import Model
 from cutdiff.models.text import TextStates
 from cutdiff.sampling import operators as dispatch
@@ -370,22 +369,6 @@ def test_patches_of_more_positions_than_a_tile(device: str, grid: tuple[int, int
     assert torch.equal(patches.scatter_patches(mixed, grid, drawn), canvas)
 
 
-@pytest.mark.gpu
-def test_a_new_step_compiles_nothing() -> None:
-    canvas = torch.randn(1, 4, 16, 16, device="cuda")
-    compiled = set()
-    for step in (0, 1, 2, 16, 49):
-        drawn = SeededPermutation((3,), step, "channel")
-        mixed = patches.gather_patches(canvas, (2, 2), drawn, c_in=1 / (step + 1))
-        patches.scatter_patches(mixed, (2, 2), drawn, canvas=canvas, c_skip=1.0, c_out=-step)
-        caches = (
-            kernel.device_caches[torch.cuda.current_device()][0]
-            for kernel in (patches.gather_kernel, patches.scatter_kernel)
-        )
-        compiled.add(tuple(len(cache) for cache in caches))
-    assert len(compiled) == 1
-
-
 def test_what_lies_outside_the_canvas_is_never_read(device: str) -> None:
     """The average of views is one where their parts outside of the canvas are NaN and the others ones."""
     values = torch.full((2, 1, 5, 5), float("nan"), device=device)
@@ -444,10 +427,11 @@ def test_a_run_on_kernels_is_the_run_on_references(device: str, tiny_model: Mode
     """A run of odd sizes, two pictures and guidance takes every operator through the dispatch."""
     options = {"height": 104, "width": 136, "num_steps": 4, "method": method, "view_batch_size": 5}
     model = on(device, tiny_model)
-    runs = [
-        [step.latents for step in cutdiff.denoise(model, ["a red house", "a tree"], backend=backend, **options)][-1]
-        for backend in ("triton", "reference")
-    ]
+    with full_precision():
+        runs = [
+            [step.latents for step in cutdiff.denoise(model, ["a red house", "a tree"], backend=backend, **options)][-1]
+            for backend in ("triton", "reference")
+        ]
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-5, atol=1e-5)
 
 
@@ -455,29 +439,12 @@ def test_a_run_on_kernels_is_the_run_on_references(device: str, tiny_model: Mode
 def test_the_embedded_model_draws_the_same_on_a_gpu_and_a_cpu() -> None:
     """The final latents of a whole CutDiffusion run in float32 are within 1e-3, relative."""
     latents = {}
-    allow_tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+    with full_precision():
         for device in ("cpu", "cuda"):
             steps = cutdiff.denoise(cutdiff.load(device=device), "a red house over a meadow at day", num_steps=20)
             latents[device] = list(steps)[-1].latents.cpu()
-    finally:
-        torch.backends.cudnn.allow_tf32 = allow_tf32
     error = torch.linalg.norm(latents["cuda"] - latents["cpu"]) / torch.linalg.norm(latents["cpu"])
     assert error <= 1e-3
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True)
-
-
-def test_every_kernel_compiles_ahead_of_time_and_spills_nothing() -> None:
-    """The targets are sm_80, sm_90 and gfx942, without a GPU; spills and local memory give exit status 1."""
-    result = run("from cutdiff_kernels.compile import main; raise SystemExit(main([]))")
-    assert result.returncode == 0, result.stdout + result.stderr
-    for target in ("sm_80", "sm_90", "gfx942"):
-        assert target in result.stdout
 
 
 def test_the_bench_times_what_is_here_and_says_so(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
-from cutdiff_kernels.launch import output
+from cutdiff_kernels.launch import FUSION, architecture, output
 from cutdiff_kernels.reference_network import check_geglu, check_group_norm
 
 NORM_TILE = {"ROWS": 128, "COLUMNS": 64}
 """The positions and channels of a tile; 64 channels in 16 bits are one line of the cache."""
-NORM_OPTIONS = {"num_warps": 8}
+NORM_OPTIONS = FUSION | {"num_warps": 8}
 CHUNKS = 64
 """The number of tiles whose statistics are read at once."""
 GROUP = 8
@@ -178,7 +179,7 @@ def group_norm(
         norm_stats_kernel[tiles](rows, stats, num_positions, channels, **NORM_TILE, **NORM_OPTIONS)
         norm_fold_kernel[(batch, num_groups)](
             stats, weight, scaling, num_positions, channels, num_tiles, eps, GROUP_CHANNELS=group,
-            PADDED=triton.next_power_of_2(group), CHUNKS=CHUNKS, ROWS=NORM_TILE["ROWS"],
+            PADDED=triton.next_power_of_2(group), CHUNKS=CHUNKS, ROWS=NORM_TILE["ROWS"], **FUSION,
         )  # fmt: skip
         norm_apply_kernel[tiles](
             rows, scaling, bias, out, num_positions, channels, SILU=silu, **NORM_TILE, **NORM_OPTIONS
@@ -195,10 +196,9 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None)
     num_in, num_out = weight.shape[1], weight.shape[0] // 2
     out = output(out, (*x.shape[:-1], num_out), x.dtype, x, weight, bias)
     num_rows = x.numel() // num_in
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)  # with as much shared memory
-    constants, options = geglu_tile(x.dtype, hopper=hopper, hip=torch.version.hip is not None)
-    tiles = triton.cdiv(num_rows, constants["BLOCK_M"]) * triton.cdiv(num_out, constants["BLOCK_N"])
     with torch.cuda.device_of(x):
+        constants, options = geglu_tile(x.dtype, architecture())
+        tiles = triton.cdiv(num_rows, constants["BLOCK_M"]) * triton.cdiv(num_out, constants["BLOCK_N"])
         geglu_kernel[(tiles,)](
             x.contiguous(), weight.contiguous(), bias.contiguous(), out, num_rows, num_out, num_in,
             EVEN_K=num_in % constants["BLOCK_K"] == 0, **constants, **options,
@@ -206,16 +206,18 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None)
     return out
 
 
-def geglu_tile(dtype: torch.dtype, *, hopper: bool, hip: bool) -> tuple[dict[str, Any], dict[str, int]]:
+def geglu_tile(dtype: torch.dtype, target: GPUTarget | None) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the compile-time constants and launch options of the gated product.
 
     Two accumulators of 128×128 in float32 take half of the registers of eight warps; Ampere's fragments would take
     more, so tiles are narrower there. The stages that are loaded ahead must fit into shared memory: 48 kB each in 16
     bits, of the 227 kB of sm_90 and the 64 kB of gfx942. Products in float32 are exact, not TF32.
     """
+    hip = target is not None and target.backend == "hip"
+    hopper = target is not None and not hip and int(target.arch) // 10 in (9, 10)  # with as much shared memory
     if dtype == torch.float32:
         constants: dict[str, Any] = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PRECISION": "ieee"}
     else:
         columns = 128 if hopper or hip else 64
         constants = {"BLOCK_M": 128, "BLOCK_N": columns, "BLOCK_K": 64, "PRECISION": "tf32"}  # 16 bits do not read it
-    return constants | {"GROUP": GROUP}, {"num_warps": 8, "num_stages": 2 if hip else 3}
+    return constants | {"GROUP": GROUP}, FUSION | {"num_warps": 8, "num_stages": 2 if hip else 3}

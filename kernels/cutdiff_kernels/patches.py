@@ -164,7 +164,7 @@ def gather_patches(
     source, step, index_strides = _arguments(permutation, out)
     with torch.cuda.device_of(canvas):
         gather_kernel[launch](
-            canvas, out, source, step, c_in, canvas.stride(), index_strides, channels, w, h * w,
+            canvas, out, source, step, float(c_in), canvas.stride(), index_strides, channels, w, h * w,
             **chosen, COPIES=copies,
         )  # fmt: skip
     return out
@@ -200,7 +200,8 @@ def scatter_patches(
     source, step, index_strides = _arguments(permutation, out)
     with torch.cuda.device_of(values):
         scatter_kernel[launch](
-            values, out, source, base, out if flag is None else flag, step, guidance_scale, c_skip, c_out,
+            values, out, source, base, out if flag is None else flag, step,
+            float(guidance_scale), float(c_skip), float(c_out),
             values.stride(), base.stride(), index_strides, channels, w, h * w,
             **chosen, COPIES=copies, HAS_CANVAS=canvas is not None, HAS_FLAG=flag is not None,
         )  # fmt: skip

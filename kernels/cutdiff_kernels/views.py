@@ -116,7 +116,7 @@ def gather_views(
     tile, num_tiles = _tiles(window)
     with torch.cuda.device_of(canvas):
         gather_kernel[(batch * num_views * channels, num_tiles)](
-            canvas, out, origins.to(canvas.device).contiguous(), c_in, canvas.stride(), channels, num_views,
+            canvas, out, origins.to(canvas.device).contiguous(), float(c_in), canvas.stride(), channels, num_views,
             (height, width), window, COPIES=copies, **tile, **ROUNDING,
         )  # fmt: skip
     return out
@@ -153,8 +153,8 @@ def average_views(
     with torch.cuda.device_of(values):
         average_kernel[(batch * channels, num_tiles)](
             values, out, origins.to(values.device).contiguous(), shares, base,
-            out if flag is None else flag, guidance_scale, c_skip, c_out, values.stride(), base.stride(),
-            channels, size, tuple(window),
+            out if flag is None else flag, float(guidance_scale), float(c_skip), float(c_out),
+            values.stride(), base.stride(), channels, size, tuple(window),
             NUM_VIEWS=num_views, COPIES=copies, HAS_WEIGHTS=weights is not None, HAS_CANVAS=canvas is not None,
             HAS_FLAG=flag is not None, **tile, **ROUNDING,
         )  # fmt: skip
