@@ -68,7 +68,7 @@ def norm_fold_kernel(
     channel = tl.program_id(1) * GROUP_CHANNELS + tl.arange(0, PADDED)[None, :]
     chunk = tl.arange(0, CHUNKS)[:, None]
     base = stats + image * num_tiles * 2 * channels + channel
-    numbers = num_positions * GROUP_CHANNELS * 1.0
+    numbers = num_positions * (GROUP_CHANNELS * 1.0)
 
     total = tl.zeros((CHUNKS, PADDED), tl.float32)
     for first in range(0, num_tiles, CHUNKS):
@@ -125,8 +125,8 @@ def geglu_kernel(
 
     # Past the last row and column the first ones are read again, and their products are not written.
     from_x = x + (row % num_rows).to(tl.int64)[:, None] * num_in + k[None, :]
-    from_value = weight + (column % num_out)[None, :] * num_in + k[:, None]
-    from_gate = weight + (column % num_out + num_out)[None, :] * num_in + k[:, None]
+    from_value = weight + (column % num_out).to(tl.int64)[None, :] * num_in + k[:, None]
+    from_gate = weight + (column % num_out + num_out).to(tl.int64)[None, :] * num_in + k[:, None]
     value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, num_in, BLOCK_K):
