@@ -101,7 +101,7 @@ class Resources:
     """The bytes of shared memory."""
 
 
-def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+def calls(target: GPUTarget) -> Iterator[tuple[str, Callable[[], object]]]:
     """Make calls of every wrapper, at every grain, for grids up to 8×8, in the dtypes that networks run in.
 
     Runs have a guidance pair. A network leaves its output in channels_last on a GPU, and contiguous where a batch is
@@ -114,7 +114,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                     continue  # the dtype changes a load and a store, not the permutation
                 yield from _patch_calls(dtype, grid, grain)
         yield from _view_calls(dtype)
-        yield from _network_calls(dtype)
+        yield from _network_calls(dtype, target)
 
 
 def _values(items: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -150,14 +150,16 @@ def _view_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]
             yield _short(dtype) + name + layout, partial(views.average_views, values, origins, size, **how)
 
 
-def _network_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Make calls of the norms with SDXL's widest groups, of 40 and 80 channels, and of the gate."""
+def _network_calls(dtype: torch.dtype, target: GPUTarget) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Make calls of the norms with SDXL's widest groups, of 40 and 80 channels, and of the gate in all its variants."""
     for channels in (1280, 2560):
         x = torch.empty(2, channels, 32, 32, dtype=dtype, memory_format=torch.channels_last)
         weight = torch.empty(channels, dtype=dtype)
         yield f"{channels} {_short(dtype)}", partial(network.group_norm, x, 32, weight, weight, 1e-5, silu=True)
     rows, gates, bias = (torch.empty(*shape, dtype=dtype) for shape in ((2048, 1280), (10240, 1280), (10240,)))
-    yield _short(dtype), partial(network.geglu, rows, gates, bias)
+    on_hopper = target.backend == "cuda" and target.arch == 90 and dtype != torch.float32
+    for variant in network.VARIANTS if on_hopper else ("cp.async",):
+        yield f"{variant} {_short(dtype)}", partial(network.geglu, rows, gates, bias, variant=variant)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -186,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     for target in parser.parse_args(argv).targets:
         print(f"{target}: registers, spills, local bytes, shared bytes")
         done: set[str] = set()
-        for name, call in calls():
+        for name, call in calls(TARGETS[target]):
             with recorded(TARGETS[target]) as made:
                 call()
             for one in made:

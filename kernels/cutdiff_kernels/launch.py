@@ -37,6 +37,11 @@ def architecture() -> GPUTarget | None:
     return None if knobs.runtime.interpret else driver.active.get_current_target()
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has, or for a CPU, where kernels are interpreted, four."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def check_device(device: torch.device) -> None:
     """Raise ValueError where no kernel can run."""
     if not runs_on(device):
