@@ -176,9 +176,9 @@ def resources(compiled: CompiledKernel) -> Resources:
             report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         reported = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report)}
         return Resources(reported["REG"], reported["STACK"], reported["LOCAL"], compiled.metadata.shared)
-    fields = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size", "group_segment_fixed_size")
+    fields = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     reported = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
-    return Resources(*(int(reported[name]) for name in fields))
+    return Resources(*(int(reported[name]) for name in fields), compiled.metadata.shared)
 
 
 def main(argv: list[str] | None = None) -> int:
