@@ -7,9 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 ROUNDING = {"enable_fp_fusion": False}
 """Launch options that round products and sums one by one, as torch does, for the same bits everywhere."""
+FUSION = {"enable_fp_fusion": True}
+"""Launch options of kernels that multiply matrices or whose results are bounded, not equal to the bit."""
 
 
 @triton.jit
@@ -26,6 +30,16 @@ def store_flag(flag, values):
 def runs_on(device: torch.device) -> bool:
     """Tell if kernels can run: they do on a GPU, and under Triton's interpreter anywhere."""
     return device.type == "cuda" or knobs.runtime.interpret
+
+
+def architecture() -> GPUTarget | None:
+    """Return what kernels are compiled for on the current device, or None under the interpreter."""
+    return None if knobs.runtime.interpret else driver.active.get_current_target()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has, or for a CPU, where kernels are interpreted, four."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def check_device(device: torch.device) -> None:
