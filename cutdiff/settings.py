@@ -62,8 +62,8 @@ class Settings(Options):
     """The patches or views that go through the network at once, halved where a GPU's memory does not suffice; None: 16
     on a CPU, all of a step on a GPU."""
     compile: bool = False
-    """Send the network's blocks through torch.compile, which takes a while for each number of rows; for a GPU, and not for
-    methods that change the network."""
+    """Compile the network's blocks, which takes a while for each number of rows: for a GPU, and not for methods that
+    change the network."""
     cuda_graphs: bool = False
     """Compile the network as a whole, and record it as a CUDA graph for each number of rows: fewer waits where batches
     are small."""

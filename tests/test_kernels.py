@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -20,20 +19,14 @@ from hypothesis import strategies as st
 from layouts import LAYOUTS, few, laid_out, poisoned
 from tiny import on
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from uninterpreted import run
 
 import cutdiff
 from cutdiff.bench.parity import full_precision
 from cutdiff.checkpoint.model import Model
-from cutdiff.models.text import TextStates
 from cutdiff.sampling import operators as dispatch
-from cutdiff.sampling.denoiser import Denoiser
-from cutdiff.sampling.guidance import CFG
 from cutdiff.sampling.operators import Patches, Views
-from cutdiff.sampling.preconditioning import epsilon
-from cutdiff.sampling.solvers import euler_step
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -486,52 +479,3 @@ def test_views_check_cover_and_weights_when_they_are_made() -> None:
         Views(torch.tensor([[[0, 0]]]), (2, 2), (4, 4))
     with pytest.raises(ValueError, match="positive"):
         Views(torch.tensor([[[0, 0]]]), (2, 2), (2, 2), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
-
-
-class _Count(TorchDispatchMode):
-    """Count the operations that write a tensor on the "meta" device, where nothing is computed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        writes = not func.is_view and isinstance(result, Tensor) and result.device.type == "meta"
-        if writes and not str(func).startswith("aten.empty"):
-            self.names.append(str(func))
-        return result
-
-
-@pytest.mark.parametrize("method", ["structure", "detail"])
-def test_a_step_is_a_handful_of_operations_around_the_network(method: str) -> None:
-    """A step on the device is gather, timestep, copy of size ids, network, scatter and solver, with no host loop."""
-    latents = torch.empty(1, 4, 32, 32, device="meta")
-
-    class Stub:
-        """An operator whose two kernels are one operation each."""
-
-        def gather(self, canvas: Tensor, backend: str = "auto", **how: Any) -> Tensor:
-            return torch.neg(canvas.expand(8, 4, 32, 32))
-
-        def scatter(self, values: Tensor, backend: str = "auto", **how: Any) -> Tensor:
-            return torch.neg(values[:1])
-
-    class Network:
-        conv_in = torch.nn.Conv2d(4, 4, 1, device="meta")
-
-        def __call__(self, latents: Tensor, *others: Tensor) -> Tensor:
-            return latents
-
-        def read(self, states: Tensor) -> Tensor:
-            return states
-
-    states = TextStates(torch.empty(1, 7, 16, device="meta"), torch.empty(1, 8, device="meta"))
-    denoiser = Denoiser(Network(), lambda sigma: 1.0, epsilon, states, states, CFG(7.5), 8)
-    crops = torch.zeros(4, 2) if method == "detail" else None
-    denoiser.through(Stub(), latents, 1.0, 0, crop_origins=crops)  # makes the text of every row
-    with _Count() as count:
-        euler_step(latents, denoiser.through(Stub(), latents, 1.0, 0, crop_origins=crops), 1.0, 0.5)
-    assert sorted(count.names) == sorted(
-        ["aten.neg.default", "aten.full.default", "aten._to_copy.default", "aten.neg.default", "aten.lerp.Scalar"]
-    )
