@@ -37,7 +37,7 @@ class Lines:
         for name, value in values.items():
             if value is None or value == "":
                 continue
-            ending = next((ending for ending in UNITS if name.endswith(ending)), "")
+            ending = next((ending for ending in UNITS if f"_{name}".endswith(ending)), "")
             unit, scale = UNITS.get(ending, ("", 1.0))
             line = {
                 "stage": self.stage,
