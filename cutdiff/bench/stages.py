@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -34,7 +34,6 @@ from torch.profiler import ProfilerActivity, profile
 from cutdiff.bench.__main__ import SMALL_UNET, SMALL_VAE
 from cutdiff.bench.measure import Memory, Ours, attention_order, matmul_peak, unet_flops
 from cutdiff.bench.parity import NotEqual, prove_again, relative_difference
-from cutdiff.bench.report import OURS
 from cutdiff.bench.variants import DIRECT, EAGER, VARIANTS, check_variant, variant
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import cast, network_inputs, random_model
@@ -143,25 +142,21 @@ def _attention(where: Where) -> None:
             continue
         tokens, heads, width = (config.native_size >> level) ** 2, config.num_heads[level], config.channels[level]
         for read in (tokens, 77):
-            q, k, v = (
-                torch.randn(rows, n, width, device=where.device)
-                .to(where.dtype)
-                .unflatten(2, (heads, -1))
-                .transpose(1, 2)
-                for n in (tokens, read, read)
-            )
+            drawn = (torch.randn(rows, n, width, device=where.device) for n in (tokens, read, read))
+            q, k, v = (x.to(where.dtype).unflatten(2, (heads, -1)).transpose(1, 2) for x in drawn)
             of = f"attention of {tokens} tokens to {read}, {heads} heads, {rows} rows"
             taken = torch._fused_sdp_choice(q, k, v)  # pyright: ignore[reportPrivateImportUsage]
             where.lines.add(of, {"taken": SDPBackend(taken).name})
             flops = 4 * rows * tokens * read * width
             for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+                name = backend.name.removesuffix("_ATTENTION").lower()
                 try:
                     with sdpa_kernel(backend):
                         seconds = where.seconds(partial(F.scaled_dot_product_attention, q, k, v))
                 except RuntimeError as error:
-                    where.lines.add(of, {f"{backend.name} failed": str(error).partition("\n")[0]})
+                    where.lines.add(of, {f"{name} failed": str(error).partition("\n")[0]})
                 else:
-                    where.lines.add(of, {f"{backend.name}_s": seconds, f"{backend.name}_flops_per_s": flops / seconds})
+                    where.lines.add(of, {f"{name}_s": seconds, f"{name} rate_flops_per_s": flops / seconds})
 
 
 def correct(where: Where) -> None:
@@ -224,7 +219,8 @@ def call(where: Where) -> None:
         seconds[rows] = call_seconds(ours, rows)
         values = {"call_s": seconds[rows], "rate_flops_per_s": rows * flops / seconds[rows]}
         where.lines.add(f"{rows} rows", values | {"peak_bytes": memory.peak(model.unet)})
-    _keep_picture(where, OURS, seconds)
+    rows, whole = sum(count * rows for rows, count in CALLS.items()), _picture(seconds)
+    where.lines.add(f"{rows} rows, by these calls", {"calls_s": whole, "rate_flops_per_s": rows * flops / whole})
     kept = _inputs(model, ROWS[-1])
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.on_gpu else [])]
     with profile(activities=activities) as profiled:
@@ -234,11 +230,12 @@ def call(where: Where) -> None:
     events = profiled.key_averages()
     by = "self_device_time_total" if where.on_gpu else "self_cpu_time_total"
     print(events.table(sort_by=by, row_limit=50, max_name_column_width=90))
-    rows = f"of {ROWS[-1]} rows"
     kernels = [event for event in events if event.device_type == DeviceType.CUDA]
     busy = sum(event.self_device_time_total for event in kernels) / 1e6
     launches = sum(event.count for event in kernels)
-    where.lines.add(f"profile {rows}", {"kernels": launches, "kernels_s": busy or None, "call_s": whole})
+    where.lines.add(
+        f"profile of {ROWS[-1]} rows", {"kernels": launches or None, "kernels_s": busy or None, "call_s": whole}
+    )
     for kind, some in (("kernel", kernels), ("operator", [e for e in events if e.device_type == DeviceType.CPU])):
         for event in sorted(some, key=lambda event: -getattr(event, by))[:SHOWN]:
             taken = getattr(event, by) / 1e6
@@ -263,17 +260,11 @@ def variants(where: Where) -> None:
             changed = variant(name, model, Settings())
             difference = prove_again(model, name, ours, changed, 2)
             where.lines.add(name, {"difference": difference})
-            seconds: dict[str, dict[int, float]] = {}
+            seconds, own = {}, {}
             for rows in CALLS:
-                seconds.setdefault(OURS, {})[rows] = call_seconds(ours, rows)
-                seconds.setdefault(name, {})[rows] = call_seconds(changed, rows)
-                where.lines.add(
-                    name, {f"{rows} rows_s": seconds[name][rows], f"{rows} rows of ours_s": seconds[OURS][rows]}
-                )
-            _keep_picture(where, name, seconds[name])
-            whole, own = (sum(CALLS[rows] * seconds[one][rows] for rows in CALLS) for one in (name, OURS))
-            where.lines.add(name, {"times cutdiff": whole / own})
-            del changed
+                own[rows], seconds[rows] = call_seconds(ours, rows), call_seconds(changed, rows)
+                where.lines.add(name, {f"{rows} rows_s": seconds[rows], f"{rows} rows of cutdiff_s": own[rows]})
+            where.lines.add(name, {"times cutdiff": _picture(seconds) / _picture(own)})
         except Exception as error:  # the others are worth measuring all the same
             message = f"{type(error).__name__}: {error}".partition("\n")[0]
             where.lines.add(name, {"failed": message})
@@ -282,11 +273,9 @@ def variants(where: Where) -> None:
         raise Failure(f"{len(wrong)} variants failed, the first: {wrong[0]}")
 
 
-def _keep_picture(where: Where, of: str, seconds: dict[int, float]) -> None:
-    whole = sum(count * seconds[rows] for rows, count in CALLS.items())
-    rows = sum(count * rows for rows, count in CALLS.items())
-    where.lines.add(of, {f"{rows} rows of a picture, by these calls_s": whole})
-    where.lines.add(of, {"rate_flops_per_s": rows * unet_flops(where.config) / whole})
+def _picture(seconds: dict[int, float]) -> float:
+    """The seconds of all calls of a picture, by those of a call for each number of rows."""
+    return sum(count * seconds[rows] for rows, count in CALLS.items())
 
 
 def call_seconds(contestant: Ours, rows: int, repeats: int = 7) -> float:
@@ -318,14 +307,18 @@ class Outcomes:
             self.lines.add("tests", values)
 
 
-def tests(where: Where, arguments: Sequence[str] = ()) -> None:
-    """The tests marked gpu, or those of pytest's `arguments`; Failure if one fails, or if there are none."""
+def tests(where: Where) -> None:
+    """The tests marked gpu; Failure if one fails."""
+    files = GPU_TESTS if find_spec("diffusers") else GPU_TESTS[:-1]
+    spread = ("-n", "8") if find_spec("xdist") else ()  # most of the time goes to compiling, which takes one core each
+    run_tests(where.lines, [*spread, "-m", "gpu", *(str(ROOT / "tests" / name) for name in files)])
+
+
+def run_tests(lines: Lines, arguments: list[str]) -> None:
+    """Run the tests of pytest's arguments; Failure if one fails, or if there are none."""
     import pytest
 
-    files = GPU_TESTS if find_spec("diffusers") else GPU_TESTS[:-1]
-    marked = ("-m", "gpu", *(str(ROOT / "tests" / name) for name in files))
-    spread = ("-n", "8") if find_spec("xdist") else ()  # most of the time goes to compiling, by one core each
-    status = pytest.main(["-q", "-p", "no:cacheprovider", *(arguments or (*spread, *marked))], [Outcomes(where.lines)])
+    status = pytest.main(["-q", "-p", "no:cacheprovider", *arguments], [Outcomes(lines)])
     if status != 0:
         raise Failure(f"pytest ended with {pytest.ExitCode(status).name}")
 
@@ -347,10 +340,8 @@ def _run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     device = device_of(None)
     if device.type != "cuda" and (args.stage == "tests" or not args.small):
-        raise BadArgument(
-            f"{args.stage} needs a GPU, and there is none here"
-            + "; --small rehearses on a CPU" * (args.stage != "tests")
-        )
+        remedy = "" if args.stage == "tests" else ": --small rehearses on a CPU"
+        raise BadArgument(f"{args.stage} needs a GPU, and there is none here{remedy}")
     say(f"{args.stage} on {device}")
     STAGES[args.stage](Where(device, Lines(*args.lines), args.small))
 
