@@ -221,21 +221,19 @@ def call(where: Where) -> None:
         where.lines.add(f"{rows} rows", values | {"peak_bytes": memory.peak(model.unet)})
     rows, whole = sum(count * rows for rows, count in CALLS.items()), _picture(seconds)
     where.lines.add(f"{rows} rows, by these calls", {"calls_s": whole, "rate_flops_per_s": rows * flops / whole})
-    kept = _inputs(model, ROWS[-1])
+    inputs = _inputs(model, ROWS[-1])
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.on_gpu else [])]
     with profile(activities=activities) as profiled:
         began = now(where.device)
-        ours.predict(*kept)
+        ours.predict(*inputs)
         whole = now(where.device) - began
     events = profiled.key_averages()
     by = "self_device_time_total" if where.on_gpu else "self_cpu_time_total"
     print(events.table(sort_by=by, row_limit=50, max_name_column_width=90))
     kernels = [event for event in events if event.device_type == DeviceType.CUDA]
     busy = sum(event.self_device_time_total for event in kernels) / 1e6
-    launches = sum(event.count for event in kernels)
-    where.lines.add(
-        f"profile of {ROWS[-1]} rows", {"kernels": launches or None, "kernels_s": busy or None, "call_s": whole}
-    )
+    ran = {"launches": sum(event.count for event in kernels), "kernels_s": busy} if kernels else {}
+    where.lines.add(f"profile of {ROWS[-1]} rows", {**ran, "call_s": whole})
     for kind, some in (("kernel", kernels), ("operator", [e for e in events if e.device_type == DeviceType.CPU])):
         for event in sorted(some, key=lambda event: -getattr(event, by))[:SHOWN]:
             taken = getattr(event, by) / 1e6
