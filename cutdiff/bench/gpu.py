@@ -139,6 +139,7 @@ class Runner:
         with open(self.log, "ab") as file:
             file.write(f"\n== {stage.name}: {words} ==\n".encode())
             file.flush()
+            printed_from = file.tell()
             # `timeout` ends all processes of the stage, also when this one is killed.
             timeout = ["timeout", f"--kill-after={GRACE}", f"{limit:.1f}"]
             self.process = subprocess.Popen(
@@ -153,8 +154,9 @@ class Runner:
             return "ended by a signal"
         if time.monotonic() - began >= limit:
             return f"ended at its limit of {limit:.0f} s"
-        lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        return f"failed with status {status}: {lines[-1]}"
+        printed = self.log.read_bytes()[printed_from:].decode(errors="replace").split("\n")
+        last = next((line for line in reversed(printed) if line.strip()), "it printed nothing")
+        return f"failed with {f'status {status}' if status > 0 else signal.Signals(-status).name}: {last}"
 
 
 def summary(numbers: Path) -> str:
