@@ -183,7 +183,7 @@ def test_a_wrong_kernel_is_named_and_the_others_are_compared(tmp_path: Path, mon
     path = tmp_path / "numbers.jsonl"
     stages.correct(where(path))
     right = {of for _, of, name, value in values(path) if name == "right" and value}
-    assert {"average views, 256², float32", "product in 8 bits"} <= right
+    assert "average views, 256², float32" in right
     path.unlink()
     monkeypatch.setattr(operators.Inputs, "kernels", broken)
     with pytest.raises(Failure, match="1 kernels are wrong, the first: gather views, 256², float32 differs from its"):

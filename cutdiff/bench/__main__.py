@@ -90,7 +90,7 @@ def _run(argv: list[str] | None) -> None:
 
 def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     """Compare the networks and time the contestants in turns; the results are saved after every round."""
-    baselines = _baselines() if args.only or find_spec("diffusers") else None
+    baselines = _baselines(needed=bool(args.only))
     unet, vae = (SMALL_UNET, SMALL_VAE) if args.small else (SDXL_UNET, SDXL_VAE)
     device = device_of(args.device)
     settings = _settings(args, device, unet, vae)
@@ -183,11 +183,18 @@ def _environment(args: argparse.Namespace, device: torch.device) -> dict[str, An
     return {"hardware": hardware(device) | versions, "precision": precision, "attention": attention_order(device)}
 
 
-def _baselines() -> ModuleType:
+def _baselines(needed: bool) -> ModuleType | None:
+    """The published loop; where it cannot be imported, an error if it is needed, else None and a line that says so."""
     try:
         return import_module("cutdiff.bench.baselines")
     except ModuleNotFoundError as error:
-        raise Failure(f'the baselines need {error.name}: pip install -e ".[bench]"') from None
+        missing = f"the baselines need {error.name}"
+    except Exception as error:  # of a diffusers that does not go with its surroundings
+        missing = f"the baselines cannot be imported ({type(error).__name__}: {error})"
+    if needed:
+        raise Failure(f'{missing}: pip install -e ".[bench]"')
+    say(f"{missing}; the networks are not compared with diffusers'")
+    return None
 
 
 def _settings(args: argparse.Namespace, device: torch.device, unet: UNetConfig, vae: VAEConfig) -> Settings:

@@ -188,7 +188,8 @@ def correct(where: Where) -> None:
 
         for layer in bench_network.layers(ROWS[-1], where.device):
             check(layer.name, partial(bench_network.compare, layer))
-    check("product in 8 bits", partial(_compare_fp8, where))
+        # Not on a CPU: there torch 2.11 has no scale for each row.
+        check("product in 8 bits", partial(_compare_fp8, where))
     if wrong:
         raise Failure(f"{len(wrong)} kernels are wrong, the first: {wrong[0]}")
 
