@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,13 @@ def test_a_stage_that_hangs_dies_or_fails_keeps_its_numbers_and_lets_the_others_
     assert len([path for path in stand_in.iterdir() if path.name != "stand_in.py"]) == 3
 
 
+def test_a_stage_stands_in_for_one_that_failed(stand_in: Path) -> None:
+    runner = Runner(stand_in, 30)
+    another = [replace(stage("ends"), name=f"instead of {name}", instead_of=name) for name in ("fails", "ends", "none")]
+    runner.run([stage("fails"), stage("ends"), *another])
+    assert list(runner.ends) == ["fails", "ends", "instead of fails"]
+
+
 def test_no_stage_outlasts_the_deadline(stand_in: Path) -> None:
     runner, began = Runner(stand_in, 4), time.monotonic()
     runner.run([stage("hangs"), stage("ends", least=1)])
@@ -150,7 +158,8 @@ def test_without_diffusers_all_but_the_loops_is_left(second: bool) -> None:
         loops = {"a", "c", "d"}
         assert all(loops.isdisjoint(stage.arguments) for stage in without)
         assert any(not loops.isdisjoint(stage.arguments) for stage in with_loops)
-        assert [s.name for s in with_loops if s.name != "loop compiled"] == [s.name for s in without]
+        own = {"loop compiled", "pictures beside the loops"}
+        assert [s.name for s in with_loops if s.name not in own] == [s.name for s in without]
 
 
 def test_every_stage_has_a_command_line_that_can_be_read() -> None:

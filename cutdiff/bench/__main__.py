@@ -4,8 +4,8 @@ It times the whole sampler beside the published CutDiffusion loop on diffusers' 
 random weights of SDXL's sizes. The loop runs (a) as its README runs it, (b) with view batch 16, (c) with a vectorised
 draw as well, and (d) with torch.compile and channels_last as well. --also runs variants of the sampler beside it.
 
-First the networks are compared, in float32 and then in the dtype of the run. (With an empty --only the bench runs
-without diffusers, too, and compares the variants alone.) Then every contestant draws one picture of
+First the networks are compared, in float32 and then in the dtype of the run. (With an empty --only nothing is compared
+with diffusers, nor is it needed.) Then every contestant draws one picture of
 four steps, during which torch compiles; then all draw in turns, --repeats times. The times of each stage include all
 that surrounds the network; the VAE is timed apart. Ratios are medians over the rounds. The floor is the time for the
 FLOPs of the network's evaluations at the best rate that a large matrix product reaches in any round.
@@ -23,7 +23,6 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,7 +89,7 @@ def _run(argv: list[str] | None) -> None:
 
 def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     """Compare the networks and time the contestants in turns; the results are saved after every round."""
-    baselines = _baselines(needed=bool(args.only))
+    baselines = _baselines() if args.only else None
     unet, vae = (SMALL_UNET, SMALL_VAE) if args.small else (SDXL_UNET, SDXL_VAE)
     device = device_of(args.device)
     settings = _settings(args, device, unet, vae)
@@ -174,7 +173,7 @@ def _first_runs(
 
 def _environment(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     versions = {"cutdiff": cutdiff.__version__}
-    versions |= {"diffusers": version("diffusers")} if find_spec("diffusers") else {}
+    versions |= {"diffusers": version("diffusers")} if args.only else {}
     precision = {
         "dtype": args.dtype,
         "float32_products": torch.get_float32_matmul_precision(),
@@ -183,18 +182,11 @@ def _environment(args: argparse.Namespace, device: torch.device) -> dict[str, An
     return {"hardware": hardware(device) | versions, "precision": precision, "attention": attention_order(device)}
 
 
-def _baselines(needed: bool) -> ModuleType | None:
-    """The published loop; where it cannot be imported, an error if it is needed, else None and a line that says so."""
+def _baselines() -> ModuleType:
     try:
         return import_module("cutdiff.bench.baselines")
     except ModuleNotFoundError as error:
-        missing = f"the baselines need {error.name}"
-    except Exception as error:  # of a diffusers that does not go with its surroundings
-        missing = f"the baselines cannot be imported ({type(error).__name__}: {error})"
-    if needed:
-        raise Failure(f'{missing}: pip install -e ".[bench]"')
-    say(f"{missing}; the networks are not compared with diffusers'")
-    return None
+        raise Failure(f'the baselines need {error.name}: pip install -e ".[bench]"') from None
 
 
 def _settings(args: argparse.Namespace, device: torch.device, unet: UNetConfig, vae: VAEConfig) -> Settings:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import FrameType
@@ -49,6 +49,8 @@ class Stage:
     """The seconds after which it is ended."""
     module: str
     arguments: tuple[str, ...] = ()
+    instead_of: str = ""
+    """A stage that must have failed for this one to run."""
 
     def command(self, numbers: Path) -> list[str]:
         """The command, to be run in the repository's folder."""
@@ -64,6 +66,8 @@ def stages(second: bool, small: bool, loops: bool) -> list[Stage]:
     size = ("--small", "--repeats", "1") if small else ("--device", "cuda")
     few, many = ("4", "4") if small else ("10", "50")
     tiny = ("--small",) if small else ()
+    sizes = ("--sizes", "2048") if small else ()
+    rounds, twice = ((), ()) if small else (("--repeats", "3"), ("--repeats", "2"))
 
     def bench(name: str, least: int, most: int, steps: str, *arguments: str) -> Stage:
         return Stage(name, least, most, "cutdiff.bench", (*size, "--steps", steps, *arguments))
@@ -74,20 +78,22 @@ def stages(second: bool, small: bool, loops: bool) -> list[Stage]:
     if second:
         large = ("--size", "512") if small else ("--size", "4096")
         return [
-            bench("large", 25, 60, "4", *large, "--only", *(() if small else ("--repeats", "2"))),
+            bench("large", 25, 60, "4", *large, *twice, "--only"),
             *([bench("loop compiled", 50, 150, few, "--compile", "--only", "d")] if loops else []),
             bench("graphs", 40, 150, few, "--compile", "--only", "--also", "graphs"),
         ]
-    sizes = ("--sizes", "2048") if small else ()
-    rounds = () if small else ("--repeats", "3")
+    pictures = [bench("pictures", 30, 90, few, *rounds, "--only", "--also", "direct")]
+    if loops:
+        beside = bench("pictures beside the loops", 45, 120, few, *rounds, "--only", "a", "c", "--also", "direct")
+        pictures = [beside, replace(pictures[0], instead_of=beside.name)]
     return [
         own("machine", 20, 60),
         own("correct", 20, 80),
         own("call", 20, 60),
-        bench("pictures", 35, 120, few, *rounds, "--only", *(("a", "c") if loops else ()), "--also", "direct"),
+        *pictures,
         own("variants", 25, 80),
-        bench("compiled", 45, 200, many, "--compile", *rounds, "--only", "--also", "eager"),
-        bench("fp8 compiled", 45, 160, many, "--compile", *rounds, "--only", "--also", "fp8"),
+        bench("compiled", 45, 200, many, "--compile", *twice, "--only", "--also", "eager"),
+        bench("fp8 compiled", 45, 160, many, "--compile", *twice, "--only", "--also", "fp8"),
         Stage("operators", 20, 90, "cutdiff_kernels.bench", sizes),
         Stage("layers", 20, 80, "cutdiff_kernels.bench_network"),
         own("tests", 20, 300),
@@ -109,6 +115,8 @@ class Runner:
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             for stage in stages:
+                if stage.instead_of and not self.ends.get(stage.instead_of, "").startswith("failed"):
+                    continue
                 began = time.monotonic()
                 left = self.deadline - began - GRACE
                 if self.signal is not None:
