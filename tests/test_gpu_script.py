@@ -72,6 +72,39 @@ def runs(process: int) -> bool:
         return False
 
 
+def test_numbers_have_the_units_of_their_names_and_what_is_not_known_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.jsonl"
+    Lines(path, "a").add(
+        "x", {"call_us": 250, "bytes": 8, "rate_flops_per_s": 2e12, "call_s": None, "why": ""}, round=1
+    )
+    Lines(path, "a").add("x", {"call_us": 750})
+    Lines().add("x", {"call_us": 1})
+    first = {"stage": "a", "of": "x", "name": "call", "value": 0.00025, "unit": "s", "round": 1}
+    assert json.loads(path.read_text().partition("\n")[0]) == first
+    with open(path, "a") as file:
+        file.write('{"stage": "a", "of": "x", "na')  # as a process leaves it that is killed
+    assert gpu.summary(path) == "a: running\n  x: call 500 µs (2), bytes 8 B, rate 2 TFLOP/s\n"
+
+
+def test_the_operators_bench_keeps_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("SIZES", (256,)),
+        ("WINDOW", 16),
+        ("STRIDE", 8),
+        ("draw_seconds", lambda: {"published_s": 2.0}),
+    ):
+        monkeypatch.setattr(operators, name, value)
+    path, file = tmp_path / "numbers.jsonl", tmp_path / "bench.json"
+    arguments = ["--sizes", "256", "--lines", str(path), "operators", "--json", str(file)]
+    assert operators.main(arguments) == 0
+    found = {(of, name): value for _, of, name, value in values(path)}
+    assert found["permutations of a step on one CPU thread", "published"] == 2.0
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 6
+    for row in rows:
+        assert found[f"{row['name']}, 256²", "reference"] == pytest.approx(row["reference_us"] / 1e6)
+
+
 def test_a_stage_that_hangs_dies_or_fails_keeps_its_numbers_and_lets_the_others_run(stand_in: Path) -> None:
     """A stage at its limit is ended with its children, though it does not heed SIGTERM."""
     runner = Runner(stand_in, 60)

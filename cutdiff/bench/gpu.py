@@ -34,8 +34,8 @@ SECONDS = {False: 420, True: 180}
 """The default deadline of the first and of the second script."""
 GRACE = 5
 """The seconds between SIGTERM and SIGKILL for a stage that is over its limit; they are kept free at the end."""
-WIDEST = 300
-"""The most characters of a line of the summary."""
+WIDEST, LONGEST = 300, 100
+"""The most characters of a line of the summary, and of a name or a word in it."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def summary(numbers: Path) -> str:
         end, took = ([line["value"] for line in about.get(name, [])] for name in ("ended", "took"))
         written.append(f"{stage}: {end[-1] if end else 'running'}" + (f", {took[-1]:.0f} s" if took else ""))
         for of, values in things.items():
-            line = f"  {of}: " + ", ".join(f"{name} {_shown(lines)}" for name, lines in values.items())
+            line = f"  {of[:LONGEST]}: " + ", ".join(f"{name} {_shown(lines)}" for name, lines in values.items())
             written.append(line if len(line) <= WIDEST else f"{line[: WIDEST - 2]} …")
     return "\n".join(written) + "\n"
 
@@ -195,7 +195,7 @@ def _shown(lines: list[Mapping[str, Any]]) -> str:
     """The median of numbers with its unit, and how many there are if several; what is no number, as it is."""
     values = [line["value"] for line in lines]
     if any(isinstance(value, str | bool) for value in values):
-        return str(values[0]) if len(values) == 1 else f"{len(values)} times"
+        return str(values[0])[:LONGEST] if len(values) == 1 else f"{len(values)} times"
     value, unit = median(values), lines[0]["unit"]
     prefix = ""
     if unit and value:

@@ -238,8 +238,9 @@ def call(where: Where) -> None:
     for kind, some in (("kernel", kernels), ("operator", [e for e in events if e.device_type == DeviceType.CPU])):
         for event in sorted(some, key=lambda event: -getattr(event, by))[:SHOWN]:
             taken = getattr(event, by) / 1e6
-            share = taken / (busy or whole)
-            where.lines.add(f"{kind} {event.key}", {"total_s": taken or None, "share": share, "count": event.count})
+            if taken:
+                values = {"total_s": taken, "share": taken / (busy or whole), "count": event.count}
+                where.lines.add(f"{kind} {event.key}", values)
 
 
 @torch.no_grad()
