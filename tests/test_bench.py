@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from tiny import QUICK_UNET, QUICK_VAE
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cutdiff
@@ -24,9 +25,13 @@ from cutdiff.bench.baselines import PublishedLoop, make_baselines
 from cutdiff.bench.measure import PARTS, STAGES, Ours, Timing, count_flops, timed, unet_flops
 from cutdiff.bench.parity import NotEqual, prove, prove_again
 from cutdiff.bench.report import summary, table
+from cutdiff.bench.variants import variant
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import cast, network_inputs, random_model
 from cutdiff.models.config import SDXL_UNET
+from cutdiff.models.fused import FusedGEGLU, FusedGroupNorm
+from cutdiff.models.layers import channels_last
+from cutdiff.planning.meter import Meter
 from cutdiff.settings import Settings
 
 CPU = torch.device("cpu")
@@ -189,6 +194,44 @@ def test_the_command_line_compares_times_and_writes_all_of_it(
     assert "| c: b, vectorised draw, cache kept |" in out
 
 
+def test_numbers_are_kept_as_soon_as_they_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second round never ends; all of the first one, and what went before, is there."""
+    runs = []
+
+    def once(contestant: Any, num_steps: int, device: torch.device) -> Timing:
+        runs.append(contestant)
+        if len(runs) > 4:  # two first runs, and a round
+            raise FloatingPointError("made up")
+        return timed(contestant, num_steps, device)
+
+    monkeypatch.setattr(command, "timed", once)
+    path = tmp_path / "numbers.jsonl"
+    assert command.main([*SMALLEST, "--only", "a", "--lines", str(path), "pictures"]) == 1
+    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    assert {line["stage"] for line in lines} == {"pictures"}
+    found = {(line["of"], line["name"], line.get("round")): (line["value"], line["unit"]) for line in lines}
+    assert found["a", "first_run", None][1] == "s"
+    assert found["product of matrices", "rate", None][1] == "FLOP/s"
+    times = {name: found[name, "network", 1] for name in ("cutdiff", "a")}
+    assert found["a", "times cutdiff", 1][0] == times["a"][0] / times["cutdiff"][0]
+    assert {unit for _, unit in times.values()} == {"s"}
+    assert max(key[2] or 0 for key in found) == 1
+
+
+def test_the_whole_canvas_at_once_has_flops_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bench.json"
+    assert command.main([*SMALLEST, "--size", "256", "--only", "--also", "direct", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    settings = Settings(method="direct", height=256, width=256)
+    model = random_model(command.SMALL_UNET, command.SMALL_VAE, CPU)
+    with Meter() as meter:
+        list(cutdiff.denoise(model, "", settings, num_steps=2))
+    assert found["flops"]["direct"] == pytest.approx(meter.flops, rel=0.01)
+    row = found["contestants"]["direct"]
+    assert row["flops_per_s"] == found["flops"]["direct"] / row["seconds"]["network"]["median"]
+    assert "| cutdiff, direct | – | – |" in capsys.readouterr().out
+
+
 def test_ours_in_8_bits_is_one_more_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bench.json"
     assert command.main([*SMALLEST, "--only", "--also", "fp8", "--json", str(path)]) == 0
@@ -221,6 +264,40 @@ def test_attention_is_that_of_the_backend_asked_for(small: Model, backend: SDPBa
         assert fused == (backend == SDPBackend.FLASH_ATTENTION)
 
 
+def test_variants_have_their_ways_of_attention_and_convolutions_and_leave_torch_as_it_was(small: Model) -> None:
+    def ways() -> tuple[str, bool]:
+        return SDPBackend(torch._C._get_sdp_priority_order()[0]).name, torch.backends.cudnn.benchmark
+
+    inside = {}
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        for name in ("flash", "cudnn-benchmark"):
+            contestant = variant(name, small, SETTINGS)
+            hook = contestant.model.unet.conv_in.register_forward_pre_hook(
+                lambda *_, name=name: inside.update({name: ways()})
+            )
+            contestant.predict(*network_inputs(small, 2))
+            hook.remove()
+            assert ways() == ("MATH", False)
+    assert inside == {"flash": ("FLASH_ATTENTION", False), "cudnn-benchmark": ("MATH", True)}
+
+
+def test_each_variant_of_layers_changes_what_it_names(small: Model) -> None:
+    """Of the norms and gates one kind alone, in a copy; and the layout, which a GPU's network does not have."""
+    channels_last(small.unet)
+    kinds = {}
+    for name in ("fused", "fused-norm", "fused-gate", "contiguous"):
+        unet = variant(name, small, SETTINGS).model.unet
+        modules = [type(module) for module in unet.modules()]
+        kinds[name] = FusedGroupNorm in modules, FusedGEGLU in modules, unet.conv_in.weight.is_contiguous()
+    assert kinds == {
+        "fused": (True, True, False),
+        "fused-norm": (True, False, False),
+        "fused-gate": (False, True, False),
+        "contiguous": (False, False, True),
+    }
+    assert not any(isinstance(module, FusedGroupNorm | FusedGEGLU) for module in small.unet.modules())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -232,6 +309,10 @@ def test_attention_is_that_of_the_backend_asked_for(small: Model, backend: SDPBa
         (["--size", "40960"], "--height 40960 must be a positive multiple of 8, at most 32768"),
         (["--json", "/nowhere/x.json"], "--json /nowhere/x.json cannot be written, its folder does not exist"),
         (["--also", "graphs"], "--also graphs: only a GPU has it, and the device is cpu: leave it out"),
+        (["--also", "flash"], "--also flash: only a GPU has it, and the device is cpu: leave it out"),
+        (["--also", "eager"], "--also eager: the sampler is not compiled anyway: add --compile"),
+        (["--compile", "--also", "fp8", "fused"], "--also fp8 fused: with --compile one at a time"),
+        (["--lines", "/nowhere/x.jsonl", "a"], "--lines /nowhere/x.jsonl cannot be written, its folder does not"),
         (["--only", "e"], "argument --only: 'e' is not one of a, b, c, d (see --help)"),
         (["--sizes", "2048"], "--sizes is no option: did you mean '--size'? (see --help)"),
     ],
@@ -256,9 +337,20 @@ def test_without_diffusers_it_says_what_to_install(
     assert capsys.readouterr().err == 'cutdiff: the baselines need diffusers: pip install -e ".[bench]"\n'
 
 
+def test_without_baselines_no_diffusers_is_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "cutdiff.bench.baselines")
+    assert command.main([*SMALLEST, "--only", "--also", "fp8"]) == 0
+    out = capsys.readouterr().out
+    assert "not compared with diffusers' networks, as no baseline runs" in out
+    assert "| cutdiff, fp8 |" in out
+
+
 def test_networks_that_differ_end_the_run_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("cutdiff.bench.parity.TOLERANCE", -1.0)
-    assert command.main([*SMALLEST, "--only"]) == 1
+    assert command.main([*SMALLEST, "--only", "a"]) == 1
     assert capsys.readouterr().err.splitlines()[-1].endswith("past -1e+00: nothing was timed")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from triton import knobs
 
 import cutdiff
-from cutdiff.bench import __main__ as bench
 from cutdiff.bench.parity import full_precision
+from cutdiff.bench.variants import variant
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import network_inputs
 from cutdiff.models import fused
@@ -239,7 +239,7 @@ def test_the_bench_of_the_network_says_where_it_cannot_run(
 
 def test_the_bench_has_a_fused_copy_of_the_network(device: str, tiny_model: Model) -> None:
     model = replace(tiny_model, unet=deepcopy(tiny_model.unet).to(device))
-    contestant = bench._variant("fused", model, Settings())
+    contestant = variant("fused", model, Settings())
     assert any(isinstance(module, FusedGEGLU) for module in contestant.unet.modules())
     assert not any(isinstance(module, FusedGEGLU) for module in model.unet.modules())
 

@@ -2,11 +2,10 @@
 
 It times the whole sampler beside the published CutDiffusion loop on diffusers' modules, in one process and on the same
 random weights of SDXL's sizes. The loop runs (a) as its README runs it, (b) with view batch 16, (c) with a vectorised
-draw as well, and (d) with torch.compile and channels_last as well. --also runs the sampler a second time: with linear
-layers in 8 bits, with norms and gates by Triton kernels, compiled and recorded as CUDA graphs, or with attention by
-cuDNN.
+draw as well, and (d) with torch.compile and channels_last as well. --also runs variants of the sampler beside it.
 
-First the networks are compared, in float32 and then in the dtype of the run. Then every contestant draws one picture of
+First the networks are compared, in float32 and then in the dtype of the run. (With an empty --only nothing is compared
+with diffusers, nor is it needed.) Then every contestant draws one picture of
 four steps, during which torch compiles; then all draw in turns, --repeats times. The times of each stage include all
 that surrounds the network; the VAE is timed apart. Ratios are medians over the rounds. The floor is the time for the
 FLOPs of the network's evaluations at the best rate that a large matrix product reaches in any round.
@@ -31,23 +30,31 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from cutdiff_kernels.lines import Lines, add_lines
 from cutdiff_kernels.timing import hardware
-from torch.nn.attention import SDPBackend
 from tqdm import trange
 
 import cutdiff
 from cutdiff.bench import methods
-from cutdiff.bench.measure import Contestant, Ours, Timing, count_flops, matmul_peak, timed
+from cutdiff.bench.measure import (
+    Contestant,
+    Ours,
+    Timing,
+    attention_order,
+    count_flops,
+    matmul_peak,
+    timed,
+    unet_flops,
+)
 from cutdiff.bench.parity import NotEqual, prove, prove_again
-from cutdiff.bench.report import CUDNN, FP8, FUSED, GRAPHS, OURS, VARIANTS, heading, summary, table
+from cutdiff.bench.report import OURS, heading, summary, table
+from cutdiff.bench.variants import DIRECT, EAGER, VARIANTS, check_variant, variant
 from cutdiff.checkpoint.model import Model
-from cutdiff.checkpoint.random_model import cast, changed, random_model
+from cutdiff.checkpoint.random_model import cast, random_model
 from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_debug, errors_by_flag
 from cutdiff.cli.device import device_of
 from cutdiff.cli.ending import Failure, exit_status, say
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
-from cutdiff.models.fp8 import check_fp8, quantize_transformers
-from cutdiff.models.fused import check_fused, fuse
 from cutdiff.output.images import save_json
 from cutdiff.pipeline import now, peak_memory
 from cutdiff.sampling.noise import NoiseConfig
@@ -70,13 +77,6 @@ SMALL_VAE = VAEConfig(channels=(32, 64, 64, 64), layers_per_block=1)
 FULL = {"size": 2048, "steps": 50, "dtype": "bfloat16", "matmul": 8192}
 SMALL = {"size": 256, "steps": 4, "dtype": "float32", "matmul": 512}
 BASELINES = ("a", "b", "c", "d")
-CUDNN_FIRST = (
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-)
-"""The order of attention backends with cuDNN first; torch's own order has FlashAttention first on every card."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,25 +98,30 @@ def _run(argv: list[str] | None) -> None:
 
 def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     """Compare the networks and time the contestants in turns; the results are saved after every round."""
-    baselines = _baselines()
+    baselines = _baselines() if args.only else None
     unet, vae = (SMALL_UNET, SMALL_VAE) if args.small else (SDXL_UNET, SDXL_VAE)
     device = device_of(args.device)
     settings = _settings(args, device, unet, vae)
     size = settings.canvas_size(unet.native_size, vae.factor)
 
-    say("making random weights and comparing the networks in float32")
-    model = random_model(unet, vae, device)
-    eager = Ours(model, replace(settings, compile=False))
-    parity = prove(model, eager, baselines.make_baselines(model, ["a"], size)["a"])
+    lines = Lines(*args.lines)
+    environment = _environment(args, device)
+    say("making random weights" + " and comparing the networks in float32" * (baselines is not None))
+    model, parity = random_model(unet, vae, device), {}
+    if baselines is not None:
+        eager = Ours(model, replace(settings, compile=False))
+        parity = prove(model, eager, baselines.make_baselines(model, ["a"], size)["a"])
+        lines.add("difference from diffusers' in float32", parity)
     model = cast(model, getattr(torch, args.dtype))
-    contestants = {OURS: Ours(model, settings), **baselines.make_baselines(model, args.only, size)}
-    for name in args.also:
-        contestants[name] = _variant(name, model, settings)
+    contestants: dict[str, Contestant] = {OURS: Ours(model, settings)}
+    if baselines is not None:
+        contestants |= baselines.make_baselines(model, args.only, size)
+    contestants |= {name: variant(name, model, settings) for name in args.also}
     num_patches = math.prod(grid_for(size, unet.native_size))
-    first = _first_runs(contestants, model, min(settings.view_batch_size or num_patches, num_patches))
+    first = _first_runs(contestants, model, min(settings.view_batch_size or num_patches, num_patches), lines)
     result = {
         "command": command,
-        **_environment(args, device),
+        **environment,
         "model": "small" if args.small else "SDXL",
         "settings": settings.described(),
         "parity": parity,
@@ -124,12 +129,16 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
         "peak_flops_per_s": 0.0,
         "flops": count_flops(unet, vae, size, args.steps),
     }
+    if DIRECT in contestants:
+        result["flops"][DIRECT] = 2 * unet_flops(unet, size) * args.steps
     timings: dict[str, list[Timing]] = {name: [] for name in contestants}
     for _ in trange(args.repeats, desc="rounds", disable=None):
         rate = matmul_peak(device, model.dtype, args.matmul)
         result["peak_flops_per_s"] = max(result["peak_flops_per_s"], rate)
+        lines.add("product of matrices", {"rate_flops_per_s": rate})
         for name, contestant in contestants.items():
             timings[name].append(timed(contestant, args.steps, device))
+            _keep(lines, name, timings)
         rows = summary(timings, result["flops"], result["peak_flops_per_s"])
         result["contestants"] = {name: first[name] | rows[name] for name in contestants}
         result["resident_peak_bytes"] = peak_memory(torch.device("cpu"))
@@ -138,26 +147,19 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     return result
 
 
-def _variant(name: str, model: Model, settings: Settings) -> Ours:
-    """The sampler with one of the changes that --also names."""
-    if name == CUDNN:  # a copy of the network, which the compiler has not seen
-        return Ours(changed(model, lambda unet: None), settings, "cutdiff, attention by cuDNN", CUDNN_FIRST)
-    if name == GRAPHS:
-        return Ours(model, replace(settings, compile=True, cuda_graphs=True), "cutdiff, compiled, CUDA graphs")
-    return Ours(changed(model, {FP8: quantize_transformers, FUSED: fuse}[name]), settings, f"cutdiff, {name}")
+def _keep(lines: Lines, name: str, timings: dict[str, list[Timing]]) -> None:
+    """Append the last run of a contestant, and its time as a multiple of the sampler's in the same round."""
+    run, rounds = timings[name][-1], len(timings[name])
+    values: dict[str, Any] = {f"{part}_s": seconds or None for part, seconds in run.seconds.items()}
+    values |= {f"{part}_peak_bytes": peak for part, peak in run.peak_bytes.items()}
+    if name != OURS:
+        values["times cutdiff"] = run.seconds["network"] / timings[OURS][rounds - 1].seconds["network"]
+    lines.add(name, values, round=rounds)
 
 
-def _check_variant(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ValueError if a variant is not available."""
-    if name == FP8 and device.type == "cuda":
-        check_fp8(device, dtype)
-    if name == FUSED:
-        check_fused(device)
-    if name in (GRAPHS, CUDNN) and device.type != "cuda":
-        raise ValueError(f"only a GPU has it, and the device is {device}: leave it out")
-
-
-def _first_runs(contestants: dict[str, Contestant], model: Model, num_patches: int) -> dict[str, dict[str, Any]]:
+def _first_runs(
+    contestants: dict[str, Contestant], model: Model, num_patches: int, lines: Lines
+) -> dict[str, dict[str, Any]]:
     """The name of each contestant, the difference of its U-Net from ours, and the seconds that its first run takes.
 
     The U-Nets are compared on a batch of as many guidance pairs as patches, so that a compiler sees no shape that a
@@ -174,17 +176,19 @@ def _first_runs(contestants: dict[str, Contestant], model: Model, num_patches: i
             "difference": difference,
             "first_run_s": now(model.device) - began,
         }
+        lines.add(name, rows[name])
     return rows
 
 
 def _environment(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    versions = {"cutdiff": cutdiff.__version__, "diffusers": version("diffusers")}
+    versions = {"cutdiff": cutdiff.__version__}
+    versions |= {"diffusers": version("diffusers")} if args.only else {}
     precision = {
         "dtype": args.dtype,
         "float32_products": torch.get_float32_matmul_precision(),
         "tf32_convolutions": torch.backends.cudnn.allow_tf32,
     }
-    return {"hardware": hardware(device) | versions, "precision": precision}
+    return {"hardware": hardware(device) | versions, "precision": precision, "attention": attention_order(device)}
 
 
 def _baselines() -> ModuleType:
@@ -204,8 +208,9 @@ def _check(args: argparse.Namespace, device: torch.device) -> None:
         check_backend(args.backend, device)
     except ValueError as error:
         raise BadArgument(f"--{str(error).replace('=', ' ', 1)}") from None
-    if args.json is not None and not args.json.parent.is_dir():
-        raise BadArgument(f"--json {args.json} cannot be written, its folder does not exist: create it")
+    for flag, path in (("--json", args.json), ("--lines", Path(args.lines[0]) if args.lines else None)):
+        if path is not None and not path.parent.is_dir():
+            raise BadArgument(f"{flag} {path} cannot be written, its folder does not exist: create it")
 
 
 def _settings(args: argparse.Namespace, device: torch.device, unet: UNetConfig, vae: VAEConfig) -> Settings:
@@ -214,11 +219,11 @@ def _settings(args: argparse.Namespace, device: torch.device, unet: UNetConfig, 
     if args.size < native or args.size % native:
         raise BadArgument(f"--size {args.size} must be a multiple of {native}, the native size: so the loop has it")
     _check(args, device)
-    if args.compile and len(args.also) > 1:
+    if args.compile and len({*args.also} - {EAGER}) > 1:
         raise BadArgument(f"--also {' '.join(args.also)}: with --compile one at a time, each is compiled anew")
     for name in args.also:
         try:
-            _check_variant(name, device, getattr(torch, args.dtype))
+            check_variant(name, device, getattr(torch, args.dtype), args.compile)
         except ValueError as error:
             raise BadArgument(f"--also {name}: {error}") from None
     with errors_by_flag():
@@ -258,12 +263,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=VARIANTS,
         default=(),
-        help="run the sampler a second time: with linear layers in 8 bits (on a CPU by the reference), with norms and "
-        "gates by Triton kernels, compiled and recorded as CUDA graphs, or with attention by cuDNN where it can",
+        help=f"run variants of the sampler, too: {'; '.join(f'{name} – {what}' for name, what in VARIANTS.items())}",
     )
     parser.add_argument("--backend", default=defaults.backend, choices=BACKENDS, help="the sampler's operators")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements to this file")
     methods.add_arguments(parser)
+    add_lines(parser)
     add_debug(parser)
     args = parser.parse_args(argv)
     for name, value in (SMALL if args.small else FULL).items():

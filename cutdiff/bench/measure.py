@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -66,6 +67,8 @@ class Ours:
     what: str = "cutdiff"
     attention: Sequence[SDPBackend] = ()
     """The attention backends in the order in which they are tried; if empty, torch's own order holds."""
+    cudnn_benchmark: bool = False
+    """Let cuDNN time its convolutions for every new shape, and take the fastest."""
 
     @property
     def unet(self) -> nn.Module:
@@ -79,19 +82,28 @@ class Ours:
     def predict(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
         settings, unet = self.settings, self.model.unet
         unet = compiled(unet, cuda_graphs=settings.cuda_graphs) if settings.compile else unet
-        with self._attention():
+        with self._ways():
             return unet(x, timesteps.expand(len(x)), context, pooled, size_ids)
 
     def steps(self, num_steps: int) -> Iterator[tuple[str, Tensor]]:
-        with self._attention():
+        with self._ways():
             for step in cutdiff.denoise(self.model, "", self.settings, num_steps=num_steps):
                 yield step.stage, step.latents
 
-    def _attention(self) -> AbstractContextManager[Any]:
-        return sdpa_kernel(list(self.attention), set_priority=True) if self.attention else nullcontext()
-
     def decode(self, latents: Tensor) -> Tensor:
-        return cutdiff.decode(self.model, latents)
+        with self._ways():
+            return cutdiff.decode(self.model, latents)
+
+    @contextmanager
+    def _ways(self) -> Iterator[None]:
+        """Let torch take attention and convolutions as this contestant has them."""
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark or before
+        try:
+            with sdpa_kernel(list(self.attention), set_priority=True) if self.attention else nullcontext():
+                yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ class Timing:
     """The measurements of one run."""
 
     seconds: dict[str, float]
-    """The seconds of each stage with all that surrounds the network, of both ("network"), and of decoding."""
+    """The seconds of each stage with all that surrounds the network, of all ("network"), and of decoding."""
     peak_bytes: dict[str, int | None]
     """The peak memory of both stages ("network") and of decoding, with the weights; None on a CPU."""
 
@@ -113,7 +125,7 @@ def timed(contestant: Contestant, num_steps: int, device: torch.device) -> Timin
     memory, began = Memory(device), now(device)
     for stage, state in contestant.steps(num_steps):
         ended = now(device)
-        seconds[stage] += ended - began
+        seconds[stage] = seconds.get(stage, 0.0) + ended - began
         began, latents = ended, state
     seconds["network"] = sum(seconds.values())
     peaks: dict[str, int | None] = {"network": memory.peak(contestant.unet)}
@@ -142,6 +154,16 @@ class Memory:
         return torch.cuda.max_memory_allocated(self.device) - self.before + weights
 
 
+def attention_order(device: torch.device) -> list[str]:
+    """The attention backends in the order in which torch tries them on a device, where they are enabled.
+
+    On a GPU torch puts them in order at its first attention, which is made here. So what sets an order comes after it.
+    """
+    values = torch.zeros(1, 1, 64, 64, device=device)
+    F.scaled_dot_product_attention(values, values, values)
+    return [SDPBackend(number).name for number in torch._C._get_sdp_priority_order()]
+
+
 def matmul_peak(device: torch.device, dtype: torch.dtype, side: int, repeats: int = 10, launches: int = 5) -> float:
     """The FLOP/s of the fastest of several products of square matrices of random numbers."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -166,10 +188,11 @@ def count_flops(unet: UNetConfig, vae: VAEConfig, size: tuple[int, int], num_ste
 
 
 @torch.no_grad()
-def unet_flops(config: UNetConfig) -> float:
-    """The FLOPs of one evaluation of the U-Net at native size, counted without computing anything."""
+def unet_flops(config: UNetConfig, size: tuple[int, int] | None = None) -> float:
+    """The FLOPs of one evaluation of the U-Net, at native `size` or another, without computing anything."""
+    height, width = size or (config.native_size, config.native_size)
     with torch.device("meta"), Meter() as meter:
-        latents = torch.empty(1, config.in_channels, config.native_size, config.native_size)
+        latents = torch.empty(1, config.in_channels, height, width)
         text = torch.empty(1, TOKENS, config.context_dim), torch.empty(1, config.pooled_dim)
         UNet(config)(latents, torch.empty(1), *text, torch.empty(1, 6))
     return float(meter.flops)

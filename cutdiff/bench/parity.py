@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cutdiff.bench.measure import Contestant
-from cutdiff.bench.report import FP8
+from cutdiff.bench.variants import FP8
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.checkpoint.random_model import network_inputs
 

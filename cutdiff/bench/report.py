@@ -7,22 +7,21 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cutdiff.bench.measure import PARTS, Timing
+from cutdiff.bench.measure import PARTS, STAGES, Timing
+from cutdiff.bench.variants import VARIANTS
 
 OURS = "cutdiff"
-FP8, FUSED, GRAPHS, CUDNN = VARIANTS = ("fp8", "fused", "graphs", "cudnn")
-"""The variants of the sampler: with linear layers in 8 bits, with norms and gates by Triton kernels, compiled and
-recorded as CUDA graphs, and with attention by cuDNN where it can."""
 
 
 def summary(timings: dict[str, list[Timing]], flops: dict[str, float], peak_flops: float) -> dict[str, dict[str, Any]]:
     """The times of each contestant as median, least and most, their ratios to the sampler's, and all runs.
 
-    Runs are paired by their round, and a ratio is the median of the pairs' ratios.
+    Runs are paired by their round, and a ratio is the median of the pairs' ratios. A contestant that takes FLOPs of its
+    own has them in `flops`, by its name.
     """
     rows = {}
     for name, runs in timings.items():
-        seconds, ratios = {}, {}
+        seconds, ratios, whole = {}, {}, flops.get(name, flops["network"])
         for part in PARTS:
             own, ours = ([run.seconds[part] for run in some] for some in (runs, timings[OURS]))
             seconds[part] = spread(own)
@@ -31,8 +30,8 @@ def summary(timings: dict[str, list[Timing]], flops: dict[str, float], peak_flop
         rows[name] = {
             "seconds": seconds,
             "times_ours": ratios,
-            "flops_per_s": flops["network"] / network,
-            "times_floor": network / (flops["network"] / peak_flops),
+            "flops_per_s": whole / network,
+            "times_floor": network / (whole / peak_flops),
             "runs": [asdict(run) for run in runs],
         }
     return rows
@@ -44,11 +43,15 @@ def heading(result: dict[str, Any]) -> str:
     others = [f"{name} {row['difference']:.1e}" for name, row in result["contestants"].items() if name != OURS]
     rounds = len(result["contestants"][OURS]["runs"])
     products, convolutions = precision["float32_products"], precision["tf32_convolutions"]
+    proof = "not compared with diffusers' networks, as no baseline runs"
+    if parity:
+        proof = f"difference from diffusers' in float32: U-Net {parity['unet']:.1e}, VAE {parity['vae']:.1e}"
     lines = [
         f"{result['model']} network, random weights; {settings['height']}² px, {settings['num_steps']} steps, "
         f"{rounds} rounds; {precision['dtype']} (float32 products: {products}, TF32 in convolutions: {convolutions})",
         ", ".join(f"{key} {value}" for key, value in result["hardware"].items()),
-        f"difference from diffusers' in float32: U-Net {parity['unet']:.1e}, VAE {parity['vae']:.1e}",
+        f"attention: {', '.join(result['attention'])}, in this order",
+        proof,
         f"difference of U-Nets from ours in {precision['dtype']}: {', '.join(others) or 'none'}",
         f"product of matrices of {result['matmul_side']}²: {result['peak_flops_per_s'] / 1e12:.3g} TFLOP/s",
         f"peak resident memory of this process: {result['resident_peak_bytes'] / 1e9:.1f} GB",
@@ -67,8 +70,7 @@ def table(result: dict[str, Any]) -> str:
         seconds = row["seconds"]
         cells = [
             row["what"] if name in (OURS, *VARIANTS) else f"{name}: {row['what']}",
-            f"{seconds['structure']['median']:.2f}",
-            f"{seconds['detail']['median']:.2f}",
+            *(f"{seconds[stage]['median']:.2f}" if seconds[stage]["median"] else "–" for stage in STAGES),
             cell(seconds["network"]),
             cell(row["times_ours"]["network"]),
             f"{row['flops_per_s'] / 1e12:.3g}",

@@ -65,16 +65,16 @@ class FusedGEGLU(nn.Module):
         return geglu(x, self.proj.weight, self.proj.bias)
 
 
-def fuse(unet: UNet) -> None:
+def fuse(unet: UNet, *, norms: bool = True, gates: bool = True) -> None:
     """Put fused layers in the place of all group norms, and of gated linear layers that are not in 8 bits.
 
-    Raises ValueError where no kernel can run on the network's device.
+    Without `norms` or `gates`, these stay. Raises ValueError where no kernel can run on the network's device.
     """
     check_fused(unet.conv_in.weight.device)
     for name, module in list(unet.named_modules()):
-        if isinstance(module, nn.GroupNorm):
+        if norms and isinstance(module, nn.GroupNorm):
             unet.set_submodule(name, FusedGroupNorm(module))
-        elif isinstance(module, GEGLU) and isinstance(module.proj, nn.Linear):
+        elif gates and isinstance(module, GEGLU) and isinstance(module.proj, nn.Linear):
             unet.set_submodule(name, FusedGEGLU(module))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cutdiff_kernels import reference
 from cutdiff_kernels.geometry import grid_for, view_grid
+from cutdiff_kernels.lines import Lines, add_lines
 from cutdiff_kernels.permutations import Permutation, SeededPermutation, permutation_index
 from cutdiff_kernels.timing import Call, cache_bytes, copy_rate, graph_seconds, hardware, host_seconds, launches
 
@@ -73,7 +74,9 @@ class Row:
 class Inputs:
     """`count` sets of a step's tensors at one picture size, and the operations on them."""
 
-    def __init__(self, pixels: int, device: torch.device) -> None:
+    def __init__(self, pixels: int, device: torch.device, dtype: torch.dtype = NETWORK_DTYPE) -> None:
+        self.dtype = dtype
+        """The dtype of the network."""
         self.latents = pixels // FACTOR
         self.size = (self.latents, self.latents)
         self.grid = grid_for(self.size, WINDOW)
@@ -88,8 +91,8 @@ class Inputs:
         self.count = max(2, min(128, math.ceil(3 * cache_bytes(device) / min(self.bytes().values()))))
         self.permutations = [SeededPermutation((0,), step, "channel") for step in range(self.count)]
         self.canvases = [self._random(1, self.latents, torch.float32) for _ in range(self.count)]
-        self.patches = [self._random(2 * self.num_patches, self.patch, NETWORK_DTYPE) for _ in range(self.count)]
-        self.views = [self._random(2 * self.origins.shape[1], WINDOW, NETWORK_DTYPE) for _ in range(self.count)]
+        self.patches = [self._random(2 * self.num_patches, self.patch, dtype) for _ in range(self.count)]
+        self.views = [self._random(2 * self.origins.shape[1], WINDOW, dtype) for _ in range(self.count)]
 
     def _random(self, items: int, side: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(items, CHANNELS, side, side, device=self.device).to(dtype)
@@ -101,7 +104,7 @@ class Inputs:
 
     def bytes(self) -> dict[str, int]:
         """Return the fewest bytes that each operation must move."""
-        item = 2 * NETWORK_DTYPE.itemsize  # for one number of a guidance pair
+        item = 2 * self.dtype.itemsize  # for one number of a guidance pair
         canvas, patches, views = 4 * self.canvas_numel, item * self.canvas_numel, item * self.view_numel
         moved = {
             "gather patches": canvas + patches,
@@ -116,13 +119,8 @@ class Inputs:
 
     def operations(self, compiled: bool) -> list[Operation]:
         """Return the four operators and the two kinds of step, as Triton and plain torch compute them."""
-        on_gpu = self.device.type == "cuda"
         plain = self._calls(reference, reference, self.host_origins)
-        fused: dict[str, Call] = {}
-        if on_gpu:
-            from cutdiff_kernels import patches, views
-
-            fused = self._calls(patches, views, self.origins)
+        fused = self.kernels() if self.device.type == "cuda" else {}
         by_compiler: dict[str, Call] = {}
         if compiled:
             names = ("gather_patches", "scatter_patches", "gather_views")
@@ -142,11 +140,17 @@ class Inputs:
             for name, size in self.bytes().items()
         ]
 
+    def kernels(self) -> dict[str, Call]:
+        """Return the operators as Triton computes them, by name."""
+        from cutdiff_kernels import patches, views
+
+        return self._calls(patches, views, self.origins)
+
     def _calls(
         self, patches: Any, views: Any, origins: Tensor, draw: Callable[[], Tensor] | None = None
     ) -> dict[str, Call]:
         """Return the operators of a pair of modules, by name; `draw`, if given, draws the permutation of each step."""
-        to_network: Any = {"c_in": C_IN, "dtype": NETWORK_DTYPE, "copies": 2}
+        to_network: Any = {"c_in": C_IN, "dtype": self.dtype, "copies": 2}
         window = (WINDOW, WINDOW)
 
         def permutation(i: int) -> Permutation:
@@ -265,6 +269,7 @@ def _table(rows: list[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    lines = Lines(*args.lines)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     rate = copy_rate(device) if on_gpu else None
@@ -276,10 +281,14 @@ def main(argv: list[str] | None = None) -> int:
         f"one step's permutations at 2048² on one CPU thread: published {1e3 * draw['published_s']:.0f} ms, "
         f"vectorised {1e3 * draw['reference_s']:.1f} ms, {draw['published_s'] / draw['reference_s']:.0f} times less\n"
     )
+    lines.add("permutations of a step on one CPU thread", draw)
     rows: list[Row] = []
     for size in args.sizes:
         inputs = Inputs(size, device)
-        new = [measure(operation, inputs, rate) for operation in inputs.operations(args.compile and on_gpu)]
+        new = []
+        for operation in inputs.operations(args.compile and on_gpu):
+            new.append(measure(operation, inputs, rate))
+            lines.add(f"{operation.name}, {size}²", asdict(new[-1]) | {"size": None, "name": None})
         rows += new
         print(_table(new), flush=True)
         if args.json is not None:  # after every size, so that a run that is cut short leaves what it has
@@ -302,6 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-compile", action="store_false", dest="compile", help="leave torch.compile out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    add_lines(parser)
     return parser
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cutdiff_kernels import network, reference_network
 from cutdiff_kernels.bench import NETWORK_DTYPE
+from cutdiff_kernels.lines import Lines, add_lines
 from cutdiff_kernels.timing import copy_rate, graph_seconds, hardware
 
 NORMS = ((320, 128), (960, 128), (640, 64), (1920, 64), (1280, 32), (2560, 32))
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--rows", type=int, default=16, metavar="N", help="rows of a batch (16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    add_lines(parser)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("cutdiff_kernels: there is no GPU here, and nothing else to be timed", file=sys.stderr)
@@ -174,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     for layer in layers(args.rows, device):
         rows.append(measure(layer, args.rows))
         print(line(rows[-1], rate), flush=True)
+        Lines(*args.lines).add(layer.name, asdict(rows[-1]) | {"name": None, "copy_s": layer.bytes / rate})
         if args.json is not None:  # after every layer, so that a run that is cut short leaves what it has
             result = {"hardware": machine, "copy_bytes_per_s": rate, "rows": [asdict(row) for row in rows]}
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
