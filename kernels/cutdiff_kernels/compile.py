@@ -178,7 +178,8 @@ def resources(compiled: CompiledKernel) -> Resources:
         return Resources(reported["REG"], reported["STACK"], reported["LOCAL"], compiled.metadata.shared)
     fields = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     reported = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
-    return Resources(*(int(reported[name]) for name in fields), compiled.metadata.shared)
+    registers, spills, local = (int(reported[name]) for name in fields)
+    return Resources(registers, spills, local, compiled.metadata.shared)
 
 
 def main(argv: list[str] | None = None) -> int:
