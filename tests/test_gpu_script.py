@@ -249,19 +249,22 @@ def test_a_variant_that_fails_does_not_keep_others_from_being_timed(
     made = stages.variant
 
     def variant(name: str, *rest: Any) -> Any:
-        if name == "fused":
+        if name == "fused-norm":
             raise RuntimeError("it does not compile")
         return made(name, *rest)
 
+    def call_seconds(contestant: Any, rows: int, repeats: int) -> float:
+        return 2.0 if "fp8" in contestant.what else 1.0
+
     monkeypatch.setattr(stages, "variant", variant)
-    monkeypatch.setattr(stages, "call_seconds", lambda contestant, rows: 2.0 if "fp8" in contestant.what else 1.0)
+    monkeypatch.setattr(stages, "call_seconds", call_seconds)
     monkeypatch.setattr(stages, "prove_again", lambda *_: 0.0)
     path = tmp_path / "numbers.jsonl"
-    with pytest.raises(Failure, match="1 variants failed, the first: fused: RuntimeError: it does not compile"):
+    with pytest.raises(Failure, match="1 variants failed, the first: fused-norm: RuntimeError: it does not compile"):
         stages.variants(where(path))
     found = {(of, name): value for _, of, name, value in values(path)}
     assert found["fp8", "times cutdiff"] == 2.0
-    assert found["fused", "failed"] == "RuntimeError: it does not compile"
+    assert found["fused-norm", "failed"] == "RuntimeError: it does not compile"
     assert found["fused-gate", "times cutdiff"] == 1.0
     assert found["flash", "skipped"].startswith("only a GPU has it")
 
@@ -272,8 +275,8 @@ def test_the_outcome_of_each_test_is_kept(tmp_path: Path) -> None:
     file.write_text(text, encoding="utf-8")
     with pytest.raises(Failure, match="pytest ended with TESTS_FAILED"):
         stages.run_tests(Lines(path, "tests"), [str(file), "--rootdir", str(tmp_path), "-p", "no:xdist"])
-    outcomes = [(name, value.rpartition("::")[2]) for _, _, name, value in values(path) if name != "test"]
-    assert outcomes == [("passed", "test_right"), ("failed", "test_wrong")]
+    found = [(of.rpartition("::")[2], name, value) for _, of, name, value in values(path) if name != "test"]
+    assert found == [("tests", "passed", f"{file.name}::test_right"), ("test_wrong", "outcome", "failed")]
 
 
 def test_every_file_with_a_test_for_a_gpu_is_run() -> None:

@@ -249,7 +249,7 @@ def variants(where: Where) -> None:
     model, wrong = where.model(), []
     ours = Ours(model, Settings())
     for name in VARIANTS:
-        if name in (EAGER, DIRECT, "graphs"):  # they change no call, or compile
+        if name in (EAGER, DIRECT, "graphs", "fused"):  # they change no call, compile, or are two others together
             continue
         try:
             check_variant(name, where.device, where.dtype, compiled=False)
@@ -262,7 +262,7 @@ def variants(where: Where) -> None:
             where.lines.add(name, {"difference": difference})
             seconds, own = {}, {}
             for rows in CALLS:
-                own[rows], seconds[rows] = call_seconds(ours, rows), call_seconds(changed, rows)
+                own[rows], seconds[rows] = (call_seconds(one, rows, repeats=3) for one in (ours, changed))
                 where.lines.add(name, {f"{rows} rows_s": seconds[rows], f"{rows} rows of cutdiff_s": own[rows]})
             where.lines.add(name, {"times cutdiff": _picture(seconds) / _picture(own)})
         except Exception as error:  # the others are worth measuring all the same
@@ -302,9 +302,10 @@ class Outcomes:
         self.lines = lines
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            values = {report.outcome: report.nodeid, "test_s": report.duration}
-            self.lines.add("tests", values)
+        if report.outcome != "passed":
+            self.lines.add(report.nodeid, {"outcome": report.outcome, "test_s": report.duration})
+        elif report.when == "call":
+            self.lines.add("tests", {"passed": report.nodeid, "test_s": report.duration})
 
 
 def tests(where: Where) -> None:
@@ -318,7 +319,8 @@ def run_tests(lines: Lines, arguments: list[str]) -> None:
     """Run the tests of pytest's arguments; Failure if one fails, or if there are none."""
     import pytest
 
-    status = pytest.main(["-q", "-p", "no:cacheprovider", *arguments], [Outcomes(lines)])
+    options = ("-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+    status = pytest.main([*options, *arguments], [Outcomes(lines)])
     if status != 0:
         raise Failure(f"pytest ended with {pytest.ExitCode(status).name}")
 
