@@ -220,7 +220,7 @@ def call(where: Where) -> None:
     seconds = {}
     for rows in ROWS:
         memory = Memory(where.device)
-        seconds[rows] = call_seconds(ours.predict, _inputs(model, rows), where.device)
+        seconds[rows] = call_seconds(ours, rows)
         values = {"call_s": seconds[rows], "rate_flops_per_s": rows * flops / seconds[rows]}
         where.lines.add(f"{rows} rows", values | {"peak_bytes": memory.peak(model.unet)})
     rows, whole = sum(count * rows for rows, count in CALLS.items()), _picture(seconds)
@@ -252,7 +252,7 @@ def variants(where: Where) -> None:
     model, wrong = where.model(), []
     ours = Ours(model, Settings())
     for name in VARIANTS:
-        if name in (EAGER, DIRECT, "graphs"):  # they change no call, or compile
+        if name in (EAGER, DIRECT, "graphs", "fused"):  # they change no call, compile, or are two others together
             continue
         try:
             check_variant(name, where.device, where.dtype, compiled=False)
@@ -265,10 +265,7 @@ def variants(where: Where) -> None:
             where.lines.add(name, {"difference": difference})
             seconds, own = {}, {}
             for rows in CALLS:
-                own[rows], seconds[rows] = (
-                    call_seconds(sampler.predict, _inputs(sampler.model, rows), where.device)
-                    for sampler in (ours, changed)
-                )
+                own[rows], seconds[rows] = (call_seconds(one, rows, repeats=3) for one in (ours, changed))
                 where.lines.add(name, {f"{rows} rows_s": seconds[rows], f"{rows} rows of cutdiff_s": own[rows]})
             where.lines.add(name, {"times cutdiff": _picture(seconds) / _picture(own)})
         except Exception as error:  # the others are worth measuring all the same
@@ -290,7 +287,7 @@ def parts(where: Where) -> None:
     model = where.model()
     inputs = _inputs(model, ROWS[-1])
     inductor.force_disable_caches = True
-    plain = {"call_s": call_seconds(model.unet, inputs, where.device)}
+    plain = {"call_s": _seconds(model.unet, inputs, where.device)}
     where.lines.add(f"{ROWS[-1]} rows, not compiled", plain)
     for name in ("blocks", "whole"):
         run, began = compiled(model.unet, parts=name), now(where.device)
@@ -301,8 +298,13 @@ def parts(where: Where) -> None:
         where.lines.add(f"{ROWS[-1]} rows, compiled: {name}", {"call_s": call_seconds(run, inputs, where.device)})
 
 
-def call_seconds(run: Callable[..., Tensor], inputs: Sequence[Any], device: torch.device, repeats: int = 7) -> float:
-    """The median seconds of a call of the U-Net."""
+def call_seconds(contestant: Ours, rows: int, repeats: int = 7) -> float:
+    """The median seconds of a call of the U-Net for so many rows."""
+    model = contestant.model
+    return _seconds(contestant.predict, _inputs(model, rows), model.device, repeats)
+
+
+def _seconds(run: Callable[..., Tensor], inputs: Sequence[Any], device: torch.device, repeats: int = 7) -> float:
     times = []
     for _ in range(repeats + 2):
         began = now(device)
@@ -325,9 +327,10 @@ class Outcomes:
         self.lines = lines
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            values = {report.outcome: report.nodeid, "test_s": report.duration}
-            self.lines.add("tests", values)
+        if report.outcome != "passed":
+            self.lines.add(report.nodeid, {"outcome": report.outcome, "test_s": report.duration})
+        elif report.when == "call":
+            self.lines.add("tests", {"passed": report.nodeid, "test_s": report.duration})
 
 
 def tests(where: Where) -> None:
@@ -341,7 +344,8 @@ def run_tests(lines: Lines, arguments: list[str]) -> None:
     """Run the tests of pytest's arguments; Failure if one fails, or if there are none."""
     import pytest
 
-    status = pytest.main(["-q", "-p", "no:cacheprovider", *arguments], [Outcomes(lines)])
+    options = ("-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+    status = pytest.main([*options, *arguments], [Outcomes(lines)])
     if status != 0:
         raise Failure(f"pytest ended with {pytest.ExitCode(status).name}")
 

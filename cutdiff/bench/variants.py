@@ -19,13 +19,13 @@ from cutdiff.settings import Settings
 
 FP8, EAGER, DIRECT = "fp8", "eager", "direct"
 VARIANTS = {
-    FP8: "linear layers in 8 bits, on a CPU by the reference",
-    "fused": "norms and gates by Triton kernels",
-    "fused-norm": "norms alone",
-    "fused-gate": "gates alone",
     "flash": "attention by FlashAttention where it can",
     "cudnn-benchmark": "the convolutions that cuDNN finds to be fastest",
+    "fused-norm": "norms by Triton kernels",
+    "fused-gate": "gates by Triton kernels",
+    "fused": "both",
     "contiguous": "a U-Net that is not in channels_last",
+    FP8: "linear layers in 8 bits, on a CPU by the reference",
     "graphs": "compiled and recorded as CUDA graphs",
     EAGER: "not compiled, beside --compile",
     DIRECT: "the whole canvas at once, which draws another picture",
