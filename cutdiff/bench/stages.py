@@ -295,7 +295,7 @@ def parts(where: Where) -> None:
         first = {"first_s": now(where.device) - began, "difference": difference}
         where.lines.add(f"{ROWS[-1]} rows, compiled: {name}", first)
         check(difference, TOLERANCES[where.dtype], f"U-Net compiled by {name} differs")
-        where.lines.add(f"{ROWS[-1]} rows, compiled: {name}", {"call_s": call_seconds(run, inputs, where.device)})
+        where.lines.add(f"{ROWS[-1]} rows, compiled: {name}", {"call_s": _seconds(run, inputs, where.device)})
 
 
 def call_seconds(contestant: Ours, rows: int, repeats: int = 7) -> float:
