@@ -7,6 +7,7 @@ import string
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from hypothesis import given, settings
@@ -18,8 +19,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from cutdiff.bench.baselines import published_unet, published_vae
 from cutdiff.checkpoint.random_model import randomise
 from cutdiff.models.config import SD15_UNET, SD21_UNET, SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
+from cutdiff.models.inside import replaced
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.unet import UNet
+from cutdiff.models.unet import Upsample as UpsampleOfUNet
 from cutdiff.models.vae import VAE, DiagonalGaussian
 
 TOLERANCE = 1e-5
@@ -422,3 +425,28 @@ def test_a_unet_that_cannot_be_is_an_error(options: dict[str, tuple[int, ...]], 
 def test_a_vae_that_cannot_be_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"100 channels do not divide into 32 norm groups"):
         VAEConfig(channels=(128, 100))
+
+
+@pytest.mark.parametrize("size", [None, (8, 12)])
+def test_doubling_on_a_cpu_is_to_repeat_pixels_and_convolve(size: tuple[int, int] | None) -> None:
+    upsample = UpsampleOfUNet(6).requires_grad_(False)
+    x = torch.randn(3, 6, 4, 6, generator=torch.Generator().manual_seed(0))
+    plain = upsample.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    assert not torch.equal(upsample(x, size), plain), "a transposed convolution rounds otherwise"
+    assert relative_error(upsample(x, size), plain) < 1e-6
+    assert upsample(x, (7, 11)).shape == (3, 6, 7, 11)
+    half = upsample.bfloat16()
+    assert torch.equal(half(x.bfloat16(), size), half.conv(F.interpolate(x.bfloat16(), scale_factor=2, mode="nearest")))
+
+
+def test_doubling_calls_a_convolution_that_was_changed() -> None:
+    """A method that spreads the taps of all convolutions, and a hook, must be heard."""
+    upsample = UpsampleOfUNet(6).requires_grad_(False)
+    x = torch.randn(1, 6, 4, 4)
+    with replaced(upsample.conv, forward=torch.zeros_like):
+        assert torch.equal(upsample(x), torch.zeros(1, 6, 8, 8))
+    for register in (upsample.conv.register_forward_hook, upsample.conv.register_forward_pre_hook):
+        calls: list[object] = []
+        with register(lambda *_, calls=calls: calls.append(0)):
+            upsample(x)
+        assert len(calls) == 1

@@ -56,6 +56,7 @@ CASES: list[tuple[int, int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.usefixtures("doubles_as_a_gpu")
 @pytest.mark.parametrize(("height", "width", "options"), CASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_counts_of_every_step_are_those_of_the_run(
