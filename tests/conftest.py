@@ -102,7 +102,7 @@ def model() -> Model:
 
 @pytest.fixture
 def doubles_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the U-Net take as many FLOPs on a CPU as on the GPU of a plan: repeat pixels, then convolve."""
+    """Let the U-Net compute on a CPU what it does on the GPU of a plan: repeat pixels, then convolve."""
     monkeypatch.setattr("cutdiff.models.unet.DOUBLING_DEVICES", ())
 
 

@@ -28,7 +28,10 @@ from cutdiff.models.layers import (
 Context = Tensor | TextContext
 """The states of the text (B, L, context_dim), or the keys and values that `UNet.read` made of them."""
 DOUBLING_DEVICES = ("cpu",)
-"""The types of devices on which a transposed convolution was measured to double a feature map faster."""
+"""The types of devices on which a transposed convolution doubles large feature maps faster (in the README of
+`kernels`)."""
+DOUBLING_PIXELS = 512
+"""The pixels of a batch from which on it is faster, although its weight is made anew each time."""
 
 
 class GEGLU(nn.Module):
@@ -107,7 +110,7 @@ class Transformer(nn.Module):
 class Upsample(nn.Module):
     """Repeat pixels (nearest) to twice the size, or to `size` if an odd level was halved, then convolve.
 
-    On `DOUBLING_DEVICES` twice the size is one transposed convolution in float32, of 4 products an output and not 9.
+    Where that is faster, twice the size is one transposed convolution, of 4 products an output and not 9.
     """
 
     def __init__(self, channels: int) -> None:
@@ -121,10 +124,11 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size or twice, mode="nearest"))
 
     def _doubles(self, x: Tensor) -> bool:
-        """In 16 bits the taps' sums would be rounded once more, and it is no faster."""
+        """True for many pixels in float32 on a CPU without AMX: in 16 bits, and with AMX, it was no faster."""
         if x.device.type not in DOUBLING_DEVICES or x.dtype != torch.float32 or torch.compiler.is_compiling():
             return False
-        return untouched(self.conv)
+        many = x[:, 0].numel() >= DOUBLING_PIXELS
+        return many and untouched(self.conv) and not torch.cpu._is_amx_tile_supported()
 
 
 class Level(nn.Module):
