@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cutdiff import specs
-from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_debug
+from cutdiff.cli.arguments import AUTO, DTYPES, BadArgument, Parser, add_debug
 from cutdiff.cli.ending import exit_status
 from cutdiff.options import options_of, read
 from cutdiff.settings import Settings
@@ -80,7 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="pictures drawn at once")
     parser.add_argument("--model", metavar="PATH", help="none: the embedded one")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the networks")
+    parser.add_argument(
+        "--dtype", default=AUTO, choices=(AUTO, *DTYPES),
+        help="of the networks; auto is bfloat16 where the machine multiplies it in hardware, else float32",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), metavar="DIR", help="the output")
     parser.add_argument(

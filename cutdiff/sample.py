@@ -37,6 +37,7 @@ def _run(argv: list[str] | None) -> None:
     with alike():
         args = parse(argv)
         _check_processes(args.data_parallel)
+    from cutdiff.cli.device import tell_dtype
     from cutdiff.parallel.launch import joined
 
     with joined(args.device, args.data_parallel, args.rank_timeout) as launch:
@@ -46,6 +47,7 @@ def _run(argv: list[str] | None) -> None:
             if launch.group.leads:
                 _check_output(args.out)
             model = _load(args)
+            tell_dtype(args.dtype, model)
             _tell_model(model, everything=args.verbose)
             requests, unfit = check_fit(model, args, requests)
             _leave_out(args, unfit, everything=not requests)
@@ -94,7 +96,7 @@ def _load(args: argparse.Namespace) -> Model:
 
     import cutdiff
     from cutdiff.checkpoint import LoraError
-    from cutdiff.cli.device import device_of
+    from cutdiff.cli.device import device_of, dtype_of
 
     device = device_of(args.device)
     if device.type == "cuda":
@@ -105,7 +107,7 @@ def _load(args: argparse.Namespace) -> Model:
         model = cutdiff.load(
             args.model,
             device=device,
-            dtype=getattr(torch, args.dtype),
+            dtype=dtype_of(args.dtype, device),
             config=args.config,
             vae=args.vae,
             prediction_type=args.prediction_type,

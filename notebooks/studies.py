@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from variants import (
     conditioned,
     contiguous_patches,
@@ -29,7 +28,8 @@ from variants import (
 )
 
 import cutdiff
-from cutdiff.cli.arguments import BadArgument, Parser
+from cutdiff.cli.arguments import AUTO, BadArgument, Parser
+from cutdiff.cli.device import device_of, dtype_of, tell_dtype
 from cutdiff.evaluation.cells import Cell, folder_of, picture_paths
 from cutdiff.evaluation.report import save_sheet
 from cutdiff.evaluation.testbed import Testbed, environment
@@ -195,8 +195,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch", type=int, default=8, metavar="B", help="number of pictures drawn at once (%(default)s)"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="(%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=(AUTO, "float32", "bfloat16"), default=AUTO,
+        help="auto is bfloat16 where the machine multiplies it in hardware, else float32 (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
     parser.add_argument("--model", type=Path, help="another model of the scenes, with --results of its own")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of the results, a file for each cell (results/)"
@@ -210,7 +213,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> None:
     part, parts = args.part
-    model = cutdiff.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
+    device = device_of(args.device)
+    model = cutdiff.load(args.model, device=device, dtype=dtype_of(args.dtype, device))
+    tell_dtype(args.dtype, model)
     judged = Testbed(model, BASE, args.num, args.out, args.batch)
     chosen_by = Testbed(model, replace(BASE, **CHOICE), args.num, args.out / "choice", args.batch, CHOICE_SEED)
     for study in args.studies:

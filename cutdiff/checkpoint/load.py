@@ -22,6 +22,7 @@ from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
 from cutdiff.checkpoint.read import check_end, read_tensors_and_metadata
 from cutdiff.checkpoint.vae import read_vae
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
+from cutdiff.models.machine import keep_freed_memory
 
 
 @contextmanager
@@ -119,6 +120,8 @@ def load(
         raise ValueError(f"{source}: {bad}")
     if fp8:
         quantize_transformers(model.unet)
+    if device.type == "cpu":
+        keep_freed_memory()
     return model
 
 

@@ -24,6 +24,8 @@ from cutdiff.specs import TABLES
 DEMO_PROMPT = "a red house with mountains over a meadow at day"
 Group = argparse._ArgumentGroup
 DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"
+"""The --dtype that the machine chooses. Only measurements have it: a picture is to be the same on every machine."""
 HOW = (*TABLES, "num_steps", "guidance_interval")
 """The options of a run that say how a picture is drawn, and neither which one nor where."""
 

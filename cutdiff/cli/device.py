@@ -1,11 +1,14 @@
-"""The device that a command line names."""
+"""The device that a command line names, and the dtype of the networks on it."""
 
 from __future__ import annotations
 
 import torch
 
-from cutdiff.cli.arguments import BadArgument
-from cutdiff.parallel.process import num_processes, own_gpu
+from cutdiff.checkpoint.model import Model, dtype_name
+from cutdiff.cli.arguments import AUTO, BadArgument
+from cutdiff.cli.ending import say
+from cutdiff.models.machine import fast_dtype, multiplies
+from cutdiff.parallel.process import num_processes, own_gpu, process
 
 
 def device_of(name: str | None) -> torch.device:
@@ -25,3 +28,18 @@ def device_of(name: str | None) -> torch.device:
     if available.type not in ("cpu", "cuda"):
         raise BadArgument(f"--device {device} is not cpu or cuda")
     return available
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype for --dtype `name`; AUTO is bfloat16 where the device multiplies it in hardware, else float32."""
+    return fast_dtype(device) if name == AUTO else getattr(torch, name)
+
+
+def tell_dtype(name: str, model: Model) -> None:
+    """Say, in the first process, which dtype AUTO is here, or that this CPU emulates the one that was named."""
+    if process() > 0:
+        return
+    if name == AUTO:
+        say(f"--dtype auto is {dtype_name(model.dtype)} on this machine")
+    elif model.device.type == "cpu" and not multiplies(model.device, model.dtype):
+        say(f"--dtype {name} is emulated by this CPU, which takes several times as long as --dtype float32")

@@ -72,7 +72,10 @@ def draw(
         save_json(planned, plan)
     finished = {line["first"]: line["captions"] for line in _lines(log)}
     known = all(a == b for i, drawn in finished.items() for a, b in zip(drawn, captions[i:], strict=False))
-    if json.loads(planned.read_text()) != plan or not known:
+    before = json.loads(planned.read_text())
+    if before["dtype"] != plan["dtype"]:
+        raise ValueError(f"{folder} was drawn in {before['dtype']}: pass --dtype {before['dtype']}, or another --out")
+    if before != plan or not known:
         raise ValueError(f"{folder} holds pictures that were drawn otherwise: take another --out, or delete it")
     for first in range(0, len(captions), batch):
         part = captions[first : first + batch]

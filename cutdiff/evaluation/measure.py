@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
-from cutdiff.cli.device import device_of
+from cutdiff.cli.device import device_of, dtype_of, tell_dtype
 from cutdiff.evaluation import score
 from cutdiff.evaluation.cells import Cell, cost, draw_cells, folder_of, picture_paths
 from cutdiff.evaluation.features import PIXELS
@@ -47,7 +46,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         references = References.load(args.references, args.features, args.clip, device)
     else:
         score.scenes(args.num, caption_seed)
-    model = cutdiff.load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    model = cutdiff.load(args.model, device=device, dtype=dtype_of(args.dtype, device))
     native = model.native_size * model.factor
     if references is None and native < PIXELS:
         raise ValueError(
@@ -61,9 +60,11 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
     if references is None:
         base = replace(base, **shared)
         testbed = Testbed(model, base, args.num, args.out, args.batch, caption_seed, _named(NATIVE, shared))
+        tell_dtype(args.dtype, model)
         rows, cells = measure_scenes(testbed, cells), [testbed.native_cell, *cells]
         drawn = {"batch": args.batch, "caption_seed": caption_seed}
     else:
+        tell_dtype(args.dtype, model)
         rows = measure_prompts(model, cells, prompts, references, args.out, batch=args.batch)
         drawn = {"batch": args.batch, "prompts": prompts}
     result = {"cells": rows, "command": command, **drawn, **environment(model), "source": model.source}
