@@ -41,7 +41,7 @@ from cutdiff.cli.arguments import BadArgument, Parser, add_debug
 from cutdiff.cli.device import device_of
 from cutdiff.cli.ending import Failure, exit_status, say
 from cutdiff.models import fp8
-from cutdiff.models.config import SDXL_UNET, SDXL_VAE
+from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig
 from cutdiff.pipeline import now
 from cutdiff.settings import Settings
 
@@ -76,7 +76,7 @@ class Where:
         return torch.float32 if self.small else torch.bfloat16
 
     @property
-    def config(self) -> Any:
+    def config(self) -> UNetConfig:
         return SMALL_UNET if self.small else SDXL_UNET
 
     def model(self) -> Model:
@@ -170,7 +170,8 @@ def correct(where: Where) -> None:
         except Exception as error:
             difference = f"{type(error).__name__}: {error}".partition("\n")[0]
         where.lines.add(of, {"right": not difference, "failed": difference})
-        wrong.extend([f"{of} {difference}"] if difference else [])
+        if difference:
+            wrong.append(f"{of} {difference}")
 
     if runs_on(where.device):
         for size in operators.SIZES[:1] if where.small else operators.SIZES:
