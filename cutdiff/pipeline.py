@@ -110,14 +110,15 @@ def generate(
         torch.cuda.reset_peak_memory_stats(model.device)
     prepared = prepare(model, prompt, settings, draws, ranks, observer)
     latents, seconds, began = torch.empty(0), {}, now(model.device)
-    received_before = ranks.received_bytes
+    received_before, ends = ranks.received_bytes, {part.steps[-1] for part in prepared.stages if part.steps}
     for step in prepared.steps:
         latents = step.latents
         if on_step is not None:
             on_step(step, prepared.num_steps)
-        ended = now(model.device)
-        seconds[step.stage] = seconds.get(step.stage, 0.0) + ended - began
-        began = ended
+        if step.index in ends:  # only then does the clock wait for the device
+            ended = now(model.device)
+            seconds[step.stage] = seconds.get(step.stage, 0.0) + ended - began
+            began = ended
     received = ranks.received_bytes - received_before
     if not latents.isfinite().all():
         raise FloatingPointError("the last step of the solver gave NaN or infinity")
@@ -274,7 +275,8 @@ def prepare(
     first = stages[0]
     shape = (len(prompts), model.unet.config.in_channels, *(first.size or size))
     noise = run.draws.noise(shape).to(model.device, torch.float32)
-    steps = solve(stages, noise * _init_scale(first, schedule), schedule, settings.solver, run.draws.noise)
+    x, flags = noise * _init_scale(first, schedule), denoiser.work.flags
+    steps = solve(stages, x, schedule, settings.solver, run.draws.noise, flags)
     steps = explained(steps, denoiser, model.why_not_finite)
     if observer is not None:
         steps = _observed(steps, observer)

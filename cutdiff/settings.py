@@ -62,9 +62,11 @@ class Settings(Options):
     """The patches or views that go through the network at once, halved where a GPU's memory does not suffice; None: 16
     on a CPU, all of a step on a GPU."""
     compile: bool = False
-    """Send the network through torch.compile, which takes minutes once; not for methods that change it."""
+    """Compile the network's blocks, which takes a while for each number of rows: for a GPU, and not for methods that
+    change the network."""
     cuda_graphs: bool = False
-    """Record the compiled network as a CUDA graph for each number of rows: fewer waits where batches are small."""
+    """Compile the network as a whole, and record it as a CUDA graph for each number of rows: fewer waits where batches
+    are small."""
     backend: Backend = "auto"
     """The operators around the network: "triton", "reference" (plain torch), or "auto", which is Triton on a GPU."""
 

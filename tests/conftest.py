@@ -32,7 +32,7 @@ from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.scenes.vocabulary import WIDTH, make_text_encoders
 
 SLOW = Path(__file__).with_name("slow.txt")
-collect_ignore = [] if find_spec("triton") else ["test_kernels.py", "test_fused.py"]  # there is none for macOS
+collect_ignore_glob = [] if find_spec("triton") else ["test_kernels*.py", "test_fused.py"]  # there is none for macOS
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci")
 

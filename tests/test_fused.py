@@ -98,21 +98,31 @@ def test_more_tiles_than_are_folded_at_once(device: str) -> None:
     num_in=st.sampled_from([1, 16, 45, 64, 130]),
     num_out=st.sampled_from([1, 17, 64, 150]),
     transposed=st.booleans(),
+    variant=st.sampled_from(list(network.VARIANTS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_gated_products_are_those_of_the_reference(
-    device: str, seed: int, rows: list[int], num_in: int, num_out: int, transposed: bool, dtype: torch.dtype
+    device: str,
+    seed: int,
+    rows: list[int],
+    num_in: int,
+    num_out: int,
+    transposed: bool,
+    variant: str,
+    dtype: torch.dtype,
 ) -> None:
     if dtype == torch.bfloat16 and device == "cpu":
         dtype = torch.float16  # the interpreter multiplies the bits of bfloat16 as if they were numbers
-    rows = [*rows[:-1], 17 * rows[-1]]  # up to several tiles
+    rows = [*rows[:-1], 17 * rows[-1]]  # up to several tiles, and to more than there are persistent programs
+    if network.VARIANTS[variant].tma:
+        num_in = (num_in + 7) // 8 * 8  # its rows are multiples of 16 bytes
     x = drawn(seed, *rows, num_in).to(device, dtype)
     if transposed:
         x = x.mT.contiguous().mT
     weight = (drawn(seed + 1, 2 * num_out, num_in) / num_in**0.5).to(device, dtype)
     bias = drawn(seed + 2, 2 * num_out).to(device, dtype)
     out = poisoned(*rows, num_out, dtype=dtype, device=device)
-    result = network.geglu(x, weight, bias, out=out)
+    result = network.geglu(x, weight, bias, variant=variant, out=out)
     assert result is out
     same, truth = (
         reference_network.geglu(x, weight, bias),
@@ -127,6 +137,11 @@ def test_what_does_not_fit_is_an_error(device: str) -> None:
         network.group_norm(x, 4, weight, weight, 1e-5)
     with pytest.raises(ValueError, match="are no gated linear layer"):
         network.geglu(x[0], torch.zeros(3, 2, device=device), torch.zeros(3, device=device))
+    rows, gates, bias = x.flatten(1), torch.zeros(4, 24, device=device), torch.zeros(4, device=device)
+    with pytest.raises(ValueError, match=r"variant 'tma' needs rows of a multiple of 16 bytes, and 23 of"):
+        network.geglu(rows[:, :23], gates[:, :23], bias, variant="tma")
+    with pytest.raises(ValueError, match=r"variant='fast' is not one of cp.async, 4 stages, "):
+        network.geglu(rows, gates, bias, variant="fast")
     with pytest.raises(ValueError, match="no backward pass"):
         network.geglu(x.requires_grad_(), torch.zeros(4, 2, device=device), torch.zeros(4, device=device))
 
@@ -200,6 +215,13 @@ def test_the_bench_checks_before_it_times(device: str, index: int, monkeypatch: 
         monkeypatch.setattr(bench_network, "NETWORK_DTYPE", torch.float16)  # see above
     layer = bench_network.layers(2, torch.device(device))[index]
     assert bench_network.compare(layer) == ""
+    assert [bench_network._variant(layer, call, lambda call: 1e-6) for call in layer.variants.values()] == [
+        1e-6 for _ in layer.variants
+    ]
+    off = bench_network._variant(layer, lambda: layer.plain() + 1, lambda call: 1e-6)
+    assert str(off).startswith("differs by ")
+    unfit = bench_network._variant(layer, lambda: network.geglu(*3 * [layer.plain()]), lambda call: 1e-6)
+    assert str(unfit).startswith("ValueError: ")
     wrong = replace(layer, kernel=lambda: layer.plain() + 1)
     row = bench_network.measure(wrong, 2)
     assert row.failed.startswith("differs by ")

@@ -93,30 +93,30 @@ def test_the_operators_bench_keeps_every_number(tmp_path: Path, monkeypatch: pyt
     path, file = tmp_path / "numbers.jsonl", tmp_path / "bench.json"
     arguments = ["--sizes", "256", "--lines", str(path), "operators", "--json", str(file)]
     assert operators.main(arguments) == 0
-    found = {(of, name): value for _, of, name, value in values(path)}
-    assert found["permutations of a step on one CPU thread", "published"] == 2.0
+    kept = {(of, name): value for _, of, name, value in values(path)}
+    assert kept["permutations of a step on one CPU thread", "published"] == 2.0
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) == 6
     for row in rows:
-        assert found[f"{row['name']}, 256²", "reference"] == pytest.approx(row["reference_us"] / 1e6)
+        assert kept[f"{row['name']}, 256²", "reference"] == pytest.approx(row["reference_us"] / 1e6)
 
 
 def test_a_stage_that_hangs_dies_or_fails_keeps_its_numbers_and_lets_the_others_run(stand_in: Path) -> None:
     """A stage at its limit is ended with its children, though it does not heed SIGTERM."""
     runner = Runner(stand_in, 60)
     runner.run([stage("hangs", most=2), stage("dies"), stage("fails"), stage("ends"), stage("long", least=90)])
-    found = values(runner.numbers)
+    kept = values(runner.numbers)
     for name in ("hangs", "dies", "fails", "ends"):
-        assert (name, "a thing", "took", 0.25) in found
-    assert ("ends", "a thing", "took", 0.75) in found
-    ends = {name: value for name, of, what, value in found if (of, what) == ("stage", "ended")}
+        assert (name, "a thing", "took", 0.25) in kept
+    assert ("ends", "a thing", "took", 0.75) in kept
+    ends = {name: value for name, of, what, value in kept if (of, what) == ("stage", "ended")}
     assert ends == runner.ends
     assert ends["hangs"] == "ended at its limit of 2 s"
     assert ends["dies"] == "failed with SIGKILL: it printed nothing"
     assert ends["fails"] == "failed with status 1: it went wrong"
     assert ends["ends"] == "done"
     assert ends["long"].startswith("skipped: it takes 90 s, and 5")
-    (child,) = (value for _, of, _, value in found if of == "a child")
+    (child,) = (value for _, of, _, value in kept if of == "a child")
     assert not runs(child)
     text = (stand_in / "summary.txt").read_text(encoding="utf-8")
     assert "hangs: ended at its limit of 2 s, 3 s\n  a thing: took 250 ms\n" in text
@@ -226,8 +226,8 @@ def test_a_wrong_kernel_is_named_and_the_others_are_compared(tmp_path: Path, mon
     monkeypatch.setattr(operators.Inputs, "kernels", broken)
     with pytest.raises(Failure, match="1 kernels are wrong, the first: gather views, 256², float32 differs from its"):
         stages.correct(where(path))
-    found = {of: value for _, of, name, value in values(path) if name == "right"}
-    assert found == dict.fromkeys(right, True) | {"gather views, 256², float32": False}
+    kept = {of: value for _, of, name, value in values(path) if name == "right"}
+    assert kept == dict.fromkeys(right, True) | {"gather views, 256², float32": False}
 
 
 def test_a_picture_is_the_sum_of_its_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +235,12 @@ def test_a_picture_is_the_sum_of_its_calls(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(stages, "call_seconds", lambda contestant, rows: rows / 100)
     path = tmp_path / "numbers.jsonl"
     stages.call(where(path))
-    found = {(of, name): value for _, of, name, value in values(path)}
-    assert found["650 rows, by these calls", "calls"] == pytest.approx(6.5)
-    assert found["18 rows", "call"] == 0.18
-    rate = found["18 rows", "rate"]
-    assert found["650 rows, by these calls", "rate"] == pytest.approx(rate)
-    assert found["operator aten::addmm", "total"] > 0
+    kept = {(of, name): value for _, of, name, value in values(path)}
+    assert kept["650 rows, by these calls", "calls"] == pytest.approx(6.5)
+    assert kept["18 rows", "call"] == 0.18
+    rate = kept["18 rows", "rate"]
+    assert kept["650 rows, by these calls", "rate"] == pytest.approx(rate)
+    assert kept["operator aten::addmm", "total"] > 0
 
 
 def test_a_variant_that_fails_does_not_keep_others_from_being_timed(
@@ -262,11 +262,11 @@ def test_a_variant_that_fails_does_not_keep_others_from_being_timed(
     path = tmp_path / "numbers.jsonl"
     with pytest.raises(Failure, match="1 variants failed, the first: fused-norm: RuntimeError: it does not compile"):
         stages.variants(where(path))
-    found = {(of, name): value for _, of, name, value in values(path)}
-    assert found["fp8", "times cutdiff"] == 2.0
-    assert found["fused-norm", "failed"] == "RuntimeError: it does not compile"
-    assert found["fused-gate", "times cutdiff"] == 1.0
-    assert found["flash", "skipped"].startswith("only a GPU has it")
+    kept = {(of, name): value for _, of, name, value in values(path)}
+    assert kept["fp8", "times cutdiff"] == 2.0
+    assert kept["fused-norm", "failed"] == "RuntimeError: it does not compile"
+    assert kept["fused-gate", "times cutdiff"] == 1.0
+    assert kept["flash", "skipped"].startswith("only a GPU has it")
 
 
 def test_the_outcome_of_each_test_is_kept(tmp_path: Path) -> None:
@@ -275,8 +275,8 @@ def test_the_outcome_of_each_test_is_kept(tmp_path: Path) -> None:
     file.write_text(text, encoding="utf-8")
     with pytest.raises(Failure, match="pytest ended with TESTS_FAILED"):
         stages.run_tests(Lines(path, "tests"), [str(file), "--rootdir", str(tmp_path), "-p", "no:xdist"])
-    found = [(of.rpartition("::")[2], name, value) for _, of, name, value in values(path) if name != "test"]
-    assert found == [("tests", "passed", f"{file.name}::test_right"), ("test_wrong", "outcome", "failed")]
+    kept = [(of.rpartition("::")[2], name, value) for _, of, name, value in values(path) if name != "test"]
+    assert kept == [("tests", "passed", f"{file.name}::test_right"), ("test_wrong", "outcome", "failed")]
 
 
 def test_every_file_with_a_test_for_a_gpu_is_run() -> None:

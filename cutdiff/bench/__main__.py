@@ -13,6 +13,8 @@ FLOPs of the network's evaluations at the best rate that a large matrix product 
 On a GPU the peak memory of each contestant is reported, including its weights; on every device that of the process,
 which holds the weights of all. The exit status is 0, 1 if networks differ or a run failed, and 2 for arguments that
 cannot be used.
+
+With --methods, methods are compared with each other instead (`bench.methods`), and nothing needs diffusers.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from cutdiff_kernels.timing import hardware
 from tqdm import trange
 
 import cutdiff
+from cutdiff.bench import methods
 from cutdiff.bench.measure import (
     Contestant,
     Ours,
@@ -82,8 +85,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> None:
-    args = _parse(argv)
-    result = _measure(args, ["python", "-m", "cutdiff.bench", *(sys.argv[1:] if argv is None else argv)])
+    args, given = _parse(argv), sys.argv[1:] if argv is None else argv
+    command = ["python", "-m", "cutdiff.bench", *given]
+    if methods.asked(args, given):
+        device, networks = device_of(args.device), (SMALL_UNET, SMALL_VAE) if args.small else (SDXL_UNET, SDXL_VAE)
+        _check(args, device)
+        print(methods.report(methods.compare(args, command, device, *networks)))
+        return
+    result = _measure(args, command)
     print(f"{heading(result)}\n\n{table(result)}")
 
 
@@ -189,11 +198,8 @@ def _baselines() -> ModuleType:
         raise Failure(f'the baselines need {error.name}: pip install -e ".[bench]"') from None
 
 
-def _settings(args: argparse.Namespace, device: torch.device, unet: UNetConfig, vae: VAEConfig) -> Settings:
-    """The options of this package's sampler, checked; the published loop does the same work."""
-    native = unet.native_size * vae.factor
-    if args.size < native or args.size % native:
-        raise BadArgument(f"--size {args.size} must be a multiple of {native}, the native size: so the loop has it")
+def _check(args: argparse.Namespace, device: torch.device) -> None:
+    """BadArgument where an argument cannot be used, whatever is compared."""
     for name, least in (("steps", 2), ("repeats", 1), ("matmul", 1), ("view_batch_size", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -205,6 +211,14 @@ def _settings(args: argparse.Namespace, device: torch.device, unet: UNetConfig, 
     for flag, path in (("--json", args.json), ("--lines", Path(args.lines[0]) if args.lines else None)):
         if path is not None and not path.parent.is_dir():
             raise BadArgument(f"{flag} {path} cannot be written, its folder does not exist: create it")
+
+
+def _settings(args: argparse.Namespace, device: torch.device, unet: UNetConfig, vae: VAEConfig) -> Settings:
+    """The options of this package's sampler, checked; the published loop does the same work."""
+    native = unet.native_size * vae.factor
+    if args.size < native or args.size % native:
+        raise BadArgument(f"--size {args.size} must be a multiple of {native}, the native size: so the loop has it")
+    _check(args, device)
     if args.compile and len({*args.also} - {EAGER}) > 1:
         raise BadArgument(f"--also {' '.join(args.also)}: with --compile one at a time, each is compiled anew")
     for name in args.also:
@@ -253,6 +267,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--backend", default=defaults.backend, choices=BACKENDS, help="the sampler's operators")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements to this file")
+    methods.add_arguments(parser)
     add_lines(parser)
     add_debug(parser)
     args = parser.parse_args(argv)

@@ -94,6 +94,7 @@ def stages(second: bool, small: bool, loops: bool) -> list[Stage]:
         own("variants", 25, 80),
         bench("compiled", 45, 200, many, "--compile", *twice, "--only", "--also", "eager"),
         bench("fp8 compiled", 45, 160, many, "--compile", *twice, "--only", "--also", "fp8"),
+        own("parts", 45, 120),
         Stage("operators", 20, 90, "cutdiff_kernels.bench", sizes),
         Stage("layers", 20, 80, "cutdiff_kernels.bench_network"),
         own("tests", 20, 300),

@@ -24,8 +24,8 @@ def summary(timings: dict[str, list[Timing]], flops: dict[str, float], peak_flop
         seconds, ratios, whole = {}, {}, flops.get(name, flops["network"])
         for part in PARTS:
             own, ours = ([run.seconds[part] for run in some] for some in (runs, timings[OURS]))
-            seconds[part] = _spread(own)
-            ratios[part] = _spread([a / b for a, b in zip(own, ours, strict=True)])
+            seconds[part] = spread(own)
+            ratios[part] = spread([a / b for a, b in zip(own, ours, strict=True)])
         network = seconds["network"]["median"]
         rows[name] = {
             "seconds": seconds,
@@ -71,8 +71,8 @@ def table(result: dict[str, Any]) -> str:
         cells = [
             row["what"] if name in (OURS, *VARIANTS) else f"{name}: {row['what']}",
             *(f"{seconds[stage]['median']:.2f}" if seconds[stage]["median"] else "–" for stage in STAGES),
-            _cell(seconds["network"]),
-            _cell(row["times_ours"]["network"]),
+            cell(seconds["network"]),
+            cell(row["times_ours"]["network"]),
             f"{row['flops_per_s'] / 1e12:.3g}",
             f"{row['times_floor']:.2f}",
             f"{seconds['decode']['median']:.2f}",
@@ -92,9 +92,11 @@ def _peak_memory(runs: list[dict[str, Any]], part: str) -> str:
     return "–" if None in peaks else f"{max(peaks) / 1e9:.2f}"
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median of some values, the least and the most."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def _cell(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.2f} [{spread['least']:.2f} – {spread['most']:.2f}]"
+def cell(values: dict[str, float]) -> str:
+    """A cell of the table for what `spread` gives."""
+    return f"{values['median']:.2f} [{values['least']:.2f} – {values['most']:.2f}]"

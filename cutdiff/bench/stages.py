@@ -1,10 +1,10 @@
 """Stages of `gpu.sh` that no bench covers: `python -m cutdiff.bench.stages STAGE [--small] [--lines FILE STAGE]`.
 
 `machine` reads what the hardware is and does at best, `correct` compares every kernel with its reference at SDXL's
-shapes, `call` times single calls of the U-Net and profiles one, `variants` times calls of the sampler's variants, and
-`tests` runs the tests marked gpu. Each number is appended to the file of `--lines` as soon as it is known. With --small
-a small network and small shapes take the place of SDXL's, and a CPU will do. The exit status is 0, 1 if something is
-wrong or failed, and 2 for arguments that cannot be used.
+shapes, `call` times single calls of the U-Net and profiles one, `variants` times calls of the sampler's variants,
+`parts` compiles the network's blocks and the whole, and `tests` runs the tests marked gpu. Each number is appended to
+the file of `--lines` as soon as it is known. With --small a small network and small shapes take the place of SDXL's,
+and a CPU will do. The exit status is 0, 1 if something is wrong or failed, and 2 for arguments that cannot be used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 import torch.nn.functional as F
 from cutdiff_kernels import bench as operators
 from cutdiff_kernels.launch import runs_on
@@ -33,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cutdiff.bench.__main__ import SMALL_UNET, SMALL_VAE
 from cutdiff.bench.measure import Memory, Ours, attention_order, matmul_peak, unet_flops
-from cutdiff.bench.parity import NotEqual, prove_again, relative_difference
+from cutdiff.bench.parity import TOLERANCES, NotEqual, check, prove_again, relative_difference
 from cutdiff.bench.variants import DIRECT, EAGER, VARIANTS, check_variant, variant
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import cast, network_inputs, random_model
@@ -41,6 +42,7 @@ from cutdiff.cli.arguments import BadArgument, Parser, add_debug
 from cutdiff.cli.device import device_of
 from cutdiff.cli.ending import Failure, exit_status, say
 from cutdiff.models import fp8
+from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig
 from cutdiff.pipeline import now
 from cutdiff.settings import Settings
@@ -52,7 +54,8 @@ CALLS = {8: 25, 18: 25}
 SHOWN = 15
 """The most kernels, and operators, of a profile that are kept."""
 ROOT = Path(__file__).parents[2]
-GPU_TESTS = ("test_kernels.py", "test_fused.py", "test_fp8.py", "test_compiled.py", "test_offload.py")
+GPU_TESTS = ("test_kernels.py", "test_kernels_flag.py", "test_kernels_launch.py", "test_launches.py", "test_fused.py")
+GPU_TESTS += ("test_fp8.py", "test_compiled.py", "test_offload.py")
 GPU_TESTS += ("test_checkpoint.py",)
 """The files that have tests marked gpu; the last one imports diffusers."""
 FP8_TOLERANCE = 1e-2
@@ -279,21 +282,43 @@ def _picture(seconds: dict[int, float]) -> float:
     return sum(count * seconds[rows] for rows, count in CALLS.items())
 
 
+@torch.no_grad()
+def parts(where: Where) -> None:
+    """The seconds of a call that is compiled by blocks or as a whole, and of the first one, which compiles."""
+    model = where.model()
+    inputs = _inputs(model, ROWS[-1])
+    inductor.force_disable_caches = True
+    plain = {"call_s": _seconds(model.unet, inputs, where.device)}
+    where.lines.add(f"{ROWS[-1]} rows, not compiled", plain)
+    for name in ("blocks", "whole"):
+        run, began = compiled(model.unet, parts=name), now(where.device)
+        difference = relative_difference(run(*inputs), model.unet(*inputs))
+        first = {"first_s": now(where.device) - began, "difference": difference}
+        where.lines.add(f"{ROWS[-1]} rows, compiled: {name}", first)
+        check(difference, TOLERANCES[where.dtype], f"U-Net compiled by {name} differs")
+        where.lines.add(f"{ROWS[-1]} rows, compiled: {name}", {"call_s": call_seconds(run, inputs, where.device)})
+
+
 def call_seconds(contestant: Ours, rows: int, repeats: int = 7) -> float:
-    """The median seconds of a call of the U-Net for so many rows of native size, which read the keys of two texts."""
-    inputs, device = _inputs(contestant.model, rows), contestant.model.device
+    """The median seconds of a call of the U-Net for so many rows."""
+    model = contestant.model
+    return _seconds(contestant.predict, _inputs(model, rows), model.device, repeats)
+
+
+def _seconds(run: Callable[..., Tensor], inputs: Sequence[Any], device: torch.device, repeats: int = 7) -> float:
     times = []
     for _ in range(repeats + 2):
         began = now(device)
-        contestant.predict(*inputs)
+        run(*inputs)
         times.append(now(device) - began)
     return median(times[2:])
 
 
 def _inputs(model: Model, rows: int) -> tuple[Any, ...]:
+    """Random inputs of the U-Net for so many rows of native size, which read the keys of two texts."""
     x, timestep, context, pooled, size_ids = network_inputs(model, rows)
     text = model.unet.read(context[:2])[torch.arange(rows, device=x.device) % 2]
-    return x, timestep, text, pooled, size_ids
+    return x, timestep.expand(rows), text, pooled, size_ids
 
 
 class Outcomes:
@@ -326,7 +351,14 @@ def run_tests(lines: Lines, arguments: list[str]) -> None:
         raise Failure(f"pytest ended with {pytest.ExitCode(status).name}")
 
 
-STAGES = {"machine": machine, "correct": correct, "call": call, "variants": variants, "tests": tests}
+STAGES = {
+    "machine": machine,
+    "correct": correct,
+    "call": call,
+    "variants": variants,
+    "parts": parts,
+    "tests": tests,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

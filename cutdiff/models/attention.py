@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cutdiff.models.layers import Attention
-from cutdiff.models.unet import Context, UNet
+from cutdiff.models.layers import Attention, KeysAndValues
+from cutdiff.models.unet import UNet
 
 
 class AttentionMaps:
@@ -25,7 +25,7 @@ class AttentionMaps:
         self._pending: dict[Attention, Tensor] = {}
         self._thread = threading.get_ident()
 
-    def add(self, layer: Attention, args: tuple[Tensor, Context], output: Tensor) -> None:
+    def add(self, layer: Attention, args: tuple[Tensor, Tensor | KeysAndValues], output: Tensor) -> None:
         """A forward hook of `layer`, whose arguments were x and the context."""
         if threading.get_ident() == self._thread:
             self._pending[layer] = layer.weights(*args).mean(dim=1)

@@ -1,39 +1,59 @@
-"""The U-Net through torch.compile: after minutes of compiling it runs on kernels that were made for the device."""
+"""The U-Net through torch.compile: after a while of compiling it runs on kernels that were made for the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from copy import deepcopy
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cutdiff.models.layers import TextContext
-from cutdiff.models.unet import Context, UNet
+from cutdiff.models.layers import ResnetBlock
+from cutdiff.models.unet import Context, TransformerBlock, UNet
 
 BACKEND = "inductor"
+BLOCKS = (ResnetBlock, TransformerBlock)
+"""What is compiled by itself: one graph for all blocks of the same shapes, and one more for each number of rows."""
+MOST_GRAPHS = 1024
+"""The graphs of one kind of block. SDXL has up to 12 for each number of rows, and torch of itself takes 8."""
 GRAPHS = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
 """The options that record CUDA graphs; a graph that cannot be recorded is an error and not a slower run."""
 
 
-def compiled(unet: UNet, *, cuda_graphs: bool = False) -> Callable[..., Tensor]:
-    """`unet.forward`, compiled as one graph at its first call; later runs reuse what was compiled.
+def compiled(
+    unet: UNet, *, parts: Literal["blocks", "whole"] = "blocks", cuda_graphs: bool = False
+) -> Callable[..., Tensor]:
+    """`unet.forward` on compiled kernels, which are made at its first call for a number of rows; later runs reuse them.
 
-    The number of rows stays open, so neither another stage of a run nor its last, smaller batch compiles anew. With
-    `cuda_graphs` a graph is recorded for each number of rows, and its output is copied, as the next call writes over
-    it. A later change inside of `unet` may have no effect: hooks that are added do not run.
+    "blocks" compiles each kind of resnet and transformer block once and leaves what stands between them as it is;
+    "whole" compiles one graph. With `cuda_graphs` the whole network is recorded for each number of rows, and its output
+    is copied, as the next call writes over it. A later change inside of `unet` has no effect: it runs as a copy that
+    shares its tensors. torch's limits of graphs are raised for the process.
     """
-    graphs: dict[str, Any] = {"options": GRAPHS} if cuda_graphs else {}
-    run = torch.compile(unet, fullgraph=True, backend=BACKEND, **graphs)
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, MOST_GRAPHS)
+    own = _sharing_tensors(unet)
+    if parts == "blocks" and not cuda_graphs:
+        for module in own.modules():
+            if isinstance(module, BLOCKS):
+                module.compile(fullgraph=True, dynamic=False, backend=BACKEND)
+    else:
+        own.compile(fullgraph=True, dynamic=False, backend=BACKEND, **({"options": GRAPHS} if cuda_graphs else {}))
 
     def forward(x: Tensor, timesteps: Tensor, context: Context, pooled: Tensor, size_ids: Tensor) -> Tensor:
-        timesteps = timesteps.contiguous()
-        by_row = (x, timesteps, context.rows if isinstance(context, TextContext) else context, pooled, size_ids)
-        for values in by_row:
-            torch._dynamo.maybe_mark_dynamic(values, 0)
-        if not cuda_graphs:
-            return run(x, timesteps, context, pooled, size_ids)
-        torch.compiler.cudagraph_mark_step_begin()
-        return run(x, timesteps, context, pooled, size_ids).clone()
+        if cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        prediction = own(x, timesteps.contiguous(), context, pooled, size_ids)
+        return prediction.clone() if cuda_graphs else prediction
 
     return forward
+
+
+def _sharing_tensors(unet: UNet) -> UNet:
+    """A copy of the modules on the same tensors. Layers that attend to text stay the same, as texts are kept for
+    them."""
+    kept: list[Tensor | nn.Module] = [*unet.parameters(), *unet.buffers()]
+    kept += [module.attn2 for module in unet.modules() if isinstance(module, TransformerBlock)]
+    return deepcopy(unet, {id(thing): thing for thing in kept})

@@ -76,8 +76,15 @@ class ResnetBlock(nn.Module):
         return (self.conv_shortcut(x) if self.has_shortcut else x) + h
 
 
+KeysAndValues = tuple[Tensor, Tensor]
+"""The keys and values that an attention layer made of a context."""
+
+
 class Attention(nn.Module):
-    """Multi-head attention of x (B, L, dim) over context (B, M, context_dim), by default over x itself."""
+    """Multi-head attention of x (B, L, dim) over context (B, M, context_dim), by default over x itself.
+
+    The keys and values that the layer made of a context before can stand in its place.
+    """
 
     def __init__(self, dim: int, num_heads: int, *, context_dim: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -88,7 +95,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: Tensor | TextContext | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysAndValues | None = None) -> Tensor:
         q, (k, v) = self._split(self.to_q(x)), self.keys_and_values(x if context is None else context)
         out = self.attend(q, k, v)  # (B, heads, L, dim / heads)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
@@ -96,13 +103,13 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
-    def keys_and_values(self, context: Tensor | TextContext) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, context: Tensor | KeysAndValues) -> KeysAndValues:
         """The keys and the values of all positions of the context, (B, heads, M, dim / heads) each."""
-        if isinstance(context, TextContext):
-            return context.keys_and_values(self)
+        if isinstance(context, tuple):
+            return context
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
-    def weights(self, x: Tensor, context: Tensor | TextContext) -> Tensor:
+    def weights(self, x: Tensor, context: Tensor | KeysAndValues) -> Tensor:
         """The weights of each position of x (B, L, dim) on those of context (B, M, context_dim): (B, heads, L, M).
 
         `forward` attends with these weights. Here they are float32.
@@ -118,24 +125,38 @@ class Attention(nn.Module):
 class TextContext:
     """The keys and values that each attention layer makes of the text, computed once for P texts that B items read.
 
-    It can stand wherever a context (B, M, context_dim) can, and is indexed in the same way. A later change of a layer's
-    `to_k` and `to_v` has no effect on it.
+    It can stand wherever the U-Net takes a context (B, M, context_dim), and is indexed in the same way. A later change
+    of a layer's `to_k` and `to_v` has no effect on it.
     """
 
-    kept: Mapping[Attention, tuple[Tensor, Tensor]]
+    kept: Mapping[Attention, KeysAndValues]
     """The keys and values of each layer, (P, heads, M, dim / heads) each."""
-    rows: Tensor
-    """The index, 0 to P - 1, of the text that each item reads: (B,)."""
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    rows: Tensor | None = None
+    """The index, 0 to P - 1, of the text that each item reads: (B,); None: each reads its own."""
 
     def __getitem__(self, part: slice | Tensor) -> TextContext:
-        return TextContext(self.kept, self.rows[part])
+        if self.rows is not None:
+            return TextContext(self.kept, self.rows[part])
+        if isinstance(part, Tensor):
+            return TextContext(self.kept, part)
+        return TextContext({layer: (keys[part], values[part]) for layer, (keys, values) in self.kept.items()})
 
-    def keys_and_values(self, layer: Attention) -> tuple[Tensor, Tensor]:
+    def __len__(self) -> int:
+        return len(next(iter(self.kept.values()))[0] if self.rows is None else self.rows)
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of the keys and values of one item."""
+        return sum(each[0].nbytes for pair in self.kept.values() for each in pair)
+
+    def of(self, layer: Attention) -> KeysAndValues:
+        """The keys and values that the items have in one layer."""
         keys, values = self.kept[layer]
-        return keys[self.rows], values[self.rows]
+        return (keys, values) if self.rows is None else (keys[self.rows], values[self.rows])
+
+    def gathered(self) -> TextContext:
+        """The same context, with a row of its own for each item."""
+        return TextContext({layer: self.of(layer) for layer in self.kept})
 
 
 class Downsample(nn.Module):

@@ -8,6 +8,9 @@ names are the keys of diffusers checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from cutdiff.models.layers import (
     Downsample,
     EmbeddingMLP,
     GroupNormSiLU,
+    KeysAndValues,
     ResnetBlock,
     TextContext,
     sinusoidal_embedding,
@@ -63,7 +67,8 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysAndValues) -> Tensor:
+        """x (B, L, dim); context (B, M, context_dim), or what `attn2` made of it -> (B, L, dim)."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -95,8 +100,8 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, h·w, C)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+        for block in cast(Sequence[TransformerBlock], self.transformer_blocks):
+            tokens = block(tokens, context.of(block.attn2) if isinstance(context, TextContext) else context)
         return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -240,8 +245,7 @@ class UNet(nn.Module):
         the same items take many steps.
         """
         blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
-        rows = torch.arange(len(states), device=states.device)
-        return TextContext({block.attn2: block.attn2.keys_and_values(states) for block in blocks}, rows)
+        return TextContext({block.attn2: block.attn2.keys_and_values(states) for block in blocks})
 
     def embed_conditions(self, timesteps: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
         """The time, and in SDXL pooled text and numbers of size and crop, as one vector an item: (B, time_dim)."""

@@ -12,15 +12,20 @@ import torch
 from torch import Tensor
 
 from cutdiff.models.config import Size
+from cutdiff.models.layers import TextContext
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import Context, UNet
 from cutdiff.parallel.ranks import ALONE, Ranks
+from cutdiff.sampling.flags import Flags
 from cutdiff.sampling.guidance import Guidance, LinearGuidance
-from cutdiff.sampling.operators import Operator, Patches, upload
+from cutdiff.sampling.operators import Operator, Patches, takes_flag, upload
 from cutdiff.sampling.preconditioning import Coefficients
 from cutdiff.sampling.stages import Step
 from cutdiff.specs import name_of
 
+GATHERED_BYTES = 256 << 20
+"""The most bytes of the text's keys and values that are kept for the rows of calls, and not gathered by every layer in
+every call: those of 10 rows of SDXL in 16 bits. In larger calls the layers' work outweighs their gathers."""
 Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor]
 """The rows that the U-Net reads: latents, timesteps, context, pooled, size ids."""
 
@@ -84,13 +89,13 @@ class _Text(NamedTuple):
     """Positive and negative states, and the network."""
     context: Context
     pooled: Tensor
-    by_rows: dict[int, tuple[Context, Tensor]]
-    """The text of every row, by their number."""
+    by_rows: dict[tuple[int, ...], tuple[Context, Tensor]]
+    """The text of each row of the last kinds of calls, by the numbers of their rows' texts."""
 
 
 @dataclass
 class Work:
-    """The state that all denoisers of a run share: a count, the batch that memory holds, observers, texts."""
+    """The state that all denoisers of a run share: a count, the batch that memory holds, observers, flags, texts."""
 
     view_batch_size: int | None = None
     """The items that go through the network at once; None: all. It is halved where memory does not suffice."""
@@ -98,6 +103,8 @@ class Work:
     """The rows that this rank evaluated, a guidance pair counted as two; rows that every rank evaluates are counted
     once, by the first."""
     observers: list[Observer] = field(default_factory=list)
+    flags: Flags = field(default_factory=Flags, repr=False)
+    """The flags that kernels set where an estimate of x0 is not finite."""
     texts: dict[int, _Text] = field(default_factory=dict, repr=False)
     """The text by the number of copies."""
 
@@ -216,7 +223,13 @@ class Denoiser:
         back = {"canvas": canvas, "c_skip": c_skip, "c_out": c_out}
         if copies == 1 or isinstance(self.guidance, LinearGuidance):
             scale = self.guidance.scale_at(sigma, step) if isinstance(self.guidance, LinearGuidance) else 1.0
-            return operator.scatter(prediction, self.backend, copies=copies, guidance_scale=scale, **back)
+            how = back | {"copies": copies, "guidance_scale": scale}
+            flags = self.work.flags
+            if flags.flag is None or not takes_flag(operator, self.backend, canvas.device):
+                return operator.scatter(prediction, self.backend, **how)
+            denoised = operator.flagged(flags.flag, prediction, self.backend, **how)
+            flags.written(denoised)
+            return denoised
         unconditional, conditional = (operator.scatter(prediction[half::2], self.backend, **back) for half in (0, 1))
         estimate = self.guidance(conditional, unconditional, sigma, step)
         if not isinstance(estimate, Tensor) or estimate.shape != canvas.shape:
@@ -238,7 +251,7 @@ class Denoiser:
         Raises torch.OutOfMemoryError where memory does not suffice for a single item.
         """
         num_rows, copies = len(inputs), rows.copies
-        context, pooled = self._text(num_rows, copies, rows.positive)
+        text = self._text(copies, rows.positive)
         timestep = torch.full((1,), self.timestep(rows.sigma), device=inputs.device).expand(num_rows)
         ranks = self.ranks if self.shares_rows else ALONE
         starts = self.shares(num_rows, copies, ranks)
@@ -246,7 +259,8 @@ class Denoiser:
         parts, start = [], first
         while start < end:
             part = slice(start, min(start + (self.work.view_batch_size or num_rows) * copies, end))
-            taken = (inputs[part], timestep[part], context[part], pooled[part], size_ids[part])
+            context, pooled = _of_rows(text, part, num_rows, copies)
+            taken = (inputs[part], timestep[part], context, pooled, size_ids[part])
             call = Call(
                 rows.step, rows.sigma, rows.operator, taken, start, num_rows, len(self.positive.context), copies
             )
@@ -276,9 +290,9 @@ class Denoiser:
             together = self.items_of_a_call * copies
         return [min(start * together, num_rows) for start in ranks.starts(math.ceil(num_rows / together))]
 
-    def _text(self, num_rows: int, copies: int, positive: TextStates) -> tuple[Context, Tensor]:
-        """Context and pooled states of every row. What layers make of the prompt, which all items of an image share at
-        every step, is kept; of a view's own states, it is not."""
+    def _text(self, copies: int, positive: TextStates) -> _Text:
+        """The text of each image, or of each item that has its own. What layers make of the prompt, which all items of
+        an image share at every step, is kept; of a view's own states, it is not."""
         sources = (positive, self.negative, self.unet)
         text = self.work.texts.get(copies)
         if text is None or not self.keeps_text or any(a is not b for a, b in zip(text.sources, sources, strict=True)):
@@ -289,11 +303,24 @@ class Denoiser:
             text = _Text(sources, context, pooled, {})
             if self.keeps_text and positive is self.positive:
                 text = self.work.texts[copies] = text._replace(context=self.unet.read(context))
-        if num_rows not in text.by_rows:
-            rows = torch.arange(len(text.pooled), device=text.pooled.device).unflatten(0, (-1, copies))
-            rows = rows.repeat_interleave(num_rows // len(text.pooled), dim=0).flatten()
-            text.by_rows[num_rows] = text.context[rows], text.pooled[rows]
-        return text.by_rows[num_rows]
+        return text
+
+
+def _of_rows(text: _Text, part: slice, num_rows: int, copies: int) -> tuple[Context, Tensor]:
+    """Context and pooled states of a part of all rows, which is kept for calls with the same texts."""
+    shared_by = num_rows // (len(text.pooled) // copies)
+    rows = tuple(row // shared_by * copies + row % copies for row in range(part.start, part.stop))
+    if rows not in text.by_rows:
+        index = upload(torch.tensor(rows), text.pooled.device)
+        context, pooled = text.context[index], text.pooled[index]
+        if isinstance(context, TextContext):
+            most = GATHERED_BYTES // context.row_bytes
+            if len(rows) + sum(len(kind) for kind in text.by_rows if len(kind) <= most) > most:
+                text.by_rows.clear()
+            if len(rows) <= most:
+                context = context.gathered()
+        text.by_rows[rows] = context, pooled
+    return text.by_rows[rows]
 
 
 class Rows(NamedTuple):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import Protocol, Unpack
+from typing import Protocol, TypeGuard, Unpack
 
 import torch
 from cutdiff_kernels import GRAINS, reference
@@ -102,8 +102,12 @@ class Patches:
         return kernels.gather_patches(canvas, self.grid, self._permutation_on(canvas.device), **how)
 
     def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[FromNetwork]) -> Tensor:
-        kernels = _kernels("patches", backend, values)
-        return kernels.scatter_patches(values, self.grid, self._permutation_on(values.device), **how)
+        return self.flagged(None, values, backend, **how)
+
+    def flagged(self, flag: Tensor | None, values: Tensor, backend: str, **how: Unpack[FromNetwork]) -> Tensor:
+        """`scatter`, whose kernel sets `flag` to 1 where a value that it writes is not finite."""
+        kernels, flags = _kernels("patches", backend, values), {} if flag is None else {"flag": flag}
+        return kernels.scatter_patches(values, self.grid, self._permutation_on(values.device), **how, **flags)
 
     def items(self, canvas: Tensor) -> tuple[int, tuple[int, int]]:
         """Return the number of patches of all images of the canvas, and their (h, w)."""
@@ -146,8 +150,14 @@ class Views:
         return _kernels("views", backend, canvas).gather_views(canvas, self.origins, self.window, **how)
 
     def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[FromNetwork]) -> Tensor:
-        kernels = _kernels("views", backend, values)
-        return kernels.average_views(values, self.origins, self.size, weights=self.weights, covered=True, **how)
+        return self.flagged(None, values, backend, **how)
+
+    def flagged(self, flag: Tensor | None, values: Tensor, backend: str, **how: Unpack[FromNetwork]) -> Tensor:
+        """`scatter`, whose kernel sets `flag` to 1 where a value that it writes is not finite."""
+        kernels, flags = _kernels("views", backend, values), {} if flag is None else {"flag": flag}
+        return kernels.average_views(
+            values, self.origins, self.size, weights=self.weights, covered=True, **how, **flags
+        )
 
     def items(self, canvas: Tensor) -> tuple[int, tuple[int, int]]:
         """Return the number of views of all images of the canvas, and their (h, w)."""
@@ -165,6 +175,11 @@ def check_backend(backend: str, device: torch.device) -> None:
             f"backend={backend!r} needs {error.name} on {device.type}: install it, or take 'reference'"
         ) from None
     launch.check_device(device)
+
+
+def takes_flag(operator: Operator, backend: str, device: torch.device) -> TypeGuard[Patches | Views]:
+    """Tell if the operator's scatter is a kernel that sets a flag where a value is not finite."""
+    return type(operator) in (Patches, Views) and not _is_reference(backend, device)
 
 
 def upload(values: Tensor, device: torch.device | str) -> Tensor:

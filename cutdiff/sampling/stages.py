@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cutdiff.models.config import Size
+from cutdiff.sampling.flags import Flags
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.solvers import Noise, Solver, TakeStep
 
@@ -123,13 +124,20 @@ def _fault(stage: Stage, num_steps: int) -> str:
 
 @torch.no_grad()
 def solve(
-    stages: Sequence[Stage | Phase], x: Tensor, schedule: Schedule, solver: Solver, noise: Noise
+    stages: Sequence[Stage | Phase],
+    x: Tensor,
+    schedule: Schedule,
+    solver: Solver,
+    noise: Noise,
+    flags: Flags | None = None,
 ) -> Iterator[Step]:
     """Run the stages one after another from x (B, C, H, W), float32, and yield every step.
 
     Raises NotFinite where an estimate of x0 is not, FloatingPointError where a solver makes it so, and ValueError where
-    a stage or the solver gives another canvas than it says.
+    a stage or the solver gives another canvas than it says. On a GPU the first two come one step late. `flags` are
+    those that the stages' denoisers set, if any do.
     """
+    flags = flags or Flags()
     take: TakeStep | None = None
     started: tuple[Schedule, int] | None = None  # what the solver was started on, and the number of its first step
     for part in stages:
@@ -147,15 +155,21 @@ def solve(
             sigma = own.sigmas[i - first]
             if stage.before is not None:
                 x = _of_shape(stage.before(x, sigma, i), shape, f"stage {stage.name}, before step {i},")
+            flags.begin(x.device)
             denoised = _of_shape(stage.denoise(x, sigma, i), shape, f"stage {stage.name}")
-            if not denoised.isfinite().all():
-                if not x.isfinite().all():
-                    raise FloatingPointError(f"the state before step {i} ({stage.name}) holds NaN or infinity")
-                raise NotFinite(stage, x, sigma, i)
+            flags.check(denoised, partial(_not_finite, stage, x, sigma, i))
             x = _of_shape(take(x, denoised, i - first), shape, "the solver").to(denoised.dtype)
             if stage.end is not None and i == stage.steps[-1]:
                 x = _of_shape(stage.end(x), shape, f"stage {stage.name} at its end")
             yield Step(i, stage.name, sigma, x, denoised)
+    flags.end()
+
+
+def _not_finite(stage: Stage, latents: Tensor, sigma: float, step: int) -> FloatingPointError:
+    """The error of a step whose estimate of x0 is not finite, made from this state."""
+    if latents.isfinite().all():
+        return NotFinite(stage, latents, sigma, step)
+    return FloatingPointError(f"the state before step {step} ({stage.name}) holds NaN or infinity")
 
 
 def _begun(phase: Phase, x: Tensor, num_steps: int, *, is_last: bool) -> tuple[Tensor, Stage]:

@@ -2,9 +2,9 @@
 
 It takes the shapes of SDXL's U-Net at 1024² px, in bfloat16, for `--rows` of a batch, and the device's time in a CUDA
 graph: that of the kernel, of plain torch (a norm reads and writes the channels_last layout of convolutions), of
-torch.compile of plain torch, and for a gated linear layer that of the product alone, which no gate can be faster than.
-A kernel that is more than twice as far from float32 as plain torch is shown without a time, and the exit status is 1.
-It needs a GPU.
+torch.compile of plain torch, and for a gated linear layer that of the product alone, which no gate can be faster than,
+and that of every variant of the kernel. A kernel that is more than twice as far from float32 as plain torch is shown
+without a time, and the exit status is 1. It needs a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ class Layer:
     exact: Callable[[], Tensor]
     """Plain torch in float32."""
     product: Callable[[], Tensor] | None = None
+    variants: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Row:
     compiled_s: float | None = None
     product_s: float | None = None
     failed: str = ""
+    variants: dict[str, float | str] = field(default_factory=dict)
+    """The seconds of each variant, or how it failed."""
 
 
 def layers(rows: int, device: torch.device) -> list[Layer]:
@@ -97,6 +101,7 @@ def _gate(rows: int, channels: int, side: int, device: torch.device) -> Layer:
         plain=lambda: reference_network.geglu(x, weight, bias),
         exact=lambda: reference_network.geglu(x.float(), weight.float(), bias.float()),
         product=lambda: F.linear(x, weight, bias),
+        variants={name: partial(network.geglu, x, weight, bias, variant=name) for name in network.VARIANTS},
     )
 
 
@@ -113,7 +118,16 @@ def measure(layer: Layer, rows: int) -> Row:
     times["compiled_s"] = timed(torch.compile(layer.plain, dynamic=False))
     if layer.product is not None:
         times["product_s"] = timed(layer.product)
-    return Row(layer.name, rows, layer.bytes, layer.flops, **times)
+    variants = {name: _variant(layer, call, timed) for name, call in layer.variants.items()}
+    return Row(layer.name, rows, layer.bytes, layer.flops, variants=variants, **times)
+
+
+def _variant(layer: Layer, call: Callable[[], Tensor], timed: Callable[..., float]) -> float | str:
+    """Check one variant of a layer, then time it; return how it failed where it does, so that others are timed."""
+    try:
+        return compare(replace(layer, kernel=call)) or timed(call)
+    except Exception as error:  # of a compiler, or of a device that does not suffice
+        return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def compare(layer: Layer) -> str:
@@ -126,7 +140,7 @@ def compare(layer: Layer) -> str:
 
 HEAD = (
     "| layer | rows | copy of its bytes µs | kernel µs | plain µs | compiled µs | product alone µs "
-    "| kernel TFLOP/s | plain / kernel |\n" + "|---" * 9 + "|"
+    "| kernel TFLOP/s | plain / kernel | variants µs |\n" + "|---" * 10 + "|"
 )
 
 
@@ -140,7 +154,8 @@ def line(row: Row, rate: float) -> str:
     rate_of = f"{row.flops / row.kernel_s / 1e12:.0f}" if row.flops and row.kernel_s else "–"
     ratio = f"{row.plain_s / row.kernel_s:.2f}" if row.plain_s and row.kernel_s else "–"
     times = [micro(row.bytes / rate), kernel, *(micro(s) for s in (row.plain_s, row.compiled_s, row.product_s))]
-    return "| " + " | ".join([row.name, str(row.rows), *times, rate_of, ratio]) + " |"
+    others = [f"{name} {took if isinstance(took, str) else micro(took)}" for name, took in row.variants.items()]
+    return "| " + " | ".join([row.name, str(row.rows), *times, rate_of, ratio, ", ".join(others) or "–"]) + " |"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json is not None:  # after every layer, so that a run that is cut short leaves what it has
             result = {"hardware": machine, "copy_bytes_per_s": rate, "rows": [asdict(row) for row in rows]}
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return int(any(row.failed for row in rows))
+    return int(any(row.failed or any(isinstance(took, str) for took in row.variants.values()) for row in rows))
 
 
 if __name__ == "__main__":

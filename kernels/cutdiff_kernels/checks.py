@@ -65,6 +65,12 @@ def check_canvas(canvas: Tensor | None, shape: Sequence[int]) -> None:
         raise ValueError(f"a canvas of {tuple(canvas.shape)} does not fit a result of {tuple(shape)}")
 
 
+def check_flag(flag: Tensor | None) -> None:
+    """Raise ValueError where a flag is not one int32. Triton refuses one in memory that its device cannot reach."""
+    if flag is not None and (flag.dtype != torch.int32 or flag.numel() != 1):
+        raise ValueError(f"a flag is {tuple(flag.shape)} of {flag.dtype}: pass one int32, on the device or pinned")
+
+
 def check_cover(origins: Tensor, window: tuple[int, int], size: tuple[int, int]) -> None:
     """Raise ValueError where views of `window` at origins (B, V, 2) leave a pixel of the canvas uncovered."""
     # Each view adds 1 from its first row and column on and takes it back from its ends on: the sums count what covers.

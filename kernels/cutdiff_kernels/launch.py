@@ -1,18 +1,45 @@
-"""Checks and outputs that every launch needs: a device that Triton runs on, and somewhere to write."""
+"""What launches share: the checks of a device and of where to write, and a flag of values that are not finite."""
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 ROUNDING = {"enable_fp_fusion": False}
 """Launch options that round products and sums one by one, as torch does, for the same bits everywhere."""
+FUSION = {"enable_fp_fusion": True}
+"""Launch options of kernels that multiply matrices or whose results are bounded, not equal to the bit."""
+
+
+@triton.jit
+def store_flag(flag, values):
+    """Store 1 to `flag`, an int32, where any of a tile's values is NaN or infinite, else nothing.
+
+    Values of the tile that are not written must be finite, as those that are computed from zeros are. The flag may lie
+    in pinned memory, which the host reads without a copy. All threads that store, store the same.
+    """
+    finite = tl.abs(values) < float("inf")  # false for NaN
+    tl.store(flag + tl.zeros(values.shape, tl.int32), 1, mask=~finite)
 
 
 def runs_on(device: torch.device) -> bool:
     """Tell if kernels can run: they do on a GPU, and under Triton's interpreter anywhere."""
     return device.type == "cuda" or knobs.runtime.interpret
+
+
+def architecture() -> GPUTarget | None:
+    """Return what kernels are compiled for on the current device, or None under the interpreter."""
+    return None if knobs.runtime.interpret else driver.active.get_current_target()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has, or for a CPU, where kernels are interpreted, four."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def check_device(device: torch.device) -> None:

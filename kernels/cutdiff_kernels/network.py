@@ -7,19 +7,22 @@ float32 what torch rounds in between. The references of the same names in `refer
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cutdiff_kernels.launch import output
+from cutdiff_kernels.launch import FUSION, architecture, multiprocessors, output
 from cutdiff_kernels.reference_network import check_geglu, check_group_norm
 
 NORM_TILE = {"ROWS": 128, "COLUMNS": 64}
 """The positions and channels of a tile; 64 channels in 16 bits are one line of the cache."""
-NORM_OPTIONS = {"num_warps": 8}
+NORM_OPTIONS = FUSION | {"num_warps": 8}
 CHUNKS = 64
 """The number of tiles whose statistics are read at once."""
 GROUP = 8
@@ -67,7 +70,7 @@ def norm_fold_kernel(
     channel = tl.program_id(1) * GROUP_CHANNELS + tl.arange(0, PADDED)[None, :]
     chunk = tl.arange(0, CHUNKS)[:, None]
     base = stats + image * num_tiles * 2 * channels + channel
-    numbers = num_positions * GROUP_CHANNELS * 1.0
+    numbers = num_positions * (GROUP_CHANNELS * 1.0)
 
     total = tl.zeros((CHUNKS, PADDED), tl.float32)
     for first in range(0, num_tiles, CHUNKS):
@@ -108,39 +111,47 @@ def norm_apply_kernel(
 
 
 @triton.jit
-def geglu_kernel(
-    x, weight, bias, out, num_rows, num_out, num_in,
+def geglu_at(
+    tile, x, weight, bias, out, num_rows, num_out, num_in,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """x (M, K) · weight (2N, K) · bias (2N,), contiguous -> out (M, N), contiguous; the last N of 2N are the gate."""
+    """Compute one tile of `geglu_kernel`."""
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_out, BLOCK_N)
-    first = tl.program_id(0) // (GROUP * tiles_n) * GROUP
+    first = tile // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
-    within = tl.program_id(0) % (GROUP * tiles_n)
-    row = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    within = tile % (GROUP * tiles_n)
+    first_row = (first + within % height) * BLOCK_M
+    first_column = within // height * BLOCK_N
+    row, column, k = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
 
-    # Past the last row and column the first ones are read again, and their products are not written.
-    from_x = x + (row % num_rows).to(tl.int64)[:, None] * num_in + k[None, :]
-    from_value = weight + (column % num_out)[None, :] * num_in + k[:, None]
-    from_gate = weight + (column % num_out + num_out)[None, :] * num_in + k[:, None]
     value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, num_in, BLOCK_K):
-        if EVEN_K:
-            rows, values, gates = tl.load(from_x), tl.load(from_value), tl.load(from_gate)
-        else:
-            there = k < num_in - start
-            rows = tl.load(from_x, mask=there[None, :], other=0.0)
-            values = tl.load(from_value, mask=there[:, None], other=0.0)
-            gates = tl.load(from_gate, mask=there[:, None], other=0.0)
-        value = tl.dot(rows, values, value, input_precision=PRECISION)
-        gate = tl.dot(rows, gates, gate, input_precision=PRECISION)
-        from_x += BLOCK_K
-        from_value += BLOCK_K
-        from_gate += BLOCK_K
+    if TMA:
+        # Past the last row and column of a descriptor there are zeros, past those of the values there are gates.
+        for start in range(0, num_in, BLOCK_K):
+            rows = x.load([first_row, start])
+            values, gates = weight.load([first_column, start]), weight.load([num_out + first_column, start])
+            value = tl.dot(rows, values.T, value, input_precision=PRECISION)
+            gate = tl.dot(rows, gates.T, gate, input_precision=PRECISION)
+    else:
+        # Past the last row and column the first ones are read again, and their products are not written.
+        from_x = x + (row % num_rows).to(tl.int64)[:, None] * num_in + k[None, :]
+        from_value = weight + (column % num_out).to(tl.int64)[None, :] * num_in + k[:, None]
+        from_gate = weight + (column % num_out + num_out).to(tl.int64)[None, :] * num_in + k[:, None]
+        for start in range(0, num_in, BLOCK_K):
+            if EVEN_K:
+                rows, values, gates = tl.load(from_x), tl.load(from_value), tl.load(from_gate)
+            else:
+                there = k < num_in - start
+                rows = tl.load(from_x, mask=there[None, :], other=0.0)
+                values = tl.load(from_value, mask=there[:, None], other=0.0)
+                gates = tl.load(from_gate, mask=there[:, None], other=0.0)
+            value = tl.dot(rows, values, value, input_precision=PRECISION)
+            gate = tl.dot(rows, gates, gate, input_precision=PRECISION)
+            from_x += BLOCK_K
+            from_value += BLOCK_K
+            from_gate += BLOCK_K
 
     inside = column < num_out
     value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -148,6 +159,30 @@ def geglu_kernel(
     gated = value * 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
     target = out + row.to(tl.int64)[:, None] * num_out + column[None, :]
     tl.store(target, gated.to(out.dtype.element_ty), mask=(row < num_rows)[:, None] & inside[None, :])
+
+
+@triton.jit
+def geglu_kernel(
+    x, weight, bias, out, num_rows, num_out, num_in,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """x (M, K) · weight (2N, K) · bias (2N,), contiguous -> out (M, N), contiguous; the last N of 2N are the gate.
+
+    With TMA, x and weight are descriptors of blocks. A persistent program computes one tile after the other.
+    """
+    if PERSISTENT:
+        tiles = tl.cdiv(num_rows, BLOCK_M) * tl.cdiv(num_out, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            geglu_at(
+                tile, x, weight, bias, out, num_rows, num_out, num_in,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, GROUP, TMA,
+            )  # fmt: skip
+    else:
+        geglu_at(
+            tl.program_id(0), x, weight, bias, out, num_rows, num_out, num_in,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, GROUP, TMA,
+        )  # fmt: skip
 
 
 def group_norm(
@@ -178,7 +213,7 @@ def group_norm(
         norm_stats_kernel[tiles](rows, stats, num_positions, channels, **NORM_TILE, **NORM_OPTIONS)
         norm_fold_kernel[(batch, num_groups)](
             stats, weight, scaling, num_positions, channels, num_tiles, eps, GROUP_CHANNELS=group,
-            PADDED=triton.next_power_of_2(group), CHUNKS=CHUNKS, ROWS=NORM_TILE["ROWS"],
+            PADDED=triton.next_power_of_2(group), CHUNKS=CHUNKS, ROWS=NORM_TILE["ROWS"], **FUSION,
         )  # fmt: skip
         norm_apply_kernel[tiles](
             rows, scaling, bias, out, num_positions, channels, SILU=silu, **NORM_TILE, **NORM_OPTIONS
@@ -186,36 +221,73 @@ def group_norm(
     return out.permute(0, 3, 1, 2)
 
 
-def geglu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute the gated product in 16 bits on sm_90."""
+
+    stages: int = 3
+    """The number of tiles in shared memory, all but one of them on their way."""
+    tma: bool = False
+    """Load through tensor descriptors."""
+    persistent: bool = False
+    """Start one program on each multiprocessor, which computes one tile after the other."""
+
+
+VARIANTS = {
+    "cp.async": Variant(),
+    "4 stages": Variant(stages=4),
+    "persistent": Variant(persistent=True),
+    "tma": Variant(tma=True),
+    "tma 4 stages": Variant(tma=True, stages=4),
+    "tma persistent": Variant(tma=True, persistent=True),
+}
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor, *, variant: str = "cp.async", out: Tensor | None = None) -> Tensor:
     """`reference.geglu` in one launch: x (..., K), weight (2N, K), bias (2N,) -> (..., N).
 
-    `out`, contiguous, is written and returned if given.
+    `variant` is one of `VARIANTS`; those with TMA take inputs whose rows are multiples of 16 bytes. `out`, contiguous,
+    is written and returned if given.
     """
     check_geglu(x, weight, bias)
     num_in, num_out = weight.shape[1], weight.shape[0] // 2
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}")
+    how = VARIANTS[variant]
+    if how.tma and num_in * x.itemsize % 16:
+        raise ValueError(f"variant {variant!r} needs rows of a multiple of 16 bytes, and {num_in} of {x.dtype} are not")
     out = output(out, (*x.shape[:-1], num_out), x.dtype, x, weight, bias)
     num_rows = x.numel() // num_in
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)  # with as much shared memory
-    constants, options = geglu_tile(x.dtype, hopper=hopper, hip=torch.version.hip is not None)
-    tiles = triton.cdiv(num_rows, constants["BLOCK_M"]) * triton.cdiv(num_out, constants["BLOCK_N"])
     with torch.cuda.device_of(x):
-        geglu_kernel[(tiles,)](
-            x.contiguous(), weight.contiguous(), bias.contiguous(), out, num_rows, num_out, num_in,
-            EVEN_K=num_in % constants["BLOCK_K"] == 0, **constants, **options,
+        constants, options = geglu_tile(x.dtype, architecture(), how.stages)
+        programs = triton.cdiv(num_rows, constants["BLOCK_M"]) * triton.cdiv(num_out, constants["BLOCK_N"])
+        if how.persistent:
+            programs = min(programs, multiprocessors(x.device))
+        rows: Any = x.contiguous().view(num_rows, num_in)
+        gates: Any = weight.contiguous()
+        if how.tma:
+            rows = TensorDescriptor.from_tensor(rows, [constants["BLOCK_M"], constants["BLOCK_K"]])
+            gates = TensorDescriptor.from_tensor(gates, [constants["BLOCK_N"], constants["BLOCK_K"]])
+        geglu_kernel[(programs,)](
+            rows, gates, bias.contiguous(), out, num_rows, num_out, num_in,
+            EVEN_K=num_in % constants["BLOCK_K"] == 0, TMA=how.tma, PERSISTENT=how.persistent,
+            **constants, **options,
         )  # fmt: skip
     return out
 
 
-def geglu_tile(dtype: torch.dtype, *, hopper: bool, hip: bool) -> tuple[dict[str, Any], dict[str, int]]:
+def geglu_tile(dtype: torch.dtype, target: GPUTarget | None, stages: int) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the compile-time constants and launch options of the gated product.
 
     Two accumulators of 128×128 in float32 take half of the registers of eight warps; Ampere's fragments would take
     more, so tiles are narrower there. The stages that are loaded ahead must fit into shared memory: 48 kB each in 16
     bits, of the 227 kB of sm_90 and the 64 kB of gfx942. Products in float32 are exact, not TF32.
     """
+    hip = target is not None and target.backend == "hip"
+    hopper = target is not None and not hip and int(target.arch) // 10 in (9, 10)  # with as much shared memory
     if dtype == torch.float32:
         constants: dict[str, Any] = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PRECISION": "ieee"}
     else:
         columns = 128 if hopper or hip else 64
         constants = {"BLOCK_M": 128, "BLOCK_N": columns, "BLOCK_K": 64, "PRECISION": "tf32"}  # 16 bits do not read it
-    return constants | {"GROUP": GROUP}, {"num_warps": 8, "num_stages": 2 if hip else 3}
+    return constants | {"GROUP": GROUP}, FUSION | {"num_warps": 8, "num_stages": 2 if hip else stages}

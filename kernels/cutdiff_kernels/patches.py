@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cutdiff_kernels.checks import check_canvas, check_copies, check_items, check_patches
-from cutdiff_kernels.launch import ROUNDING, output
+from cutdiff_kernels.checks import check_canvas, check_copies, check_flag, check_items, check_patches
+from cutdiff_kernels.launch import ROUNDING, output, store_flag
 from cutdiff_kernels.permutations import Permutation, SeededPermutation, check_permutation, seed_bits
 
 NONE, SEEDED, INDEX = 0, 1, 2
@@ -42,25 +42,25 @@ def one_hot(
 ):  # fmt: skip
     """Return (BLOCK, PADDED, PADDED), true where patch m goes to place n at a position."""
     place = tl.arange(0, PADDED)
-    drawn = channel if PER_CHANNEL else 0
+    drawn = channel if PER_CHANNEL else channel * 0
     if SOURCE == 1:
         keys = seeded_keys(tl.load(permutation + image), step, drawn, position, NUM_PATCHES, PADDED)
         rank = tl.sum((keys[:, None, :] < keys[:, :, None]).to(tl.int32), axis=2)
         return rank[:, :, None] == place[None, None, :]
     stride_b, stride_n, stride_c, stride_y, stride_x = index_strides
-    offset = (position // width) * stride_y + (position % width) * stride_x
-    base = permutation + image.to(tl.int64) * stride_b + drawn * stride_c
+    offset = (position // width).to(tl.int64) * stride_y + (position % width).to(tl.int64) * stride_x
+    base = permutation + image.to(tl.int64) * stride_b + drawn.to(tl.int64) * stride_c
     mask = inside[:, None] & (place[None, :] < NUM_PATCHES)
-    index = tl.load(base + place[None, :] * stride_n + offset[:, None], mask=mask, other=-1).to(tl.int32)
+    index = tl.load(base + place.to(tl.int64)[None, :] * stride_n + offset[:, None], mask=mask, other=-1).to(tl.int32)
     return index[:, None, :] == place[None, :, None]
 
 
 @triton.jit
-def tile_of(channels, positions, NUM_PATCHES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def tile_of(planes, channels, positions, NUM_PATCHES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
     """Return a program's image and channel, its positions (BLOCK,) and which of them exist, its patches (PADDED,), and
     the mask (BLOCK, PADDED)."""
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    image, channel = tl.program_id(1) // channels, tl.program_id(1) % channels
+    plane, position = tl.program_id(0) % planes, tl.program_id(0) // planes * BLOCK + tl.arange(0, BLOCK)
+    image, channel = plane // channels, plane % channels
     patch = tl.arange(0, PADDED)
     inside = position < positions
     return image, channel, position, inside, patch, inside[:, None] & (patch < NUM_PATCHES)[None, :]
@@ -75,15 +75,16 @@ def places_of(position, patch, width, GRID_W: tl.constexpr, NUM_PATCHES: tl.cons
 
 @triton.jit(do_not_specialize=["step"])
 def gather_kernel(
-    canvas, out, permutation, step, c_in, strides, index_strides, channels, width, positions,
+    canvas, out, permutation, step, c_in, strides, index_strides, planes, channels, width, positions,
     GRID_W: tl.constexpr, NUM_PATCHES: tl.constexpr, PADDED: tl.constexpr, SOURCE: tl.constexpr,
     PER_CHANNEL: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """canvas (B, C, s_h·h, s_w·w), any strides -> out (B·N·COPIES, C, h, w), contiguous."""
-    image, channel, position, inside, patch, mask = tile_of(channels, positions, NUM_PATCHES, PADDED, BLOCK)
+    image, channel, position, inside, patch, mask = tile_of(planes, channels, positions, NUM_PATCHES, PADDED, BLOCK)
     rows, columns = places_of(position, patch, width, GRID_W, NUM_PATCHES)
     stride_b, stride_c, stride_y, stride_x = strides
-    source = canvas + image.to(tl.int64) * stride_b + channel * stride_c + rows * stride_y + columns * stride_x
+    source = canvas + image.to(tl.int64) * stride_b + channel.to(tl.int64) * stride_c
+    source += rows.to(tl.int64) * stride_y + columns.to(tl.int64) * stride_x
     values = (tl.load(source, mask=mask, other=0.0).to(tl.float32) * c_in).to(out.dtype.element_ty)  # (BLOCK, PADDED)
 
     if SOURCE != 0:
@@ -96,25 +97,25 @@ def gather_kernel(
         moved = tl.sum(tl.where(chosen, bits.to(tl.int32)[:, :, None], 0), axis=1)
         values = moved.to(bits.dtype).to(out.dtype.element_ty, bitcast=True)
 
-    item = (image.to(tl.int64) * NUM_PATCHES + patch) * COPIES
-    target = out + (item[None, :] * channels + channel) * positions + position[:, None]
     for copy in tl.static_range(COPIES):
-        tl.store(target + copy * channels * positions, values, mask=mask)
+        item = (image.to(tl.int64) * NUM_PATCHES + patch) * COPIES + copy
+        tl.store(out + (item[None, :] * channels + channel) * positions + position[:, None], values, mask=mask)
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit(do_not_specialize=["step", "flag"])
 def scatter_kernel(
-    values, out, permutation, canvas, step, guidance_scale, c_skip, c_out,
-    strides, canvas_strides, index_strides, channels, width, positions,
+    values, out, permutation, canvas, flag, step, guidance_scale, c_skip, c_out,
+    strides, canvas_strides, index_strides, planes, channels, width, positions,
     GRID_W: tl.constexpr, NUM_PATCHES: tl.constexpr, PADDED: tl.constexpr, SOURCE: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, COPIES: tl.constexpr, HAS_CANVAS: tl.constexpr, BLOCK: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, COPIES: tl.constexpr, HAS_CANVAS: tl.constexpr, HAS_FLAG: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """values (B·N·COPIES, C, h, w), any strides -> out (B, C, s_h·h, s_w·w), contiguous, float32."""
-    image, channel, position, inside, patch, mask = tile_of(channels, positions, NUM_PATCHES, PADDED, BLOCK)
+    image, channel, position, inside, patch, mask = tile_of(planes, channels, positions, NUM_PATCHES, PADDED, BLOCK)
     stride_n, stride_c, stride_y, stride_x = strides
     item = (image.to(tl.int64) * NUM_PATCHES + patch) * COPIES
-    offset = (position // width) * stride_y + (position % width) * stride_x
-    source = values + item[None, :] * stride_n + channel * stride_c + offset[:, None]
+    offset = (position // width).to(tl.int64) * stride_y + (position % width).to(tl.int64) * stride_x
+    source = values + item[None, :] * stride_n + channel.to(tl.int64) * stride_c + offset[:, None]
     combined = tl.load(source, mask=mask, other=0.0).to(tl.float32)  # (BLOCK, PADDED)
     if COPIES == 2:
         positive = tl.load(source + stride_n, mask=mask, other=0.0).to(tl.float32)
@@ -131,10 +132,13 @@ def scatter_kernel(
     rows, columns = places_of(position, patch, width, GRID_W, NUM_PATCHES)
     if HAS_CANVAS:
         stride_b, stride_c, stride_y, stride_x = canvas_strides
-        base = canvas + image.to(tl.int64) * stride_b + channel * stride_c + rows * stride_y + columns * stride_x
+        base = canvas + image.to(tl.int64) * stride_b + channel.to(tl.int64) * stride_c
+        base += rows.to(tl.int64) * stride_y + columns.to(tl.int64) * stride_x
         combined = c_skip * tl.load(base, mask=mask, other=0.0).to(tl.float32) + c_out * combined
-    target = out + tl.program_id(1).to(tl.int64) * positions * NUM_PATCHES + rows * (width * GRID_W) + columns
-    tl.store(target, combined, mask=mask)
+    first = (image.to(tl.int64) * channels + channel) * positions * NUM_PATCHES
+    tl.store(out + first + rows * (width * GRID_W) + columns, combined, mask=mask)
+    if HAS_FLAG:
+        store_flag(flag, combined)
 
 
 def gather_patches(
@@ -161,7 +165,8 @@ def gather_patches(
     source, step, index_strides = _arguments(permutation, out)
     with torch.cuda.device_of(canvas):
         gather_kernel[launch](
-            canvas, out, source, step, c_in, canvas.stride(), index_strides, channels, w, h * w,
+            canvas, out, source, step, float(c_in), canvas.stride(), index_strides,
+            batch * channels, channels, w, h * w,
             **chosen, COPIES=copies,
         )  # fmt: skip
     return out
@@ -178,12 +183,14 @@ def scatter_patches(
     c_skip: float = 0.0,
     c_out: float = 1.0,
     out: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> Tensor:
     """`reference.scatter_patches` in one launch. `out`, contiguous float32, is written and returned if given.
 
-    An explicit index is trusted as in `gather_patches`.
+    An explicit index is trusted as in `gather_patches`. `flag` is that of `launch.store_flag`.
     """
     check_copies(copies)
+    check_flag(flag)
     items, channels, h, w = values.shape
     num_patches = grid[0] * grid[1]
     batch = check_items(items, num_patches * copies)
@@ -195,9 +202,10 @@ def scatter_patches(
     source, step, index_strides = _arguments(permutation, out)
     with torch.cuda.device_of(values):
         scatter_kernel[launch](
-            values, out, source, base, step, guidance_scale, c_skip, c_out,
-            values.stride(), base.stride(), index_strides, channels, w, h * w,
-            **chosen, COPIES=copies, HAS_CANVAS=canvas is not None,
+            values, out, source, base, out if flag is None else flag, step,
+            float(guidance_scale), float(c_skip), float(c_out),
+            values.stride(), base.stride(), index_strides, batch * channels, channels, w, h * w,
+            **chosen, COPIES=copies, HAS_CANVAS=canvas is not None, HAS_FLAG=flag is not None,
         )  # fmt: skip
     return out
 
@@ -229,15 +237,15 @@ def options(padded: int) -> dict[str, int | bool]:
 
 def _plan(
     batch: int, channels: int, positions: int, grid: tuple[int, int], permutation: Permutation
-) -> tuple[tuple[int, int], dict[str, int | bool]]:
-    """Return the launch grid, and the compile-time constants and options."""
+) -> tuple[tuple[int], dict[str, int | bool]]:
+    """Return the launch grid, in which planes go through a tile side by side, and the compile-time options."""
     source, per_channel = NONE, False
     if isinstance(permutation, SeededPermutation):
         source, per_channel = (NONE if permutation.grain == "none" else SEEDED), permutation.grain == "channel"
     elif permutation is not None:
         source, per_channel = INDEX, permutation.shape[-3] > 1
     chosen = constants(positions, grid, source, per_channel)
-    return (triton.cdiv(positions, chosen["BLOCK"]), batch * channels), chosen | options(chosen["PADDED"])
+    return (batch * channels * triton.cdiv(positions, chosen["BLOCK"]),), chosen | options(chosen["PADDED"])
 
 
 def _arguments(permutation: Permutation, unused: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cutdiff_kernels.checks import check_canvas, check_origins, check_views
-from cutdiff_kernels.launch import ROUNDING, output
+from cutdiff_kernels.checks import check_canvas, check_flag, check_origins, check_views
+from cutdiff_kernels.launch import ROUNDING, output, store_flag
 
 TILE = 1024
 """The pixels of a tile, two to eight for each of its 128 threads."""
@@ -22,42 +22,49 @@ WIDEST = 128
 
 
 @triton.jit
+def tile_of(planes, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return a program's plane, and the first row and column of its tile: planes go through a tile side by side."""
+    plane, tile = tl.program_id(0) % planes, tl.program_id(0) // planes
+    tiles = tl.cdiv(size[1], COLUMNS)
+    return plane, tile // tiles * ROWS, tile % tiles * COLUMNS
+
+
+@triton.jit
 def gather_kernel(
-    canvas, out, origins, c_in, strides, channels, num_views, size, window,
+    canvas, out, origins, c_in, strides, planes, channels, num_views, size, window,
     COPIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """canvas (B, C, H, W), any strides · origins (B, V, 2) -> out (B·V·COPIES, C, h, w), contiguous."""
-    item, channel = tl.program_id(0) // channels, tl.program_id(0) % channels
-    tiles = tl.cdiv(window[1], COLUMNS)
-    y = tl.program_id(1) // tiles * ROWS + tl.arange(0, ROWS)[:, None]
-    x = tl.program_id(1) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    plane, first_row, first_column = tile_of(planes, window, ROWS, COLUMNS)
+    item, channel = plane // channels, plane % channels
+    y = first_row + tl.arange(0, ROWS)[:, None]
+    x = first_column + tl.arange(0, COLUMNS)[None, :]
     inside = (y < window[0]) & (x < window[1])
 
     row = tl.load(origins + 2 * item).to(tl.int32) + y
     column = tl.load(origins + 2 * item + 1).to(tl.int32) + x
     on_canvas = (row >= 0) & (row < size[0]) & (column >= 0) & (column < size[1])
     stride_b, stride_c, stride_y, stride_x = strides
-    base = canvas + (item // num_views).to(tl.int64) * stride_b + channel * stride_c
-    values = tl.load(base + row * stride_y + column * stride_x, mask=inside & on_canvas, other=0.0)
+    source = canvas + (item // num_views).to(tl.int64) * stride_b + channel.to(tl.int64) * stride_c
+    source += row.to(tl.int64) * stride_y + column.to(tl.int64) * stride_x
+    values = tl.load(source, mask=inside & on_canvas, other=0.0)
     values = (values.to(tl.float32) * c_in).to(out.dtype.element_ty)  # (ROWS, COLUMNS)
 
-    plane = window[0] * window[1]
-    target = out + (item.to(tl.int64) * COPIES * channels + channel) * plane + y * window[1] + x
     for copy in tl.static_range(COPIES):
-        tl.store(target + copy * channels * plane, values, mask=inside)
+        first = ((item.to(tl.int64) * COPIES + copy) * channels + channel) * window[0] * window[1]
+        tl.store(out + first + y * window[1] + x, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["flag"])
 def average_kernel(
-    values, out, origins, weights, canvas, guidance_scale, c_skip, c_out, strides, canvas_strides,
-    channels, size, window, NUM_VIEWS: tl.constexpr, COPIES: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, HAS_CANVAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    values, out, origins, weights, canvas, flag, guidance_scale, c_skip, c_out, strides, canvas_strides,
+    planes, channels, size, window, NUM_VIEWS: tl.constexpr, COPIES: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_CANVAS: tl.constexpr, HAS_FLAG: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """values (B·V·COPIES, C, h, w), any strides · origins (B, V, 2) -> out (B, C, H, W), contiguous, float32."""
-    image, channel = tl.program_id(0) // channels, tl.program_id(0) % channels
-    tiles = tl.cdiv(size[1], COLUMNS)
-    first_row = tl.program_id(1) // tiles * ROWS
-    first_column = tl.program_id(1) % tiles * COLUMNS
+    plane, first_row, first_column = tile_of(planes, size, ROWS, COLUMNS)
+    image, channel = plane // channels, plane % channels
     y = first_row + tl.arange(0, ROWS)[:, None]
     x = first_column + tl.arange(0, COLUMNS)[None, :]
     inside = (y < size[0]) & (x < size[1])
@@ -72,8 +79,8 @@ def average_kernel(
         below, right = top + window[0], left + window[1]
         if (first_row < below) & (first_row + ROWS > top) & (first_column < right) & (first_column + COLUMNS > left):
             covered = inside & (y >= top) & (y < below) & (x >= left) & (x < right)
-            source = values + item.to(tl.int64) * COPIES * stride_n + channel * stride_c
-            source += (y - top) * stride_y + (x - left) * stride_x
+            source = values + item.to(tl.int64) * COPIES * stride_n + channel.to(tl.int64) * stride_c
+            source += (y - top).to(tl.int64) * stride_y + (x - left).to(tl.int64) * stride_x
             combined = tl.load(source, mask=covered, other=0.0).to(tl.float32)
             if COPIES == 2:
                 positive = tl.load(source + stride_n, mask=covered, other=0.0).to(tl.float32)
@@ -89,9 +96,12 @@ def average_kernel(
     mean = tl.div_rn(total, tl.where(inside, share, 1.0))
     if HAS_CANVAS:
         stride_b, stride_c, stride_y, stride_x = canvas_strides
-        base = canvas + image.to(tl.int64) * stride_b + channel * stride_c + y * stride_y + x * stride_x
+        base = canvas + image.to(tl.int64) * stride_b + channel.to(tl.int64) * stride_c
+        base += y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
         mean = c_skip * tl.load(base, mask=inside, other=0.0).to(tl.float32) + c_out * mean
-    tl.store(out + tl.program_id(0).to(tl.int64) * size[0] * size[1] + y * size[1] + x, mean, mask=inside)
+    tl.store(out + plane.to(tl.int64) * size[0] * size[1] + y * size[1] + x, mean, mask=inside)
+    if HAS_FLAG:
+        store_flag(flag, mean)
 
 
 def gather_views(
@@ -112,9 +122,10 @@ def gather_views(
     out = output(out, shape, dtype or canvas.dtype, canvas)
     tile, num_tiles = _tiles(window)
     with torch.cuda.device_of(canvas):
-        gather_kernel[(batch * num_views * channels, num_tiles)](
-            canvas, out, origins.to(canvas.device).contiguous(), c_in, canvas.stride(), channels, num_views,
-            (height, width), window, COPIES=copies, **tile, **ROUNDING,
+        planes = batch * num_views * channels
+        gather_kernel[(planes * num_tiles,)](
+            canvas, out, origins.to(canvas.device).contiguous(), float(c_in), canvas.stride(),
+            planes, channels, num_views, (height, width), window, COPIES=copies, **tile, **ROUNDING,
         )  # fmt: skip
     return out
 
@@ -132,8 +143,13 @@ def average_views(
     c_out: float = 1.0,
     covered: bool = False,
     out: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> Tensor:
-    """`reference.average_views` in one launch. `out`, contiguous float32, is written and returned if given."""
+    """`reference.average_views` in one launch. `out`, contiguous float32, is written and returned if given.
+
+    `flag` is that of `launch.store_flag`.
+    """
+    check_flag(flag)
     items, channels, *window = values.shape
     batch, num_views = origins.shape[:2]
     check_views(origins, (window[0], window[1]), size, items, copies, weights, covered)
@@ -143,11 +159,12 @@ def average_views(
     shares = out if weights is None else weights.to(values.device, torch.float32).contiguous()
     tile, num_tiles = _tiles(size)
     with torch.cuda.device_of(values):
-        average_kernel[(batch * channels, num_tiles)](
+        average_kernel[(batch * channels * num_tiles,)](
             values, out, origins.to(values.device).contiguous(), shares, base,
-            guidance_scale, c_skip, c_out, values.stride(), base.stride(), channels, size, tuple(window),
+            out if flag is None else flag, float(guidance_scale), float(c_skip), float(c_out),
+            values.stride(), base.stride(), batch * channels, channels, size, tuple(window),
             NUM_VIEWS=num_views, COPIES=copies, HAS_WEIGHTS=weights is not None, HAS_CANVAS=canvas is not None,
-            **tile, **ROUNDING,
+            HAS_FLAG=flag is not None, **tile, **ROUNDING,
         )  # fmt: skip
     return out
 

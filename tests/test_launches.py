@@ -1,0 +1,211 @@
+"""Whole steps of a run: what they put on a device around the network, and what makes the host wait for it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import QUICK_UNET, QUICK_VAE, on
+from torch import Tensor
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cutdiff
+from cutdiff.checkpoint.model import Model
+from cutdiff.models.inside import replaced
+from cutdiff.planning.forecast import SizedDraws, sized
+from cutdiff.sampling import denoiser, flags, operators
+from cutdiff.sampling.flags import Flags
+from cutdiff.sampling.noise import NoiseConfig
+from cutdiff.sampling.schedules import euler_schedule
+from cutdiff.sampling.solvers import Euler
+from cutdiff.sampling.stages import NotFinite, Stage, solve
+
+METHODS = ("direct", "multidiffusion", "cutdiffusion")
+
+
+class Counted(TorchDispatchMode):
+    """Names the operations that write a tensor of the "meta" device, which stands for a GPU; uploads are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        writes = not func.is_view and isinstance(result, Tensor) and result.device.type == "meta"
+        uploads = writes and func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu"
+        if writes and not uploads and not str(func).startswith("aten.empty"):
+            self.names.append(str(func))
+        return result
+
+
+def kernels_of_one_operation(*_: Any) -> SimpleNamespace:
+    """Stand-ins for the kernels, of one operation each: a gather negates, a scatter takes the reciprocal."""
+
+    def gather(canvas: Tensor, *args: Any, dtype: torch.dtype, copies: int, **_: Any) -> Tensor:
+        items = 4 * copies if isinstance(args[0], tuple) and args[0] == (2, 2) else copies
+        items = args[0].shape[1] * copies if isinstance(args[0], Tensor) else items
+        return torch.empty(items, 4, 8, 8, dtype=dtype, device="meta").neg()
+
+    def scatter(values: Tensor, *_: Any, canvas: Tensor, flag: Tensor, **__: Any) -> Tensor:
+        assert flag.device.type == "cpu"
+        return canvas.reciprocal()
+
+    return SimpleNamespace(gather_patches=gather, gather_views=gather, scatter_patches=scatter, average_views=scatter)
+
+
+@pytest.mark.parametrize("solver", ["euler", "ddim"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_four_launches_and_reads_nothing(monkeypatch: pytest.MonkeyPatch, method: str, solver: str) -> None:
+    """On "meta" there are no values: a step that read one, which on a GPU is a wait, would fail."""
+    model = sized(QUICK_UNET, QUICK_VAE, torch.float32)
+    monkeypatch.setattr(operators, "_kernels", kernels_of_one_operation)
+    monkeypatch.setattr(operators, "_is_reference", lambda *_: False)
+    monkeypatch.setattr(flags.Flags, "begin", lambda self, _: setattr(self, "flag", torch.zeros(1, dtype=torch.int32)))
+    sizes = {"height": 64, "width": 64} if method == "direct" else {"height": 128, "width": 128}
+    draws = SizedDraws((0,), "meta")
+    by_step: list[list[str]] = []
+    with replaced(model.unet, forward=lambda x, *_: torch.empty_like(x)), Counted() as counted:
+        for _ in cutdiff.denoise(model, "", draws=draws, method=method, solver=solver, num_steps=8, **sizes):
+            by_step.append(counted.names)
+            counted.names = []
+    kinds = ["aten.full.default", "aten.lerp.Scalar", "aten.neg.default", "aten.reciprocal.default"]
+    ends = ["aten.mul.Tensor"] if solver == "ddim" else []  # its last sigma is not 0
+    assert all(sorted(names) == kinds for names in by_step[1:4] + by_step[5:-1]), "others make the text of every row"
+    assert sorted(by_step[-1]) == sorted(kinds + ends)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_four_kernels_and_no_wait_on_a_gpu(tiny_model: Model, method: str) -> None:
+    """Three steps in the middle of a stage, with a network that is nothing."""
+    model = on("cuda", tiny_model)
+    options = {"method": method, "num_steps": 16, "height": 128, "width": 128}
+    with replaced(model.unet, forward=lambda x, *_: x):
+        list(cutdiff.denoise(model, "a red house", **options))  # compiles the kernels
+        steps = cutdiff.denoise(model, "a red house", **options)
+        for _ in range(3):
+            next(steps)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                for _ in range(3):
+                    next(steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    on_device = [event for event in profile.events() or () if event.device_type == DeviceType.CUDA]
+    kernels = [event.name for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
+    assert len(kernels) <= 4 * 3, kernels
+
+
+class Indexed(TorchDispatchMode):
+    """Counts the gathers of four-dimensional tensors, which keys and values of the text are."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += func is torch.ops.aten.index.Tensor and args[0].ndim == 4
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("prompts", [["a red house"], ["a red house", "a blue tree"]])
+def test_the_text_of_a_small_call_is_gathered_once(
+    tiny_model: Model, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four patches, and later nine views, go through the network four at a time."""
+    options = {
+        "num_steps": 6,
+        "height": 128,
+        "width": 128,
+        "view_batch_size": 4,
+        "stride": 4,
+        "structure_fraction": 0.5,
+    }
+    row_bytes = tiny_model.unet.read(torch.zeros(1, 77, tiny_model.unet.config.context_dim)).row_bytes
+    latents, gathers = [], []
+    for most in (0, 8, 1000):
+        monkeypatch.setattr(denoiser, "GATHERED_BYTES", most * row_bytes)
+        with Indexed() as indexed:
+            *_, last = cutdiff.denoise(tiny_model, prompts, **options)
+        latents.append(last.latents)
+        gathers.append(indexed.num)
+    assert torch.equal(latents[0], latents[1])
+    assert torch.equal(latents[0], latents[2])
+    layers = 2 * len(tiny_model.unet.read(torch.zeros(1, 77, tiny_model.unet.config.context_dim)).kept)
+    calls = len(prompts) * 3 * 1 + 3 * -(-9 * len(prompts) // 4)
+    kinds = {1: 2, 2: 4}[len(prompts)]  # four of either picture, and the last view; four of both, and the last two
+    assert gathers[0] == layers * calls
+    assert gathers[2] == layers * kinds
+    assert gathers[2] <= gathers[1] < gathers[0]
+
+
+def test_a_kernel_tells_of_the_step_that_is_not_finite(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Triton's interpreter; the flag is that of the kernel, which nobody asks a second time."""
+    unet, calls = tiny_model.unet, []
+
+    def forward(x: Tensor, *conditions: Tensor) -> Tensor:
+        calls.append(len(x))
+        return x.new_full(x.shape, float("nan") if len(calls) == 3 else 0.0)
+
+    options = {"method": "direct", "num_steps": 5, "height": 64, "width": 64, "backend": "triton"}
+    monkeypatch.setattr(
+        Tensor, "isfinite", lambda values: pytest.fail("asked") if len(calls) < 3 else values.abs() < float("inf")
+    )
+    steps = cutdiff.denoise(tiny_model, "a red house", **options)
+    with replaced(unet, forward=forward), pytest.raises(FloatingPointError, match=r"^step 2 \(direct"):
+        list(steps)
+    assert calls[2:] == [2, 2], "the step is taken once more, to name the item"
+
+
+@pytest.mark.parametrize("change", ["none", "view", "in place", "another"])
+def test_only_what_a_kernel_wrote_is_not_looked_at_again(change: str) -> None:
+    watch, written = Flags(), torch.zeros(1, 4, 8, 8)
+    watch.begin(written.device)
+    watch.written(written)
+    estimate = written[:, :, :5, :5] if change == "view" else written
+    if change == "in place":
+        estimate[0, 0, 0, 0] = float("nan")
+    if change == "another":
+        estimate = written + float("inf")
+    if change in ("none", "view"):
+        watch.check(estimate, ValueError)
+        return
+    with pytest.raises(ValueError):  # noqa: PT011
+        watch.check(estimate, ValueError)
+
+
+class Event:
+    """A moment in the work of a device that does nothing before it is asked to."""
+
+    waits = 0
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        Event.waits += 1
+
+
+@pytest.mark.parametrize("bad", [0, 2, 4])
+def test_a_gpu_tells_one_step_late_and_names_the_right_one(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    """A device that is done with a step when the next one is launched."""
+    monkeypatch.setattr(flags, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(flags, "_new_flag", lambda device: torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(Event, "waits", 0)
+
+    def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
+        return x * (float("nan") if step == bad else 0.5)
+
+    schedule = euler_schedule(NoiseConfig(), 5)
+    steps = solve([Stage("direct", range(5), denoise)], torch.ones(1, 4, 8, 8), schedule, Euler(), torch.zeros)
+    taken: list[int] = []
+    with pytest.raises(NotFinite, match=rf"^step {bad} \(direct") as error:
+        taken.extend(step.index for step in steps)
+    assert taken == [*range(min(bad + 1, 5))]
+    assert (error.value.step, error.value.latents.isfinite().all()) == (bad, True)
+    assert Event.waits == bad + 1
