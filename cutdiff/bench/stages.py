@@ -21,7 +21,6 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor
 import torch.nn.functional as F
 from cutdiff_kernels import bench as operators
 from cutdiff_kernels.launch import runs_on
@@ -285,9 +284,11 @@ def _picture(seconds: dict[int, float]) -> float:
 @torch.no_grad()
 def parts(where: Where) -> None:
     """The seconds of a call that is compiled by blocks or as a whole, and of the first one, which compiles."""
+    import torch._inductor.config as inductor  # its import takes more than a second of every stage
+
+    inductor.force_disable_caches = True
     model = where.model()
     inputs = _inputs(model, ROWS[-1])
-    inductor.force_disable_caches = True
     plain = {"call_s": _seconds(model.unet, inputs, where.device)}
     where.lines.add(f"{ROWS[-1]} rows, not compiled", plain)
     for name in ("blocks", "whole"):
@@ -296,7 +297,7 @@ def parts(where: Where) -> None:
         first = {"first_s": now(where.device) - began, "difference": difference}
         where.lines.add(f"{ROWS[-1]} rows, compiled: {name}", first)
         check(difference, TOLERANCES[where.dtype], f"U-Net compiled by {name} differs")
-        where.lines.add(f"{ROWS[-1]} rows, compiled: {name}", {"call_s": call_seconds(run, inputs, where.device)})
+        where.lines.add(f"{ROWS[-1]} rows, compiled: {name}", {"call_s": _seconds(run, inputs, where.device)})
 
 
 def call_seconds(contestant: Ours, rows: int, repeats: int = 7) -> float:
@@ -306,6 +307,7 @@ def call_seconds(contestant: Ours, rows: int, repeats: int = 7) -> float:
 
 
 def _seconds(run: Callable[..., Tensor], inputs: Sequence[Any], device: torch.device, repeats: int = 7) -> float:
+    """The median seconds of a run, after two that do not count."""
     times = []
     for _ in range(repeats + 2):
         began = now(device)
