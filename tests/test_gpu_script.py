@@ -269,6 +269,22 @@ def test_a_variant_that_fails_does_not_keep_others_from_being_timed(
     assert kept["flash", "skipped"].startswith("only a GPU has it")
 
 
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # as every cache, so that a first call compiles
+def test_blocks_and_the_whole_are_compiled_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As dynamo captures them, whatever a backend makes of that."""
+    torch.compiler.reset()
+    monkeypatch.setattr("cutdiff.models.compiled.BACKEND", "aot_eager")
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", False)
+    monkeypatch.setattr(stages, "ROWS", (2,))
+    path = tmp_path / "numbers.jsonl"
+    stages.parts(where(path))
+    found = {(of, name): value for _, of, name, value in values(path)}
+    assert found["2 rows, not compiled", "call"] > 0
+    for name in ("blocks", "whole"):
+        assert found[f"2 rows, compiled: {name}", "difference"] < 1e-4
+        assert found[f"2 rows, compiled: {name}", "first"] > found[f"2 rows, compiled: {name}", "call"] > 0
+
+
 def test_the_outcome_of_each_test_is_kept(tmp_path: Path) -> None:
     text = "def test_right(): pass\n\ndef test_wrong(): assert False\n"
     file, path = tmp_path / "test_some.py", tmp_path / "numbers.jsonl"

@@ -113,6 +113,7 @@ class Runner:
         self.process: subprocess.Popen[bytes] | None = None
 
     def run(self, stages: list[Stage]) -> None:
+        """Run the stages that still fit; after SIGTERM or SIGINT the one that runs is ended, and no other is run."""
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             for stage in stages:

@@ -21,7 +21,6 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor
 import torch.nn.functional as F
 from cutdiff_kernels import bench as operators
 from cutdiff_kernels.launch import runs_on
@@ -43,7 +42,7 @@ from cutdiff.cli.device import device_of
 from cutdiff.cli.ending import Failure, exit_status, say
 from cutdiff.models import fp8
 from cutdiff.models.compiled import compiled
-from cutdiff.models.config import SDXL_UNET, SDXL_VAE
+from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig
 from cutdiff.pipeline import now
 from cutdiff.settings import Settings
 
@@ -79,7 +78,7 @@ class Where:
         return torch.float32 if self.small else torch.bfloat16
 
     @property
-    def config(self) -> Any:
+    def config(self) -> UNetConfig:
         return SMALL_UNET if self.small else SDXL_UNET
 
     def model(self) -> Model:
@@ -173,7 +172,8 @@ def correct(where: Where) -> None:
         except Exception as error:
             difference = f"{type(error).__name__}: {error}".partition("\n")[0]
         where.lines.add(of, {"right": not difference, "failed": difference})
-        wrong.extend([f"{of} {difference}"] if difference else [])
+        if difference:
+            wrong.append(f"{of} {difference}")
 
     if runs_on(where.device):
         for size in operators.SIZES[:1] if where.small else operators.SIZES:
@@ -284,9 +284,11 @@ def _picture(seconds: dict[int, float]) -> float:
 @torch.no_grad()
 def parts(where: Where) -> None:
     """The seconds of a call that is compiled by blocks or as a whole, and of the first one, which compiles."""
+    import torch._inductor.config as inductor  # its import takes more than a second of every stage
+
+    inductor.force_disable_caches = True
     model = where.model()
     inputs = _inputs(model, ROWS[-1])
-    inductor.force_disable_caches = True
     plain = {"call_s": _seconds(model.unet, inputs, where.device)}
     where.lines.add(f"{ROWS[-1]} rows, not compiled", plain)
     for name in ("blocks", "whole"):
@@ -305,6 +307,7 @@ def call_seconds(contestant: Ours, rows: int, repeats: int = 7) -> float:
 
 
 def _seconds(run: Callable[..., Tensor], inputs: Sequence[Any], device: torch.device, repeats: int = 7) -> float:
+    """The median seconds of a run, after two that do not count."""
     times = []
     for _ in range(repeats + 2):
         began = now(device)
