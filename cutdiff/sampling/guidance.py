@@ -75,8 +75,8 @@ class Rescale(Options):
 class ByBand(Options):
     """Guidance whose low and high bands have scales of their own: x0 = LP[u + s·(c − u)] + HP[u + s'·(c − u)].
 
-    The defaults are HiWave's (Vontobel et al. 2025, arXiv 2506.20452): the low band, where guidance repeats subjects, is
-    that of the estimate with the prompt. HiWave guides each view by itself; here it is the canvas that all views make.
+    The defaults are HiWave's (Vontobel et al. 2025, arXiv 2506.20452): the low band, where guidance repeats subjects,
+    is that of the estimate with the prompt. HiWave guides each view by itself; here it is the canvas of all views.
     FreCaS (Zhang et al. 2024, 2410.18410) has scales of 7.5 and 35, and the split `down_up` to the size of the stage
     before. Frequency-decoupled guidance (Sadat et al. 2025, 2506.19713) is the general form. With equal scales it is
     classifier-free guidance.

@@ -224,15 +224,15 @@ class Torus:
 def view_weights(kind: ViewWeights, window: tuple[int, int]) -> Tensor | None:
     """The weights (h, w) of a view's pixels, positive; None where all count alike.
 
-    "gaussian" has a variance of 0.01 of the window's squared side, as Mixture of Diffusers (Jiménez 2023, arXiv
-    2302.02412). "cosine" is sin² of the way across: at a stride of half a window, views that overlap weigh 1 together.
+    "gaussian" has a deviation of a tenth of the window's side, as in Mixture of Diffusers (Jiménez 2023, arXiv
+    2302.02412). "cosine" is sin² of the way across: at a stride of half a window, two views that overlap weigh 1.
     """
     if kind == "uniform":
         return None
-    rows, columns = ((torch.arange(side) + 0.5) / side for side in window)
+    rows, columns = ((torch.arange(side) - (side - 1) / 2) / side for side in window)  # from the middle
     if kind == "gaussian":
-        return torch.outer(*(torch.exp(-((place - 0.5) ** 2) / 0.02) for place in (rows, columns)))
-    return torch.outer(*(torch.sin(torch.pi * place) ** 2 for place in (rows, columns)))
+        return torch.outer(torch.exp(-(rows**2) / 0.02), torch.exp(-(columns**2) / 0.02))
+    return torch.outer(torch.cos(torch.pi * rows) ** 2, torch.cos(torch.pi * columns) ** 2)
 
 
 def check_backend(backend: str, device: torch.device) -> None:

@@ -30,7 +30,11 @@ def resize(x: Tensor, size: Size, resampling: Resampling = "bicubic", *, antiali
         return F.interpolate(x, size, mode=resampling)
     smaller = (min(size[0], x.shape[2]), min(size[1], x.shape[3]))
     if antialias and smaller != x.shape[2:]:
-        x = F.interpolate(x, smaller, mode=resampling, antialias=True)
+        # On a CPU torch (2.13 too) makes all rows of a single column alike. A single row it makes well.
+        turned = smaller[1] == 1
+        lines = x.mT.contiguous() if turned else x
+        lines = F.interpolate(lines, smaller[::-1] if turned else smaller, mode=resampling, antialias=True)
+        x = lines.mT.contiguous() if turned else lines
     return F.interpolate(x, size, mode=resampling) if size != x.shape[2:] else x
 
 

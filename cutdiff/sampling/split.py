@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cutdiff.models.config import Size
-from cutdiff.options import MAX_FLOAT32, Between, Count, Options
+from cutdiff.options import Between, Count, Options
 from cutdiff.sampling.operators import upload
 from cutdiff.sampling.resize import resize
 
 
 @runtime_checkable
 class Split(Protocol):
-    """A split as it is passed in."""
+    """A split as it is passed in, linear in x."""
 
     def low(self, x: Tensor) -> Tensor:
         """A canvas (B, C, H, W), float32 or float64, of any size -> its low band, the same shape and dtype."""
@@ -35,7 +35,7 @@ class DownUp(Options):
     """Down and up again: all that a smaller canvas can hold (FreCaS, Zhang et al. 2024, arXiv 2410.18410; ScaleDiff,
     2510.25818, with a factor of 8)."""
 
-    factor: Annotated[float, Between(1, MAX_FLOAT32)] = 2.0
+    factor: Annotated[float, Between(1)] = 2.0
     """The factor by which both axes shrink, to at least one pixel."""
     size: tuple[Count, Count] | None = None
     """The size (h, w) that they shrink to, in the place of `factor`, as that of the stage before."""
@@ -77,7 +77,7 @@ class Butterworth(Options):
 
     order: Count = 4
     """The steepness of the way from pass to stop."""
-    cutoff: Annotated[float, Between(1e-6, MAX_FLOAT32)] = 0.2
+    cutoff: Annotated[float, Between(1e-6)] = 0.2
     """The distance at which half is left, as a share of the highest frequency."""
 
     def low(self, x: Tensor) -> Tensor:
@@ -194,9 +194,9 @@ def sharpened(images: Tensor, amount: float, split: Split) -> Tensor:
 def gaussian_taps(width: float, radius: int, like: Tensor) -> Tensor:
     """A Gaussian of deviation `width` at −radius … radius, with sum 1: (2·radius + 1,), on the device of `like` and of
     its dtype."""
-    offsets = torch.arange(-radius, radius + 1, device=like.device)
+    offsets = torch.arange(-radius, radius + 1, dtype=like.dtype, device=like.device)
     taps = torch.exp(-(offsets**2) / (2 * width**2))
-    return (taps / taps.sum()).to(like)
+    return taps / taps.sum()
 
 
 def mirrored(x: Tensor, before: int, after: int, *, repeats_edge: bool) -> Tensor:
