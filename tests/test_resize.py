@@ -169,7 +169,8 @@ def test_one_image_goes_through_at_a_time() -> None:
         return F.avg_pool2d(images, 8)
 
     x = latents(4, 3, images=3)
-    larger = resize_pixels(x, (8, 6), decode, encode, resampling="nearest")
+    larger = resize_pixels(x.clone().requires_grad_(), (8, 6), decode, encode, resampling="nearest")
+    assert not larger.requires_grad
     assert shapes == [(1, 4, 4, 3), (1, 3, 64, 48)] * 3
     torch.testing.assert_close(larger, resize(x[:, :3], (8, 6), "nearest"))
 

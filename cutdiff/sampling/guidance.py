@@ -98,6 +98,4 @@ class ByBand(Options):
     def __call__(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
         difference = conditional - unconditional
         guided = unconditional + self.guidance_scale * difference
-        if self.low_scale == self.guidance_scale:
-            return guided
         return guided + (self.low_scale - self.guidance_scale) * resolve("split", self.split).low(difference)
