@@ -140,12 +140,13 @@ def _with_options(settings: Settings | None, options: dict[str, Any]) -> Setting
 
 
 @torch.no_grad()
-def encode(model: Model, images: Tensor) -> Tensor:
+def encode(model: Model, images: Tensor, noise: Tensor | None = None) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] -> latents (B, C, H / factor, W / factor), float32, on the model's device: the mean
-    of the VAE's distribution, one image at a time.
+    of the VAE's distribution, or its sample at `noise` of the latents' shape, one image at a time.
 
     Where the VAE overflows in its own dtype, it encodes again in float32. Raises FloatingPointError where that does not
-    help, and ValueError where the images have another shape, a size that the VAE's factor does not divide, or integers.
+    help, and ValueError where the images or the noise have another shape, a size that the VAE's factor does not divide,
+    or integers.
     """
     sides = images.shape[2:]
     if images.ndim != 4 or not len(images) or images.shape[1] != 3 or any(side % model.factor for side in sides):
@@ -154,10 +155,16 @@ def encode(model: Model, images: Tensor) -> Tensor:
         )
     if not images.is_floating_point():
         raise ValueError(f"images of {images.dtype} cannot be encoded: give floats in [0, 1]")
+    shape = (len(images), model.vae.config.latent_channels, *(side // model.factor for side in sides))
+    if noise is not None and noise.shape != shape:
+        raise ValueError(f"noise of {tuple(noise.shape)} cannot sample latents of {shape}")
 
     def encoded(vae: VAE, dtype: torch.dtype) -> Tensor:
         pixels = (2 * images - 1).to(model.device, dtype)
-        return torch.cat([vae.encode(image[None]).mean.float() for image in pixels])
+        posteriors = (vae.encode(image[None]) for image in pixels)
+        if noise is None:
+            return torch.cat([posterior.mean.float() for posterior in posteriors])
+        return torch.cat([posterior.at(z).float() for posterior, z in zip(posteriors, noise.split(1), strict=True)])
 
     return _in_safe_dtype(model, encoded)[0]
 
@@ -175,7 +182,7 @@ def decode(model: Model, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _decode(model: Model, latents: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, torch.dtype]:
+def _decode(model: Model, latents: Tensor, ranks: Ranks = ALONE, *, clamp: bool = True) -> tuple[Tensor, torch.dtype]:
     """The images, and the dtype that they were decoded in."""
 
     device = "meta" if latents.is_meta else "cpu"  # a planned run has sizes only
@@ -184,7 +191,8 @@ def _decode(model: Model, latents: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor
         return torch.cat([vae.decode(image[None].to(dtype), ranks=ranks).float().to(device) for image in latents])
 
     images, dtype = _in_safe_dtype(model, decoded)
-    return (images / 2 + 0.5).clamp(0, 1), dtype
+    images = images / 2 + 0.5
+    return images.clamp(0, 1) if clamp else images, dtype
 
 
 def _in_safe_dtype(model: Model, run: Callable[[VAE, torch.dtype], Tensor]) -> tuple[Tensor, torch.dtype]:
@@ -261,7 +269,7 @@ def prepare(
         prompts=prompts,
         text=text,
         encode=partial(encode, model),
-        decode=lambda latents: _decode(model, latents, ranks)[0].to(latents.device),
+        decode=lambda latents, clamp=True: _decode(model, latents, ranks, clamp=clamp)[0].to(latents.device),
     )
     try:
         stages = stages_of(settings.method, run)

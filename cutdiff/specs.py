@@ -45,13 +45,24 @@ SCHEDULES = {
 GUIDANCE = {
     "cfg": "cutdiff.sampling.guidance:CFG",
     "rescale": "cutdiff.sampling.guidance:Rescale",
+    "by_band": "cutdiff.sampling.guidance:ByBand",
+}
+SPLITS = {
+    "down_up": "cutdiff.sampling.split:DownUp",
+    "gaussian": "cutdiff.sampling.split:Gaussian",
+    "butterworth": "cutdiff.sampling.split:Butterworth",
+    "wavelet": "cutdiff.sampling.split:Wavelet",
 }
 TABLES = {"method": METHODS, "solver": SOLVERS, "schedule": SCHEDULES, "guidance": GUIDANCE}
+"""What a run is given, by kind."""
+NAMED = {**TABLES, "split": SPLITS}
+"""All that has names, the parts too that only options of others are given."""
 SHAPES = {
     "method": "a dataclass with `stages(run)`, or a function of a `Run`",
     "solver": "an object with `start(schedule, noise)`",
     "schedule": "an object with `sigmas(model_noise, num_steps)`, or a list of numbers",
     "guidance": "a function of (conditional, unconditional, sigma, step)",
+    "split": "an object with `low(x)`",
 }
 """The shape of an object of each kind."""
 
@@ -67,7 +78,7 @@ class Text(str):
 def check_name(kind: str, text: str) -> None:
     """ValueError where a spec names nothing that could be had; nothing is imported."""
     name, _ = parse(kind, text)
-    if name not in TABLES[kind] and not re.fullmatch(_ADDRESS, name):
+    if name not in NAMED[kind] and not re.fullmatch(_ADDRESS, name):
         raise ValueError(_unknown(kind, name))
 
 
@@ -96,7 +107,7 @@ def resolve(kind: str, value: Any, given: Mapping[str, Any] = MappingProxyType({
     elif options:
         thing = changed({kind: thing}, options)[kind]
     if not _fits(kind, thing):
-        raise ValueError(f"{kind}={thing!r} must be {SHAPES[kind]}, or a name of {', '.join(TABLES[kind])}")
+        raise ValueError(f"{kind}={thing!r} must be {SHAPES[kind]}, or a name of {', '.join(NAMED[kind])}")
     if options_of(thing):
         check_options(thing)
     return thing
@@ -174,12 +185,12 @@ def name_of(kind: str, thing: Any) -> str:
     thing = thing.func if isinstance(thing, partial) else thing
     named = thing if hasattr(thing, "__name__") else type(thing)
     address = f"{named.__module__}:{named.__qualname__}"
-    return next((name for name, known in TABLES[kind].items() if known == address), named.__name__)
+    return next((name for name, known in NAMED[kind].items() if known == address), named.__name__)
 
 
 def _load(kind: str, name: str) -> Any:
     """The object that a table or `module:object` names."""
-    address = TABLES[kind].get(name, name)
+    address = NAMED[kind].get(name, name)
     if not re.fullmatch(_ADDRESS, address):
         raise ValueError(_unknown(kind, name))
     module, _, attribute = address.partition(":")
@@ -196,7 +207,7 @@ def _load(kind: str, name: str) -> Any:
 
 
 def _unknown(kind: str, name: str) -> str:
-    known = f"{', '.join(TABLES[kind])}, or module:object of your own{nearest(name, TABLES[kind])}"
+    known = f"{', '.join(NAMED[kind])}, or module:object of your own{nearest(name, NAMED[kind])}"
     return f"{kind}={name!r} is not one of {known}"
 
 
@@ -224,7 +235,7 @@ def _valued(options: dict[str, Any], known: dict[str, Option]) -> dict[str, Any]
 
 
 def _fits(kind: str, thing: Any) -> bool:
-    attribute = {"method": "stages", "solver": "start", "schedule": "sigmas"}.get(kind, "")
+    attribute = {"method": "stages", "solver": "start", "schedule": "sigmas", "split": "low"}.get(kind, "")
     return callable(getattr(thing, attribute, None)) or (kind in ("method", "guidance") and callable(thing))
 
 

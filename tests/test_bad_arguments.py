@@ -124,8 +124,9 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     "eta NaN": (["--eta", "nan", "--solver", "ddim"], "argument --eta: 'nan' must be a finite number in 0 … 1"),
     "eta without ddim": (
         ["--eta", "0.5"],
-        "--eta is no option of method cutdiffusion (stride, size_conditioning, structure_fraction, interaction, "
-        "detail_guidance_scale), solver euler (none), schedule model (none) or guidance cfg (guidance_scale), but of "
+        "--eta is no option of method cutdiffusion (stride, size_conditioning, view_weights, "
+        "structure_fraction, interaction, detail_guidance_scale), solver euler (none), schedule model (none) or "
+        "guidance cfg (guidance_scale), but of "
         "ddim, euler_ancestral",
     ),
     "seed -1": (["--seed", "-1"], "--seed -1 must lie in 0 … 2⁶⁴ − 1"),
@@ -151,7 +152,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     ),
     "cosine scales of another method": (
         ["--cosine-scales", "3", "1", "1"],
-        "--cosine-scales is no option of method cutdiffusion (stride, size_conditioning, structure_fraction, ",
+        "--cosine-scales is no option of method cutdiffusion (stride, size_conditioning, view_weights, ",
     ),
     "guidance interval, reversed": (
         ["--guidance-interval", "0.6", "0.4"],

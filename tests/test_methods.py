@@ -25,7 +25,7 @@ from cutdiff.models.unet import UNet
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import GRAINS
 from cutdiff.sampling.stages import Stage
-from cutdiff.specs import SOLVERS, TABLES, name_of, options_of, resolve
+from cutdiff.specs import NAMED, SOLVERS, name_of, options_of, resolve
 
 PROMPT = "a red house at night"
 
@@ -35,7 +35,7 @@ def latents(model: Model, prompt: str | list[str] = PROMPT, **options: Any) -> T
 
 
 def test_every_name_is_that_of_what_it_names() -> None:
-    for kind, table in TABLES.items():
+    for kind, table in NAMED.items():
         for name in table:
             if name != "list":  # which holds no numbers of its own
                 assert name_of(kind, resolve(kind, name)) == name

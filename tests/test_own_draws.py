@@ -11,16 +11,35 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
+from cutdiff.methods.shared import Run
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import SeededPermutation
+from cutdiff.sampling.stages import Stage
 
 SIZE = {"height": 128, "width": 128, "num_steps": 2}
+
+
+def on_noise_of_the_encoder(run: Run) -> list[Stage]:
+    noise = run.draws.encoder_noise((2, 4, *run.size), 2)
+    return [Stage("", range(run.num_steps), lambda x, sigma, step: run.denoiser(x + noise, sigma, step))]
+
+
+def on_torus_shifts(run: Run) -> list[Stage]:
+    def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
+        shifts = run.draws.torus_shifts(step, run.size, run.window)
+        return run.denoiser(x, sigma, step, crop_origins=shifts)
+
+    return [Stage("", range(run.num_steps), denoise)]
+
+
 METHODS = {
     "noise": "direct",
     "phase_noise": "magnify",
     "permutation": "cutdiffusion",
     "view_origins": "multidiffusion",
     "window_shifts": "hidiffusion",
+    "encoder_noise": on_noise_of_the_encoder,
+    "torus_shifts": on_torus_shifts,
 }
 """A method that asks for each draw."""
 
@@ -84,6 +103,21 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
     "origins that are none": ("view_origins", lambda *_: None, r"draws\.view_origins gave NoneType where"),
     "one origin": ("view_origins", lambda x, *_: x[0, 0], r"draws\.view_origins gave \(2,\) .*where"),
     "shifts of three images": ("window_shifts", larger, r"draws\.window_shifts gave \(3,\) .*where \(2,\) is needed"),
+    "encoder noise of three images": (
+        "encoder_noise",
+        larger,
+        r"draws\.encoder_noise gave \(3, 4, 16, 16\) .*where \(2, 4, 16, 16\) is needed",
+    ),
+    "torus shifts of three images": (
+        "torus_shifts",
+        larger,
+        r"draws\.torus_shifts gave \(3, 2\) of torch\.int64 where \(2, 2\) of torch\.int64 is needed",
+    ),
+    "torus shifts of floats": (
+        "torus_shifts",
+        lambda x, *_: x.float(),
+        r"draws\.torus_shifts gave \(2, 2\) of torch\.float32 where \(2, 2\) of torch\.int64 is needed",
+    ),
     "one shift": ("window_shifts", lambda *_: 2, r"draws\.window_shifts gave int where \(2,\) is needed"),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -25,9 +26,10 @@ from cutdiff.methods.magnify import Magnify
 from cutdiff.options import MAX_FLOAT32, checked, options_of, read
 from cutdiff.sampling.schedules import Listed
 from cutdiff.sampling.solvers import DDIM
+from cutdiff.sampling.split import Split
 from cutdiff.settings import Settings
 
-SHIPPED = [(kind, name) for kind, table in specs.TABLES.items() for name in table]
+SHIPPED = [(kind, name) for kind, table in specs.NAMED.items() for name in table]
 QUICK = ["--steps", "1", "--width", "128", "--height", "128"]
 
 
@@ -39,6 +41,9 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
         if args[0] is int:
             return st.integers(int(bounds["min_value"]), 10**6)
         return st.floats(**bounds, allow_nan=False)
+    if kind == str | Split:
+        splits = [*specs.SPLITS, "gaussian,sigma=3", "down_up,size=(3,4)", "wavelet,name=db4"]
+        return st.sampled_from([*splits, *map(partial(specs.resolve, "split"), splits)])
     if origin is Union or type(kind).__name__ == "UnionType":
         return st.one_of(*map(values_of, args))
     if origin is Literal:

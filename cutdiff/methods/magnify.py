@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from cutdiff.methods.shared import Run, Stages, Tiled, fade, phase_sizes, step_at, with_guidance_scale
 from cutdiff.options import Scale, Share
+from cutdiff.sampling.resize import renoise, resize
 from cutdiff.sampling.stages import CanvasDenoiser, Phase, Stage
 
 
@@ -46,9 +46,9 @@ class Magnify(Tiled):
         views = self.on_views(with_guidance_scale(run, self.detail_guidance_scale))
 
         def begin(picture: Tensor) -> tuple[Tensor, Stage]:
-            guide = F.interpolate(picture, run.size, mode="bicubic")
+            guide = resize(picture, run.size)
             sigma = run.schedule.sigmas[steps.start % run.num_steps]
-            x = guide + sigma * run.draws.phase_noise(tuple(guide.shape), 2).to(guide)
+            x = renoise(guide, sigma, run.draws.phase_noise(tuple(guide.shape), 2).to(guide))
             return x, Stage("detail", steps, self.hold(run, picture, views), run.size)
 
         return Phase(steps, run.size, begin)
@@ -58,7 +58,7 @@ class Magnify(Tiled):
 
         def denoise_towards(x: Tensor, sigma: float, step: int) -> Tensor:
             denoised = denoise(x, sigma, step)
-            missing = picture - F.adaptive_avg_pool2d(denoised, (picture.shape[2], picture.shape[3]))
-            return denoised + fade(run, sigma) * F.interpolate(missing, run.size, mode="bicubic")
+            missing = picture - resize(denoised, (picture.shape[2], picture.shape[3]), "area")
+            return denoised + fade(run, sigma) * resize(missing, run.size)
 
         return denoise_towards

@@ -18,8 +18,10 @@ from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.options import Between, Count, Options, options_of
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
-from cutdiff.sampling.operators import Patches, Views, pad_to_grid
+from cutdiff.sampling.operators import Patches, Views, ViewWeights, pad_to_grid, view_weights
+from cutdiff.sampling.resize import renoise, resize
 from cutdiff.sampling.schedules import Schedule
+from cutdiff.sampling.split import gaussian_taps
 from cutdiff.sampling.stages import CanvasDenoiser, Phase, Size, Stage
 from cutdiff.specs import name_of
 
@@ -46,10 +48,12 @@ class Run:
     schedule: Schedule
     prompts: list[str]
     text: TextEncoders | SharedText
-    encode: Callable[[Tensor], Tensor]
-    """Images (B, 3, H, W) in [0, 1] -> latents (B, C, h, w), float32, as `cutdiff.encode`."""
-    decode: Callable[[Tensor], Tensor]
-    """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32, on the latents' device, as `cutdiff.decode`."""
+    encode: Callable[..., Tensor]
+    """Images (B, 3, H, W) in [0, 1] -> latents (B, C, h, w), float32, as `cutdiff.encode`, a sample where it is given
+    `noise`."""
+    decode: Callable[..., Tensor]
+    """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32, on the latents' device, as `cutdiff.decode`;
+    with `clamp=False` also past 0 and 1, as the VAE gives them."""
 
     @property
     def num_steps(self) -> int:
@@ -76,6 +80,9 @@ class Tiled(Options):
     size_conditioning: Literal["native", "target"] = "native"
     """The sizes that the network is told: "native", those of the patch or crop that it sees, or "target", the finished
     picture's, as the published CutDiffusion code has it."""
+    view_weights: ViewWeights = "uniform"
+    """The weight of a view's pixels where views overlap: "uniform", or falling towards its border as a "gaussian" or a
+    "cosine"."""
 
     def check_native(self, native_size: int) -> None:
         """ValueError where the stride leaves gaps between views of a model of this native size, in latents."""
@@ -132,7 +139,8 @@ class Tiled(Options):
         return denoise
 
     def on_views(self, run: Run, *, jitter: Size | None = None, weights: Tensor | None = None) -> CanvasDenoiser:
-        """average ∘ D ∘ views, which stand elsewhere at every step where there is `jitter`; `weights` as in `Views`."""
+        """average ∘ D ∘ views, which stand elsewhere at every step where there is `jitter`; `weights` as in `Views`, or
+        None for those of the option `view_weights`."""
         most = self.jitter(run) if jitter is None else jitter
 
         def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
@@ -161,6 +169,7 @@ class Tiled(Options):
         """
         origins = origins.expand(len(latents), *origins.shape[-2:])  # (B, V, 2)
         corner = origins.flatten(0, 1).cpu()
+        weights = view_weights(self.view_weights, run.window) if weights is None else weights
         if self.size_conditioning == "native":
             crops, original, target = corner.clamp(min=0), run.size, run.window
         else:
@@ -205,7 +214,7 @@ class Cascade(Tiled):
         skip, dilated, blur = self.cosine_scales
 
         def begin(previous: Tensor) -> tuple[Tensor, Stage]:
-            guide = F.interpolate(previous, run.size, mode="bicubic")
+            guide = resize(previous, run.size)
             noise = run.draws.phase_noise(tuple(guide.shape), number).to(guide)
             views = local(run, steps)
 
@@ -216,7 +225,7 @@ class Cascade(Tiled):
             patches = self.on_patches(run, grid, interaction, show)
 
             def hold(x: Tensor, sigma: float, step: int) -> Tensor:
-                return torch.lerp(x, guide + sigma * noise, fade(run, sigma) ** skip)
+                return torch.lerp(x, renoise(guide, sigma, noise), fade(run, sigma) ** skip)
 
             def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
                 return torch.lerp(views(x, sigma, step), patches(x, sigma, step), fade(run, sigma) ** dilated)
@@ -224,7 +233,7 @@ class Cascade(Tiled):
             def end(x: Tensor) -> Tensor:
                 return with_moments(x, previous)
 
-            start = guide + run.schedule.sigmas[0] * noise
+            start = renoise(guide, run.schedule.sigmas[0], noise)
             return start, Stage(f"phase {number}", steps, denoise, run.size, before=hold, end=end)
 
         return Phase(steps, run.size, begin)
@@ -300,9 +309,7 @@ def phase_sizes(size: Size, native: int) -> list[Size]:
 
 def gaussian_blur(canvas: Tensor, width: float, radius: int) -> Tensor:
     """Blur each channel of (B, C, H, W) with a Gaussian of deviation `width`, cut off past `radius`; zeros outside."""
-    offsets = torch.arange(-radius, radius + 1, device=canvas.device)
-    taps = torch.exp(-(offsets**2) / (2 * width**2))
-    taps = (taps / taps.sum()).to(canvas)
+    taps = gaussian_taps(width, radius, canvas)
     channels = canvas.shape[1]
     kernel = torch.outer(taps, taps).expand(channels, 1, -1, -1)
     return F.conv2d(canvas, kernel, padding=radius, groups=channels)

@@ -39,6 +39,10 @@ class DiagonalGaussian:
     def sample(self, generator: torch.Generator) -> Tensor:
         """Draw once, on the generator's device, so that one seed gives one sample wherever the network runs."""
         noise = torch.randn(self.mean.shape, generator=generator, device=generator.device)
+        return self.at(noise)
+
+    def at(self, noise: Tensor) -> Tensor:
+        """The sample that standard normal noise of the mean's shape makes."""
         return self.mean + self.std * noise.to(self.mean)
 
     def kl(self) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cutdiff.sampling.operators import Permutation, SeededPermutation, view_grid
 
-NOISE, ORIGINS, SHIFTS, PHASE_NOISE = 1, 2, 3, 4
+NOISE, ORIGINS, SHIFTS, PHASE_NOISE, ENCODER_NOISE, TORUS_SHIFTS = 1, 2, 3, 4, 5, 6
 """The purposes of streams of random numbers: no two of them share numbers of a seed."""
 
 
@@ -39,6 +39,11 @@ class Draws:
     def phase_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
         """Standard normal noise (B, C, H, W) that a phase of a cascade, counted from 1, diffuses its start with."""
         return self._normal(shape, PHASE_NOISE, phase)
+
+    def encoder_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
+        """Standard normal noise (B, C, H, W) by which the VAE's encoder samples the latents that a phase, counted from
+        1, starts from."""
+        return self._normal(shape, ENCODER_NOISE, phase)
 
     def permutation(self, step: int, grid: tuple[int, int], shape: tuple[int, ...], grain: str) -> Permutation:
         """The permutation by which `step` exchanges pixels of patches of `shape` (B, C, h, w) on `grid` (s_h, s_w).
@@ -74,6 +79,16 @@ class Draws:
         """The quarters of a window by which `step` shifts windowed attention: (B,), 0 to 3, on the CPU."""
         return torch.tensor([int(_generator(seed, SHIFTS, step).integers(4)) for seed in self.seeds])
 
+    def torus_shifts(self, step: int, size: tuple[int, int], window: tuple[int, int]) -> Tensor:
+        """The (down, right) by which `step` shifts the windows of a `Torus`: (B, 2), int64, on the CPU.
+
+        All shifts of an axis are alike probable (SpotDiffusion, arXiv 2407.15507); one that a single window spans does
+        not move, as there the borders of the picture would meet inside of it.
+        """
+        high = [side if side > inner else 1 for side, inner in zip(size, window, strict=True)]
+        shifts = [_generator(seed, TORUS_SHIFTS, step).integers(high) for seed in self.seeds]
+        return torch.from_numpy(np.stack(shifts))
+
     def _normal(self, shape: tuple[int, ...], purpose: int, stream: int) -> Tensor:
         images = [_generator(seed, purpose, stream).standard_normal(shape[1:], np.float32) for seed in self.seeds]
         return torch.from_numpy(np.stack(images)).to(self.device)
@@ -96,6 +111,9 @@ class _Checked:
 
     def phase_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
         return _shaped("phase_noise", self.draws.phase_noise(shape, phase), shape)
+
+    def encoder_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
+        return _shaped("encoder_noise", self.draws.encoder_noise(shape, phase), shape)
 
     def permutation(self, step: int, grid: tuple[int, int], shape: tuple[int, ...], grain: str) -> Permutation:
         index = self.draws.permutation(step, grid, shape, grain)
@@ -123,6 +141,10 @@ class _Checked:
 
     def window_shifts(self, step: int) -> Tensor:
         return _shaped("window_shifts", self.draws.window_shifts(step), (self.num_images,))
+
+    def torus_shifts(self, step: int, size: tuple[int, int], window: tuple[int, int]) -> Tensor:
+        shifts = self.draws.torus_shifts(step, size, window)
+        return _shaped("torus_shifts", shifts, (self.num_images, 2), dtype=torch.int64)
 
 
 def _shaped(name: str, value: Any, *shapes: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:

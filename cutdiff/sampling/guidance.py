@@ -13,6 +13,8 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from cutdiff.options import Options, Scale, Share
+from cutdiff.sampling.split import Split
+from cutdiff.specs import resolve, spec_of
 
 
 class Guidance(Protocol):
@@ -67,3 +69,33 @@ class Rescale(Options):
         guided = unconditional + self.guidance_scale * (conditional - unconditional)
         kept, reached = (x.std(dim=(1, 2, 3), keepdim=True) for x in (conditional, guided))
         return guided * (1 - self.phi + self.phi * kept / reached)
+
+
+@dataclass(frozen=True)
+class ByBand(Options):
+    """Guidance whose low and high bands have scales of their own: x0 = LP[u + s·(c − u)] + HP[u + s'·(c − u)].
+
+    The defaults are HiWave's (Vontobel et al. 2025, arXiv 2506.20452): the low band, where guidance repeats subjects,
+    is that of the estimate with the prompt. HiWave guides each view by itself; here it is the canvas of all views.
+    FreCaS (Zhang et al. 2024, 2410.18410) has scales of 7.5 and 35, and the split `down_up` to the size of the stage
+    before. Frequency-decoupled guidance (Sadat et al. 2025, 2506.19713) is the general form. With equal scales it is
+    classifier-free guidance.
+    """
+
+    low_scale: Scale = 1.0
+    """The scale of the low band; 1 is the estimate with the prompt."""
+    guidance_scale: Scale = 7.5
+    """The scale of the high band."""
+    split: str | Split = "wavelet"
+    """A spec of down_up, gaussian, butterworth or wavelet, or an object with `low(x)`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        split = resolve("split", self.split)
+        ships = type(split).__module__ == Split.__module__
+        object.__setattr__(self, "split", spec_of("split", split) if ships else split)
+
+    def __call__(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
+        difference = conditional - unconditional
+        guided = unconditional + self.guidance_scale * difference
+        return guided + (self.low_scale - self.guidance_scale) * resolve("split", self.split).low(difference)
