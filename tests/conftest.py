@@ -101,12 +101,6 @@ def model() -> Model:
 
 
 @pytest.fixture
-def doubles_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the U-Net compute on a CPU what it does on the GPU of a plan: repeat pixels, then convolve."""
-    monkeypatch.setattr("cutdiff.models.unet.DOUBLING_DEVICES", ())
-
-
-@pytest.fixture
 def command_line(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
     """The sampler's command line, after all that it imports."""
     return CommandLine(tmp_path / "out", capsys)

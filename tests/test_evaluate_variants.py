@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,7 +62,8 @@ def test_variants_are_rows(run: Run, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert ["structure_fraction=0.5" in spec for spec in specs] == [True, False]
     assert ["structure_fraction=0.3" in spec for spec in specs] == [False, True]
     assert [*drawn(tmp_path)] == ["cutdiffusion,structure_fraction=0.3-256", "cutdiffusion-256", "native-128"]
-    lines = printed.err.splitlines()
+    dtype, *lines = printed.err.splitlines()
+    assert re.fullmatch(r"cutdiff: --dtype auto is (bfloat16|float32) on this machine", dtype)
     assert [line.partition(" pictures in ")[0] for line in lines] == [
         "cutdiff: 1 of 3: native 128 px, 2",
         "cutdiff: 2 of 3: cutdiffusion 256 px, 2",
@@ -143,7 +145,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a pair": (["--set", "guidance_interval=1"], "argument --set: guidance_interval=(1,) must be 2 values"),
     "a flag": (["--metods", "direct"], "--metods is no option: did you mean '--methods'?"),
     "a count": (["--num", "1"], "--num 1 must be at least 2"),
-    "a choice": (["--dtype", "float23"], "'float23' is not one of float32, "),
+    "a choice": (["--dtype", "float23"], "'float23' is not one of auto, float32, "),
 }  # fmt: skip
 """Bad arguments that are found before torch is imported."""
 

@@ -7,7 +7,6 @@ import string
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from hypothesis import given, settings
@@ -19,10 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from cutdiff.bench.baselines import published_unet, published_vae
 from cutdiff.checkpoint.random_model import randomise
 from cutdiff.models.config import SD15_UNET, SD21_UNET, SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
-from cutdiff.models.inside import replaced
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.unet import UNet
-from cutdiff.models.unet import Upsample as UpsampleOfUNet
 from cutdiff.models.vae import VAE, DiagonalGaussian
 
 TOLERANCE = 1e-5
@@ -425,42 +422,3 @@ def test_a_unet_that_cannot_be_is_an_error(options: dict[str, tuple[int, ...]], 
 def test_a_vae_that_cannot_be_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"100 channels do not divide into 32 norm groups"):
         VAEConfig(channels=(128, 100))
-
-
-@pytest.mark.parametrize("size", [None, (16, 24)])
-def test_doubling_on_a_cpu_is_to_repeat_pixels_and_convolve(
-    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] | None
-) -> None:
-    upsample = UpsampleOfUNet(6).requires_grad_(False)
-    x = torch.randn(6, 6, 8, 12, generator=generator(0))  # 576 pixels
-
-    def doubled(x: Tensor) -> bool:
-        """True if the result is right and was not computed by the convolution."""
-        plain = upsample.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        calls: list[object] = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(nn.Conv2d, "forward", lambda _conv, _x: calls.append(0) or plain)
-            assert relative_error(upsample(x, size), plain) < 1e-6
-        return not calls
-
-    for amx in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert doubled(x) is not amx
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert not doubled(x[:5])
-    assert upsample(x, (15, 23)).shape == (6, 6, 15, 23)
-    upsample.bfloat16()
-    assert not doubled(x.bfloat16())
-
-
-def test_doubling_calls_a_convolution_that_was_changed() -> None:
-    """A method that spreads the taps of all convolutions, and a hook, must be heard."""
-    upsample = UpsampleOfUNet(6).requires_grad_(False)
-    x = torch.randn(8, 6, 8, 8)
-    with replaced(upsample.conv, forward=torch.zeros_like):
-        assert torch.equal(upsample(x), torch.zeros(8, 6, 16, 16))
-    for register in (upsample.conv.register_forward_hook, upsample.conv.register_forward_pre_hook):
-        calls: list[object] = []
-        with register(lambda *_, calls=calls: calls.append(0)):
-            upsample(x)
-        assert len(calls) == 1

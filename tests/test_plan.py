@@ -56,7 +56,6 @@ CASES: list[tuple[int, int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.usefixtures("doubles_as_a_gpu")
 @pytest.mark.parametrize(("height", "width", "options"), CASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_counts_of_every_step_are_those_of_the_run(
@@ -115,7 +114,6 @@ def test_flops_of_decoding_are_counted(size: tuple[int, int], small: Model) -> N
 # ---- Memory
 
 
-@pytest.mark.usefixtures("doubles_as_a_gpu")
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_is_within_15_percent_of_what_lives_in_a_run(method: str) -> None:
     """It is the memory besides the weights, on a CPU, whose operators keep more than kernels do."""

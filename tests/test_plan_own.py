@@ -143,7 +143,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.usefixtures("doubles_as_a_gpu")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_counts_of_every_step_are_those_of_the_run(name: str, small: Model) -> None:
     settings = Settings(**{"height": 128, "width": 128, "num_steps": 4} | SETTINGS[name])

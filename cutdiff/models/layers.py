@@ -172,22 +172,3 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
-
-
-def doubling(weight: Tensor) -> Tensor:
-    """The weight (C, C', 4, 4) of the transposed convolution, stride 2, that is the 3×3 one of repeated pixels.
-
-    `weight` (C', C, 3, 3) is that of the 3×3 convolution. In one dimension the output 2i is
-    w0·x[i - 1] + (w1 + w2)·x[i], and 2i + 1 is (w0 + w1)·x[i] + w2·x[i + 1].
-    """
-    taps = weight.flip(2, 3)
-    taps = F.pad(taps, (0, 1)) + F.pad(taps, (1, 0))
-    return (F.pad(taps, (0, 0, 0, 1)) + F.pad(taps, (0, 0, 1, 0))).transpose(0, 1)
-
-
-def untouched(layer: nn.Module) -> bool:
-    """True where a call of `layer` runs the forward pass of its class and nothing else: no hook and no other forward.
-
-    Only then may its parameters be used in another way than by calling it.
-    """
-    return not ("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks)

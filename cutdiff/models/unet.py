@@ -24,18 +24,11 @@ from cutdiff.models.layers import (
     KeysAndValues,
     ResnetBlock,
     TextContext,
-    doubling,
     sinusoidal_embedding,
-    untouched,
 )
 
 Context = Tensor | TextContext
 """The states of the text (B, L, context_dim), or the keys and values that `UNet.read` made of them."""
-DOUBLING_DEVICES = ("cpu",)
-"""The types of devices on which a transposed convolution doubles large feature maps faster (in the README of
-`kernels`)."""
-DOUBLING_PIXELS = 512
-"""The pixels of a batch from which on it is faster, although its weight is made anew each time."""
 
 
 class GEGLU(nn.Module):
@@ -113,27 +106,15 @@ class Transformer(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Repeat pixels (nearest) to twice the size, or to `size` if an odd level was halved, then convolve.
-
-    Where that is faster, twice the size is one transposed convolution, of 4 products an output and not 9.
-    """
+    """Repeat pixels (nearest) to twice the size, or to `size` if an odd level was halved, then convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        twice = (2 * x.shape[2], 2 * x.shape[3])
-        if size in (None, twice) and self._doubles(x):
-            return F.conv_transpose2d(x, doubling(self.conv.weight), self.conv.bias, 2, 1)
-        return self.conv(F.interpolate(x, size=size or twice, mode="nearest"))
-
-    def _doubles(self, x: Tensor) -> bool:
-        """True for many pixels in float32 on a CPU without AMX: in 16 bits, and with AMX, it was no faster."""
-        if x.device.type not in DOUBLING_DEVICES or x.dtype != torch.float32 or torch.compiler.is_compiling():
-            return False
-        many = x[:, 0].numel() >= DOUBLING_PIXELS
-        return many and untouched(self.conv) and not torch.cpu._is_amx_tile_supported()
+        size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else size
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Level(nn.Module):

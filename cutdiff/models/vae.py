@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cutdiff.models.bands import Limits, in_bands
 from cutdiff.models.config import VAEConfig
-from cutdiff.models.layers import Attention, Downsample, GroupNormSiLU, KeysAndValues, ResnetBlock, doubling
+from cutdiff.models.layers import Attention, Downsample, GroupNormSiLU, KeysAndValues, ResnetBlock
 from cutdiff.parallel.ranks import ALONE, Ranks
 
 EPS = 1e-6
@@ -121,6 +121,17 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv_transpose2d(x, doubling(self.conv.weight), self.conv.bias, 2, 1)
+
+
+def doubling(weight: Tensor) -> Tensor:
+    """The weight (C, C', 4, 4) of the transposed convolution, stride 2, that is the 3×3 one of repeated pixels.
+
+    `weight` (C', C, 3, 3) is that of the 3×3 convolution. In one dimension the output 2i is
+    w0·x[i - 1] + (w1 + w2)·x[i], and 2i + 1 is (w0 + w1)·x[i] + w2·x[i + 1].
+    """
+    taps = weight.flip(2, 3)
+    taps = F.pad(taps, (0, 1)) + F.pad(taps, (1, 0))
+    return (F.pad(taps, (0, 0, 0, 1)) + F.pad(taps, (0, 0, 1, 0))).transpose(0, 1)
 
 
 class Level(nn.Module):
