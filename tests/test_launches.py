@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.models.inside import replaced
+from cutdiff.models.layers import TextContext
 from cutdiff.planning.forecast import SizedDraws, sized
 from cutdiff.sampling import denoiser, flags, operators
 from cutdiff.sampling.flags import Flags
@@ -140,6 +141,22 @@ def test_the_text_of_a_small_call_is_gathered_once(
     assert gathers[0] == layers * calls
     assert gathers[2] == layers * kinds
     assert gathers[2] <= gathers[1] < gathers[0]
+
+
+def test_text_that_memory_does_not_hold_halves_the_batch(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"num_steps": 2, "height": 128, "width": 128, "view_batch_size": 4}
+    whole = cutdiff.generate(tiny_model, "a red house", **options)
+    gather = TextContext.gathered
+
+    def gathered(context: TextContext) -> TextContext:
+        if len(context) > 4:
+            raise torch.OutOfMemoryError
+        return gather(context)
+
+    monkeypatch.setattr(TextContext, "gathered", gathered)
+    halved = cutdiff.generate(tiny_model, "a red house", **options)
+    assert halved.record["view_batch_size"] == 2
+    torch.testing.assert_close(halved.latents, whole.latents, rtol=1e-4, atol=1e-4)
 
 
 def test_a_kernel_tells_of_the_step_that_is_not_finite(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from cutdiff.checkpoint.random_model import TOKENS, GivenText
 from cutdiff.models.bands import GPU_BAND_BYTES, KEPT_BYTES
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.inside import replaced
+from cutdiff.models.layers import TextContext
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import Transformer, TransformerBlock, UNet
 from cutdiff.models.vae import VAE
@@ -193,6 +194,12 @@ class Rank(Denoiser):
         self.meter.add(Usage(rows * flops, rows * num_bytes))
         self.work.evaluations += rows
         return torch.empty_like(inputs[0])
+
+    def gathered(self, context: TextContext) -> TextContext:
+        rows = len(context)
+        if self.meter.live_bytes + rows * context.row_bytes > self.free_bytes and rows > self.trial.copies:
+            raise torch.OutOfMemoryError
+        return super().gathered(context)
 
     def _by_row(self, inputs: Inputs) -> Usage:
         """The usage of one row. A plain network is tried once a step, and a method's own network in every call."""

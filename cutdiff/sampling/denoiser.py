@@ -259,17 +259,19 @@ class Denoiser:
         parts, start = [], first
         while start < end:
             part = slice(start, min(start + (self.work.view_batch_size or num_rows) * copies, end))
-            context, pooled = _of_rows(text, part, num_rows, copies)
-            taken = (inputs[part], timestep[part], context, pooled, size_ids[part])
-            call = Call(
-                rows.step, rows.sigma, rows.operator, taken, start, num_rows, len(self.positive.context), copies
-            )
             try:
+                context, pooled = self._of_rows(text, part, num_rows, copies)
+                taken = (inputs[part], timestep[part], context, pooled, size_ids[part])
+                call = Call(
+                    rows.step, rows.sigma, rows.operator, taken, start, num_rows, len(self.positive.context), copies
+                )
                 parts.append(self.evaluate(taken) if self.network is None else self.network(call))
             except torch.OutOfMemoryError:
-                if len(taken[0]) <= copies:
+                if part.stop - start <= copies:
                     raise
-                self.work.view_batch_size = max(len(taken[0]) // copies // 2, 1)
+                self.work.view_batch_size = max((part.stop - start) // copies // 2, 1)
+                text.by_rows.clear()
+                context = pooled = taken = call = None
                 continue
             for observer in self.work.observers:
                 observer.call(call, parts[-1])
@@ -305,22 +307,25 @@ class Denoiser:
                 text = self.work.texts[copies] = text._replace(context=self.unet.read(context))
         return text
 
+    def _of_rows(self, text: _Text, part: slice, num_rows: int, copies: int) -> tuple[Context, Tensor]:
+        """Context and pooled states of a part of all rows, which is kept for calls with the same texts."""
+        shared_by = num_rows // (len(text.pooled) // copies)
+        rows = tuple(row // shared_by * copies + row % copies for row in range(part.start, part.stop))
+        if rows not in text.by_rows:
+            index = upload(torch.tensor(rows), text.pooled.device)
+            context, pooled = text.context[index], text.pooled[index]
+            if isinstance(context, TextContext):
+                most = GATHERED_BYTES // context.row_bytes
+                if len(rows) + sum(len(kind) for kind in text.by_rows if len(kind) <= most) > most:
+                    text.by_rows.clear()
+                if len(rows) <= most:
+                    context = self.gathered(context)
+            text.by_rows[rows] = context, pooled
+        return text.by_rows[rows]
 
-def _of_rows(text: _Text, part: slice, num_rows: int, copies: int) -> tuple[Context, Tensor]:
-    """Context and pooled states of a part of all rows, which is kept for calls with the same texts."""
-    shared_by = num_rows // (len(text.pooled) // copies)
-    rows = tuple(row // shared_by * copies + row % copies for row in range(part.start, part.stop))
-    if rows not in text.by_rows:
-        index = upload(torch.tensor(rows), text.pooled.device)
-        context, pooled = text.context[index], text.pooled[index]
-        if isinstance(context, TextContext):
-            most = GATHERED_BYTES // context.row_bytes
-            if len(rows) + sum(len(kind) for kind in text.by_rows if len(kind) <= most) > most:
-                text.by_rows.clear()
-            if len(rows) <= most:
-                context = context.gathered()
-        text.by_rows[rows] = context, pooled
-    return text.by_rows[rows]
+    def gathered(self, context: TextContext) -> TextContext:
+        """The context with a row of its own for each item."""
+        return context.gathered()
 
 
 class Rows(NamedTuple):
