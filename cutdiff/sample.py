@@ -47,7 +47,7 @@ def _run(argv: list[str] | None) -> None:
             if launch.group.leads:
                 _check_output(args.out)
             model = _load(args)
-            tell_dtype(args.dtype, model)
+            tell_dtype(args.dtype, model.device, model.dtype)
             _tell_model(model, everything=args.verbose)
             requests, unfit = check_fit(model, args, requests)
             _leave_out(args, unfit, everything=not requests)

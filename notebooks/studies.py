@@ -215,7 +215,7 @@ def _run(args: argparse.Namespace) -> None:
     part, parts = args.part
     device = device_of(args.device)
     model = cutdiff.load(args.model, device=device, dtype=dtype_of(args.dtype, device))
-    tell_dtype(args.dtype, model)
+    tell_dtype(args.dtype, model.device, model.dtype)
     judged = Testbed(model, BASE, args.num, args.out, args.batch)
     chosen_by = Testbed(model, replace(BASE, **CHOICE), args.num, args.out / "choice", args.batch, CHOICE_SEED)
     for study in args.studies:

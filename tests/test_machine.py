@@ -88,7 +88,7 @@ def test_only_the_first_process_tells_and_only_what_is_slow(
         pretend(monkeypatch, avx512_bf16=fast, amx=False)
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", str(rank))
-        tell_dtype("bfloat16", model)
+        tell_dtype("bfloat16", model.device, model.dtype)
         lines[rank, fast] = capsys.readouterr().err.count("is emulated by this CPU")
     assert lines == {(0, False): 1, (0, True): 0, (1, False): 0, (1, True): 0}
 

@@ -52,7 +52,7 @@ from cutdiff.bench.variants import DIRECT, EAGER, VARIANTS, check_variant, varia
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import cast, random_model
 from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_debug, errors_by_flag
-from cutdiff.cli.device import device_of
+from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import Failure, exit_status, say
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.output.images import save_json
@@ -104,6 +104,7 @@ def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     settings = _settings(args, device, unet, vae)
     size = settings.canvas_size(unet.native_size, vae.factor)
 
+    tell_dtype(args.dtype, device, getattr(torch, args.dtype))
     lines = Lines(*args.lines)
     environment = _environment(args, device)
     say("making random weights" + " and comparing the networks in float32" * (baselines is not None))

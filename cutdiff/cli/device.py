@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cutdiff.checkpoint.model import Model, dtype_name
+from cutdiff.checkpoint.model import dtype_name
 from cutdiff.cli.arguments import AUTO, BadArgument
 from cutdiff.cli.ending import say
 from cutdiff.models.machine import fast_dtype, multiplies
@@ -35,11 +35,11 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return fast_dtype(device) if name == AUTO else getattr(torch, name)
 
 
-def tell_dtype(name: str, model: Model) -> None:
+def tell_dtype(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Say, in the first process, which dtype AUTO is here, or that this CPU emulates the one that was named."""
     if process() > 0:
         return
     if name == AUTO:
-        say(f"--dtype auto is {dtype_name(model.dtype)} on this machine")
-    elif model.device.type == "cpu" and not multiplies(model.device, model.dtype):
+        say(f"--dtype auto is {dtype_name(dtype)} on this machine")
+    elif device.type == "cpu" and not multiplies(device, dtype):
         say(f"--dtype {name} is emulated by this CPU, which takes several times as long as --dtype float32")

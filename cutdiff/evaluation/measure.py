@@ -60,11 +60,11 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
     if references is None:
         base = replace(base, **shared)
         testbed = Testbed(model, base, args.num, args.out, args.batch, caption_seed, _named(NATIVE, shared))
-        tell_dtype(args.dtype, model)
+        tell_dtype(args.dtype, model.device, model.dtype)
         rows, cells = measure_scenes(testbed, cells), [testbed.native_cell, *cells]
         drawn = {"batch": args.batch, "caption_seed": caption_seed}
     else:
-        tell_dtype(args.dtype, model)
+        tell_dtype(args.dtype, model.device, model.dtype)
         rows = measure_prompts(model, cells, prompts, references, args.out, batch=args.batch)
         drawn = {"batch": args.batch, "prompts": prompts}
     result = {"cells": rows, "command": command, **drawn, **environment(model), "source": model.source}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cutdiff.checkpoint import load, save_folder
+from cutdiff.cli.device import tell_dtype
 from cutdiff.models.unet import UNet
 from cutdiff.output.images import save_json
 from cutdiff.sampling.noise import NoiseConfig
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     save_json(described, plan)
     device = torch.device(args.device)
+    tell_dtype(args.dtype, device, getattr(torch, args.dtype))
     bfloat16 = args.dtype == "bfloat16"
     conditions: Any = {"device": device, "dtype": args.dtype}
     if args.init is not None:
