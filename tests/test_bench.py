@@ -264,21 +264,19 @@ def test_attention_is_that_of_the_backend_asked_for(small: Model, backend: SDPBa
         assert fused == (backend == SDPBackend.FLASH_ATTENTION)
 
 
-def test_variants_have_their_ways_of_attention_and_convolutions_and_leave_torch_as_it_was(small: Model) -> None:
-    def ways() -> tuple[str, bool]:
-        return SDPBackend(torch._C._get_sdp_priority_order()[0]).name, torch.backends.cudnn.benchmark
+def test_flash_attention_comes_first_in_its_variant_alone(small: Model) -> None:
+    def first() -> str:
+        return SDPBackend(torch._C._get_sdp_priority_order()[0]).name
 
-    inside = {}
+    inside = []
     with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        for name in ("flash", "cudnn-benchmark"):
-            contestant = variant(name, small, SETTINGS)
-            hook = contestant.model.unet.conv_in.register_forward_pre_hook(
-                lambda *_, name=name: inside.update({name: ways()})
-            )
+        contestant = variant("flash", small, SETTINGS)
+        with contestant.model.unet.conv_in.register_forward_pre_hook(lambda *_: inside.append(first())):
             contestant.predict(*network_inputs(small, 2))
-            hook.remove()
-            assert ways() == ("MATH", False)
-    assert inside == {"flash": ("FLASH_ATTENTION", False), "cudnn-benchmark": ("MATH", True)}
+        assert first() == "MATH"
+    assert inside == ["FLASH_ATTENTION"]
+    with pytest.raises(ValueError, match="a compiler keeps the attention that it saw first"):
+        check_variant("flash", torch.device("cuda"), torch.bfloat16, compiled=True)
 
 
 def test_each_variant_of_layers_changes_what_it_names(small: Model) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cutdiff_kernels import bench as operators
+from cutdiff_kernels import bench_network
 from cutdiff_kernels.lines import Lines
 
 from cutdiff.bench import __main__ as bench
@@ -300,3 +301,15 @@ def test_every_file_with_a_test_for_a_gpu_is_run() -> None:
     collected = subprocess.run(command, cwd=SCRIPT.parents[2], capture_output=True, text=True, check=True).stdout
     files = {line.partition("::")[0] for line in collected.splitlines() if "::" in line}
     assert files == {f"tests/{name}" for name in stages.GPU_TESTS}
+
+
+def test_the_variants_of_a_layer_are_numbers_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.jsonl"
+    row = bench_network.Row("gate", 18, 1, 1, kernel_s=0.5, variants={"tma": 0.25, "persistent": "does not compile"})
+    bench_network.keep(Lines(path, "layers"), row, rate=1e9)
+    assert {(name, value) for _, _, name, value in values(path)} >= {
+        ("kernel", 0.5),
+        ("tma", 0.25),
+        ("persistent failed", "does not compile"),
+    }
+    assert "tma 250 ms" in gpu.summary(path)

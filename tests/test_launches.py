@@ -65,7 +65,7 @@ def test_a_step_is_four_launches_and_reads_nothing(monkeypatch: pytest.MonkeyPat
     model = sized(QUICK_UNET, QUICK_VAE, torch.float32)
     monkeypatch.setattr(operators, "_kernels", kernels_of_one_operation)
     monkeypatch.setattr(operators, "_is_reference", lambda *_: False)
-    monkeypatch.setattr(flags.Flags, "begin", lambda self, _: setattr(self, "flag", torch.zeros(1, dtype=torch.int32)))
+    monkeypatch.setattr(flags.Flags, "begin", lambda self, _: setattr(self, "device", torch.device("cpu")))
     sizes = {"height": 64, "width": 64} if method == "direct" else {"height": 128, "width": 128}
     draws = SizedDraws((0,), "meta")
     by_step: list[list[str]] = []
@@ -177,16 +177,23 @@ def test_a_kernel_tells_of_the_step_that_is_not_finite(tiny_model: Model, monkey
     assert calls[2:] == [2, 2], "the step is taken once more, to name the item"
 
 
-@pytest.mark.parametrize("change", ["none", "view", "in place", "another"])
+@pytest.mark.parametrize("change", ["none", "view", "in place", "another", "set"])
 def test_only_what_a_kernel_wrote_is_not_looked_at_again(change: str) -> None:
+    """An estimate that was dropped does not count, though its flag is set."""
     watch, written = Flags(), torch.zeros(1, 4, 8, 8)
     watch.begin(written.device)
-    watch.written(written)
+    dropped, flag = watch.new(), watch.new()
+    assert dropped is not None
+    assert flag is not None
+    watch.written(written.clone(), dropped.fill_(1))
+    watch.written(written, flag)
     estimate = written[:, :, :5, :5] if change == "view" else written
     if change == "in place":
         estimate[0, 0, 0, 0] = float("nan")
     if change == "another":
         estimate = written + float("inf")
+    if change == "set":
+        flag.fill_(1)
     if change in ("none", "view"):
         watch.check(estimate, ValueError)
         return
@@ -198,6 +205,9 @@ class Event:
     """A moment in the work of a device that does nothing before it is asked to."""
 
     waits = 0
+
+    def __init__(self, blocking: bool) -> None:
+        assert blocking
 
     def record(self, stream: object) -> None:
         pass
@@ -225,4 +235,19 @@ def test_a_gpu_tells_one_step_late_and_names_the_right_one(monkeypatch: pytest.M
         taken.extend(step.index for step in steps)
     assert taken == [*range(min(bad + 1, 5))]
     assert (error.value.step, error.value.latents.isfinite().all()) == (bad, True)
-    assert Event.waits == bad + 1
+    assert Event.waits == bad + 1 + (bad < 4), "the step after it, too, before its flag is given up"
+
+
+def test_a_run_that_is_left_gives_up_no_flag_that_a_kernel_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(flags, "_new_flag", lambda device: torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(Event, "waits", 0)
+    schedule = euler_schedule(NoiseConfig(), 5)
+    stage = Stage("direct", range(5), lambda x, sigma, step: x * 0.5)
+    steps = solve([stage], torch.ones(1, 4, 8, 8), schedule, Euler(), torch.zeros)
+    next(steps)
+    assert Event.waits == 0
+    steps.close()
+    assert Event.waits == 1

@@ -126,6 +126,13 @@ def test_memory_is_within_15_percent_of_what_lives_in_a_run(method: str) -> None
     assert planned == pytest.approx(meter.peak_bytes, rel=0.15)
 
 
+def test_a_product_with_a_dtype_of_its_own_is_counted() -> None:
+    a, b = (torch.empty(3, 4, 4, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    with Meter() as meter:
+        torch.bmm(a, b, out_dtype=torch.float32)
+    assert meter.flops == 2 * 3 * 4**3
+
+
 @torch.no_grad()
 def test_memory_of_decoding_is_what_lives(small: Model) -> None:
     sizes, latents = sizes_of(small), torch.zeros(1, 4, 32, 48)

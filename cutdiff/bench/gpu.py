@@ -68,6 +68,7 @@ def stages(second: bool, small: bool, loops: bool) -> list[Stage]:
     tiny = ("--small",) if small else ()
     sizes = ("--sizes", "2048") if small else ()
     rounds, twice = ((), ()) if small else (("--repeats", "3"), ("--repeats", "2"))
+    bits = ("--dtype", "bfloat16") if small else ()  # which a GPU's products in 8 bits go with
 
     def bench(name: str, least: int, most: int, steps: str, *arguments: str) -> Stage:
         return Stage(name, least, most, "cutdiff.bench", (*size, "--steps", steps, *arguments))
@@ -79,8 +80,9 @@ def stages(second: bool, small: bool, loops: bool) -> list[Stage]:
         large = ("--size", "512") if small else ("--size", "4096")
         return [
             bench("large", 25, 60, "4", *large, *twice, "--only"),
-            *([bench("loop compiled", 50, 150, few, "--compile", "--only", "d")] if loops else []),
-            bench("graphs", 40, 150, few, "--compile", "--only", "--also", "graphs"),
+            *([bench("loop compiled", 50, 400, few, "--compile", *twice, "--only", "d")] if loops else []),
+            bench("graphs", 40, 400, few, "--compile", *twice, "--only", "--also", "graphs"),
+            own("parts", 45, 200),
         ]
     pictures = [bench("pictures", 30, 90, few, *rounds, "--only", "--also", "direct")]
     if loops:
@@ -92,9 +94,9 @@ def stages(second: bool, small: bool, loops: bool) -> list[Stage]:
         own("call", 20, 60),
         *pictures,
         own("variants", 25, 80),
+        own("benchmark", 15, 60),
         bench("compiled", 45, 200, many, "--compile", *twice, "--only", "--also", "eager"),
-        bench("fp8 compiled", 45, 160, many, "--compile", *twice, "--only", "--also", "fp8"),
-        own("parts", 45, 120),
+        bench("fp8 compiled", 45, 160, many, "--compile", *bits, *twice, "--only", "--also", "fp8"),
         Stage("operators", 20, 90, "cutdiff_kernels.bench", sizes),
         Stage("layers", 20, 80, "cutdiff_kernels.bench_network"),
         own("tests", 20, 300),
@@ -169,6 +171,8 @@ class Runner:
             return f"ended at its limit of {limit:.0f} s"
         printed = self.log.read_bytes()[printed_from:].decode(errors="replace").split("\n")
         last = next((line for line in reversed(printed) if line.strip()), "it printed nothing")
+        if status == 2 and "GPU" in last:  # the stage says that it needs one
+            return f"skipped: {last}"
         return f"failed with {f'status {status}' if status > 0 else signal.Signals(-status).name}: {last}"
 
 
@@ -196,7 +200,7 @@ def summary(numbers: Path) -> str:
 def _shown(lines: list[Mapping[str, Any]]) -> str:
     """The median of numbers with its unit, and how many there are if several; what is no number, as it is."""
     values = [line["value"] for line in lines]
-    if any(isinstance(value, str | bool) for value in values):
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return str(values[0])[:LONGEST] if len(values) == 1 else f"{len(values)} times"
     value, unit = median(values), lines[0]["unit"]
     prefix = ""

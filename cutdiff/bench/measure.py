@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -21,7 +21,8 @@ from cutdiff.checkpoint.random_model import TOKENS
 from cutdiff.methods.cutdiffusion import CutDiffusion
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import UNetConfig, VAEConfig
-from cutdiff.models.unet import UNet
+from cutdiff.models.layers import TextContext
+from cutdiff.models.unet import Context, UNet
 from cutdiff.models.vae import VAE
 from cutdiff.pipeline import now
 from cutdiff.planning.meter import Meter
@@ -69,8 +70,6 @@ class Ours:
     what: str = "cutdiff"
     attention: Sequence[SDPBackend] = ()
     """The attention backends in the order in which they are tried; if empty, torch's own order holds."""
-    cudnn_benchmark: bool = False
-    """Let cuDNN time its convolutions for every new shape, and take the fastest."""
 
     @property
     def unet(self) -> nn.Module:
@@ -81,11 +80,12 @@ class Ours:
         return self.model.vae
 
     @torch.no_grad()
-    def predict(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
+    def predict(self, x: Tensor, timesteps: Tensor, context: Context, pooled: Tensor, size_ids: Tensor) -> Tensor:
         settings, unet = self.settings, self.model.unet
+        text = context if isinstance(context, TextContext) else unet.read(context)  # as a run and its compiler have it
         unet = compiled(unet, cuda_graphs=settings.cuda_graphs) if settings.compile else unet
         with self._ways():
-            return unet(x, timesteps.expand(len(x)), context, pooled, size_ids)
+            return unet(x, timesteps.expand(len(x)), text, pooled, size_ids)
 
     def steps(self, num_steps: int) -> Iterator[tuple[str, Tensor]]:
         with self._ways():
@@ -96,16 +96,9 @@ class Ours:
         with self._ways():
             return cutdiff.decode(self.model, latents)
 
-    @contextmanager
-    def _ways(self) -> Iterator[None]:
-        """Let torch take attention and convolutions as this contestant has them."""
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = self.cudnn_benchmark or before
-        try:
-            with sdpa_kernel(list(self.attention), set_priority=True) if self.attention else nullcontext():
-                yield
-        finally:
-            torch.backends.cudnn.benchmark = before
+    def _ways(self) -> AbstractContextManager[Any]:
+        """Let torch take attention as this contestant has it."""
+        return sdpa_kernel(list(self.attention), set_priority=True) if self.attention else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -169,7 +162,7 @@ class Memory:
         """The peak bytes above those allocated before, plus the weights of `network`, which were; None on a CPU."""
         if self.device.type != "cuda":
             return None
-        weights = sum(parameter.numel() * parameter.itemsize for parameter in network.parameters())
+        weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
         return torch.cuda.max_memory_allocated(self.device) - self.before + weights
 
 

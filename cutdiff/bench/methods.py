@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=int,
         metavar="SIDE",
-        help=f"with --methods, the pictures that are planned for SDXL ({' '.join(map(str, SIDES))}); none: no picture",
+        help=f"with --methods, the sizes planned for SDXL; left out: {' '.join(map(str, SIDES))}; no SIDE: none",
     )
 
 

@@ -1,10 +1,11 @@
 """Stages of `gpu.sh` that no bench covers: `python -m cutdiff.bench.stages STAGE [--small] [--lines FILE STAGE]`.
 
 `machine` reads what the hardware is and does at best, `correct` compares every kernel with its reference at SDXL's
-shapes, `call` times single calls of the U-Net and profiles one, `variants` times calls of the sampler's variants,
-`parts` compiles the network's blocks and the whole, and `tests` runs the tests marked gpu. Each number is appended to
-the file of `--lines` as soon as it is known. With --small a small network and small shapes take the place of SDXL's,
-and a CPU will do. The exit status is 0, 1 if something is wrong or failed, and 2 for arguments that cannot be used.
+shapes, `call` times single calls of the U-Net and profiles one, `benchmark` times them with the convolutions that
+cuDNN finds to be fastest, `variants` times calls of the sampler's variants, `parts` compiles the network's blocks and
+the whole, and `tests` runs the tests marked gpu. Each number is appended to the file of `--lines` as it is known. With
+--small a small network and small shapes take the place of SDXL's, and a CPU will do. The exit status is 0, 1 if
+something is wrong or failed, and 2 for arguments that cannot be used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -44,6 +46,7 @@ from cutdiff.models import fp8
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig
 from cutdiff.pipeline import now
+from cutdiff.sampling.denoiser import GATHERED_BYTES
 from cutdiff.settings import Settings
 
 ROWS = (2, 8, 18)
@@ -106,16 +109,22 @@ def machine(where: Where) -> None:
     side, seconds = (512, 1.0) if where.small else (8192, 10.0)
     of = f"product of matrices of {side}²"
     lines.add(of, {"burst_flops_per_s": matmul_peak(device, where.dtype, side)})
-    rates = sustained(device, where.dtype, side, seconds)
+    with ThreadPoolExecutor(1) as beside:
+        asked: list[Future[dict[str, str]]] = []
+        rates = sustained(device, where.dtype, side, seconds, lambda: asked.append(beside.submit(_driver_says)))
     lines.add(of, {"sustained_flops_per_s": mean(rates), "first_flops_per_s": rates[0], "last_flops_per_s": rates[-1]})
-    lines.add("hardware after it", _driver_says())
+    lines.add("hardware during it", asked[0].result())
 
 
-def sustained(device: torch.device, dtype: torch.dtype, side: int, seconds: float) -> list[float]:
+def sustained(
+    device: torch.device, dtype: torch.dtype, side: int, seconds: float, at_the_seventh: Callable[[], object]
+) -> list[float]:
     """The FLOP/s of products of random matrices in each tenth of so many seconds without a pause."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out, rates = torch.mm(a, b), []
-    for _ in range(10):
+    for tenth in range(10):
+        if tenth == 6:
+            at_the_seventh()
         began, count = now(device), 0
         while (passed := now(device) - began) < seconds / 10:
             for _ in range(8):
@@ -128,7 +137,7 @@ def sustained(device: torch.device, dtype: torch.dtype, side: int, seconds: floa
 def _driver_says() -> dict[str, str]:
     """What nvidia-smi tells of the first GPU, nothing where there is none."""
     names = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
-    names += ("temperature.gpu", "ecc.mode.current")
+    names += ("temperature.gpu", "ecc.mode.current", "clocks_event_reasons.active")
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
@@ -163,7 +172,7 @@ def _attention(where: Where) -> None:
 
 def correct(where: Where) -> None:
     """Every kernel beside its reference at the shapes of SDXL's pictures, and a product in 8 bits; Failure if wrong."""
-    wrong = []
+    wrong: list[str] = []
 
     def check(of: str, compare: Callable[[], str]) -> None:
         """Keep how a result is wrong, or that it is right; an error of one kernel does not end the stage."""
@@ -175,6 +184,8 @@ def correct(where: Where) -> None:
         if difference:
             wrong.append(f"{of} {difference}")
 
+    if where.on_gpu:  # not on a CPU: there torch 2.11 has no scale for each row
+        check("product in 8 bits", partial(_compare_fp8, where))
     if runs_on(where.device):
         for size in operators.SIZES[:1] if where.small else operators.SIZES:
             # The interpreter cuts where bfloat16 should be rounded.
@@ -191,8 +202,6 @@ def correct(where: Where) -> None:
 
         for layer in bench_network.layers(ROWS[-1], where.device):
             check(layer.name, partial(bench_network.compare, layer))
-        # Not on a CPU: there torch 2.11 has no scale for each row.
-        check("product in 8 bits", partial(_compare_fp8, where))
     if wrong:
         raise Failure(f"{len(wrong)} kernels are wrong, the first: {wrong[0]}")
 
@@ -217,15 +226,9 @@ def call(where: Where) -> None:
     """The seconds of a call of the U-Net for each number of rows and of all calls of a picture, and a profile."""
     model = where.model()
     ours, flops = Ours(model, Settings()), unet_flops(where.config)
-    seconds = {}
-    for rows in ROWS:
-        memory = Memory(where.device)
-        seconds[rows] = call_seconds(ours, rows)
-        values = {"call_s": seconds[rows], "rate_flops_per_s": rows * flops / seconds[rows]}
-        where.lines.add(f"{rows} rows", values | {"peak_bytes": memory.peak(model.unet)})
-    rows, whole = sum(count * rows for rows, count in CALLS.items()), _picture(seconds)
-    where.lines.add(f"{rows} rows, by these calls", {"calls_s": whole, "rate_flops_per_s": rows * flops / whole})
+    _calls(where, ours, flops)
     inputs = _inputs(model, ROWS[-1])
+    ours.predict(*inputs)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.on_gpu else [])]
     with profile(activities=activities) as profiled:
         began = now(where.device)
@@ -237,13 +240,35 @@ def call(where: Where) -> None:
     kernels = [event for event in events if event.device_type == DeviceType.CUDA]
     busy = sum(event.self_device_time_total for event in kernels) / 1e6
     ran = {"launches": sum(event.count for event in kernels), "kernels_s": busy} if kernels else {}
-    where.lines.add(f"profile of {ROWS[-1]} rows", {**ran, "call_s": whole})
+    where.lines.add(f"profile of {ROWS[-1]} rows", {**ran, "profiled call_s": whole})
     for kind, some in (("kernel", kernels), ("operator", [e for e in events if e.device_type == DeviceType.CPU])):
         for event in sorted(some, key=lambda event: -getattr(event, by))[:SHOWN]:
             taken = getattr(event, by) / 1e6
             if taken:
                 values = {"total_s": taken, "share": taken / (busy or whole), "count": event.count}
                 where.lines.add(f"{kind} {event.key}", values)
+
+
+def _calls(where: Where, ours: Ours, flops: float) -> None:
+    """The seconds of a call for each number of rows, and of all calls of a picture; `flops` are those of a row."""
+    seconds = {}
+    for rows in ROWS:
+        memory = Memory(where.device)
+        seconds[rows] = call_seconds(ours, rows)
+        values = {"call_s": seconds[rows], "rate_flops_per_s": rows * flops / seconds[rows]}
+        where.lines.add(f"{rows} rows", values | {"peak_bytes": memory.peak(ours.unet)})
+    rows, whole = sum(count * rows for rows, count in CALLS.items()), _picture(seconds)
+    where.lines.add(f"{rows} rows, by these calls", {"calls_s": whole, "rate_flops_per_s": rows * flops / whole})
+
+
+@torch.no_grad()
+def benchmark(where: Where) -> None:
+    """The seconds of the same calls with the convolutions that cuDNN finds to be fastest.
+
+    It is a stage and no variant, because cuDNN keeps for the whole process what it took for a shape first.
+    """
+    torch.backends.cudnn.benchmark = True
+    _calls(where, Ours(where.model(), Settings()), unet_flops(where.config))
 
 
 @torch.no_grad()
@@ -320,6 +345,8 @@ def _inputs(model: Model, rows: int) -> tuple[Any, ...]:
     """Random inputs of the U-Net for so many rows of native size, which read the keys of two texts."""
     x, timestep, context, pooled, size_ids = network_inputs(model, rows)
     text = model.unet.read(context[:2])[torch.arange(rows, device=x.device) % 2]
+    if rows * text.row_bytes <= GATHERED_BYTES:  # as a run has it
+        text = text.gathered()
     return x, timestep.expand(rows), text, pooled, size_ids
 
 
@@ -357,6 +384,7 @@ STAGES = {
     "machine": machine,
     "correct": correct,
     "call": call,
+    "benchmark": benchmark,
     "variants": variants,
     "parts": parts,
     "tests": tests,

@@ -20,7 +20,6 @@ from cutdiff.settings import Settings
 FP8, EAGER, DIRECT = "fp8", "eager", "direct"
 VARIANTS = {
     "flash": "attention by FlashAttention where it can",
-    "cudnn-benchmark": "the convolutions that cuDNN finds to be fastest",
     "fused-norm": "norms by Triton kernels",
     "fused-gate": "gates by Triton kernels",
     "fused": "both",
@@ -51,8 +50,6 @@ CHANGES: dict[str, Callable[[UNet], None]] = {
     "fused-norm": partial(fuse, gates=False),
     "fused-gate": partial(fuse, norms=False),
     "contiguous": contiguous,
-    "flash": lambda unet: None,  # a copy, which the compiler has not seen
-    "cudnn-benchmark": lambda unet: None,
 }
 OPTIONS = {
     "graphs": {"compile": True, "cuda_graphs": True},
@@ -68,7 +65,6 @@ def variant(name: str, model: Model, settings: Settings) -> Ours:
         replace(settings, **OPTIONS.get(name, {})),
         f"cutdiff, {name}",
         FLASH_FIRST if name == "flash" else (),
-        name == "cudnn-benchmark",
     )
 
 
@@ -78,7 +74,9 @@ def check_variant(name: str, device: torch.device, dtype: torch.dtype, compiled:
         check_fp8(device, dtype)
     if name.startswith("fused"):
         check_fused(device)
-    if name in ("graphs", "flash", "cudnn-benchmark", "contiguous") and device.type != "cuda":
+    if name in ("graphs", "flash", "contiguous") and device.type != "cuda":
         raise ValueError(f"only a GPU has it, and the device is {device}: leave it out")
     if name == EAGER and not compiled:
         raise ValueError("the sampler is not compiled anyway: add --compile")
+    if name == "flash" and compiled:
+        raise ValueError("a compiler keeps the attention that it saw first: leave --compile out")

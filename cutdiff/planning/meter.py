@@ -72,7 +72,10 @@ class Meter(TorchDispatchMode):
         out = function(*args, **kwargs)
         formula = flop_registry.get(function._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
+            shaped = (
+                value for value in args if not isinstance(value, torch.dtype)
+            )  # torch's formulas know of no dtype
+            self.flops += formula(*shaped, **kwargs, out_val=out)
         inputs = {storage._cdata for storage in _storages((args, kwargs))}  # a view of a weight is not made inside
         for storage in _storages(out):
             if storage._cdata not in inputs:

@@ -224,11 +224,12 @@ class Denoiser:
         if copies == 1 or isinstance(self.guidance, LinearGuidance):
             scale = self.guidance.scale_at(sigma, step) if isinstance(self.guidance, LinearGuidance) else 1.0
             how = back | {"copies": copies, "guidance_scale": scale}
-            flags = self.work.flags
-            if flags.flag is None or not takes_flag(operator, self.backend, canvas.device):
+            if not takes_flag(operator, self.backend, canvas.device):
                 return operator.scatter(prediction, self.backend, **how)
-            denoised = operator.flagged(flags.flag, prediction, self.backend, **how)
-            flags.written(denoised)
+            flag = self.work.flags.new()
+            denoised = operator.flagged(flag, prediction, self.backend, **how)
+            if flag is not None:
+                self.work.flags.written(denoised, flag)
             return denoised
         unconditional, conditional = (operator.scatter(prediction[half::2], self.backend, **back) for half in (0, 1))
         estimate = self.guidance(conditional, unconditional, sigma, step)

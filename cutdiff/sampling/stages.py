@@ -138,6 +138,17 @@ def solve(
     those that the stages' denoisers set, if any do.
     """
     flags = flags or Flags()
+    try:
+        yield from _steps(stages, x, schedule, solver, noise, flags)
+        flags.end()
+    finally:
+        flags.abandon()
+
+
+def _steps(
+    stages: Sequence[Stage | Phase], x: Tensor, schedule: Schedule, solver: Solver, noise: Noise, flags: Flags
+) -> Iterator[Step]:
+    """The steps of `solve`."""
     take: TakeStep | None = None
     started: tuple[Schedule, int] | None = None  # what the solver was started on, and the number of its first step
     for part in stages:
@@ -162,7 +173,6 @@ def solve(
             if stage.end is not None and i == stage.steps[-1]:
                 x = _of_shape(stage.end(x), shape, f"stage {stage.name} at its end")
             yield Step(i, stage.name, sigma, x, denoised)
-    flags.end()
 
 
 def _not_finite(stage: Stage, latents: Tensor, sigma: float, step: int) -> FloatingPointError:

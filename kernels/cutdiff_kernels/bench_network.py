@@ -158,6 +158,14 @@ def line(row: Row, rate: float) -> str:
     return "| " + " | ".join([row.name, str(row.rows), *times, rate_of, ratio, ", ".join(others) or "–"]) + " |"
 
 
+def keep(lines: Lines, row: Row, rate: float) -> None:
+    """Append the numbers of a layer, with the seconds of each variant, or how it failed."""
+    values = asdict(row) | {"name": None, "variants": None, "copy_s": row.bytes / rate}
+    for name, took in row.variants.items():
+        values[f"{name} failed" if isinstance(took, str) else f"{name}_s"] = took
+    lines.add(row.name, values)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cutdiff_kernels.bench_network", description="Time the network's kernels beside plain torch."
@@ -176,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     for layer in layers(args.rows, device):
         rows.append(measure(layer, args.rows))
         print(line(rows[-1], rate), flush=True)
-        Lines(*args.lines).add(layer.name, asdict(rows[-1]) | {"name": None, "copy_s": layer.bytes / rate})
+        keep(Lines(*args.lines), rows[-1], rate)
         if args.json is not None:  # after every layer, so that a run that is cut short leaves what it has
             result = {"hardware": machine, "copy_bytes_per_s": rate, "rows": [asdict(row) for row in rows]}
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
