@@ -25,7 +25,7 @@ from cutdiff.bench.baselines import PublishedLoop, make_baselines
 from cutdiff.bench.measure import PARTS, STAGES, Ours, Timing, count_flops, timed, unet_flops
 from cutdiff.bench.parity import NotEqual, prove, prove_again
 from cutdiff.bench.report import summary, table
-from cutdiff.bench.variants import variant
+from cutdiff.bench.variants import check_variant, variant
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import cast, network_inputs, random_model
 from cutdiff.models.config import SDXL_UNET
