@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
@@ -56,6 +57,24 @@ def test_compiling_leaves_the_network_alone_and_shares_its_weights(
             bias.sub_(1)
         torch.testing.assert_close(unet(*inputs), before)
     assert all(module._compiled_call_impl is None for module in unet.modules())
+
+
+def test_compiling_keeps_the_hooks_of_the_network(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method of an object that cannot be copied is called on that object."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+
+    class Recorder:
+        def __init__(self) -> None:
+            self.lock, self.calls = threading.Lock(), 0
+
+        def hook(self, *_: object) -> None:
+            self.calls += 1
+
+    recorder = Recorder()
+    with tiny_model.unet.conv_out.register_forward_hook(recorder.hook):
+        record = cutdiff.generate(tiny_model, "a red house", method="direct", num_steps=2, compile=True).record
+    assert recorder.calls == 2
+    assert record["network_evaluations"] == 4
 
 
 @pytest.mark.parametrize("method", CHANGING)

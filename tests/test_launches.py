@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
+from cutdiff.checkpoint.random_model import random_model
 from cutdiff.models.inside import replaced
 from cutdiff.models.layers import TextContext
 from cutdiff.planning.forecast import SizedDraws, sized
@@ -143,6 +145,33 @@ def test_the_text_of_a_small_call_is_gathered_once(
     assert gathers[2] <= gathers[1] < gathers[0]
 
 
+def test_a_network_that_reads_no_text_draws() -> None:
+    plain = replace(QUICK_UNET, transformer_layers=(0, 0), mid_transformer_layers=0)
+    model = random_model(plain, QUICK_VAE, torch.device("cpu"))
+    assert cutdiff.generate(model, "a red house", num_steps=2).latents.isfinite().all()
+
+
+def test_what_is_kept_of_other_calls_makes_room_for_a_small_one(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine views go through eight at a time: the text of the ninth fits only where that of the eight is given up."""
+    options = {"method": "multidiffusion", "stride": 4, "num_steps": 2, "height": 128, "width": 128}
+    whole = cutdiff.generate(tiny_model, "a red house", view_batch_size=8, **options)
+    gather, failed = TextContext.gathered, []
+
+    def gathered(context: TextContext) -> TextContext:
+        if len(context) == 2 and not failed:
+            failed.append(len(context))
+            raise torch.OutOfMemoryError
+        return gather(context)
+
+    monkeypatch.setattr(TextContext, "gathered", gathered)
+    again = cutdiff.generate(tiny_model, "a red house", view_batch_size=8, **options)
+    assert failed == [2]
+    assert again.record["view_batch_size"] == 8
+    assert torch.equal(again.latents, whole.latents)
+
+
 def test_text_that_memory_does_not_hold_halves_the_batch(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"num_steps": 2, "height": 128, "width": 128, "view_batch_size": 4}
     whole = cutdiff.generate(tiny_model, "a red house", **options)
@@ -174,6 +203,9 @@ def test_a_kernel_tells_of_the_step_that_is_not_finite(tiny_model: Model, monkey
     steps = cutdiff.denoise(tiny_model, "a red house", **options)
     with replaced(unet, forward=forward), pytest.raises(FloatingPointError, match=r"^step 2 \(direct"):
         list(steps)
+    monkeypatch.undo()
+    with torch.inference_mode():  # whose tensors count no changes: what they hold is asked
+        assert len(list(cutdiff.denoise(tiny_model, "a red house", **options))) == 5
     assert calls[2:] == [2, 2], "the step is taken once more, to name the item"
 
 

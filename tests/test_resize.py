@@ -218,3 +218,8 @@ def test_noise_of_the_encoder_is_no_other_noise() -> None:
         for other in drawn[:i]:
             assert (one * other).mean().abs() < 0.2
     assert torch.equal(drawn[0][1:], Draws((4,)).encoder_noise((1, *shape[1:]), 2))
+
+
+def test_nearest_is_exact_where_float32_would_round() -> None:
+    x = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
+    assert resize(x, (1, 82), "nearest")[0, 0, 0].tolist() == [i * 2 // 82 for i in range(82)]

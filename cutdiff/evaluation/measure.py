@@ -105,8 +105,10 @@ def measure_prompts(
 
 
 def _named(name: str, options: dict[str, Any]) -> str:
-    """The name of a cell, which is its spec with the options that --set adds."""
-    return ",".join([name, *(f"{option}={written(value)}" for option, value in options.items())])
+    """The name of a cell, which is its spec with the options that --set adds; a spec among their values is quoted."""
+    texts = {option: written(value) for option, value in options.items()}
+    quoted = {option: repr(text) if "=" in text else text for option, text in texts.items()}
+    return ",".join([name, *(f"{option}={text}" for option, text in quoted.items())])
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

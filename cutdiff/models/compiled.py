@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cutdiff.models.layers import ResnetBlock
 from cutdiff.models.unet import Context, TransformerBlock, UNet
@@ -52,8 +52,10 @@ def compiled(
 
 
 def _sharing_tensors(unet: UNet) -> UNet:
-    """A copy of the modules on the same tensors. Layers that attend to text stay the same, as texts are kept for
-    them."""
-    kept: list[Tensor | nn.Module] = [*unet.parameters(), *unet.buffers()]
-    kept += [module.attn2 for module in unet.modules() if isinstance(module, TransformerBlock)]
+    """A copy of the modules on the same tensors and hooks. Layers that attend to text stay the same, as texts are kept
+    for them."""
+    kept: list[Any] = [*unet.parameters(), *unet.buffers()]
+    for module in unet.modules():
+        kept += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        kept += [module.attn2] if isinstance(module, TransformerBlock) else []
     return deepcopy(unet, {id(thing): thing for thing in kept})

@@ -260,6 +260,7 @@ class Denoiser:
         parts, start = [], first
         while start < end:
             part = slice(start, min(start + (self.work.view_batch_size or num_rows) * copies, end))
+            kept = len(text.by_rows)
             try:
                 context, pooled = self._of_rows(text, part, num_rows, copies)
                 taken = (inputs[part], timestep[part], context, pooled, size_ids[part])
@@ -268,11 +269,13 @@ class Denoiser:
                 )
                 parts.append(self.evaluate(taken) if self.network is None else self.network(call))
             except torch.OutOfMemoryError:
+                text.by_rows.clear()
+                context = pooled = taken = call = None
+                if kept:  # without what was kept of other calls memory may suffice
+                    continue
                 if part.stop - start <= copies:
                     raise
                 self.work.view_batch_size = max((part.stop - start) // copies // 2, 1)
-                text.by_rows.clear()
-                context = pooled = taken = call = None
                 continue
             for observer in self.work.observers:
                 observer.call(call, parts[-1])
@@ -316,7 +319,7 @@ class Denoiser:
             index = upload(torch.tensor(rows), text.pooled.device)
             context, pooled = text.context[index], text.pooled[index]
             if isinstance(context, TextContext):
-                most = GATHERED_BYTES // context.row_bytes
+                most = GATHERED_BYTES // max(context.row_bytes, 1)  # no layer may read the text
                 if len(rows) + sum(len(kind) for kind in text.by_rows if len(kind) <= most) > most:
                     text.by_rows.clear()
                 if len(rows) <= most:

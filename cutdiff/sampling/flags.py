@@ -92,12 +92,12 @@ class Flags:
         self.device, self._pending = None, None
 
     def _flag_of(self, estimate: Tensor) -> Tensor | None:
-        """The flag of the kernel that wrote the estimate, or what it views, where nobody has changed it since."""
+        """The flag of the kernel that wrote the estimate, all of it, where nobody has changed it since."""
         known = self._written
         if known is None or estimate.is_inference() or known.version != estimate._version:
             return None
         same = known.estimate.untyped_storage()._cdata == estimate.untyped_storage()._cdata
-        return known.flag if same else None
+        return known.flag if same and known.estimate.shape == estimate.shape else None
 
 
 def _raise(pending: _Pending | None) -> None:

@@ -91,7 +91,11 @@ class ByBand(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        split = resolve("split", self.split)
+        try:
+            split = resolve("split", self.split)
+        except ValueError as error:
+            known = str(error).startswith("split=")
+            raise ValueError(str(error) if known else f"split={self.split!r}: {error}") from None
         ships = type(split).__module__ == Split.__module__
         object.__setattr__(self, "split", spec_of("split", split) if ships else split)
 

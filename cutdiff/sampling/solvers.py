@@ -33,7 +33,10 @@ class Solver(Protocol):
     schedule for it; else that is the published Euler scheduler's."""
 
     def start(self, schedule: Schedule, noise: Noise) -> TakeStep:
-        """The function that takes the steps of `schedule` on one canvas; `noise` is asked only for what is needed."""
+        """The function that takes the steps of `schedule` on one canvas; `noise` is asked only for what is needed.
+
+        It writes to none of the tensors that it is given.
+        """
         ...
 
 

@@ -134,7 +134,8 @@ def solve(
     """Run the stages one after another from x (B, C, H, W), float32, and yield every step.
 
     Raises NotFinite where an estimate of x0 is not, FloatingPointError where a solver makes it so, and ValueError where
-    a stage or the solver gives another canvas than it says. On a GPU the first two come one step late. `flags` are
+    a stage or the solver gives another canvas than it says. On a GPU the first two come one step late, but before a
+    phase begins and before a stage's `end`. `flags` are
     those that the stages' denoisers set, if any do.
     """
     flags = flags or Flags()
@@ -154,6 +155,7 @@ def _steps(
     for part in stages:
         stage = part
         if isinstance(part, Phase):
+            flags.end()
             x, stage = _begun(part, x, schedule.num_steps, is_last=part is stages[-1])
         assert isinstance(stage, Stage)
         start, sigmas = stage.steps.start, stage.sigmas
@@ -171,6 +173,7 @@ def _steps(
             flags.check(denoised, partial(_not_finite, stage, x, sigma, i))
             x = _of_shape(take(x, denoised, i - first), shape, "the solver").to(denoised.dtype)
             if stage.end is not None and i == stage.steps[-1]:
+                flags.end()
                 x = _of_shape(stage.end(x), shape, f"stage {stage.name} at its end")
             yield Step(i, stage.name, sigma, x, denoised)
 

@@ -202,6 +202,7 @@ def group_norm(
     """
     check_group_norm(x, num_groups, weight, bias)
     rows = x.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C): no copy where x lies so
+    weight, bias = weight.contiguous(), bias.contiguous()
     out = output(out, tuple(rows.shape), x.dtype, rows, weight, bias)
     batch, channels, num_positions = len(x), x.shape[1], x.shape[2] * x.shape[3]
     num_tiles, columns = (triton.cdiv(n, b) for n, b in zip((num_positions, channels), NORM_TILE.values(), strict=True))
