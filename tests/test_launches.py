@@ -157,7 +157,8 @@ def test_what_is_kept_of_other_calls_makes_room_for_a_small_one(
     """Nine views go through eight at a time: the text of the ninth fits only where that of the eight is given up."""
     options = {"method": "multidiffusion", "stride": 4, "num_steps": 2, "height": 128, "width": 128}
     whole = cutdiff.generate(tiny_model, "a red house", view_batch_size=8, **options)
-    gather, failed = TextContext.gathered, []
+    gather = TextContext.gathered
+    failed: list[int] = []
 
     def gathered(context: TextContext) -> TextContext:
         if len(context) == 2 and not failed:
@@ -209,9 +210,9 @@ def test_a_kernel_tells_of_the_step_that_is_not_finite(tiny_model: Model, monkey
     assert calls[2:] == [2, 2], "the step is taken once more, to name the item"
 
 
-@pytest.mark.parametrize("change", ["none", "view", "in place", "another", "set"])
+@pytest.mark.parametrize("change", ["none", "cropped", "in place", "another", "set"])
 def test_only_what_a_kernel_wrote_is_not_looked_at_again(change: str) -> None:
-    """An estimate that was dropped does not count, though its flag is set."""
+    """An estimate that was dropped does not count, though its flag is set, nor does what was cropped."""
     watch, written = Flags(), torch.zeros(1, 4, 8, 8)
     watch.begin(written.device)
     dropped, flag = watch.new(), watch.new()
@@ -219,14 +220,14 @@ def test_only_what_a_kernel_wrote_is_not_looked_at_again(change: str) -> None:
     assert flag is not None
     watch.written(written.clone(), dropped.fill_(1))
     watch.written(written, flag)
-    estimate = written[:, :, :5, :5] if change == "view" else written
+    estimate = written[:, :, :5, :5] if change == "cropped" else written
     if change == "in place":
         estimate[0, 0, 0, 0] = float("nan")
     if change == "another":
         estimate = written + float("inf")
-    if change == "set":
+    if change in ("set", "cropped"):
         flag.fill_(1)
-    if change in ("none", "view"):
+    if change in ("none", "cropped"):
         watch.check(estimate, ValueError)
         return
     with pytest.raises(ValueError):  # noqa: PT011
@@ -234,17 +235,19 @@ def test_only_what_a_kernel_wrote_is_not_looked_at_again(change: str) -> None:
 
 
 class Event:
-    """A moment in the work of a device that does nothing before it is asked to."""
+    """A moment in the work of a device, which does nothing before it is asked to."""
 
     waits = 0
 
     def __init__(self, blocking: bool) -> None:
         assert blocking
+        self.recorded = False
 
     def record(self, stream: object) -> None:
-        pass
+        self.recorded = True
 
     def synchronize(self) -> None:
+        assert self.recorded
         Event.waits += 1
 
 
@@ -262,7 +265,7 @@ def test_a_gpu_tells_one_step_late_and_names_the_right_one(monkeypatch: pytest.M
 
     schedule = euler_schedule(NoiseConfig(), 5)
     steps = solve([Stage("direct", range(5), denoise)], torch.ones(1, 4, 8, 8), schedule, Euler(), torch.zeros)
-    taken: list[int] = []
+    taken = []
     with pytest.raises(NotFinite, match=rf"^step {bad} \(direct") as error:
         taken.extend(step.index for step in steps)
     assert taken == [*range(min(bad + 1, 5))]
