@@ -156,13 +156,13 @@ def test_ratios_are_medians_over_the_rounds_and_the_floor_is_flops_at_the_peak()
     ours = [timing(1, 1), timing(3, 3), timing(1, 1)]
     others = [timing(2, 3), timing(6, 9), timing(4, 4)]
     flops = {"structure": 10.0, "detail": 10.0, "network": 20.0, "decode": 5.0}
-    found = summary({"cutdiff": ours, "a": others}, flops, peak_flops=40.0)
-    assert found["a"]["times_ours"]["network"] == {"median": 2.5, "least": 2.5, "most": 4.0}
-    assert found["a"]["times_ours"]["structure"]["median"] == 2.0
-    assert found["cutdiff"]["seconds"]["network"] == {"median": 2, "least": 2, "most": 6}
-    assert found["cutdiff"]["flops_per_s"] == 10.0
-    assert found["cutdiff"]["times_floor"] == 4.0
-    about = {name: {"what": name, "first_run_s": 1.0, **row} for name, row in found.items()}
+    numbers = summary({"cutdiff": ours, "a": others}, flops, peak_flops=40.0)
+    assert numbers["a"]["times_ours"]["network"] == {"median": 2.5, "least": 2.5, "most": 4.0}
+    assert numbers["a"]["times_ours"]["structure"]["median"] == 2.0
+    assert numbers["cutdiff"]["seconds"]["network"] == {"median": 2, "least": 2, "most": 6}
+    assert numbers["cutdiff"]["flops_per_s"] == 10.0
+    assert numbers["cutdiff"]["times_floor"] == 4.0
+    about = {name: {"what": name, "first_run_s": 1.0, **row} for name, row in numbers.items()}
     lines = table({"contestants": about, "flops": flops, "peak_flops_per_s": 40.0}).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["cutdiff", "a: a", "floor"]
     assert "| 2.50 [2.50 – 4.00] |" in lines[3]
@@ -177,18 +177,18 @@ def test_the_command_line_compares_times_and_writes_all_of_it(
 ) -> None:
     path = tmp_path / "bench.json"
     assert command.main([*SMALLEST, "--only", "a", "c", "--json", str(path)]) == 0
-    found = json.loads(path.read_text())
-    assert list(found["contestants"]) == ["cutdiff", "a", "c"]
-    for row in found["contestants"].values():
+    numbers = json.loads(path.read_text())
+    assert list(numbers["contestants"]) == ["cutdiff", "a", "c"]
+    for row in numbers["contestants"].values():
         assert [set(run["seconds"]) for run in row["runs"]] == [set(PARTS)] * 2
         assert min(run["seconds"][part] for run in row["runs"] for part in PARTS) > 0
         assert row["difference"] <= 1e-5
         assert row["first_run_s"] > 0
-    assert max(found["parity"].values()) <= 1e-5
-    assert found["command"][:4] == ["python", "-m", "cutdiff.bench", "--small"]
-    assert {"cpu", "torch", "python", "cutdiff", "diffusers"} <= set(found["hardware"])
-    assert found["precision"]["dtype"] == "float32"
-    assert (found["peak_flops_per_s"] > 0) & (found["resident_peak_bytes"] > 0)
+    assert max(numbers["parity"].values()) <= 1e-5
+    assert numbers["command"][:4] == ["python", "-m", "cutdiff.bench", "--small"]
+    assert {"cpu", "torch", "python", "cutdiff", "diffusers"} <= set(numbers["hardware"])
+    assert numbers["precision"]["dtype"] == "float32"
+    assert (numbers["peak_flops_per_s"] > 0) & (numbers["resident_peak_bytes"] > 0)
     out = capsys.readouterr().out
     assert "small network, random weights; 128² px, 2 steps, 2 rounds; float32" in out
     assert "| c: b, vectorised draw, cache kept |" in out
@@ -209,26 +209,26 @@ def test_numbers_are_kept_as_soon_as_they_are_known(tmp_path: Path, monkeypatch:
     assert command.main([*SMALLEST, "--only", "a", "--lines", str(path), "pictures"]) == 1
     lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     assert {line["stage"] for line in lines} == {"pictures"}
-    found = {(line["of"], line["name"], line.get("round")): (line["value"], line["unit"]) for line in lines}
-    assert found["a", "first_run", None][1] == "s"
-    assert found["product of matrices", "rate", None][1] == "FLOP/s"
-    times = {name: found[name, "network", 1] for name in ("cutdiff", "a")}
-    assert found["a", "times cutdiff", 1][0] == times["a"][0] / times["cutdiff"][0]
+    numbers = {(line["of"], line["name"], line.get("round")): (line["value"], line["unit"]) for line in lines}
+    assert numbers["a", "first_run", None][1] == "s"
+    assert numbers["product of matrices", "rate", None][1] == "FLOP/s"
+    times = {name: numbers[name, "network", 1] for name in ("cutdiff", "a")}
+    assert numbers["a", "times cutdiff", 1][0] == times["a"][0] / times["cutdiff"][0]
     assert {unit for _, unit in times.values()} == {"s"}
-    assert max(key[2] or 0 for key in found) == 1
+    assert max(key[2] or 0 for key in numbers) == 1
 
 
 def test_the_whole_canvas_at_once_has_flops_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bench.json"
     assert command.main([*SMALLEST, "--size", "256", "--only", "--also", "direct", "--json", str(path)]) == 0
-    found = json.loads(path.read_text())
+    numbers = json.loads(path.read_text())
     settings = Settings(method="direct", height=256, width=256)
     model = random_model(command.SMALL_UNET, command.SMALL_VAE, CPU)
     with Meter() as meter:
         list(cutdiff.denoise(model, "", settings, num_steps=2))
-    assert found["flops"]["direct"] == pytest.approx(meter.flops, rel=0.01)
-    row = found["contestants"]["direct"]
-    assert row["flops_per_s"] == found["flops"]["direct"] / row["seconds"]["network"]["median"]
+    assert numbers["flops"]["direct"] == pytest.approx(meter.flops, rel=0.01)
+    row = numbers["contestants"]["direct"]
+    assert row["flops_per_s"] == numbers["flops"]["direct"] / row["seconds"]["network"]["median"]
     assert "| cutdiff, direct | – | – |" in capsys.readouterr().out
 
 

@@ -279,11 +279,11 @@ def test_blocks_and_the_whole_are_compiled_and_timed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(stages, "ROWS", (2,))
     path = tmp_path / "numbers.jsonl"
     stages.parts(where(path))
-    found = {(of, name): value for _, of, name, value in values(path)}
-    assert found["2 rows, not compiled", "call"] > 0
+    numbers = {(of, name): value for _, of, name, value in values(path)}
+    assert numbers["2 rows, not compiled", "call"] > 0
     for name in ("blocks", "whole"):
-        assert found[f"2 rows, compiled: {name}", "difference"] < 1e-4
-        assert found[f"2 rows, compiled: {name}", "first"] > found[f"2 rows, compiled: {name}", "call"] > 0
+        assert numbers[f"2 rows, compiled: {name}", "difference"] < 1e-4
+        assert numbers[f"2 rows, compiled: {name}", "first"] > numbers[f"2 rows, compiled: {name}", "call"] > 0
 
 
 def test_the_outcome_of_each_test_is_kept(tmp_path: Path) -> None:
