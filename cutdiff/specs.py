@@ -54,7 +54,7 @@ SPLITS = {
     "wavelet": "cutdiff.sampling.split:Wavelet",
 }
 TABLES = {"method": METHODS, "solver": SOLVERS, "schedule": SCHEDULES, "guidance": GUIDANCE}
-"""What a run is given, by kind."""
+"""The objects that a run is given, by kind."""
 NAMED = {**TABLES, "split": SPLITS}
 """All that has names, the parts too that only options of others are given."""
 SHAPES = {

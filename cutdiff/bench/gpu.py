@@ -1,4 +1,4 @@
-"""What `gpu.sh` runs: stages of measurements on one GPU, each a process with a limit, until a deadline.
+"""The runner behind `gpu.sh`: stages of measurements on one GPU, each a process with a limit, until a deadline.
 
 `python -m cutdiff.bench.gpu OUT [SECONDS] [--second] [--small]` writes three files to OUT: `numbers.jsonl`, to which
 every number is appended as soon as it is known (see `cutdiff_kernels.lines`), `log.txt` with all that the stages print,

@@ -43,9 +43,9 @@ BATCHES = {"one": 1, "automatic": None}
 FLAGS = ("methods", "plan", "small", "size", "steps", "dtype", "device", "repeats", "backend", "json", "debug")
 """The options that go together with --methods."""
 COUNTS = {"evaluations": "evaluations", "flops": "FLOPs", "live_bytes": "peak memory besides the weights"}
-"""What is both planned and measured, by its name in a row and in words."""
+"""The counts that are both planned and measured, by their names in a row and in words."""
 Row = dict[str, Any]
-"""What one picture takes: `COUNTS`, and where it was drawn, the seconds of every round and the plan."""
+"""The cost of one picture: `COUNTS`, and where it was drawn, the seconds of every round and the plan."""
 Part = dict[str, Any]
 """The pictures of one size by one model: for each method its spec, and a `Row` for each of `BATCHES`."""
 
@@ -146,7 +146,7 @@ def _part(model: str, specs: Sequence[str], settings: list[dict[str, Settings]],
 
 
 def _plan(model: Model, settings: Settings) -> Row:
-    """What a run of one picture takes, planned."""
+    """The planned cost of one picture."""
     plan = walk(model, settings)
     totals = [stage.total for stage in plan.stages]
     return {
@@ -157,7 +157,7 @@ def _plan(model: Model, settings: Settings) -> Row:
 
 
 def _counted(model: Model, sizes: Model, settings: Settings) -> Row:
-    """What a run of one picture takes, counted while it is drawn, beside what is planned for it."""
+    """The cost of one picture, counted while it is drawn, beside the planned one."""
     batch = settings.view_batch_size or (CPU_VIEW_BATCH if model.device.type == "cpu" else None)
     planned = _plan(sizes, replace(settings, view_batch_size=batch))
     row: Row = {"planned": planned, "seconds": []}

@@ -14,7 +14,7 @@ from cutdiff.models.unet import Context, TransformerBlock, UNet
 
 BACKEND = "inductor"
 BLOCKS = (ResnetBlock, TransformerBlock)
-"""What is compiled by itself: one graph for all blocks of the same shapes, and one more for each number of rows."""
+"""The kinds of blocks that are compiled by themselves: one graph for all of the same shapes and number of rows."""
 MOST_GRAPHS = 1024
 """The graphs of one kind of block. SDXL has up to 12 for each number of rows, and torch of itself takes 8."""
 GRAPHS = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}

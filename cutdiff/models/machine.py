@@ -1,4 +1,4 @@
-"""What a machine does well: the number formats that it multiplies in hardware, and memory that is used again."""
+"""The machine's strengths: number formats that it multiplies in hardware, and memory that is used again."""
 
 from __future__ import annotations
 
