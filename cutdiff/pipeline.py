@@ -258,7 +258,7 @@ def prepare(
         ranks=ranks,
         items_of_a_call=settings.view_batch_size,
         backend=settings.backend,
-        work=Work(_view_batch_size(model, settings), observers=[] if observer is None else [observer]),
+        work=Work(first_view_batch_size(model, settings), observers=[] if observer is None else [observer]),
     )
     run = Run(
         denoiser=denoiser,
@@ -313,7 +313,8 @@ def _init_scale(first: Stage | Phase, schedule: Schedule) -> float:
     return schedule.init_scale if start == 0 else schedule.sigmas[start]
 
 
-def _view_batch_size(model: Model, settings: Settings) -> int | None:
+def first_view_batch_size(model: Model, settings: Settings) -> int | None:
+    """The patches or views that a run first tries at once; None: all of a step."""
     return settings.view_batch_size or (CPU_VIEW_BATCH if model.device.type == "cpu" else None)
 
 
@@ -338,7 +339,7 @@ def _record(model: Model, prompt: str | Sequence[str], prepared: Prepared, secon
         **described,
         "fingerprint": fingerprint(described),
         "view_batch_size": view_batch_size,
-        "view_batch_halved": view_batch_size != _view_batch_size(model, prepared.settings),
+        "view_batch_halved": view_batch_size != first_view_batch_size(model, prepared.settings),
         "network_evaluations": sum(ranks.values(work.evaluations)),
         "ranks": ranks.size,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},

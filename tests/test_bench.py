@@ -280,7 +280,7 @@ def test_flash_attention_comes_first_in_its_variant_alone(small: Model) -> None:
 
 
 def test_each_variant_of_layers_changes_what_it_names(small: Model) -> None:
-    """Of the norms and gates one kind alone, in a copy; and the layout, which a GPU's network does not have."""
+    """A copy has one kind alone of the norms and gates, or the layout that a GPU's network does not have."""
     channels_last(small.unet)
     kinds = {}
     for name in ("fused", "fused-norm", "fused-gate", "contiguous"):

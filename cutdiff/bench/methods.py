@@ -28,7 +28,7 @@ from cutdiff.cli.arguments import BadArgument, errors_by_flag
 from cutdiff.cli.ending import say
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.output.images import save_json
-from cutdiff.pipeline import CPU_VIEW_BATCH, now, prepare
+from cutdiff.pipeline import first_view_batch_size, now, prepare
 from cutdiff.planning.forecast import decoding, outline, sized, walk, weight_bytes
 from cutdiff.planning.meter import Meter
 from cutdiff.sampling.schedules import make_schedule
@@ -158,8 +158,7 @@ def _plan(model: Model, settings: Settings) -> Row:
 
 def _counted(model: Model, sizes: Model, settings: Settings) -> Row:
     """The cost of one picture, counted while it is drawn, beside the planned one."""
-    batch = settings.view_batch_size or (CPU_VIEW_BATCH if model.device.type == "cpu" else None)
-    planned = _plan(sizes, replace(settings, view_batch_size=batch))
+    planned = _plan(sizes, replace(settings, view_batch_size=first_view_batch_size(model, settings)))
     row: Row = {"planned": planned, "seconds": []}
     with Meter() as meter:
         _time(model, settings, row)

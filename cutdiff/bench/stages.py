@@ -135,7 +135,7 @@ def sustained(
 
 
 def _driver_says() -> dict[str, str]:
-    """What nvidia-smi tells of the first GPU, nothing where there is none."""
+    """The values that nvidia-smi gives for the first GPU; there are none without one."""
     names = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
     names += ("temperature.gpu", "ecc.mode.current", "clocks_event_reasons.active")
     if shutil.which("nvidia-smi") is None:

@@ -72,9 +72,8 @@ class Meter(TorchDispatchMode):
         out = function(*args, **kwargs)
         formula = flop_registry.get(function._overloadpacket)
         if formula is not None:
-            shaped = (
-                value for value in args if not isinstance(value, torch.dtype)
-            )  # torch's formulas know of no dtype
+            # torch's formulas know of no dtype, which a product may have as its last argument.
+            shaped = (value for value in args if not isinstance(value, torch.dtype))
             self.flops += formula(*shaped, **kwargs, out_val=out)
         inputs = {storage._cdata for storage in _storages((args, kwargs))}  # a view of a weight is not made inside
         for storage in _storages(out):

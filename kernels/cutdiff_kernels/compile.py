@@ -47,7 +47,7 @@ class Launch:
 
     name: str
     key: str
-    """What Triton keeps a compiled kernel under: a launch with another one compiles anew."""
+    """The key that Triton keeps a compiled kernel under: a launch with another one compiles anew."""
     source: ASTSource
     options: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""What launches share: the checks of a device and of where to write, and a flag of values that are not finite."""
+"""The parts that launches share: checks of a device and of outputs, and a flag of values that are not finite."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ UNITS = {
     "_us": ("s", 1e-6),
     "_s": ("s", 1.0),
 }
-"""What a name ends with, the unit that this stands for, and what a number is multiplied by to have it."""
+"""The unit that the end of a name stands for, and the factor that a number is multiplied by to have it."""
 
 
 class Lines:
