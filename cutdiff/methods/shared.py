@@ -19,13 +19,14 @@ from cutdiff.options import Between, Count, Options, options_of
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import Patches, Views, ViewWeights, pad_to_grid, view_weights
-from cutdiff.sampling.resize import renoise, resize
+from cutdiff.sampling.resize import Change, Resampling, renoise, resize, resize_pixels
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.split import gaussian_taps
 from cutdiff.sampling.stages import CanvasDenoiser, Phase, Size, Stage
 from cutdiff.specs import name_of
 
 Power = Annotated[float, Between(0)]
+Space = Literal["pixels", "latents"]
 Stages = list[Stage | Phase]
 BLUR = 0.8
 """The standard deviation, in latents, of the Gaussian that DemoFusion's patches are blurred with at first.
@@ -239,6 +240,19 @@ class Cascade(Tiled):
         return Phase(steps, run.size, begin)
 
 
+class Kept:
+    """A canvas denoiser that keeps its last estimate of x0, for a phase that begins with it and not with the state."""
+
+    def __init__(self, denoise: CanvasDenoiser) -> None:
+        self.denoise = denoise
+        self.estimate = torch.empty(0)
+        """The last estimate (B, C, H, W), as `denoise` gave it."""
+
+    def __call__(self, latents: Tensor, sigma: float, step: int) -> Tensor:
+        self.estimate = self.denoise(latents, sigma, step)
+        return self.estimate
+
+
 class Method(Protocol):
     """A method as it is passed in; a plain function of a `Run` is one without options.
 
@@ -272,6 +286,22 @@ def on_whole_inside(changed: Callable[[int], AbstractContextManager[Denoiser]]) 
             return denoiser(latents, sigma, step)
 
     return denoise
+
+
+def enlarge(
+    run: Run,
+    latents: Tensor,
+    space: Space,
+    resampling: Resampling = "bicubic",
+    *,
+    change: Change | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Latents (B, C, h, w) -> those of the run's size, resized themselves or through the VAE (`resize_pixels`, whose
+    `change` and `noise` mean nothing for latents)."""
+    if space == "latents":
+        return resize(latents, run.size, resampling)
+    return resize_pixels(latents, run.size, run.decode, run.encode, resampling=resampling, change=change, noise=noise)
 
 
 def with_guidance_scale(run: Run, scale: float | None) -> Run:
