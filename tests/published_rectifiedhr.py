@@ -1,4 +1,5 @@
-"""Tiny networks of SDXL's layout and runs on them; their final latents by the published code lie beside this file.
+"""Tiny networks of SDXL's layout and runs on them; samples of their final latents by the published code lie
+beside this file.
 
 published_rectifiedhr.npz was made by running `main` of run_sdxl.py in github.com/EnVision-Research/RectifiedHR (commit
 e1331b7) on diffusers' networks and schedulers, with the weights, states and noise made here. What was patched: the
@@ -38,10 +39,6 @@ class Published:
     refresh_power: float = 1.0
     guidance_power: float = 1.0
 
-    @property
-    def sizes(self) -> int:
-        return len(self.canvases)
-
 
 RUNS = {
     "2x2": Published(((8, 8), (16, 16)), 10, 6, 30.0),
@@ -53,11 +50,17 @@ RUNS = {
 }
 
 
+def sampled(latents: Tensor) -> Tensor:
+    """The latents that are kept of a run."""
+    return latents[..., ::2, ::2].clone()
+
+
 def noises(run: Published) -> tuple[Tensor, ...]:
     """The first noise and that of every refresh."""
     return tuple(3**0.5 * uniform(4000 + i, (1, 4, *size)) for i, size in enumerate(run.canvases))
 
 
 def published_latents(name: str) -> Tensor:
+    """As `sampled`."""
     with np.load(Path(__file__).with_suffix(".npz")) as stored:
         return torch.from_numpy(stored[name])
