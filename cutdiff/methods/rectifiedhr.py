@@ -4,8 +4,7 @@ At some steps the canvas grows (noise refresh): the estimate of x0 is decoded, e
 the same network draws on with the steps that are left. After each refresh the latents' energy falls, which blurs, and
 which a larger guidance scale makes up for (energy rectification). Of N canvases the first has the native size. Refresh
 i of 1 … N − 1 comes after Tmin + (T − Tmin)·((i − 1)/(N − 1))^M_T of T steps, rounded down, and then the guidance scale
-is wmin + (wmax − wmin)·(i/(N − 1))^M_w. Here wmin is that of the run: 5 in the published code, which has a negative
-prompt of its own, too.
+is wmin + (wmax − wmin)·(i/(N − 1))^M_w, where wmin is the run's: 5 in the published code, with a negative prompt.
 
 Defaults are those of the published code (github.com/EnVision-Research/RectifiedHR), up to three times the native size
 those for 2048 pixels, and past it those for 4096. It departs from the paper:
@@ -14,9 +13,8 @@ those for 2048 pixels, and past it those for 4096. It departs from the paper:
 - The estimate is that of the last step before the refresh, and is noised to the sigma of the first one after it.
 - Pictures are resized by PIL's bicubic kernel, of −1/2; the paper says bilinearly.
 Where it is not followed:
-- At each refresh it rounds pictures to 8 bits, at first down, and the networks to bfloat16, and encodes large pictures
-  in tiles that it blends. Here nothing is rounded, and a picture is encoded as a whole.
-- Where the number of steps does not divide the timesteps, it refreshes a step or more early.
+- At each refresh it rounds pictures to 8 bits, at first down, and the networks to bfloat16, and the VAE takes large
+  pictures in tiles that are blended; where the steps do not divide the timesteps, it comes a step or more early.
 - At 4096 × 2048 pixels it begins with 1536 × 768, 1.5 times the native size: `first_size=0.375`.
 """
 
@@ -36,15 +34,13 @@ from cutdiff.sampling.stages import Phase, Size, Stage
 
 
 class Published(NamedTuple):
-    """The settings that depend on how large the picture is."""
-
     num_sizes: int
     first_refresh: float
     max_guidance_scale: float
 
 
 def published(run: Run) -> Published:
-    """Those for 2048 pixels where the longer side is up to three times the native one, else those for 4096."""
+    """The published settings, for 2048 pixels where the longer side is up to three times the native one, else those for 4096."""
     return Published(2, 0.6, 30.0) if max(run.size) <= 3 * run.native_size else Published(3, 0.8, 50.0)
 
 
@@ -72,15 +68,14 @@ class RectifiedHR(Options):
 
     def stages(self, run: Run) -> Stages:
         sizes = self.sizes(run)
-        scales = self.guidance_scales(run, len(sizes))
+        parts = zip(sizes, self.steps(run, len(sizes)), self.guidance_scales(run, len(sizes)), strict=True)
         stages: Stages = []
         before: Kept | None = None
-        for number, (size, steps, scale) in enumerate(zip(sizes, self.steps(run, len(sizes)), scales, strict=True), 1):
+        for number, (size, steps, scale) in enumerate(parts, 1):
             if steps:
                 on_canvas = with_guidance_scale(replace(run, size=size), scale, "max_guidance_scale")
-                kept = Kept(on_canvas.denoiser)
-                stage = Stage(f"phase {number}", steps, kept, size)
-                stages.append(stage if before is None else self.refreshed(on_canvas, before, number, stage))
+                stage = Stage(f"phase {number}", steps, kept := Kept(on_canvas.denoiser), size)
+                stages.append(self.refreshed(on_canvas, before, number, stage) if before else stage)
                 before = kept
         return stages
 
@@ -99,7 +94,7 @@ class RectifiedHR(Options):
     def sizes(self, run: Run) -> list[Size]:
         """The canvases, whose sides grow evenly, rounded up; one where that of the run is no larger than native."""
         first = run.native_size / max(run.size) if self.first_size is None else self.first_size
-        if first >= 1 and self.first_size is None:
+        if self.first_size is None and first >= 1:
             return [run.size]
         count = self.num_sizes or published(run).num_sizes
         shares = [first + (1 - first) * i / (count - 1) for i in range(count - 1)]
