@@ -40,7 +40,7 @@ class Published(NamedTuple):
 
 
 def published(run: Run) -> Published:
-    """The published settings, for 2048 pixels where the longer side is up to three times the native one, else those for 4096."""
+    """The published settings: for 2048 pixels up to three times the native side, past it those for 4096."""
     return Published(2, 0.6, 30.0) if max(run.size) <= 3 * run.native_size else Published(3, 0.8, 50.0)
 
 
