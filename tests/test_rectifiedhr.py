@@ -181,6 +181,12 @@ def test_canvases_steps_and_guidance_scales_are_the_published_ones(
     assert others == pytest.approx(scales)
 
 
+def test_a_step_number_becomes_a_share_and_comes_back(tiny_model: Model) -> None:
+    run = run_of(tiny_model, (16, 16), num_steps=100)
+    for first in range(100):  # 0.29 · 100 is 28.999999999999996
+        assert RectifiedHR(first_refresh=first / 100).steps(run, 2) == [range(first), range(first, 100)]
+
+
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (56, 24)])
 def test_up_to_the_native_size_it_is_direct_to_the_bit(tiny_model: Model, height: int, width: int) -> None:
     plain = steps(tiny_model, method="direct", height=height, width=width)[-1]
