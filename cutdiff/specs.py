@@ -28,6 +28,7 @@ METHODS = {
     "demofusion": "cutdiff.methods.demofusion:DemoFusion",
     "accdiffusion": "cutdiff.methods.accdiffusion:AccDiffusion",
     "magnify": "cutdiff.methods.magnify:Magnify",
+    "rectifiedhr": "cutdiff.methods.rectifiedhr:RectifiedHR",
 }
 SOLVERS = {
     "euler": "cutdiff.sampling.solvers:Euler",

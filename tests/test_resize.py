@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
 from test_split import TOLERANCE, canvases, close, sides
 from tiny import relative_error
 from torch import Tensor
@@ -24,7 +26,7 @@ from cutdiff.sampling.resize import Resampling, renoise, resize, resize_pixels
 from cutdiff.sampling.split import Gaussian, sharpened
 from cutdiff.settings import Settings
 
-KINDS: tuple[Resampling, ...] = ("bicubic", "bilinear", "nearest", "area")
+KINDS: tuple[Resampling, ...] = get_args(Resampling)
 sizes = st.tuples(sides, sides)
 
 
@@ -54,6 +56,15 @@ def test_axes_are_resized_apart(kind: Resampling, x: Tensor, size: tuple[int, in
     close(resize(x, size, kind, antialias=antialias), rows_first)
     turned = resize(x.mT.contiguous(), (size[1], size[0]), kind, antialias=antialias).mT
     close(resize(x, size, kind, antialias=antialias), turned.contiguous())
+
+
+@given(x=canvases(), size=sizes)
+def test_catmull_rom_is_the_kernel_of_pil(x: Tensor, size: tuple[int, int]) -> None:
+    rows = [
+        Image.fromarray(row.float().numpy()).resize(size[::-1], Image.Resampling.BICUBIC) for row in x.flatten(0, 1)
+    ]
+    expected = torch.from_numpy(np.stack([np.array(row) for row in rows])).view(*x.shape[:2], *size)
+    close(resize(x.float(), size, "catmull_rom"), expected)
 
 
 @given(x=canvases(), factors=st.tuples(st.integers(1, 4), st.integers(1, 4)))

@@ -304,9 +304,9 @@ def enlarge(
     return resize_pixels(latents, run.size, run.decode, run.encode, resampling=resampling, change=change, noise=noise)
 
 
-def with_guidance_scale(run: Run, scale: float | None) -> Run:
-    """The run with another guidance scale, 1 for no guidance; itself where that is None. ValueError where its guidance
-    has no scale."""
+def with_guidance_scale(run: Run, scale: float | None, option: str = "detail_guidance_scale") -> Run:
+    """The run with another guidance scale, 1 for no guidance; itself where that is None. ValueError, which names the
+    option that asks for it, where its guidance has no scale."""
     if scale is None:
         return run
     guidance: Any = run.denoiser.guidance
@@ -314,7 +314,7 @@ def with_guidance_scale(run: Run, scale: float | None) -> Run:
         return replace(run, denoiser=replace(run.denoiser, guided=lambda sigma: False))
     if "guidance_scale" not in options_of(guidance):
         name = name_of("guidance", guidance)
-        raise ValueError(f"detail_guidance_scale={scale} needs a guidance with a guidance_scale, which {name} lacks")
+        raise ValueError(f"{option}={scale} needs a guidance with a guidance_scale, which {name} lacks")
     return replace(run, denoiser=replace(run.denoiser, guidance=replace(guidance, guidance_scale=scale)))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cutdiff.models.config import Size
 
-Resampling = Literal["bicubic", "bilinear", "nearest", "area"]
+Resampling = Literal["bicubic", "catmull_rom", "bilinear", "nearest", "area"]
 Change = Callable[[Tensor], Tensor]
 """A change of images (B, 3, H, W) that keeps their size."""
 
@@ -20,8 +20,10 @@ def resize(x: Tensor, size: Size, resampling: Resampling = "bicubic", *, antiali
     """x (B, C, H, W), float32 or float64 -> (B, C, *size), up or down, each axis by itself.
 
     "bicubic" (of −3/4, Keys 1981) and "bilinear" interpolate; an axis that they make shorter is smoothed first, which
-    no published code of this field does: without `antialias` it is not. "nearest" takes pixel ⌊i·n/m⌋ of n for pixel
-    i of m. "area" is the mean of the pixels that one touches, all alike: the s×s mean where s divides the axes.
+    no published code of this field does: without `antialias` it is not. "catmull_rom" is bicubic of −1/2 as PIL has it:
+    a shorter axis is smoothed in any case, and pixels past the border have no weight. "nearest" takes pixel ⌊i·n/m⌋ of
+    n for pixel i of m. "area" is the mean of the pixels that one touches, all alike: the s×s mean where s divides the
+    axes.
     ValueError where the size is not positive.
     """
     if min(size) < 1:
@@ -31,14 +33,21 @@ def resize(x: Tensor, size: Size, resampling: Resampling = "bicubic", *, antiali
         return x.index_select(2, rows).index_select(3, columns)
     if resampling == "area":
         return F.interpolate(x, size, mode=resampling)
+    if resampling == "catmull_rom":
+        return _smoothed(x, size, "bicubic") if size != x.shape[2:] else x
     smaller = (min(size[0], x.shape[2]), min(size[1], x.shape[3]))
     if antialias and smaller != x.shape[2:]:
-        # On a CPU torch (2.13 too) makes all rows of a single column alike. A single row it makes well.
-        turned = smaller[1] == 1
-        lines = x.mT.contiguous() if turned else x
-        lines = F.interpolate(lines, smaller[::-1] if turned else smaller, mode=resampling, antialias=True)
-        x = lines.mT.contiguous() if turned else lines
+        x = _smoothed(x, smaller, resampling)
     return F.interpolate(x, size, mode=resampling) if size != x.shape[2:] else x
+
+
+def _smoothed(x: Tensor, size: Size, mode: str) -> Tensor:
+    """x resized by torch's kernels with `antialias`, whose bicubic one is of −1/2, also where it enlarges."""
+    # On a CPU torch (2.13 too) makes all rows of a single column alike. A single row it makes well.
+    turned = size[1] == 1
+    lines = x.mT.contiguous() if turned else x
+    lines = F.interpolate(lines, size[::-1] if turned else size, mode=mode, antialias=True)
+    return lines.mT.contiguous() if turned else lines
 
 
 @torch.no_grad()
