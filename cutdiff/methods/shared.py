@@ -314,7 +314,8 @@ def with_guidance_scale(run: Run, scale: float | None) -> Run:
         return replace(run, denoiser=replace(run.denoiser, guided=lambda sigma: False))
     if "guidance_scale" not in options_of(guidance):
         name = name_of("guidance", guidance)
-        raise ValueError(f"detail_guidance_scale={scale} needs a guidance with a guidance_scale, which {name} lacks")
+        needs = f"detail_guidance_scale={scale} needs a guidance with a guidance_scale, which {name} lacks"
+        raise ValueError(f"{needs}: give one that has it, or None where the method takes it")
     return replace(run, denoiser=replace(run.denoiser, guidance=replace(guidance, guidance_scale=scale)))
 
 
@@ -328,11 +329,14 @@ def fade(run: Run, sigma: float) -> float:
     return (1 - math.cos(math.pi * run.schedule.fraction(sigma))) / 2
 
 
-def phase_sizes(size: Size, native: int) -> list[Size]:
-    """The canvases of a cascade up to `size`, of its shape, the longer axis by multiples of the native size."""
+def phase_sizes(size: Size, native: int, factors: Sequence[float] | None = None) -> list[Size]:
+    """The canvases of a cascade up to `size`, of its shape: the native one, then those whose longer axis has the
+    `factors` times the native size, as far as they lie between; None: all multiples."""
     longest = max(size)
+    between = range(2, math.ceil(longest / native)) if factors is None else sorted(set(factors) - {1})
+    sides = [native, *(factor * native for factor in between)]
     height, width = (
-        [max(1, side * k * native // longest) for k in range(1, math.ceil(longest / native))] for side in size
+        [max(1, int(round(axis * side / longest, 9))) for side in sides if side < longest] for axis in size
     )
     return [*zip(height, width, strict=True), size]
 
