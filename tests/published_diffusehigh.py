@@ -60,7 +60,7 @@ RUNS = {
     ),
     "one size": PublishedRun(
         "diffusehigh,native_shape=square,factors=(),held_fraction=0,sharpness=0",
-        [(16, 12)],
+        [(6, 20)],
         8,
         10,
         {"noising_steps": 3, "enable_dwt": False, "enable_sharpening": False},

@@ -66,7 +66,7 @@ def test_by_name_on_every_method(tiny_model: Model, method: str) -> None:
         method += ",detail_guidance_scale=None"  # the scale of one stage is that of the high band alone
     plain = latents(tiny_model, method=method, guidance="cfg", guidance_scale=4.0)
     same = latents(tiny_model, method=method, guidance="by_band,low_scale=4", guidance_scale=4.0)
-    assert relative_error(same, plain) < 1e-5
+    assert relative_error(same, plain) < 1e-4
     hiwave, smooth = (
         latents(tiny_model, method=method, guidance="by_band", guidance_scale=4.0, split=split)
         for split in ("wavelet", "gaussian,sigma=3")

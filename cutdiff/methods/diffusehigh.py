@@ -51,7 +51,7 @@ class DiffuseHigh(Options):
     sharpness: Annotated[float, Between(0, 1000)] = 1.0
     """The paper's α in (1 + α)·picture − α·blur(picture); 0 is off."""
     blur: tuple[Deviation, Deviation] = (0.1, 2.0)
-    """The least and the largest deviation of the blur, a Gaussian of 3×3, between which each picture draws its own."""
+    """The bounds between which each picture draws the deviation of its blur, a Gaussian of 3×3, at every size."""
     detail_guidance_scale: Scale | None = 10.0
     """The guidance scale of the larger canvases, where the run is guided; None: that of the run."""
     size_conditioning: Literal["native", "canvas"] = "native"
@@ -61,8 +61,6 @@ class DiffuseHigh(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.blur[0] > self.blur[1]:
-            raise ValueError(f"blur={self.blur} must have the least deviation first")
         object.__setattr__(self, "held_band", split_option("held_band", self.held_band))
 
     def stages(self, run: Run) -> Stages:
@@ -86,7 +84,7 @@ class DiffuseHigh(Options):
             factor = picture.shape[2] // previous.shape[2]
             picture = resize(picture, (factor * run.size[0], factor * run.size[1]), antialias=False)
             if self.sharpness:
-                each = zip(picture.split(1), run.draws.blurs(number, *self.blur).tolist(), strict=True)
+                each = zip(picture.split(1), run.draws.blurs(number, *sorted(self.blur)).tolist(), strict=True)
                 picture = torch.cat([sharpened(x, self.sharpness, Gaussian(width, radius=1)) for x, width in each])
             guide = latents_of(run, picture, self.enlarged_in)
             target = shown(run, guide, self.held_in) if held and self.held_in != self.enlarged_in else picture
