@@ -334,10 +334,8 @@ def phase_sizes(size: Size, native: int, factors: Sequence[float] | None = None)
     `factors` times the native size, as far as they lie between; None: all multiples."""
     longest = max(size)
     between = range(2, math.ceil(longest / native)) if factors is None else sorted(set(factors) - {1})
-    sides = [native, *(factor * native for factor in between)]
-    height, width = (
-        [max(1, int(round(axis * side / longest, 9))) for side in sides if side < longest] for axis in size
-    )
+    shares = [factor * native / longest for factor in (1, *between) if factor * native < longest]
+    height, width = ([max(1, int(round(side * share, 9))) for share in shares] for side in size)
     return [*zip(height, width, strict=True), size]
 
 
