@@ -168,7 +168,7 @@ def _parsed(text: str, kind: Any) -> Any:
         parts = [part.strip() for part in split(inner)]
         texts = [unquoted(part) for part in (parts[:-1] if parts[-1] == "" else parts)]  # a comma may be last
         kinds = items if isinstance(items, tuple) and items else [items] * len(texts)
-        kinds = [*kinds, *[kinds[-1]] * len(texts)][: len(texts)]
+        kinds = [*kinds, *kinds[-1:] * len(texts)][: len(texts)]
         return tuple(_parsed(part, inner) for part, inner in zip(texts, kinds, strict=True))
     is_none = text == "None" and _fitted(None, kind) is None
     if _takes_text(kind) and _fitted(text, kind) is not MISSING and not is_none:

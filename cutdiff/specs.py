@@ -27,6 +27,7 @@ METHODS = {
     "cutdiffusion": "cutdiff.methods.cutdiffusion:CutDiffusion",
     "demofusion": "cutdiff.methods.demofusion:DemoFusion",
     "accdiffusion": "cutdiff.methods.accdiffusion:AccDiffusion",
+    "diffusehigh": "cutdiff.methods.diffusehigh:DiffuseHigh",
     "magnify": "cutdiff.methods.magnify:Magnify",
     "rectifiedhr": "cutdiff.methods.rectifiedhr:RectifiedHR",
 }

@@ -40,6 +40,7 @@ METHODS = {
     "window_shifts": "hidiffusion",
     "encoder_noise": on_noise_of_the_encoder,
     "torus_shifts": on_torus_shifts,
+    "blurs": "diffusehigh",
 }
 """A method that asks for each draw."""
 
@@ -118,6 +119,7 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda x, *_: x.float(),
         r"draws\.torus_shifts gave \(2, 2\) of torch\.float32 where \(2, 2\) of torch\.int64 is needed",
     ),
+    "blurs of three images": ("blurs", larger, r"draws\.blurs gave \(3,\) .*where \(2,\) is needed"),
     "one shift": ("window_shifts", lambda *_: 2, r"draws\.window_shifts gave int where \(2,\) is needed"),
 }  # fmt: skip
 

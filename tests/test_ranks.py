@@ -71,7 +71,7 @@ def test_every_rank_has_the_picture_of_one_process(size: int, method: str, drawn
             assert torch.equal(rank[method, items][1], images)
     latents, images, _ = alone[method, None]
     for rank in ranks:
-        torch.testing.assert_close(rank[method, None][0], latents, rtol=1e-4, atol=1e-4 * latents.abs().max().item())
+        torch.testing.assert_close(rank[method, None][0], latents, rtol=1e-4, atol=3e-4 * latents.abs().max().item())
         assert torch.equal(rank[method, None][0], ranks[0][method, None][0])
         assert torch.equal(rank[method, None][1], ranks[0][method, None][1])
         assert all(rank[method, items][2] == alone[method, items][2] for items in (1, 3, None))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import relative_error
+from tiny import WITHOUT_VIEWS, relative_error
 from torch import Tensor
 
 import cutdiff
@@ -71,7 +71,7 @@ def test_weights_belong_to_methods_with_views(tiny_model: Model, method: str) ->
         for weighted, other in ((gaussian, plain), (cosine, plain), (gaussian, cosine)):
             assert relative_error(weighted, other) > 1e-5
     else:
-        assert method in ("direct", "attention_scaling", "scalecrafter", "hidiffusion", "rectifiedhr")
+        assert method in WITHOUT_VIEWS
         with pytest.raises(ValueError, match=r"^view_weights='cosine' is no option of method"):
             latents(tiny_model, view_weights="cosine", **options)
 

@@ -27,6 +27,17 @@ from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.sampling.noise import NoiseConfig
 
+WITHOUT_VIEWS = (
+    "direct",
+    "attention_scaling",
+    "scalecrafter",
+    "hidiffusion",
+    "rectifiedhr",
+    "frecas",
+    "diffusehigh",
+    "freescale",
+)
+"""The methods that show the network the whole canvas."""
 LENGTH = 16
 UNET = UNetConfig(
     channels=(32, 64, 64),

@@ -314,7 +314,8 @@ def with_guidance_scale(run: Run, scale: float | None, option: str = "detail_gui
         return replace(run, denoiser=replace(run.denoiser, guided=lambda sigma: False))
     if "guidance_scale" not in options_of(guidance):
         name = name_of("guidance", guidance)
-        raise ValueError(f"{option}={scale} needs a guidance with a guidance_scale, which {name} lacks")
+        needs = f"{option}={scale} needs a guidance with a guidance_scale, which {name} lacks"
+        raise ValueError(f"{needs}: give one that has it, or None where the method takes it")
     return replace(run, denoiser=replace(run.denoiser, guidance=replace(guidance, guidance_scale=scale)))
 
 
@@ -328,12 +329,13 @@ def fade(run: Run, sigma: float) -> float:
     return (1 - math.cos(math.pi * run.schedule.fraction(sigma))) / 2
 
 
-def phase_sizes(size: Size, native: int) -> list[Size]:
-    """The canvases of a cascade up to `size`, of its shape, the longer axis by multiples of the native size."""
+def phase_sizes(size: Size, native: int, factors: Sequence[float] | None = None) -> list[Size]:
+    """The canvases of a cascade up to `size`, of its shape: the native one, then those whose longer axis has the
+    `factors` times the native size, as far as they lie between; None: all multiples."""
     longest = max(size)
-    height, width = (
-        [max(1, side * k * native // longest) for k in range(1, math.ceil(longest / native))] for side in size
-    )
+    between = range(2, math.ceil(longest / native)) if factors is None else sorted(set(factors) - {1})
+    shares = [factor * native / longest for factor in (1, *between) if factor * native < longest]
+    height, width = ([max(1, int(round(side * share, 9))) for share in shares] for side in size)
     return [*zip(height, width, strict=True), size]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cutdiff.sampling.operators import Permutation, SeededPermutation, view_grid
 
-NOISE, ORIGINS, SHIFTS, PHASE_NOISE, ENCODER_NOISE, TORUS_SHIFTS = 1, 2, 3, 4, 5, 6
+NOISE, ORIGINS, SHIFTS, PHASE_NOISE, ENCODER_NOISE, TORUS_SHIFTS, BLURS = 1, 2, 3, 4, 5, 6, 7
 """The purposes of streams of random numbers: no two of them share numbers of a seed."""
 
 
@@ -89,6 +89,13 @@ class Draws:
         shifts = [_generator(seed, TORUS_SHIFTS, step).integers(high) for seed in self.seeds]
         return torch.from_numpy(np.stack(shifts))
 
+    def blurs(self, phase: int, least: float, most: float) -> Tensor:
+        """The deviations of the blurs by which the pictures that a phase, counted from 1, starts from are sharpened:
+        (B,), float64, on the CPU, all between `least` and `most` alike probable (DiffuseHigh, arXiv 2406.18459)."""
+        return torch.tensor(
+            [_generator(seed, BLURS, phase).uniform(least, most) for seed in self.seeds], dtype=torch.float64
+        )
+
     def _normal(self, shape: tuple[int, ...], purpose: int, stream: int) -> Tensor:
         images = [_generator(seed, purpose, stream).standard_normal(shape[1:], np.float32) for seed in self.seeds]
         return torch.from_numpy(np.stack(images)).to(self.device)
@@ -145,6 +152,9 @@ class _Checked:
     def torus_shifts(self, step: int, size: tuple[int, int], window: tuple[int, int]) -> Tensor:
         shifts = self.draws.torus_shifts(step, size, window)
         return _shaped("torus_shifts", shifts, (self.num_images, 2), dtype=torch.int64)
+
+    def blurs(self, phase: int, least: float, most: float) -> Tensor:
+        return _shaped("blurs", self.draws.blurs(phase, least, most), (self.num_images,))
 
 
 def _shaped(name: str, value: Any, *shapes: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:

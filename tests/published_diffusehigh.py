@@ -1,0 +1,74 @@
+"""A tiny autoencoder beside the network of `published_unet_methods`, and runs on both; their final latents by the
+published code lie beside this file.
+
+published_diffusehigh.npz was made by running github.com/yhyun225/DiffuseHigh (commit 05dc747), its pipeline whole, on
+diffusers' networks and Euler scheduler, with the weights, states and noise made here. The noise of a size and the
+deviation of its blur are those of `Draws` in the place of the global generator's; the autoencoder has a sample size
+that no picture exceeds, so that it works on whole pictures and not on tiles; the picture is given back as latents, by
+an `_decode_vae_latent` that keeps what it was given last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from published_unet_methods import CONFIG
+from tiny import QUICK_VAE
+from torch import Tensor
+
+VAE_CONFIG = replace(QUICK_VAE, latent_channels=CONFIG.in_channels)
+GUIDANCE, SEED = 5.0, 3
+
+
+class PublishedRun(NamedTuple):
+    """A run: its method, the sizes of its canvases in latents, the native size and the number of steps."""
+
+    method: str
+    sizes: list[tuple[int, int]]
+    native: int
+    num_steps: int
+    arguments: dict[str, object]
+    """What the published pipeline was called with besides."""
+
+
+RUNS = {
+    "2x2": PublishedRun("diffusehigh", [(12, 12), (16, 16)], 8, 20, {"noising_steps": 6, "dwt_steps": 2}),
+    "3x3": PublishedRun(
+        "diffusehigh,redrawn_fraction=0.5,held_fraction=0.3,blur=(0.8,0.8),sharpness=2,detail_guidance_scale=3",
+        [(8, 8), (12, 12)],
+        4,
+        10,
+        {
+            "noising_steps": 5,
+            "dwt_steps": 3,
+            "sharpening_sigma": 0.8,
+            "sharpening_alpha": 2,
+            "diffusehigh_guidance_scale": 3.0,
+        },
+    ),
+    "4x4": PublishedRun("diffusehigh", [(8, 8), (12, 12), (16, 16)], 4, 10, {"noising_steps": 3, "dwt_steps": 1}),
+    "stretched": PublishedRun(
+        "diffusehigh,native_shape=square,factors=(2.5,)",
+        [(10, 20), (12, 24)],
+        8,
+        10,
+        {"noising_steps": 3, "dwt_steps": 1},
+    ),
+    "one size": PublishedRun(
+        "diffusehigh,native_shape=square,factors=(),held_fraction=0,sharpness=0",
+        [(6, 20)],
+        8,
+        10,
+        {"noising_steps": 3, "enable_dwt": False, "enable_sharpening": False},
+    ),
+}
+
+
+def published_latents(name: str) -> Tensor:
+    """The latents that the published code ends in, from the file beside this one."""
+    with np.load(Path(__file__).with_suffix(".npz")) as stored:
+        return torch.from_numpy(stored[name])
