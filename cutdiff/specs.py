@@ -28,6 +28,7 @@ METHODS = {
     "demofusion": "cutdiff.methods.demofusion:DemoFusion",
     "accdiffusion": "cutdiff.methods.accdiffusion:AccDiffusion",
     "magnify": "cutdiff.methods.magnify:Magnify",
+    "upsample_guidance": "cutdiff.methods.upsample_guidance:UpsampleGuidance",
 }
 SOLVERS = {
     "euler": "cutdiff.sampling.solvers:Euler",
