@@ -174,17 +174,21 @@ def test_the_picture_is_guided_where_the_step_is(tiny_model: Model) -> None:
     ]
 
 
-def test_what_the_network_is_told_of_the_picture(tiny_model: Model) -> None:
+@pytest.mark.parametrize(
+    ("conditioning", "ids"), [("native", [64, 48, 0, 0, 64, 48]), ("target", [128, 96, 0, 0, 128, 96])]
+)
+def test_what_the_network_is_told_of_the_picture(tiny_model: Model, conditioning: str, ids: list[float]) -> None:
     """A whole picture of its own size, 8×6 latents of a canvas of 16×12, or one of the canvas's size; half the sigma
-    of the step."""
-    for conditioning, told in (("native", [64, 48, 0, 0, 64, 48]), ("target", [128, 96, 0, 0, 128, 96])):
-        ear, method = Ear(), f"upsample_guidance,size_conditioning={conditioning}"
-        schedule = [step.sigma for step in cutdiff.denoise(tiny_model, PROMPT, num_steps=4, method="direct")]
-        cutdiff.generate(tiny_model, PROMPT, method=method, num_steps=4, height=128, width=96, observer=ear)
-        canvas, picture = ear.calls[0][0], ear.calls[1][0]
-        assert (canvas.inputs[0].shape[2:], picture.inputs[0].shape[2:]) == ((16, 12), (8, 6))
-        assert (canvas.sigma, picture.sigma) == (schedule[0], schedule[0] / 2)
-        assert picture.inputs[4].tolist() == [told] * 2
+    of the step. Upsample guidance has the canvas go first, CutDiffusion's structure the picture alone."""
+    for method, canvases in (("upsample_guidance", 1), ("cutdiffusion,structure=mean", 0)):
+        ear = Ear()
+        options = {"method": f"{method},size_conditioning={conditioning}", "num_steps": 2, "observer": ear}
+        step = next(cutdiff.denoise(tiny_model, PROMPT, height=128, width=96, **options))
+        (*before, (picture, _)) = ear.calls
+        assert [call.sigma for call, _ in before] == [step.sigma] * canvases
+        assert picture.sigma == step.sigma / 2
+        assert picture.inputs[0].shape[2:] == (8, 6)
+        assert picture.inputs[4].tolist() == [ids] * 2
 
 
 # ---- The picture
