@@ -24,12 +24,13 @@ METHODS = {
     "scalecrafter": "cutdiff.methods.scalecrafter:ScaleCrafter",
     "hidiffusion": "cutdiff.methods.hidiffusion:HiDiffusion",
     "multidiffusion": "cutdiff.methods.multidiffusion:MultiDiffusion",
+    "upsample_guidance": "cutdiff.methods.upsample_guidance:UpsampleGuidance",
     "cutdiffusion": "cutdiff.methods.cutdiffusion:CutDiffusion",
     "demofusion": "cutdiff.methods.demofusion:DemoFusion",
     "accdiffusion": "cutdiff.methods.accdiffusion:AccDiffusion",
     "diffusehigh": "cutdiff.methods.diffusehigh:DiffuseHigh",
-    "magnify": "cutdiff.methods.magnify:Magnify",
     "rectifiedhr": "cutdiff.methods.rectifiedhr:RectifiedHR",
+    "magnify": "cutdiff.methods.magnify:Magnify",
 }
 SOLVERS = {
     "euler": "cutdiff.sampling.solvers:Euler",

@@ -53,7 +53,8 @@ def draw_all(model: Path, folder: Path) -> None:
         results["overflow"] = result.images, result.record["decoded_in"]
         for method in METHODS:
             settings = Settings(method=method, height=128, width=96, num_steps=2)
-            settings = replace(settings, stride=2) if settings.has("stride") else settings
+            narrow = {"stride": 2, "detail": "views"}
+            settings = replace(settings, **{name: value for name, value in narrow.items() if settings.has(name)})
             for items in VIEW_BATCHES:
                 result = cutdiff.generate(
                     loaded, ["a red house", "b"], settings, ranks=launch.group, view_batch_size=items

@@ -125,9 +125,8 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     "eta without ddim": (
         ["--eta", "0.5"],
         "--eta is no option of method cutdiffusion (stride, size_conditioning, view_weights, "
-        "structure_fraction, interaction, detail_guidance_scale), solver euler (none), schedule model (none) or "
-        "guidance cfg (guidance_scale), but of "
-        "ddim, euler_ancestral",
+        "structure_fraction, structure, interaction, detail_guidance_scale, upsample_guidance, upsampling), solver "
+        "euler (none), schedule model (none) or guidance cfg (guidance_scale), but of ddim, euler_ancestral",
     ),
     "seed -1": (["--seed", "-1"], "--seed -1 must lie in 0 … 2⁶⁴ − 1"),
     "seed 2^64": (["--seed", str(2**64)], f"--seed {2**64} must lie in 0 … 2⁶⁴ − 1"),

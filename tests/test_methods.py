@@ -44,7 +44,7 @@ def test_every_name_is_that_of_what_it_names() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stride_belongs_to_methods_with_views(tiny_model: Model, method: str) -> None:
-    options = {"method": method, "num_steps": 2}
+    options = {"method": method, "num_steps": 2, **({"detail": "views"} if method == "upsample_guidance" else {})}
     if "stride" in options_of(resolve("method", method)):
         narrow, wide = (latents(tiny_model, stride=stride, **options) for stride in (2, 6))
         assert not torch.equal(narrow, wide)

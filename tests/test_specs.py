@@ -119,7 +119,7 @@ def test_what_is_no_spec(spec: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "value", "message"),
     [
-        ("method", "cutdifusion", r"^method='cutdifusion' is not one of direct, .*, magnify, or module:object of your"),
+        ("method", "cutdifusion", r"^method='cutdifusion' is not one of direct, .*upsample_guidance, or module:"),
         ("method", "cutdifusion", r"did you mean 'cutdiffusion'\?$"),
         ("solver", "zzz", r"^solver='zzz' is not one of euler, ddim, .*of your own$"),
         ("schedule", "karas", r"^schedule='karas' is not one of model, .*did you mean 'karras'\?$"),
@@ -317,7 +317,7 @@ def test_an_option_that_a_method_lacks_in_an_evaluation(tmp_path: Path, capsys: 
     assert evaluate(["--methods", "magnify", "direct", "--set", "stride=8", "--out", str(out)]) == 2
     assert capsys.readouterr().err == (
         f"cutdiff: stride='8' is no option of {DIRECT}, but of multidiffusion, cutdiffusion, demofusion, accdiffusion, "
-        "magnify\n"
+        "magnify, upsample_guidance\n"
     )
     assert not out.exists()
 

@@ -63,7 +63,7 @@ def test_cosines_at_half_a_window_weigh_1_together() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_belong_to_methods_with_views(tiny_model: Model, method: str) -> None:
-    options = {"method": method, "height": 128}
+    options = {"method": method, "height": 128, **({"detail": "views"} if method == "upsample_guidance" else {})}
     if "view_weights" in options_of(resolve("method", method)):
         plain = latents(tiny_model, **options)
         uniform, gaussian, cosine = (latents(tiny_model, view_weights=kind, **options) for kind in WEIGHTS)

@@ -18,6 +18,7 @@ from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.options import Between, Count, Options, options_of
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.mean_picture import Weight
 from cutdiff.sampling.operators import Patches, Views, ViewWeights, pad_to_grid, view_weights
 from cutdiff.sampling.resize import Change, Resampling, renoise, resize, resize_pixels
 from cutdiff.sampling.schedules import Schedule
@@ -322,6 +323,11 @@ def with_guidance_scale(run: Run, scale: float | None, option: str = "detail_gui
 def step_at(share: float, num_steps: int) -> int:
     """The first of `num_steps` that lies at or after a share of them."""
     return math.ceil(round(share * num_steps, 9))  # 0.28 · 50 is 14, whatever floats say
+
+
+def falling(weight: float, steps: range) -> Weight:
+    """A weight that falls by equal amounts from `weight` at the first of the steps to 0 after the last."""
+    return lambda sigma, step: weight * (steps.stop - step) / len(steps)
 
 
 def fade(run: Run, sigma: float) -> float:
