@@ -27,6 +27,7 @@ METHODS = {
     "cutdiffusion": "cutdiff.methods.cutdiffusion:CutDiffusion",
     "demofusion": "cutdiff.methods.demofusion:DemoFusion",
     "accdiffusion": "cutdiff.methods.accdiffusion:AccDiffusion",
+    "frecas": "cutdiff.methods.frecas:FreCaS",
     "magnify": "cutdiff.methods.magnify:Magnify",
 }
 SOLVERS = {

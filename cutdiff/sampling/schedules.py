@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any, Protocol
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from cutdiff.options import Between, Options
 from cutdiff.sampling.edm import AnyNoise, EDMConfig
-from cutdiff.sampling.noise import EULER_TERMINAL_ALPHA, NoiseConfig, Timesteps, noise_table
+from cutdiff.sampling.noise import EULER_TERMINAL_ALPHA, NoiseConfig, NoiseTable, Timesteps, noise_table
 from cutdiff.specs import name_of
 
 DDIM_TERMINAL_ALPHA = 2.0**-44
@@ -72,9 +72,25 @@ class Schedule:
         reached, read = self.targets[step], self.sigmas[step + 1]
         return 1.0 if reached == read else math.sqrt((1 + read**2) / (1 + reached**2))
 
-    def visiting(self, sigmas: Sequence[float]) -> Schedule:
+    @property
+    def is_even(self) -> bool:
+        """True where the timesteps are those of a model's own schedule, which but for rounding are equally far apart."""
+        gaps = np.diff(self.timesteps)
+        return isinstance(self.noise, NoiseTable) and (len(gaps) < 2 or float(np.ptp(gaps)) <= 1)
+
+    def spaced(self, start: float, end: float, count: int) -> list[float]:
+        """`count` timesteps from `start` to `end`, everywhere as dense as those of the run, and not past their ends, but
+        where they are even."""
+        if self.is_even or count == 1:
+            return np.linspace(start, end, count).tolist()
+        own, places = -np.array(self.timesteps), np.arange(self.num_steps)
+        first, last = np.interp([-start, -end], own, places)
+        return (-np.interp(np.linspace(first, last, count), places, own)).tolist()
+
+    def visiting(self, sigmas: Sequence[float], targets: tuple[float, ...] | None = None) -> Schedule:
         """A schedule on the same model that visits other sigmas, the last one its end."""
-        return _visiting([*sigmas], self.noise, self.init_scale)
+        schedule = _visiting([*sigmas], self.noise, self.init_scale)
+        return schedule if targets is None else replace(schedule, targets=targets)
 
 
 class SigmaSchedule(Protocol):
