@@ -23,19 +23,20 @@ from cutdiff.sampling.denoiser import Call, Denoiser
 from cutdiff.sampling.resize import resize
 
 Axes = Literal["planes", "tokens"]
-"""The axes along which maps are resized: "planes", height and width, or "tokens", all positions as one line, row by row,
-which scrambles maps whose width changes."""
+"""The axes along which maps are resized: "planes", height and width, or "tokens", all positions as one line, which
+scrambles maps whose width changes."""
 
 
 @dataclass
 class TextMaps:
-    """M̄, the mean over all heads and, level by level, all layers, of each row of a step; empty before it is recorded."""
+    """M̄, the mean over the heads and layers of each level, and over the levels, for each row of a step."""
 
     axes: Axes
     copies: int = 0
     """The rows of each image."""
     maps: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(images · copies, tokens, h, w), float32, of the size of the finest level that attends to the text."""
+    """(images · copies, tokens, h, w), float32, of the size of the finest level that attends to the text; empty before
+    it is recorded."""
     large: dict[int, Tensor] = field(default_factory=dict)
     """The maps as the layers of the larger canvas take them, (rows, positions, tokens), by their positions."""
 
