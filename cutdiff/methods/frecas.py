@@ -141,11 +141,11 @@ class FreCaS(Options):
 
     def by_band(self, run: Run, below: Size) -> Denoiser:
         """The denoiser guided by band, the low one that of a canvas of the size `below`."""
-        scale, guidance = self.high_guidance_scale, run.denoiser.guidance
+        scale, split = self.high_guidance_scale, DownUp(size=below, down="bilinear")
+        guidance: Any = run.denoiser.guidance
         if "guidance_scale" not in options_of(guidance):
             name = name_of("guidance", guidance)
             raise ValueError(f"high_guidance_scale={scale} needs a guidance with a guidance_scale, which {name} lacks")
-        low: Any = guidance.guidance_scale
-        if low == 1:
+        if guidance.guidance_scale == 1:
             return run.denoiser
-        return replace(run.denoiser, guidance=ByBand(low, scale, DownUp(size=below, down="bilinear")))
+        return replace(run.denoiser, guidance=ByBand(guidance.guidance_scale, scale, split))

@@ -74,28 +74,28 @@ class Schedule:
         return 1.0 if reached == read else math.sqrt((1 + read**2) / (1 + reached**2))
 
     def part(self, high: float, low: float, count: int) -> Schedule:
-        """`count` steps from the sigma `high` to `low`, within the ends of this run and everywhere as dense as it is; the
-        last step then goes to 0.
+        """A run of `count` steps from the sigma `high` to `low`, everywhere as dense as this one and within its ends, and
+        to 0.
 
         A model's own schedule, whose timesteps are equally far apart, is extended to all of the training's, and goes by
         whole ones: from that at or above `high`, rounded down. Targets are then a fixed number of timesteps down, as
         those of a published DDIMScheduler that is given such timesteps.
         """
-        noise, gaps, last = self.noise, np.diff(self.timesteps), 0.0 if low > 0 else self.targets[-1]
+        noise, gaps, to = self.noise, np.diff(self.timesteps), 0.0 if low > 0 else self.targets[-1]
         if not isinstance(noise, NoiseTable) or (len(gaps) > 1 and np.ptp(gaps) > 1):
-            start, end = noise.timestep(min(high, self.sigmas[0])), noise.timestep(max(low, self.sigmas[-2]))
-            own, places = np.negative(self.timesteps), np.arange(self.num_steps)
-            between = np.linspace(*np.interp([-start, -end], own, places), count)[1:]
-            timesteps = [start, *np.negative(np.interp(between, places, own)).tolist()]
-            return _visiting([*map(noise.sigma, timesteps), 0.0], noise, self.init_scale)
+            high, low = min(high, self.sigmas[0]), max(low, self.sigmas[-2])
+            own, places = -np.log(self.sigmas[:-1]), np.arange(self.num_steps)
+            first, last = np.interp([-math.log(high), -math.log(low)], own, places)
+            steps = np.linspace(first, last, count)
+            return self.visiting([high, *np.exp(-np.interp(steps[1:], places, own)).tolist(), 0.0])
         start, end, total = math.ceil(noise.timestep(high)), round(noise.timestep(low)), len(noise.sigmas)
         timesteps, stride = torch.linspace(start, end, count).tolist(), 0
         if count <= start - end + 1:
             timesteps = [int(t) for t in timesteps]  # rounded down from float32, as there
             stride = total // int(total / (start - end) * (count - 1)) if count > 1 else 0
-        schedule = _visiting([*map(noise.sigma, timesteps), 0.0], noise, self.init_scale)
+        sigmas = [*map(noise.sigma, timesteps), 0.0]
         targets = [noise.sigma(t - stride) if t >= stride else self.targets[-1] for t in timesteps[:-1]]
-        return replace(schedule, targets=(*(targets if stride else schedule.sigmas[1:-1]), last))
+        return self.visiting(sigmas, (*(targets if stride else sigmas[1:-1]), to))
 
     def visiting(self, sigmas: Sequence[float], targets: tuple[float, ...] | None = None) -> Schedule:
         """A schedule on the same model that visits other sigmas, the last one its end."""
