@@ -177,6 +177,19 @@ def test_a_stage_begins_at_the_noise_of_its_size_on_the_estimate_of_the_one_befo
     assert started.keys() == {2}
 
 
+def test_the_longer_growth_of_two_axes_is_the_factor_of_the_noise(tiny_model: Model) -> None:
+    for sizes, factor in ((((8, 12),), 2.0), (((16, 6),), 2.0), (((16, 9),), 4 / 3)):
+        model, noise = replace(tiny_model, noise=NoiseConfig()), NoiseConfig()
+        first, second = steps(model, sizes=sizes, num_steps=2, shares=(0.5,))
+        wanted = noise.sigma(200) * factor**0.75
+        assert first.latents.shape[2:] == sizes[0]
+        assert noise.sigma(noise_timestep(second.sigma) - 1) < wanted <= second.sigma
+
+
+def noise_timestep(sigma: float) -> int:
+    return [NoiseConfig().sigma(t) for t in range(1000)].index(sigma)
+
+
 @pytest.mark.parametrize("schedule", [Karras(), Listed((9.0, 6.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.0))])
 def test_another_schedule_than_the_models_own_is_followed(tiny_model: Model, schedule: SigmaSchedule) -> None:
     noise = NoiseConfig()

@@ -74,8 +74,7 @@ class Schedule:
         return 1.0 if reached == read else math.sqrt((1 + read**2) / (1 + reached**2))
 
     def part(self, high: float, low: float, count: int) -> Schedule:
-        """A run of `count` steps from the sigma `high` to `low`, everywhere as dense as this one and within its ends, and
-        to 0.
+        """A run of `count` steps from the sigma `high` to `low` and then 0, within the ends of this one and as dense.
 
         A model's own schedule, whose timesteps are equally far apart, is extended to all of the training's, and goes by
         whole ones: from that at or above `high`, rounded down. Targets are then a fixed number of timesteps down, as
