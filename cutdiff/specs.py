@@ -29,6 +29,7 @@ METHODS = {
     "demofusion": "cutdiff.methods.demofusion:DemoFusion",
     "accdiffusion": "cutdiff.methods.accdiffusion:AccDiffusion",
     "diffusehigh": "cutdiff.methods.diffusehigh:DiffuseHigh",
+    "frecas": "cutdiff.methods.frecas:FreCaS",
     "rectifiedhr": "cutdiff.methods.rectifiedhr:RectifiedHR",
     "magnify": "cutdiff.methods.magnify:Magnify",
 }

@@ -173,7 +173,7 @@ class TestMethods:
         for solver in ("ddim,eta=1", *(name for name in SOLVERS if name not in SAME)):
             other = cutdiff.generate(model, PROMPT, solver=solver, **options).latents
             assert other.isfinite().all()
-            # RectifiedHR takes two steps on its last canvas: the second goes to sigma 0, which is of first order.
+            # A second step that goes to sigma 0, as that of a short stage, is of first order.
             assert solver == "dpmpp_2m" or not torch.allclose(other, drawn.latents, rtol=0.1)
 
     @pytest.mark.parametrize("method", METHODS)

@@ -73,12 +73,20 @@ class EDMConfig:
     def sigmas(self, num_steps: int) -> list[float]:
         """The sigmas from sigma_max down to sigma_min; a single step takes sigma_max."""
         even = np.linspace(self._warped(self.sigma_max), self._warped(self.sigma_min), num_steps)
-        sigmas = even**self.rho if self.sigma_schedule == "karras" else np.exp(even)
-        return sigmas.tolist()
+        return self._unwarped(even).tolist()
+
+    def timestep_at(self, fraction: float) -> float:
+        """The number of the sigma at such a place in the schedule."""
+        low, high = self._warped(self.sigma_min), self._warped(self.sigma_max)
+        return self.timestep(float(self._unwarped(np.float64(low + fraction * (high - low)))))
 
     def _warped(self, sigma: float) -> float:
         """The function of sigma that the schedule takes even steps of."""
         return sigma ** (1 / self.rho) if self.sigma_schedule == "karras" else math.log(sigma)
+
+    def _unwarped(self, even: Any) -> Any:
+        """The inverse of `_warped`, of numpy's numbers."""
+        return even**self.rho if self.sigma_schedule == "karras" else np.exp(even)
 
 
 AnyNoise = NoiseConfig | EDMConfig

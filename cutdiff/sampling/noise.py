@@ -83,8 +83,16 @@ class Timesteps(Protocol):
         """The timestep of any sigma that the model was trained on."""
         ...
 
+    def sigma(self, timestep: float) -> float:
+        """The sigma of a timestep."""
+        ...
+
     def fraction(self, timestep: float) -> float:
         """The place of a timestep between the cleanest, 0, and the noisiest, 1."""
+        ...
+
+    def timestep_at(self, fraction: float) -> float:
+        """The timestep at such a place."""
         ...
 
 
@@ -107,6 +115,10 @@ class NoiseTable:
     def fraction(self, timestep: float) -> float:
         """The share of the timesteps that are cleaner."""
         return timestep / len(self.sigmas)
+
+    def timestep_at(self, fraction: float) -> float:
+        """The timestep of which such a share is cleaner, at most the last one."""
+        return min(fraction * len(self.sigmas), len(self.sigmas) - 1.0)
 
 
 def alphas_cumprod(config: NoiseConfig) -> np.ndarray:

@@ -13,15 +13,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any, Protocol
 
 import numpy as np
+import torch
 
 from cutdiff.options import Between, Options
 from cutdiff.sampling.edm import AnyNoise, EDMConfig
-from cutdiff.sampling.noise import EULER_TERMINAL_ALPHA, NoiseConfig, Timesteps, noise_table
+from cutdiff.sampling.noise import EULER_TERMINAL_ALPHA, NoiseConfig, NoiseTable, Timesteps, noise_table
 from cutdiff.specs import name_of
 
 DDIM_TERMINAL_ALPHA = 2.0**-44
@@ -72,9 +73,33 @@ class Schedule:
         reached, read = self.targets[step], self.sigmas[step + 1]
         return 1.0 if reached == read else math.sqrt((1 + read**2) / (1 + reached**2))
 
-    def visiting(self, sigmas: Sequence[float]) -> Schedule:
+    def part(self, high: float, low: float, count: int) -> Schedule:
+        """A run of `count` steps from the sigma `high` to `low` and then 0, within the ends of this one and as dense.
+
+        A model's own schedule, whose timesteps are equally far apart, is extended to all of the training's, and goes by
+        whole ones: from that at or above `high`, rounded down. Targets are then a fixed number of timesteps down, as
+        those of a published DDIMScheduler that is given such timesteps.
+        """
+        noise, gaps, to = self.noise, np.diff(self.timesteps), 0.0 if low > 0 else self.targets[-1]
+        if not isinstance(noise, NoiseTable) or (len(gaps) > 1 and np.ptp(gaps) > 1):
+            high, low = min(high, self.sigmas[0]), max(low, self.sigmas[-2])
+            own, places = -np.log(self.sigmas[:-1]), np.arange(self.num_steps)
+            first, last = np.interp([-math.log(high), -math.log(low)], own, places)
+            steps = np.linspace(first, last, count)
+            return self.visiting([high, *np.exp(-np.interp(steps[1:], places, own)).tolist(), 0.0])
+        start, end, total = math.ceil(noise.timestep(high)), round(noise.timestep(low)), len(noise.sigmas)
+        timesteps, stride = torch.linspace(start, end, count).tolist(), 0
+        if count <= start - end + 1:
+            timesteps = [int(t) for t in timesteps]  # rounded down from float32, as there
+            stride = total // int(total / (start - end) * (count - 1)) if count > 1 else 0
+        sigmas = [*map(noise.sigma, timesteps), 0.0]
+        targets = [noise.sigma(t - stride) if t >= stride else self.targets[-1] for t in timesteps[:-1]]
+        return self.visiting(sigmas, (*(targets if stride else sigmas[1:-1]), to))
+
+    def visiting(self, sigmas: Sequence[float], targets: tuple[float, ...] | None = None) -> Schedule:
         """A schedule on the same model that visits other sigmas, the last one its end."""
-        return _visiting([*sigmas], self.noise, self.init_scale)
+        schedule = _visiting([*sigmas], self.noise, self.init_scale)
+        return schedule if targets is None else replace(schedule, targets=targets)
 
 
 class SigmaSchedule(Protocol):

@@ -38,6 +38,8 @@ class Stage:
     """Changes the state after the last step."""
     sigmas: tuple[float, ...] | None = None
     """Sigmas of its own, one more than it has steps, falling; None: those of the run."""
+    targets: tuple[float, ...] | None = None
+    """The sigmas that its steps go to with DDIM, as `Schedule.targets` has them; None: the next ones of `sigmas`."""
     cost: Callable[[int], Hashable] | None = None
     """A key for each step: steps with the same one cost the same. None: all steps of the stage do."""
 
@@ -111,6 +113,8 @@ def _unfinished(last: Stage | Phase, num_steps: int, taken: list[int]) -> str:
 def _fault(stage: Stage, num_steps: int) -> str:
     """The fault of a stage whose steps do not stand at sigmas that fall; "" where there is none."""
     steps, sigmas = stage.steps, stage.sigmas
+    if stage.targets is not None and (sigmas is None or len(stage.targets) != len(steps)):
+        return f"stage {stage.name} has {len(stage.targets)} targets, which go with sigmas, one a step: {len(steps)}"
     if sigmas is None:
         if not steps or steps[0] // num_steps == steps[-1] // num_steps:
             return ""
@@ -160,7 +164,7 @@ def _steps(
         assert isinstance(stage, Stage)
         start, sigmas = stage.steps.start, stage.sigmas
         first = start // schedule.num_steps * schedule.num_steps if sigmas is None else start
-        own = schedule if sigmas is None else schedule.visiting(sigmas)
+        own = schedule if sigmas is None else schedule.visiting(sigmas, stage.targets)
         if take is None or isinstance(part, Phase) or started != (own, first):
             take, started = solver.start(own, partial(_counted, noise, first)), (own, first)
         shape = x.shape
