@@ -24,6 +24,7 @@ METHODS = {
     "scalecrafter": "cutdiff.methods.scalecrafter:ScaleCrafter",
     "hidiffusion": "cutdiff.methods.hidiffusion:HiDiffusion",
     "multidiffusion": "cutdiff.methods.multidiffusion:MultiDiffusion",
+    "spotdiffusion": "cutdiff.methods.spotdiffusion:SpotDiffusion",
     "cutdiffusion": "cutdiff.methods.cutdiffusion:CutDiffusion",
     "demofusion": "cutdiff.methods.demofusion:DemoFusion",
     "accdiffusion": "cutdiff.methods.accdiffusion:AccDiffusion",

@@ -16,7 +16,8 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.methods.multidiffusion import MultiDiffusion
 from cutdiff.methods.shared import Run
 from cutdiff.sampling.draws import Draws
-from cutdiff.sampling.operators import Torus, Views, ViewWeights, check_operator, items_of, view_grid, view_weights
+from cutdiff.sampling.operators import Views, ViewWeights, check_operator, items_of, view_grid, view_weights
+from cutdiff.sampling.overlaps import Torus
 from cutdiff.sampling.stages import Stage
 from cutdiff.specs import METHODS, options_of, resolve
 
@@ -71,7 +72,7 @@ def test_weights_belong_to_methods_with_views(tiny_model: Model, method: str) ->
         for weighted, other in ((gaussian, plain), (cosine, plain), (gaussian, cosine)):
             assert relative_error(weighted, other) > 1e-5
     else:
-        assert method in ("direct", "attention_scaling", "scalecrafter", "hidiffusion")
+        assert method in ("direct", "attention_scaling", "scalecrafter", "hidiffusion", "spotdiffusion")
         with pytest.raises(ValueError, match=r"^view_weights='cosine' is no option of method"):
             latents(tiny_model, view_weights="cosine", **options)
 
