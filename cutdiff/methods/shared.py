@@ -19,6 +19,7 @@ from cutdiff.options import Between, Count, Options, options_of
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import Operator, Patches, Views, ViewWeights, pad_to_grid, view_weights
+from cutdiff.sampling.overlaps import Swapped
 from cutdiff.sampling.resize import Change, Resampling, renoise, resize, resize_pixels
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.split import gaussian_taps
@@ -132,6 +133,16 @@ class Tiled(Conditioned):
     view_weights: ViewWeights = "uniform"
     """The weight of a view's pixels where views overlap: "uniform", or falling towards its border as a "gaussian" or a
     "cosine"."""
+    overlaps: Literal["average", "swap"] = "average"
+    """What becomes of a pixel that several views show: the "average" of what they draw, or by "swap" what one of them
+    draws, views taking turns from pixel to pixel (SaFa, arXiv 2502.05130), which keeps what is fine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overlaps == "swap" and self.view_weights != "uniform":
+            raise ValueError(
+                f"view_weights={self.view_weights!r} weigh an average, and overlaps='swap' takes none: leave one out"
+            )
 
     def check_native(self, native_size: int) -> None:
         """ValueError where the stride leaves gaps between views of a model of this native size, in latents."""
@@ -175,8 +186,11 @@ class Tiled(Conditioned):
         return denoise
 
     def on_views(self, run: Run, *, jitter: Size | None = None, weights: Tensor | None = None) -> CanvasDenoiser:
-        """average ∘ D ∘ views, which stand elsewhere at every step where there is `jitter`; `weights` as in `Views`, or
-        None for those of the option `view_weights`."""
+        """average ∘ D ∘ views, or swap ∘ D ∘ views; they stand elsewhere at every step where there is `jitter`.
+
+        `weights` are as in `Views`, or None for those of the option `view_weights`. ValueError where there are any and
+        views are swapped.
+        """
         most = self.jitter(run) if jitter is None else jitter
 
         def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
@@ -197,14 +211,19 @@ class Tiled(Conditioned):
         positive: TextStates | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """average ∘ D ∘ views at `origins` (B, V, 2) or (V, 2); `positive` are text states of each view.
+        """average or swap ∘ D ∘ views at `origins` (B, V, 2) or (V, 2); `positive` are text states of each view.
 
         Conditioned "native", a view's crop is at its origin, not below 0; "target", it is counted from the corner of a
         canvas that is padded by the jitter's range.
         """
         origins = origins.expand(len(latents), *origins.shape[-2:]).cpu()  # (B, V, 2)
         weights = view_weights(self.view_weights, run.window) if weights is None else weights
-        views = Views(origins, run.window, run.size, weights, device=latents.device)
+        if self.overlaps == "swap":
+            if weights is not None:
+                raise ValueError("weights of views weigh an average, and overlaps='swap' takes none: leave one out")
+            views = Swapped(origins, run.window, run.size, latents.device)
+        else:
+            views = Views(origins, run.window, run.size, weights, latents.device)
         native = self.size_conditioning == "native"
         crops = origins.clamp(min=0) if native else origins + origins.new_tensor(jitter)
         return self.denoise_windows(run, views, crops, latents, sigma, step, positive=positive)
