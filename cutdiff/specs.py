@@ -114,6 +114,19 @@ def resolve(kind: str, value: Any, given: Mapping[str, Any] = MappingProxyType({
     return thing
 
 
+def part(kind: str, option: str, value: Any) -> Any:
+    """The value of an option that takes an object of `kind`: the full spec of one that ships, else the object itself,
+    so that a record names the former and hashes the latter. ValueError, which names the option, as of `resolve`."""
+    try:
+        thing = resolve(kind, value)
+    except ValueError as error:
+        fault = str(error)
+        known = fault.startswith(f"{kind}=")
+        raise ValueError(f"{option}{fault[len(kind) :] if known else f'={value!r}: {fault}'}") from None
+    ships = not isinstance(thing, partial) and _address(thing) in NAMED[kind].values()
+    return spec_of(kind, thing) if ships else thing
+
+
 def changed(things: dict[str, Any], options: dict[str, Any], also: Iterable[str] = ()) -> dict[str, Any]:
     """The objects by their kinds, with options of theirs changed. ValueError where an option is of none, or of two.
 
@@ -185,8 +198,13 @@ def name_of(kind: str, thing: Any) -> str:
     """The name of an object in its table; that of its function or class where it is in none."""
     thing = thing.func if isinstance(thing, partial) else thing
     named = thing if hasattr(thing, "__name__") else type(thing)
-    address = f"{named.__module__}:{named.__qualname__}"
-    return next((name for name, known in NAMED[kind].items() if known == address), named.__name__)
+    return next((name for name, known in NAMED[kind].items() if known == _address(thing)), named.__name__)
+
+
+def _address(thing: Any) -> str:
+    """`module:object` of a function or class, or of the class of an instance."""
+    named = thing if hasattr(thing, "__name__") else type(thing)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _load(kind: str, name: str) -> Any:

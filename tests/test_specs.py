@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from own import METHODS, OwnModules
 from refusal import CommandLine
@@ -41,9 +41,10 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
         if args[0] is int:
             return st.integers(int(bounds["min_value"]), 10**6)
         return st.floats(**bounds, allow_nan=False)
-    if kind == str | Split:
+    if Split in args:
         splits = [*specs.SPLITS, "gaussian,sigma=3", "down_up,size=(3,4)", "wavelet,name=db4"]
-        return st.sampled_from([*splits, *map(partial(specs.resolve, "split"), splits)])
+        nothing = [None] if type(None) in args else []
+        return st.sampled_from([*splits, *map(partial(specs.resolve, "split"), splits), *nothing])
     if origin is Union or type(kind).__name__ == "UnionType":
         return st.one_of(*map(values_of, args))
     if origin is Literal:
@@ -69,7 +70,11 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 def test_a_full_spec_is_the_object(kind: str, name: str, data: st.DataObject) -> None:
     thing = specs.resolve(kind, name) if name != "list" else Listed((1.0, 0.0))
     drawn = {option.name: data.draw(values_of(option.type)) for option in options_of(thing).values()}
-    thing = replace(thing, **drawn) if drawn else thing
+    try:
+        thing = replace(thing, **drawn) if drawn else thing
+    except ValueError as error:
+        assume(not str(error).endswith("leave one out"))
+        raise
     spec = specs.spec_of(kind, thing)
     assert spec.startswith(name)
     assert specs.resolve(kind, spec) == thing

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cutdiff.options import Options, Scale, Share
 from cutdiff.sampling.split import Split
-from cutdiff.specs import resolve, spec_of
+from cutdiff.specs import part, resolve
 
 
 class Guidance(Protocol):
@@ -91,13 +91,7 @@ class ByBand(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            split = resolve("split", self.split)
-        except ValueError as error:
-            known = str(error).startswith("split=")
-            raise ValueError(str(error) if known else f"split={self.split!r}: {error}") from None
-        ships = type(split).__module__ == Split.__module__
-        object.__setattr__(self, "split", spec_of("split", split) if ships else split)
+        object.__setattr__(self, "split", part("split", "split", self.split))
 
     def __call__(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
         difference = conditional - unconditional
