@@ -29,6 +29,7 @@ METHODS = {
     "demofusion": "cutdiff.methods.demofusion:DemoFusion",
     "accdiffusion": "cutdiff.methods.accdiffusion:AccDiffusion",
     "magnify": "cutdiff.methods.magnify:Magnify",
+    "upscale": "cutdiff.methods.upscale:Upscale",
 }
 SOLVERS = {
     "euler": "cutdiff.sampling.solvers:Euler",
@@ -54,9 +55,14 @@ SPLITS = {
     "butterworth": "cutdiff.sampling.split:Butterworth",
     "wavelet": "cutdiff.sampling.split:Wavelet",
 }
+UPSCALERS = {
+    "bicubic": "cutdiff.methods.upscale:bicubic",
+    "bilinear": "cutdiff.methods.upscale:bilinear",
+    "nearest": "cutdiff.methods.upscale:nearest",
+}
 TABLES = {"method": METHODS, "solver": SOLVERS, "schedule": SCHEDULES, "guidance": GUIDANCE}
 """The objects that a run is given, by kind."""
-NAMED = {**TABLES, "split": SPLITS}
+NAMED = {**TABLES, "split": SPLITS, "upscaler": UPSCALERS}
 """All that has names, the parts too that only options of others are given."""
 SHAPES = {
     "method": "a dataclass with `stages(run)`, or a function of a `Run`",
@@ -64,6 +70,7 @@ SHAPES = {
     "schedule": "an object with `sigmas(model_noise, num_steps)`, or a list of numbers",
     "guidance": "a function of (conditional, unconditional, sigma, step)",
     "split": "an object with `low(x)`",
+    "upscaler": "a function of (images, size)",
 }
 """The shape of an object of each kind."""
 
@@ -255,7 +262,7 @@ def _valued(options: dict[str, Any], known: dict[str, Option]) -> dict[str, Any]
 
 def _fits(kind: str, thing: Any) -> bool:
     attribute = {"method": "stages", "solver": "start", "schedule": "sigmas", "split": "low"}.get(kind, "")
-    return callable(getattr(thing, attribute, None)) or (kind in ("method", "guidance") and callable(thing))
+    return callable(getattr(thing, attribute, None)) or (kind in ("method", "guidance", "upscaler") and callable(thing))
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:

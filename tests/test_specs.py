@@ -23,6 +23,7 @@ from cutdiff.evaluate import main as evaluate
 from cutdiff.methods.cutdiffusion import CutDiffusion
 from cutdiff.methods.direct import direct
 from cutdiff.methods.magnify import Magnify
+from cutdiff.methods.upscale import Upscaler
 from cutdiff.options import MAX_FLOAT32, checked, options_of, read
 from cutdiff.sampling.schedules import Listed
 from cutdiff.sampling.solvers import DDIM
@@ -41,6 +42,8 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
         if args[0] is int:
             return st.integers(int(bounds["min_value"]), 10**6)
         return st.floats(**bounds, allow_nan=False)
+    if Upscaler in args:
+        return st.sampled_from([*specs.UPSCALERS, *map(partial(specs.resolve, "upscaler"), specs.UPSCALERS)])
     if Split in args:
         splits = [*specs.SPLITS, "gaussian,sigma=3", "down_up,size=(3,4)", "wavelet,name=db4"]
         nothing = [None] if type(None) in args else []
