@@ -143,6 +143,7 @@ def as_bytes(images: Tensor, size: tuple[int, int]) -> Tensor:
         ),
         (as_bytes, r"upscaler=as_bytes gave \(1, 3, 128, 104\) of torch.uint8 for"),
         (lambda images, size: 255 * F.interpolate(images, size), r"gave values from .* where images in \[0, 1\] are"),
+        (lambda images, size: F.interpolate(images, size) / 10 - 1, "gave values from -.* where images in"),
         (lambda images, size: F.interpolate(images, size) * torch.nan, "gave values from nan to nan"),
         (lambda images: images, r"upscaler=<lambda> failed on images of .*, TypeError: .*takes 1 positional argument"),
     ],
