@@ -24,6 +24,7 @@ METHODS = {
     "scalecrafter": "cutdiff.methods.scalecrafter:ScaleCrafter",
     "hidiffusion": "cutdiff.methods.hidiffusion:HiDiffusion",
     "multidiffusion": "cutdiff.methods.multidiffusion:MultiDiffusion",
+    "spotdiffusion": "cutdiff.methods.spotdiffusion:SpotDiffusion",
     "upsample_guidance": "cutdiff.methods.upsample_guidance:UpsampleGuidance",
     "cutdiffusion": "cutdiff.methods.cutdiffusion:CutDiffusion",
     "demofusion": "cutdiff.methods.demofusion:DemoFusion",
@@ -31,6 +32,7 @@ METHODS = {
     "diffusehigh": "cutdiff.methods.diffusehigh:DiffuseHigh",
     "frecas": "cutdiff.methods.frecas:FreCaS",
     "rectifiedhr": "cutdiff.methods.rectifiedhr:RectifiedHR",
+    "upscale": "cutdiff.methods.upscale:Upscale",
     "magnify": "cutdiff.methods.magnify:Magnify",
 }
 SOLVERS = {
@@ -57,9 +59,14 @@ SPLITS = {
     "butterworth": "cutdiff.sampling.split:Butterworth",
     "wavelet": "cutdiff.sampling.split:Wavelet",
 }
+UPSCALERS = {
+    "bicubic": "cutdiff.methods.upscale:bicubic",
+    "bilinear": "cutdiff.methods.upscale:bilinear",
+    "nearest": "cutdiff.methods.upscale:nearest",
+}
 TABLES = {"method": METHODS, "solver": SOLVERS, "schedule": SCHEDULES, "guidance": GUIDANCE}
 """The objects that a run is given, by kind."""
-NAMED = {**TABLES, "split": SPLITS}
+NAMED = {**TABLES, "split": SPLITS, "upscaler": UPSCALERS}
 """All that has names, the parts too that only options of others are given."""
 SHAPES = {
     "method": "a dataclass with `stages(run)`, or a function of a `Run`",
@@ -67,6 +74,7 @@ SHAPES = {
     "schedule": "an object with `sigmas(model_noise, num_steps)`, or a list of numbers",
     "guidance": "a function of (conditional, unconditional, sigma, step)",
     "split": "an object with `low(x)`",
+    "upscaler": "a function of (images, size)",
 }
 """The shape of an object of each kind."""
 
@@ -115,6 +123,19 @@ def resolve(kind: str, value: Any, given: Mapping[str, Any] = MappingProxyType({
     if options_of(thing):
         check_options(thing)
     return thing
+
+
+def part(kind: str, option: str, value: Any) -> Any:
+    """The value of an option that takes an object of `kind`: the full spec of one that ships, else the object itself,
+    so that a record names the former and hashes the latter. ValueError, which names the option, as of `resolve`."""
+    try:
+        thing = resolve(kind, value)
+    except ValueError as error:
+        fault = str(error)
+        known = fault.startswith(f"{kind}=")
+        raise ValueError(f"{option}{fault[len(kind) :] if known else f'={value!r}: {fault}'}") from None
+    ships = not isinstance(thing, partial) and _address(thing) in NAMED[kind].values()
+    return spec_of(kind, thing) if ships else thing
 
 
 def changed(things: dict[str, Any], options: dict[str, Any], also: Iterable[str] = ()) -> dict[str, Any]:
@@ -188,8 +209,13 @@ def name_of(kind: str, thing: Any) -> str:
     """The name of an object in its table; that of its function or class where it is in none."""
     thing = thing.func if isinstance(thing, partial) else thing
     named = thing if hasattr(thing, "__name__") else type(thing)
-    address = f"{named.__module__}:{named.__qualname__}"
-    return next((name for name, known in NAMED[kind].items() if known == address), named.__name__)
+    return next((name for name, known in NAMED[kind].items() if known == _address(thing)), named.__name__)
+
+
+def _address(thing: Any) -> str:
+    """`module:object` of a function or class, or of the class of an instance."""
+    named = thing if hasattr(thing, "__name__") else type(thing)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _load(kind: str, name: str) -> Any:
@@ -240,7 +266,7 @@ def _valued(options: dict[str, Any], known: dict[str, Option]) -> dict[str, Any]
 
 def _fits(kind: str, thing: Any) -> bool:
     attribute = {"method": "stages", "solver": "start", "schedule": "sigmas", "split": "low"}.get(kind, "")
-    return callable(getattr(thing, attribute, None)) or (kind in ("method", "guidance") and callable(thing))
+    return callable(getattr(thing, attribute, None)) or (kind in ("method", "guidance", "upscaler") and callable(thing))
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:

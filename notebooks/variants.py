@@ -21,7 +21,7 @@ from cutdiff.methods.shared import Run, stages_of
 from cutdiff.models.unet import Context, UNet
 from cutdiff.sampling.denoiser import Call, Denoiser
 from cutdiff.sampling.operators import grid_for
-from cutdiff.sampling.stages import CanvasDenoiser, Phase, Stage
+from cutdiff.sampling.stages import Phase, Stage
 from cutdiff.specs import name_of
 
 Method = Callable[[Run], Sequence[Stage | Phase]]
@@ -141,12 +141,7 @@ def _finest(unet: UNet, below: Tensor, x: Tensor, timesteps: Tensor, context: Co
 
 def not_held(run: Run) -> Sequence[Stage | Phase]:
     """Magnify without its hold: estimates may depart from the native picture."""
-
-    class NotHeld(Magnify):
-        def hold(self, run: Run, picture: Tensor, denoise: CanvasDenoiser) -> CanvasDenoiser:
-            return denoise
-
-    return NotHeld().stages(run)
+    return Magnify(hold="none").stages(run)
 
 
 @dataclass(frozen=True)

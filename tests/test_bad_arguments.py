@@ -124,7 +124,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     "eta NaN": (["--eta", "nan", "--solver", "ddim"], "argument --eta: 'nan' must be a finite number in 0 … 1"),
     "eta without ddim": (
         ["--eta", "0.5"],
-        "--eta is no option of method cutdiffusion (stride, size_conditioning, view_weights, "
+        "--eta is no option of method cutdiffusion (size_conditioning, stride, view_weights, overlaps, "
         "structure_fraction, structure, interaction, detail_guidance_scale, upsample_guidance, upsampling), solver "
         "euler (none), schedule model (none) or guidance cfg (guidance_scale), but of ddim, euler_ancestral",
     ),
@@ -151,7 +151,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     ),
     "cosine scales of another method": (
         ["--cosine-scales", "3", "1", "1"],
-        "--cosine-scales is no option of method cutdiffusion (stride, size_conditioning, view_weights, ",
+        "--cosine-scales is no option of method cutdiffusion (size_conditioning, stride, view_weights, overlaps, ",
     ),
     "guidance interval, reversed": (
         ["--guidance-interval", "0.6", "0.4"],

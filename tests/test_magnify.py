@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import relative_error
+from torch import Tensor
 
 import cutdiff
+from cutdiff import specs
 from cutdiff.checkpoint.model import Model
-from cutdiff.methods.magnify import Magnify
+from cutdiff.cli.arguments import parse
+from cutdiff.methods.magnify import Magnify, Trajectory
 from cutdiff.methods.shared import Run, with_guidance_scale
+from cutdiff.options import Options
 from cutdiff.pipeline import prepare
+from cutdiff.planning.forecast import sized, walk
 from cutdiff.sampling.denoiser import Work
 from cutdiff.sampling.guidance import CFG
+from cutdiff.sampling.resize import resize
+from cutdiff.sampling.schedules import ModelSchedule, make_schedule
+from cutdiff.sampling.solvers import Euler
+from cutdiff.sampling.split import Butterworth, DownUp, Wavelet
 from cutdiff.sampling.stages import Phase
 from cutdiff.settings import Settings
 
@@ -89,8 +101,9 @@ def test_guidance_may_change_where_the_number_of_rows_does_not(run: Run) -> None
 def test_estimates_are_held_to_the_picture_most_where_noise_is_most(run: Run) -> None:
     picture = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     estimate = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    hold = Magnify().hold
-    denoise = hold(run, picture, lambda x, sigma, step: estimate)
+    guide = resize(picture, (16, 16))
+    towards = Magnify().towards_picture
+    denoise = towards(run, picture, guide, lambda x, sigma, step: estimate)
 
     def distance(sigma: float) -> float:
         coarse = F.avg_pool2d(denoise(estimate, sigma, 0), 2)
@@ -101,7 +114,8 @@ def test_estimates_are_held_to_the_picture_most_where_noise_is_most(run: Run) ->
     assert distances == sorted(distances)
     assert distances[0] < 0.5 * (F.avg_pool2d(estimate, 2) - picture).norm()
     assert torch.equal(
-        hold(run, F.avg_pool2d(estimate, 2), lambda x, sigma, step: estimate)(estimate, sigmas[0], 0), estimate
+        towards(run, F.avg_pool2d(estimate, 2), guide, lambda x, sigma, step: estimate)(estimate, sigmas[0], 0),
+        estimate,
     ), "an estimate that agrees is left alone"
 
 
@@ -116,3 +130,144 @@ def test_a_method_of_ones_own_is_a_function_and_is_recorded_by_its_name(tiny_mod
     assert named.record["method"].startswith("magnify,")
     assert torch.equal(result.latents, named.latents)
     assert torch.equal(result.latents, itself.latents)
+
+
+# ---- Its holds, splits and enlargements
+
+
+def last(model: Model, prompt: str | list[str] = PROMPT, **options: Any) -> Tensor:
+    return steps(model, prompt, **{"height": 128, "width": 104, "seed": 3, **options})[-1].latents
+
+
+def test_its_defaults_are_those_that_were_always_so(tiny_model: Model) -> None:
+    plain = last(tiny_model)
+    assert torch.equal(last(tiny_model, enlarged_in="latents", hold="picture", hold_split=None), plain)
+    changed = [
+        {"enlarged_in": "pixels"},
+        {"hold": "none"},
+        {"hold": "trajectory"},
+        {"hold_split": "down_up"},
+        {"hold_split": "wavelet"},
+        {"hold": "trajectory", "hold_split": "gaussian,sigma=3"},
+        {"hold": "trajectory", "enlarged_in": "pixels"},
+    ]
+    drawn = [plain, *(last(tiny_model, **options) for options in changed)]
+    for i, one in enumerate(drawn):
+        assert all(relative_error(one, other) > 1e-4 for other in drawn[:i])
+
+
+def estimates(model: Model, **options: Any) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """The estimates of the structure's steps, its picture, and the estimates of the details' steps."""
+    drawn = steps(model, height=128, width=104, seed=3, **options)
+    picture = drawn[3].latents
+    return [step.denoised for step in drawn[:4]], picture, [step.denoised for step in drawn[4:]]
+
+
+def free(model: Model, **options: Any) -> list[Tensor]:
+    """The estimates of the details' first step where nothing holds them: from there on the states differ."""
+    return estimates(model, hold="none", **options)[2][:1]
+
+
+def test_the_trajectory_is_that_of_estimates_and_its_share_falls_from_1_by_equal_parts(tiny_model: Model) -> None:
+    """Each estimate of the details is D's, moved to the structure's of the same step: at a split of all, onto it."""
+    options = {"hold": "trajectory", "structure_fraction": 0.25}
+    structure, _, details = estimates(tiny_model, **options, hold_split=Everything())
+    assert len(details) == 3
+    torch.testing.assert_close(details[0], resize(structure[1], (16, 13)), msg="a share of 1")
+    (unheld,) = free(tiny_model, structure_fraction=0.25)
+    assert relative_error(unheld, details[0]) > 0.01
+    reference = resize(structure[1], (16, 13))
+    _, _, pulled = estimates(tiny_model, **options)
+    torch.testing.assert_close(pulled[0], unheld + Butterworth(4, 0.2).low(reference - unheld))
+    _, _, other = estimates(tiny_model, **options, hold_split="wavelet,name=db4")
+    torch.testing.assert_close(other[0], unheld + Wavelet("db4").low(reference - unheld))
+
+
+def test_the_share_of_the_trajectory_by_step(run: Run) -> None:
+    structure = Trajectory(lambda x, sigma, step: torch.full((1, 4, 8, 8), float(step + 1)), 4)
+    for step in range(4):
+        structure(torch.zeros(1, 4, 8, 8), 1.0, step)
+    nothing = torch.zeros(1, 4, 16, 16)
+    method, detail = Magnify(hold="trajectory", hold_split=Everything()), range(5, 8)
+    towards = method.towards_trajectory(run, structure, detail, lambda x, sigma, step: nothing)
+    for step, share in zip(detail, (1, 2 / 3, 1 / 3), strict=True):
+        estimate = share * (step % 4 + 1)
+        torch.testing.assert_close(towards(nothing, 1.0, step), torch.full_like(nothing, estimate))
+
+
+@pytest.mark.parametrize("split", [DownUp(), Wavelet(), Butterworth()])
+@pytest.mark.parametrize("space", ["latents", "pixels"])
+def test_a_split_of_the_picture_is_that_of_the_enlarged_one(tiny_model: Model, split: Any, space: str) -> None:
+    options = {"enlarged_in": space, "structure_fraction": 0.5}
+    _, picture, (first, _) = estimates(tiny_model, hold_split=split, **options)
+    (unheld,) = free(tiny_model, **options)
+    schedule = make_schedule(ModelSchedule(), Euler(), tiny_model.noise, 4)
+    share = (1 - math.cos(math.pi * schedule.fraction(schedule.sigmas[2]))) / 2
+    guide = resize(picture, (16, 13))
+    if space == "pixels":
+        guide = cutdiff.encode(tiny_model, resize(cutdiff.decode(tiny_model, picture), (128, 104)))
+    torch.testing.assert_close(first, unheld + share * split.low(guide - unheld))
+    assert relative_error(first, unheld) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options", [{"hold": "trajectory"}, {"enlarged_in": "pixels", "hold_split": "butterworth"}, {"hold": "none"}]
+)
+def test_images_do_not_depend_on_their_neighbours_and_runs_cost_what_is_planned(
+    tiny_model: Model, options: dict[str, Any]
+) -> None:
+    prompts = [PROMPT, "a blue tree"]
+    both = last(tiny_model, prompts, **options)
+    for i, prompt in enumerate(prompts):
+        assert relative_error(both[i], last(tiny_model, prompt, **{**options, "seed": 3 + i})[0]) < 1e-4
+    settings = Settings(method="magnify", num_steps=4, height=128, width=104, **options)
+    record = cutdiff.generate(tiny_model, PROMPT, settings).record
+    planned = walk(sized(tiny_model.unet.config, tiny_model.vae.config, tiny_model.dtype), settings)
+    assert sum(stage.total.evaluations for stage in planned.stages) == record["network_evaluations"]
+
+
+@pytest.mark.parametrize(("num_steps", "fraction"), [(1, 0.3), (3, 1.0), (5, 0.0)])
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (72, 200), (8, 72), (64, 40)])
+def test_the_trajectory_at_every_size_and_number_of_steps(
+    tiny_model: Model, num_steps: int, fraction: float, height: int, width: int
+) -> None:
+    options = {"num_steps": num_steps, "structure_fraction": fraction, "height": height, "width": width}
+    drawn = last(tiny_model, hold="trajectory", **options)
+    assert drawn.shape == (1, 4, height // 8, width // 8)
+    assert drawn.isfinite().all()
+
+
+@dataclass(frozen=True)
+class Everything(Options):
+    """A split whose low band is all there is."""
+
+    def low(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_its_split_is_recorded_in_full_and_one_of_ones_own_by_its_source(tiny_model: Model) -> None:
+    assert Magnify(hold_split="wavelet").hold_split == "wavelet,name=sym4"
+    assert Magnify(hold_split=Wavelet("db4")) == Magnify(hold_split="wavelet,name=db4")
+    described = specs.spec_of("method", Magnify(hold_split=Everything()))
+    assert re.search(r",hold=picture,hold_split='?<Everything [0-9a-f]{16}>'?$", described)
+    flags = ["--method", "magnify", "--hold", "trajectory", "--hold-split", "gaussian,sigma=3", "--enlarge", "pixels"]
+    expected = Magnify(hold="trajectory", hold_split="gaussian,sigma=3", enlarged_in="pixels")
+    assert Settings(**parse(flags).options).method == expected
+    both = Settings(method="magnify", guidance="by_band", split="wavelet", hold_split="down_up")
+    assert both.method.hold_split != both.guidance.split
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hold_split": "wavelett"}, "hold_split='wavelett' is not one of down_up, .* did you mean 'wavelet'"),
+        ({"hold_split": "gaussian,sigma=-2"}, "hold_split='gaussian,sigma=-2': sigma=-2"),
+        ({"hold_split": 3}, "hold_split=3 must be a text or a Split or None"),
+        ({"hold": "none", "hold_split": "wavelet"}, "hold_split='wavelet' is for a hold, and hold='none': leave one"),
+        ({"hold": "path"}, "hold='path' is not one of picture, trajectory, none"),
+        ({"enlarged_in": "pixel"}, "enlarged_in='pixel' is not one of pixels, latents: did you mean 'pixels'"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Settings(method="magnify", **options)

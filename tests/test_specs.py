@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from own import METHODS, OwnModules
 from refusal import CommandLine
@@ -23,6 +23,7 @@ from cutdiff.evaluate import main as evaluate
 from cutdiff.methods.cutdiffusion import CutDiffusion
 from cutdiff.methods.direct import direct
 from cutdiff.methods.magnify import Magnify
+from cutdiff.methods.upscale import Upscaler
 from cutdiff.options import MAX_FLOAT32, checked, options_of, read
 from cutdiff.sampling.schedules import Listed
 from cutdiff.sampling.solvers import DDIM
@@ -41,9 +42,12 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
         if args[0] is int:
             return st.integers(int(bounds["min_value"]), 10**6)
         return st.floats(**bounds, allow_nan=False)
-    if kind == str | Split:
+    if Upscaler in args:
+        return st.sampled_from([*specs.UPSCALERS, *map(partial(specs.resolve, "upscaler"), specs.UPSCALERS)])
+    if Split in args:
         splits = [*specs.SPLITS, "gaussian,sigma=3", "down_up,size=(3,4)", "wavelet,name=db4"]
-        return st.sampled_from([*splits, *map(partial(specs.resolve, "split"), splits)])
+        nothing = [None] if type(None) in args else []
+        return st.sampled_from([*splits, *map(partial(specs.resolve, "split"), splits), *nothing])
     if origin is Union or type(kind).__name__ == "UnionType":
         return st.one_of(*map(values_of, args))
     if origin is Literal:
@@ -69,7 +73,11 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 def test_a_full_spec_is_the_object(kind: str, name: str, data: st.DataObject) -> None:
     thing = specs.resolve(kind, name) if name != "list" else Listed((1.0, 0.0))
     drawn = {option.name: data.draw(values_of(option.type)) for option in options_of(thing).values()}
-    thing = replace(thing, **drawn) if drawn else thing
+    try:
+        thing = replace(thing, **drawn) if drawn else thing
+    except ValueError as error:
+        assume(not str(error).endswith("leave one out"))
+        raise
     spec = specs.spec_of(kind, thing)
     assert spec.startswith(name)
     assert specs.resolve(kind, spec) == thing
@@ -136,7 +144,7 @@ def test_what_is_no_spec(spec: str) -> None:
         ("method", "json:Mine", r"^method='json:Mine': the module json has no 'Mine'$"),
         ("method", "json:dmps", r"^method='json:dmps': the module json has no 'dmps': did you mean 'dumps'\?$"),
         ("method", "json:__version", r"^method='json:__version': the module json has no '__version'"),
-        ("method", "magnify,strid=4", r"^strid is no option of method magnify \(stride, .*did you mean 'stride'\?$"),
+        ("method", "magnify,strid=4", r"^strid is no option of method magnify \(.*stride, .*did you mean 'stride'\?$"),
         ("method", "magnify,eta=1", r"^eta is no option of method magnify \(.*\), but of ddim, euler_ancestral$"),
         ("method", "direct,stride=4", r"^method=direct has no options, so stride cannot be given$"),
         ("method", "magnify,stride=1.5", r"^stride=1\.5 must be a whole number at least 1 or None$"),

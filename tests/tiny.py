@@ -36,8 +36,10 @@ WITHOUT_VIEWS = (
     "frecas",
     "diffusehigh",
     "freescale",
+    "spotdiffusion",
+    "upscale",
 )
-"""The methods that show the network the whole canvas."""
+"""The methods without overlapping views."""
 LENGTH = 16
 UNET = UNetConfig(
     channels=(32, 64, 64),

@@ -25,9 +25,9 @@ from torch import Tensor
 from cutdiff.methods.shared import Run, Space, Stages, phase_sizes, step_at, with_guidance_scale
 from cutdiff.options import Between, Options, Scale, Share
 from cutdiff.sampling.resize import renoise, resize
-from cutdiff.sampling.split import Gaussian, Split, sharpened, split_option
+from cutdiff.sampling.split import Gaussian, Split, sharpened
 from cutdiff.sampling.stages import CanvasDenoiser, Phase, Size, Stage
-from cutdiff.specs import resolve
+from cutdiff.specs import part, resolve
 
 Deviation = Annotated[float, Between(0.01, 1000)]
 
@@ -61,7 +61,7 @@ class DiffuseHigh(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "held_band", split_option("held_band", self.held_band))
+        object.__setattr__(self, "held_band", part("split", "held_band", self.held_band))
 
     def stages(self, run: Run) -> Stages:
         usual = (1.5,) if max(run.size) <= 2 * run.native_size else None

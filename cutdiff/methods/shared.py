@@ -19,7 +19,8 @@ from cutdiff.options import Between, Count, Options, options_of
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.mean_picture import Weight
-from cutdiff.sampling.operators import Patches, Views, ViewWeights, pad_to_grid, view_weights
+from cutdiff.sampling.operators import Operator, Patches, Views, ViewWeights, pad_to_grid, view_weights
+from cutdiff.sampling.overlaps import Swapped
 from cutdiff.sampling.resize import Change, Resampling, renoise, resize, resize_pixels
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.split import gaussian_taps
@@ -74,17 +75,75 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiled(Options):
-    """The options of methods whose network is shown patches or views of the canvas, and how they show them."""
+class Conditioned(Options):
+    """The option of methods whose network is shown parts of the canvas, and what it is told of them."""
 
-    stride: Count | None = None
-    """The distance between views, in latents; None: half of the model's native size."""
     size_conditioning: Literal["native", "target"] = "native"
     """The sizes that the network is told: "native", those of the patch or crop that it sees, or "target", the finished
     picture's, as the published CutDiffusion code has it."""
+
+    def conditioning_size(self, run: Run) -> Size | None:
+        """The size that a patch is said to be: its own (None), or that of the finished picture."""
+        return None if self.size_conditioning == "native" else run.target_size
+
+    def on_whole(self, run: Run) -> CanvasDenoiser:
+        """D on the whole canvas, conditioned as a picture of its own size, or as the finished one."""
+        size = self.conditioning_size(run)
+
+        def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
+            return run.denoiser(latents, sigma, step, original_size=size, target_size=size)
+
+        return denoise
+
+    def denoise_windows(
+        self,
+        run: Run,
+        operator: Operator,
+        crops: Tensor,
+        latents: Tensor,
+        sigma: float,
+        step: int,
+        *,
+        positive: TextStates | None = None,
+    ) -> Tensor:
+        """scatter ∘ D ∘ gather of an operator whose items are windows, conditioned as crops at `crops` (B, V, 2).
+
+        "native": original size = the canvas, target = the window. "target": both are the finished picture.
+        """
+        original, target = (
+            (run.size, run.window) if self.size_conditioning == "native" else (run.target_size, run.target_size)
+        )
+        return run.denoiser.through(
+            operator,
+            latents,
+            sigma,
+            step,
+            positive=positive,
+            crop_origins=crops.flatten(0, 1),
+            original_size=original,
+            target_size=target,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiled(Conditioned):
+    """The options of methods whose network is shown overlapping views of the canvas, and patches, and how."""
+
+    stride: Count | None = None
+    """The distance between views, in latents; None: half of the model's native size."""
     view_weights: ViewWeights = "uniform"
     """The weight of a view's pixels where views overlap: "uniform", or falling towards its border as a "gaussian" or a
     "cosine"."""
+    overlaps: Literal["average", "swap"] = "average"
+    """What becomes of a pixel that several views show: the "average" of what they draw, or by "swap" what one of them
+    draws, views taking turns from pixel to pixel (SaFa, arXiv 2502.05130), which keeps what is fine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overlaps == "swap" and self.view_weights != "uniform":
+            raise ValueError(
+                f"view_weights={self.view_weights!r} weigh an average, and overlaps='swap' takes none: leave one out"
+            )
 
     def check_native(self, native_size: int) -> None:
         """ValueError where the stride leaves gaps between views of a model of this native size, in latents."""
@@ -102,19 +161,6 @@ class Tiled(Options):
             return 0, 0
         (height, width), (down, right) = run.window, self.strides(run)
         return (height - down) // 4, (width - right) // 4
-
-    def conditioning_size(self, run: Run) -> Size | None:
-        """The size that a patch is said to be: its own (None), or that of the finished picture."""
-        return None if self.size_conditioning == "native" else run.target_size
-
-    def on_whole(self, run: Run) -> CanvasDenoiser:
-        """D on the whole canvas, conditioned as a picture of its own size, or as the finished one."""
-        size = self.conditioning_size(run)
-
-        def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
-            return run.denoiser(latents, sigma, step, original_size=size, target_size=size)
-
-        return denoise
 
     def on_patches(
         self, run: Run, grid: Size, interaction: Grain, show: Callable[[Tensor, float], Tensor] | None = None
@@ -141,8 +187,11 @@ class Tiled(Options):
         return denoise
 
     def on_views(self, run: Run, *, jitter: Size | None = None, weights: Tensor | None = None) -> CanvasDenoiser:
-        """average ∘ D ∘ views, which stand elsewhere at every step where there is `jitter`; `weights` as in `Views`, or
-        None for those of the option `view_weights`."""
+        """average ∘ D ∘ views, or swap ∘ D ∘ views; they stand elsewhere at every step where there is `jitter`.
+
+        `weights` are as in `Views`, or None for those of the option `view_weights`. ValueError where there are any and
+        views are swapped.
+        """
         most = self.jitter(run) if jitter is None else jitter
 
         def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
@@ -163,29 +212,22 @@ class Tiled(Options):
         positive: TextStates | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """average ∘ D ∘ views at `origins` (B, V, 2) or (V, 2); `positive` are text states of each view.
+        """average or swap ∘ D ∘ views at `origins` (B, V, 2) or (V, 2); `positive` are text states of each view.
 
-        Conditioned "native", every view is the crop that it is: original size = the canvas, crop = the view's origin,
-        not below 0, target = the window. "target": original = target = the finished picture, and the crop is counted
-        from the corner of a canvas that is padded by the jitter's range.
+        Conditioned "native", a view's crop is at its origin, not below 0; "target", it is counted from the corner of a
+        canvas that is padded by the jitter's range.
         """
-        origins = origins.expand(len(latents), *origins.shape[-2:])  # (B, V, 2)
-        corner = origins.flatten(0, 1).cpu()
+        origins = origins.expand(len(latents), *origins.shape[-2:]).cpu()  # (B, V, 2)
         weights = view_weights(self.view_weights, run.window) if weights is None else weights
-        if self.size_conditioning == "native":
-            crops, original, target = corner.clamp(min=0), run.size, run.window
+        if self.overlaps == "swap":
+            if weights is not None:
+                raise ValueError("weights of views weigh an average, and overlaps='swap' takes none: leave one out")
+            views = Swapped(origins, run.window, run.size, latents.device)
         else:
-            crops, original, target = corner + corner.new_tensor(jitter), run.target_size, run.target_size
-        return run.denoiser.through(
-            Views(origins, run.window, run.size, weights, device=latents.device),
-            latents,
-            sigma,
-            step,
-            positive=positive,
-            crop_origins=crops,
-            original_size=original,
-            target_size=target,
-        )
+            views = Views(origins, run.window, run.size, weights, latents.device)
+        native = self.size_conditioning == "native"
+        crops = origins.clamp(min=0) if native else origins + origins.new_tensor(jitter)
+        return self.denoise_windows(run, views, crops, latents, sigma, step, positive=positive)
 
 
 MakeLocal = Callable[[Run, range], CanvasDenoiser]

@@ -13,8 +13,8 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from cutdiff.options import Options, Scale, Share
-from cutdiff.sampling.split import Split, split_option
-from cutdiff.specs import resolve
+from cutdiff.sampling.split import Split
+from cutdiff.specs import part, resolve
 
 
 class Guidance(Protocol):
@@ -91,7 +91,7 @@ class ByBand(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "split", split_option("split", self.split))
+        object.__setattr__(self, "split", part("split", "split", self.split))
 
     def __call__(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
         difference = conditional - unconditional

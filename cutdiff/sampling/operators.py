@@ -15,7 +15,7 @@ make an operator of one's own a few lines, and `check_operator` proves that it k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -40,7 +40,6 @@ __all__ = [
     "Permutation",
     "SeededPermutation",
     "ToNetwork",
-    "Torus",
     "ViewWeights",
     "Views",
     "average",
@@ -168,57 +167,6 @@ class Views:
     def items(self, canvas: Tensor) -> tuple[int, tuple[int, int]]:
         """Return the number of views of all images of the canvas, and their (h, w)."""
         return len(canvas) * self.origins.shape[1], self.window
-
-
-@dataclass(frozen=True)
-class Torus:
-    """Windows side by side on a canvas whose borders meet, shifted: (B·V·copies, C, *window).
-
-    SpotDiffusion (Frolov et al. 2024, arXiv 2407.15507): windows that do not overlap cost the least, and another shift
-    at every step (`Draws.torus_shifts`) hides their seams. Where windows do not fill an axis, the last one is moved
-    back, and the mean is taken where two overlap; the published code sets what is left over to 0. ValueError where a
-    window is larger than the canvas.
-    """
-
-    shifts: Tensor
-    """(B, 2) of (down, right), int64, on the CPU: the corner of the first window."""
-    window: tuple[int, int]
-    size: tuple[int, int]
-    """The size (H, W) of the canvas."""
-    device: torch.device | str = "cpu"
-    """The device of the canvas."""
-    views: Views = field(init=False, repr=False)
-    """The windows on the canvas that is shifted back."""
-
-    def __post_init__(self) -> None:
-        if self.shifts.ndim != 2 or self.shifts.shape[1] != 2 or self.shifts.dtype != torch.int64:
-            raise ValueError(f"shifts {tuple(self.shifts.shape)} of {self.shifts.dtype} must be int64 (B, 2)")
-        grid = view_grid(self.size, self.window, self.window)
-        origins = grid.expand(len(self.shifts), *grid.shape)
-        object.__setattr__(self, "views", Views(origins, self.window, self.size, device=self.device))
-
-    @property
-    def origins(self) -> Tensor:
-        """The corners of the windows on the canvas, (B, V, 2), on the CPU; a window goes on at the opposite border."""
-        grid = view_grid(self.size, self.window, self.window)
-        return (grid + self.shifts[:, None]) % torch.tensor(self.size)
-
-    def gather(self, canvas: Tensor, backend: str = "auto", **how: Unpack[ToNetwork]) -> Tensor:
-        return self.views.gather(self._shifted(canvas, -self.shifts), backend, **how)
-
-    def scatter(self, values: Tensor, backend: str = "auto", **how: Unpack[FromNetwork]) -> Tensor:
-        if (canvas := how.get("canvas")) is not None:
-            how = {**how, "canvas": self._shifted(canvas, -self.shifts)}
-        return self._shifted(self.views.scatter(values, backend, **how), self.shifts)
-
-    def items(self, canvas: Tensor) -> tuple[int, tuple[int, int]]:
-        """Return the number of windows of all images of the canvas, and their (h, w)."""
-        return self.views.items(canvas)
-
-    def _shifted(self, canvas: Tensor, shifts: Tensor) -> Tensor:
-        if len(canvas) != len(shifts):
-            raise ValueError(f"a canvas of {len(canvas)} images does not fit the shifts of {len(shifts)}")
-        return torch.stack([image.roll(tuple(by), (1, 2)) for image, by in zip(canvas, shifts.tolist(), strict=True)])
 
 
 def view_weights(kind: ViewWeights, window: tuple[int, int]) -> Tensor | None:

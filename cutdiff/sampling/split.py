@@ -19,7 +19,6 @@ from cutdiff.models.config import Size
 from cutdiff.options import Between, Count, Options
 from cutdiff.sampling.operators import upload
 from cutdiff.sampling.resize import resize
-from cutdiff.specs import resolve, spec_of
 
 
 @runtime_checkable
@@ -184,18 +183,6 @@ class Wavelet(Options):
         low = LOW_PASSES[self.name]
         high = [(-1) ** i * tap for i, tap in enumerate(reversed(low))]
         return upload(torch.tensor([low, high], dtype=like.dtype)[:, None, :, None], like.device)
-
-
-def split_option(name: str, value: str | Split) -> str | Split:
-    """The value of an option `name` that is a split: the full spec of one that ships, any other object itself.
-    ValueError, which names the option, where it is none."""
-    try:
-        split = resolve("split", value)
-    except ValueError as error:
-        about = str(error)
-        known = about.startswith("split=")
-        raise ValueError(name + about.removeprefix("split") if known else f"{name}={value!r}: {about}") from None
-    return spec_of("split", split) if type(split).__module__ == __name__ else split
 
 
 def sharpened(images: Tensor, amount: float, split: Split) -> Tensor:
