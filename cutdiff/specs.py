@@ -28,6 +28,7 @@ METHODS = {
     "demofusion": "cutdiff.methods.demofusion:DemoFusion",
     "accdiffusion": "cutdiff.methods.accdiffusion:AccDiffusion",
     "magnify": "cutdiff.methods.magnify:Magnify",
+    "freescale": "cutdiff.methods.freescale:FreeScale",
 }
 SOLVERS = {
     "euler": "cutdiff.sampling.solvers:Euler",

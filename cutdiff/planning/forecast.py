@@ -248,6 +248,9 @@ class SizedDraws(Draws):
     def phase_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
         return torch.empty(shape, device=self.device)
 
+    def encoder_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
+        return torch.empty(shape, device=self.device)
+
 
 def decoding(model: Model, size: Size) -> Usage:
     """The cost of decoding one picture of `size` latents on one device that holds all weights.
