@@ -25,8 +25,8 @@ from cutdiff.models.config import Size
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import view_grid
 
-UNET = CONFIG
-VAE = replace(QUICK_VAE, channels=(8, 8), latent_channels=CONFIG.in_channels)
+UNET_CONFIG = replace(CONFIG, transformer_layers=(0, 1, 2))
+VAE_CONFIG = replace(QUICK_VAE, channels=(8, 8), latent_channels=CONFIG.in_channels)
 FACTOR = 2
 GUIDANCE = 5.0
 
@@ -39,7 +39,7 @@ class Published:
     canvases: tuple[Size, ...]
     """The sizes in latents, the native one first."""
     solver: str = "euler"
-    num_steps: int = 10
+    num_steps: int = 5
     options: tuple[tuple[str, Any], ...] = ()
     """Options of ours that differ from the defaults."""
 
@@ -50,12 +50,12 @@ class Published:
 
 
 RUNS = {
-    "2x2": Published(32, ((32, 32), (64, 64))),
+    "2x2": Published(32, ((32, 32), (64, 64)), num_steps=10),
     "2x2_ddim": Published(32, ((32, 32), (64, 64)), "ddim"),
     "2x2_fast": Published(32, ((32, 32), (64, 64)), "ddim", options=(("fast_mode", True),)),
     "2x1": Published(64, ((64, 32), (128, 64)), "ddim"),
     "2x3": Published(48, ((32, 48), (96, 144)), num_steps=4, options=(("sizes", ()),)),
-    "3x3": Published(32, ((32, 32), (64, 64), (96, 96)), num_steps=7),
+    "3x3": Published(32, ((32, 32), (64, 64), (96, 96)), "ddim", num_steps=4),
     "4x4": Published(32, ((32, 32), (64, 64), (128, 128)), num_steps=4),
 }
 

@@ -49,7 +49,7 @@ def test_a_stride_belongs_to_methods_with_views(tiny_model: Model, method: str) 
         narrow, wide = (latents(tiny_model, stride=stride, **options) for stride in (2, 6))
         assert not torch.equal(narrow, wide)
     else:
-        assert method in ("direct", "attention_scaling", "scalecrafter", "hidiffusion")
+        assert method in ("direct", "attention_scaling", "scalecrafter", "hidiffusion", "freescale")
         with pytest.raises(ValueError, match=r"^stride=2 is no option of method"):
             latents(tiny_model, stride=2, **options)
 

@@ -71,7 +71,7 @@ def test_weights_belong_to_methods_with_views(tiny_model: Model, method: str) ->
         for weighted, other in ((gaussian, plain), (cosine, plain), (gaussian, cosine)):
             assert relative_error(weighted, other) > 1e-5
     else:
-        assert method in ("direct", "attention_scaling", "scalecrafter", "hidiffusion")
+        assert method in ("direct", "attention_scaling", "scalecrafter", "hidiffusion", "freescale")
         with pytest.raises(ValueError, match=r"^view_weights='cosine' is no option of method"):
             latents(tiny_model, view_weights="cosine", **options)
 

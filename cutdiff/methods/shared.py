@@ -337,12 +337,12 @@ def skip_residual(run: Run, guide: Tensor, noise: Tensor, power: float) -> Canva
     return hold
 
 
-def phase_sizes(size: Size, native: int) -> list[Size]:
-    """The canvases of a cascade up to `size`, of its shape, the longer axis by multiples of the native size."""
-    longest = max(size)
-    height, width = (
-        [max(1, side * k * native // longest) for k in range(1, math.ceil(longest / native))] for side in size
-    )
+def phase_sizes(size: Size, native: int, multiples: Iterable[float] | None = None) -> list[Size]:
+    """The canvases of a cascade up to `size`, of its shape: those whose longer axis is one of `multiples` of the native
+    size, as far as they are smaller; None: all whole ones."""
+    scale = max(size) / native
+    smaller = [k for k in (range(1, math.ceil(scale)) if multiples is None else multiples) if k < scale]
+    height, width = ([max(1, int(side * k / scale)) for k in smaller] for side in size)
     return [*zip(height, width, strict=True), size]
 
 

@@ -5,8 +5,10 @@ Source: scale fusion of FreeScale (Qiu et al. 2024, arXiv 2412.09626).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from cutdiff_kernels.checks import check_cover
 from torch import Tensor
 
 from cutdiff.models.config import Size
+from cutdiff.models.inside import replaced
 from cutdiff.models.layers import Attention
 
 Attend = Callable[[Tensor], Tensor]
@@ -56,6 +59,15 @@ class Fusion:
     """The low pass along the channels; a single 1 leaves them alone."""
 
 
+@contextmanager
+def fused_scales(layers: Iterable[tuple[Attention, Fusion]], images: Tensor) -> Iterator[None]:
+    """Fuse each layer's self-attention inside the block; `images` (B,) are those of the network's rows."""
+    with ExitStack() as changes:
+        for attention, fusion in layers:
+            changes.enter_context(replaced(attention, forward=partial(attend_fused, attention, fusion, images)))
+        yield
+
+
 def attend_fused(attention: Attention, fusion: Fusion, images: Tensor, tokens: Tensor) -> Tensor:
     """low(attention within windows) + high(attention to the whole) of tokens (B, h·w, C), whose `images` are (B,)."""
 
@@ -67,6 +79,12 @@ def attend_fused(attention: Attention, fusion: Fusion, images: Tensor, tokens: T
     local = attend_in_windows(attend, fusion.windows, fusion.corners[images], x)
     fused = whole + blurred(local - whole, fusion.taps, fusion.channel_taps)
     return fused.to(tokens.dtype).flatten(1, 2)
+
+
+def on_map(part: Size, canvas: Size, map_size: Size) -> Size:
+    """The size, at least one pixel, that a part of a canvas has on a feature map of the whole."""
+    height, width = (max(1, a * c // b) for a, b, c in zip(part, canvas, map_size, strict=True))
+    return height, width
 
 
 def attend_in_parts(attend: Attend, grid: Size, x: Tensor) -> Tensor:
