@@ -38,6 +38,7 @@ from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import view_grid
 from cutdiff.sampling.split import gaussian_taps
+from cutdiff.sampling.stages import Phase
 from cutdiff.settings import Settings
 
 
@@ -156,6 +157,10 @@ def test_at_native_size_it_is_direct_to_the_bit(tiny_model: Model) -> None:
     assert torch.equal(ours, direct)
 
 
+def sample(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 class Ear(Observer):
     """The size conditioning of every row."""
 
@@ -208,6 +213,15 @@ def test_convolutions_of_the_deepest_level_are_dilated_in_the_first_steps(tiny_m
     assert all(factors == dict.fromkeys(deepest(tiny_model.unet), 3.0) for factors in by_step[:4])
 
 
+def test_a_plan_tells_dilated_steps_from_others(tiny_model: Model) -> None:
+    settings = Settings(method="freescale", height=96, width=96, num_steps=10)
+    phase = prepare(tiny_model, "a", settings).stages[1]
+    assert isinstance(phase, Phase)
+    _, stage = phase.begin(sample(1, 4, 8, 8))
+    assert stage.cost is not None
+    assert [stage.cost(step) for step in stage.steps] == [True] * 4 + [False] * 3
+
+
 @pytest.mark.parametrize(
     ("options", "factor"), [({}, 1.5), ({"dilated_by": "longer"}, 2.5), ({"dilated_by": "width"}, 1.5)]
 )
@@ -227,10 +241,6 @@ def test_the_published_convolutions_of_sdxl() -> None:
 
 
 # ---- Scale fusion
-
-
-def sample(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @given(data=st.data())
@@ -291,6 +301,23 @@ def test_where_a_window_is_the_map_attention_is_what_it_was() -> None:
         torch.testing.assert_close(attention(tokens), plain)
     with fused_scales([(attention, replace(fusion, grid=(5, 6)))], torch.tensor([2, 0])):
         assert relative_error(attention(tokens), plain) > 1e-2
+
+
+def test_every_row_has_the_windows_of_its_image() -> None:
+    attention, size, window = Attention(16, 2), (9, 8), (4, 4)
+    origins = Draws((1, 2)).attention_origins(0, 0, size, window, (2, 2), (1, 1))
+    taps, images, tokens = gaussian_taps(1.0, 1, torch.empty(0)), [1, 0, 1], sample(3, 72, 16)
+
+    def fused(origins: Tensor, images: list[int], tokens: Tensor) -> Tensor:
+        windows = Windows(origins, window, size)
+        with fused_scales([(attention, Fusion(windows, windows.corners, (1, 1), taps, taps))], torch.tensor(images)):
+            return attention(tokens)
+
+    together = fused(origins, images, tokens)
+    for row, image in enumerate(images):
+        alone = fused(origins[image : image + 1], [0], tokens[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone)
+    assert not torch.equal(origins[0], origins[1])
 
 
 def test_low_frequencies_are_local_and_high_ones_of_the_whole() -> None:
