@@ -9,7 +9,7 @@ ones (scale fusion).
 Defaults are those of the published code (github.com/ali-vilab/FreeScale). As there, though the paper does not say so:
 - G runs over neighbouring channels too, as if they were a third axis of the picture; `blurs_channels=False` is the
   Gaussian of the picture that the text speaks of.
-- Convolutions are spread by the width alone: less in a tall picture, and at 2×1 not at all. `dilated_by="longer"` is
+- Convolutions are spread by the width alone: in a tall picture less, or not at all. `dilated_by="longer"` is
   the rule that treats both alike.
 - The network is told the native size throughout; windows may reach past the picture, into zeros.
 Where it is not followed:
