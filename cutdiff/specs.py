@@ -23,6 +23,7 @@ METHODS = {
     "attention_scaling": "cutdiff.methods.attention_scaling:AttentionScaling",
     "scalecrafter": "cutdiff.methods.scalecrafter:ScaleCrafter",
     "hidiffusion": "cutdiff.methods.hidiffusion:HiDiffusion",
+    "freescale": "cutdiff.methods.freescale:FreeScale",
     "multidiffusion": "cutdiff.methods.multidiffusion:MultiDiffusion",
     "spotdiffusion": "cutdiff.methods.spotdiffusion:SpotDiffusion",
     "upsample_guidance": "cutdiff.methods.upsample_guidance:UpsampleGuidance",

@@ -238,7 +238,7 @@ def network_snapshot(unet: UNet) -> list[Any]:
     return [snapshot(module) for module in unet.modules()]
 
 
-@pytest.mark.parametrize("method", ["attention_scaling", "scalecrafter", "hidiffusion"])
+@pytest.mark.parametrize("method", ["attention_scaling", "scalecrafter", "hidiffusion", "freescale"])
 def test_two_threads_that_draw_with_one_model_leave_it_as_it_was(tiny_model: Model, method: str) -> None:
     unet = tiny_model.unet
     side = 2 * tiny_model.native_size * tiny_model.factor

@@ -37,6 +37,7 @@ METHODS = {
     "phase_noise": "magnify",
     "permutation": "cutdiffusion",
     "view_origins": "multidiffusion",
+    "attention_origins": "freescale",
     "window_shifts": "hidiffusion",
     "encoder_noise": on_noise_of_the_encoder,
     "torus_shifts": on_torus_shifts,
@@ -103,6 +104,21 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
     ),
     "origins that are none": ("view_origins", lambda *_: None, r"draws\.view_origins gave NoneType where"),
     "one origin": ("view_origins", lambda x, *_: x[0, 0], r"draws\.view_origins gave \(2,\) .*where"),
+    "origins of a layer of three images": (
+        "attention_origins",
+        larger,
+        r"draws\.attention_origins gave \(3, 9, 2\) of torch\.int64 where \(2, 9, 2\) or \(9, 2\) of torch\.int64",
+    ),
+    "origins of a layer of floats": (
+        "attention_origins",
+        lambda x, *_: x.float(),
+        r"draws\.attention_origins gave \(2, 9, 2\) of torch\.float32 where .* of torch\.int64 is needed",
+    ),
+    "origins of a layer that leave a gap": (
+        "attention_origins",
+        lambda x, *_: x[:, 1:],
+        r"^views of \(4, 4\) .* leave pixels of the \(8, 8\) canvas uncovered",
+    ),
     "shifts of three images": ("window_shifts", larger, r"draws\.window_shifts gave \(3,\) .*where \(2,\) is needed"),
     "encoder noise of three images": (
         "encoder_noise",

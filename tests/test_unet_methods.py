@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from cutdiff.methods.attention_scaling import entropy_factor, scaled_attention
 from cutdiff.methods.hidiffusion import Plan, changed, pooling, resampling, top_level, windowed
 from cutdiff.methods.hidiffusion import plan_for as hidiffusion_plan
-from cutdiff.methods.scalecrafter import Dilations, plan_for, redilated, redilated_conv
+from cutdiff.methods.scalecrafter import Dilations, plan_for, redilated
 from cutdiff.methods.shared import Run
 from cutdiff.models.config import SD15_UNET, SD21_UNET, SDXL_UNET, UNetConfig
+from cutdiff.models.dilated import dilated_conv
 from cutdiff.models.inside import blocks, replaced, size_at
 from cutdiff.models.layers import Attention
 from cutdiff.models.text import TextStates
@@ -303,7 +304,7 @@ def test_a_redilated_convolution_has_zeros_between_its_taps(factor: int, stride:
     x = sample(2, 3, 9, 12)
     expected = F.conv2d(x, spread(conv.weight, factor), conv.bias, stride=stride, padding=factor)
     assert expected.shape == conv(x).shape
-    torch.testing.assert_close(redilated_conv(conv, factor, x), expected)
+    torch.testing.assert_close(dilated_conv(conv, factor, x), expected)
 
 
 def test_a_fractional_dilation_is_a_whole_one_on_a_stretched_input() -> None:
@@ -313,7 +314,7 @@ def test_a_fractional_dilation_is_a_whole_one_on_a_stretched_input() -> None:
     expected = F.interpolate(
         F.conv2d(wide, spread(conv.weight, 3), conv.bias, padding=3), size=(10, 15), mode="bilinear"
     )
-    torch.testing.assert_close(redilated_conv(conv, 2.5, x), expected)
+    torch.testing.assert_close(dilated_conv(conv, 2.5, x), expected)
 
 
 @pytest.mark.parametrize("size", [(9, 11), (1, 7)])
@@ -322,7 +323,7 @@ def test_a_fractional_dilation_is_a_whole_one_on_a_stretched_input() -> None:
 def test_redilation_keeps_the_shape(size: tuple[int, int], factor: float, stride: int) -> None:
     conv = nn.Conv2d(2, 2, 3, stride=stride, padding=1)
     x = sample(1, 2, *size)
-    assert redilated_conv(conv, factor, x).shape == conv(x).shape
+    assert dilated_conv(conv, factor, x).shape == conv(x).shape
 
 
 def factors(unet: UNet, dilations: Dilations) -> dict[str, float]:

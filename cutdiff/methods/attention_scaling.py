@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cutdiff.methods.shared import Run, on_whole_inside
-from cutdiff.models.inside import blocks, replaced, size_at
-from cutdiff.models.unet import TransformerBlock, UNet
+from cutdiff.models.inside import replaced, self_attentions, size_at
+from cutdiff.models.unet import UNet
 from cutdiff.options import Options
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.stages import Size, Stage
@@ -44,11 +44,9 @@ def scaled_attention(unet: UNet, size: Size) -> Iterator[None]:
     """Scale the self-attentions of every level for a canvas of `size` latents."""
     native = unet.config.native_size
     with ExitStack() as changes:
-        for level, block in blocks(unet):
+        for level, attention in self_attentions(unet):
             factor = entropy_factor(math.prod(size_at(size, level)), math.prod(size_at((native, native), level)))
-            for module in block.modules():
-                if isinstance(module, TransformerBlock):
-                    changes.enter_context(replaced(module.attn1, scale=factor * module.attn1.scale))
+            changes.enter_context(replaced(attention, scale=factor * attention.scale))
         yield
 
 

@@ -19,17 +19,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cutdiff.methods.shared import Run, on_whole_inside, step_at
-from cutdiff.models.inside import blocks, replaced
+from cutdiff.models.dilated import dilated
+from cutdiff.models.inside import blocks
 from cutdiff.models.unet import DownLevel, MidBlock, UNet
 from cutdiff.options import Options
 from cutdiff.sampling.denoiser import Call, Denoiser, Inputs
@@ -122,30 +122,8 @@ def redilated_step(denoiser: Denoiser, plan: Plan, until: int, step: int) -> Ite
     yield replace(denoiser, network=damped)
 
 
-@contextmanager
-def redilated(unet: UNet, dilations: Dilations) -> Iterator[None]:
-    """Spread the 3×3 convolutions of resnets, downsamplers and upsamplers."""
+def redilated(unet: UNet, dilations: Dilations) -> AbstractContextManager[None]:
+    """Spread the 3×3 convolutions of resnets, downsamplers and upsamplers inside the block."""
     last = len(unet.down_blocks) - 1
-    with ExitStack() as changes:
-        for level, block in blocks(unet):
-            factor = dilations.of(block, last - level)
-            for module in block.modules():
-                if factor > 1 and isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                    changes.enter_context(replaced(module, forward=partial(redilated_conv, module, factor)))
-        yield
-
-
-def redilated_conv(conv: nn.Conv2d, factor: float, x: Tensor) -> Tensor:
-    """`conv` with its 3×3 taps `factor` times as far apart; x (B, C, h, w) -> the shape that `conv` gives.
-
-    A fractional factor (section 3.2) is rounded up, on an input stretched by as much; the output is shrunk back.
-    """
-    dilation = math.ceil(factor)
-    sides = x.shape[2:]
-    stretched = [round(side * dilation / factor) for side in sides]
-    own = [math.ceil(side / stride) for side, stride in zip(sides, conv.stride, strict=True)]
-    return _resized(F.conv2d(_resized(x, stretched), conv.weight, conv.bias, conv.stride, dilation, dilation), own)
-
-
-def _resized(x: Tensor, size: list[int]) -> Tensor:
-    return x if list(x.shape[2:]) == size else F.interpolate(x, size=size, mode="bilinear")
+    parts = ((block, dilations.of(block, last - level)) for level, block in blocks(unet))
+    return dilated((module, factor) for block, factor in parts for module in block.modules())

@@ -268,8 +268,7 @@ class Cascade(Tiled):
 
             patches = self.on_patches(run, grid, interaction, show)
 
-            def hold(x: Tensor, sigma: float, step: int) -> Tensor:
-                return torch.lerp(x, renoise(guide, sigma, noise), fade(run, sigma) ** skip)
+            hold = skip_residual(run, guide, noise, skip)
 
             def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
                 return torch.lerp(views(x, sigma, step), patches(x, sigma, step), fade(run, sigma) ** dilated)
@@ -375,6 +374,16 @@ def falling(weight: float, steps: range) -> Weight:
 def fade(run: Run, sigma: float) -> float:
     """Half a cosine, from 1 at the noisiest timestep to 0 at the cleanest (DemoFusion, section 3.3)."""
     return (1 - math.cos(math.pi * run.schedule.fraction(sigma))) / 2
+
+
+def skip_residual(run: Run, guide: Tensor, noise: Tensor, power: float) -> CanvasDenoiser:
+    """Pull a state towards a picture that is diffused with the same noise to the sigma of each step, by a power of
+    `fade` (DemoFusion, section 3.3). `guide` and `noise` are (B, C, H, W)."""
+
+    def hold(x: Tensor, sigma: float, step: int) -> Tensor:
+        return torch.lerp(x, renoise(guide, sigma, noise), fade(run, sigma) ** power)
+
+    return hold
 
 
 def phase_sizes(size: Size, native: int, factors: Sequence[float] | None = None) -> list[Size]:

@@ -1,6 +1,6 @@
 """Changing the inside of a U-Net for the time of a step: `replaced` leaves no trace of a change.
 
-`blocks` and `size_at` tell a method which block it changes and how large the feature maps are there.
+`blocks`, `self_attentions` and `size_at` tell a method what it changes and how large the feature maps are there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, cast
 from torch import nn
 
 from cutdiff.models.config import Size
-from cutdiff.models.unet import DownLevel, MidBlock, UNet, UpLevel
+from cutdiff.models.layers import Attention
+from cutdiff.models.unet import DownLevel, MidBlock, TransformerBlock, UNet, UpLevel
 
 _LOCK = threading.Lock()
 _OWNED: dict[int, tuple[int, int]] = {}
@@ -118,6 +119,12 @@ def blocks(unet: UNet) -> Iterator[tuple[int, DownLevel | MidBlock | UpLevel]]:
     yield last, unet.mid_block
     for depth, block in enumerate(unet.up_blocks):
         yield last - depth, cast(UpLevel, block)
+
+
+def self_attentions(unet: UNet) -> Iterator[tuple[int, Attention]]:
+    """Every layer of self-attention in the order of execution, with its level."""
+    for level, block in blocks(unet):
+        yield from ((level, module.attn1) for module in block.modules() if isinstance(module, TransformerBlock))
 
 
 def size_at(size: Size, level: int) -> Size:

@@ -16,6 +16,8 @@ from cutdiff.sampling.operators import Permutation, SeededPermutation, view_grid
 
 NOISE, ORIGINS, SHIFTS, PHASE_NOISE, ENCODER_NOISE, TORUS_SHIFTS, BLURS = 1, 2, 3, 4, 5, 6, 7
 """The purposes of streams of random numbers: no two of them share numbers of a seed."""
+LAYER_STEPS = 1 << 20
+"""The steps between the origins of one layer and those of the next."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,19 @@ class Draws:
             offsets = _generator(seed, ORIGINS, step).integers(low.numpy(), high.numpy(), endpoint=True)
             draws.append(grid + torch.from_numpy(offsets))
         return torch.stack(draws)
+
+    def attention_origins(
+        self,
+        step: int,
+        layer: int,
+        size: tuple[int, int],
+        window: tuple[int, int],
+        stride: tuple[int, int],
+        jitter: tuple[int, int],
+    ) -> Tensor:
+        """The corners of the windows that a `layer`, counted from 0, attends within at `step`: as `view_origins`, on
+        the layer's feature map. Each layer draws as if it were a step of its own."""
+        return self.view_origins((layer + 1) * LAYER_STEPS + step, size, window, stride, jitter)
 
     def window_shifts(self, step: int) -> Tensor:
         """The quarters of a window by which `step` shifts windowed attention: (B,), 0 to 3, on the CPU."""
@@ -142,9 +157,23 @@ class _Checked:
         stride: tuple[int, int],
         jitter: tuple[int, int],
     ) -> Tensor:
-        origins = self.draws.view_origins(step, size, window, stride, jitter)
+        return self._origins("view_origins", step, size, window, stride, jitter)
+
+    def attention_origins(
+        self,
+        step: int,
+        layer: int,
+        size: tuple[int, int],
+        window: tuple[int, int],
+        stride: tuple[int, int],
+        jitter: tuple[int, int],
+    ) -> Tensor:
+        return self._origins("attention_origins", step, layer, size, window, stride, jitter)
+
+    def _origins(self, name: str, *of: Any) -> Tensor:
+        origins = getattr(self.draws, name)(*of)
         num_views = origins.shape[-2] if isinstance(origins, Tensor) and origins.ndim > 1 else 1
-        return _shaped("view_origins", origins, (self.num_images, num_views, 2), (num_views, 2), dtype=torch.int64)
+        return _shaped(name, origins, (self.num_images, num_views, 2), (num_views, 2), dtype=torch.int64)
 
     def window_shifts(self, step: int) -> Tensor:
         return _shaped("window_shifts", self.draws.window_shifts(step), (self.num_images,))
