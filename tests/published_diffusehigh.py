@@ -38,7 +38,7 @@ class PublishedRun(NamedTuple):
 RUNS = {
     "2x2": PublishedRun("diffusehigh", [(12, 12), (16, 16)], 8, 20, {"noising_steps": 6, "dwt_steps": 2}),
     "3x3": PublishedRun(
-        "diffusehigh,redrawn_fraction=0.5,held_fraction=0.3,blur=(0.8,0.8),sharpness=2,detail_guidance_scale=3",
+        "diffusehigh,strength=0.5,held_fraction=0.3,blur=(0.8,0.8),sharpness=2,detail_guidance_scale=3",
         [(8, 8), (12, 12)],
         4,
         10,

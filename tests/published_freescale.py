@@ -54,7 +54,7 @@ RUNS = {
     "2x2_ddim": Published(32, ((32, 32), (64, 64)), "ddim"),
     "2x2_fast": Published(32, ((32, 32), (64, 64)), "ddim", options=(("fast_mode", True),)),
     "2x1": Published(64, ((64, 32), (128, 64)), "ddim"),
-    "2x3": Published(48, ((32, 48), (96, 144)), num_steps=4, options=(("sizes", ()),)),
+    "2x3": Published(48, ((32, 48), (96, 144)), num_steps=4, options=(("factors", ()),)),
     "3x3": Published(32, ((32, 32), (64, 64), (96, 96)), "ddim", num_steps=4),
     "4x4": Published(32, ((32, 32), (64, 64), (128, 128)), num_steps=4),
 }

@@ -170,7 +170,7 @@ def last_phase(run: Run, previous: Tensor, **options: Any) -> tuple[Tensor, Stag
 def test_the_last_steps_are_taken_again_and_the_first_of_them_are_held(
     run: Callable[..., Run], num_steps: int, redrawn: float, held: float, first: int, until: int
 ) -> None:
-    options = {"redrawn_fraction": redrawn, "held_fraction": held}
+    options = {"strength": redrawn, "held_fraction": held}
     _, stage = last_phase(run(num_steps=num_steps), torch.zeros(1, 4, 12, 12), **options)
     assert [step % num_steps for step in stage.steps] == list(range(first, num_steps))
     assert stage.cost is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
-from cutdiff.methods.frecas import FreCaS
+from cutdiff.methods.frecas import FreCaS, guided_by_band
 from cutdiff.models.attention import blended_attention, text_layers
 from cutdiff.models.layers import Attention
 from cutdiff.sampling.denoiser import Call
@@ -248,10 +248,9 @@ def test_later_stages_are_guided_by_band(tiny_model: Model) -> None:
     given: list[Any] = []
 
     def listening(run: Any) -> Any:
-        method = FreCaS()
         for k in (1, 2):
-            given.append(method.by_band(run, (8 * k, 6)).guidance)
-        return method.stages(run)
+            given.append(guided_by_band(run, 35.0, (8 * k, 6)).guidance)
+        return FreCaS().stages(run)
 
     latents(tiny_model, method=listening, guidance_scale=4.0)
     assert given == [ByBand(4.0, 35.0, DownUp(size=(8 * k, 6), down="bilinear")) for k in (1, 2)]
@@ -390,7 +389,7 @@ def test_rows_without_a_map_are_not_blended(tiny_model: Model) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shares": (0.5, 0.2)}, r"shares=\(0.5, 0.2\) must have 1 values, one for each of 2 stages but the last"),
+        ({"shares": (0.5, 0.2)}, r"shares=\(0.5, 0.2\) must have 1 values, one for each stage but the last"),
         ({"ends": ()}, r"ends=\(\) must have 1 values"),
         ({"sizes": ((8, 6), (16, 13))}, r"sizes=.* must grow from stage to stage, to the canvas of \(16, 12\) latents"),
         ({"sizes": ((16, 12),)}, r"sizes=.* must grow"),

@@ -92,7 +92,7 @@ def test_the_published_code_draws_the_same(name: str) -> None:
         ("2x2", {"dilated_fraction": 0.5}),
         ("2x2", {"strength": 0.6}),
         ("2x1", {"dilated_by": "longer"}),
-        ("2x2", {"sizes": (1.5,)}),
+        ("2x2", {"factors": (1.5,)}),
     ],
 )
 def test_every_option_changes_the_picture(name: str, options: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ def test_every_option_changes_the_picture(name: str, options: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "sizes", "expected"),
+    ("height", "width", "factors", "expected"),
     [
         (64, 64, None, [(8, 8)]),
         (56, 24, None, [(7, 3)]),
@@ -118,19 +118,19 @@ def test_every_option_changes_the_picture(name: str, options: dict[str, Any]) ->
     ],
 )
 def test_sizes_double_or_are_those_that_are_given(
-    tiny_model: Model, height: int, width: int, sizes: Any, expected: list[Size]
+    tiny_model: Model, height: int, width: int, factors: Any, expected: list[Size]
 ) -> None:
     """The native size of the tiny model is 8 latents."""
-    settings = Settings(method="freescale", num_steps=10, height=height, width=width, sizes=sizes)
+    settings = Settings(method="freescale", num_steps=10, height=height, width=width, factors=factors)
     stages = prepare(tiny_model, "a red house", settings).stages
     assert [stage.size for stage in stages] == expected
     assert [len(stage.steps) for stage in stages] == [10, *[7] * (len(expected) - 1)]
 
 
-@pytest.mark.parametrize("sizes", [(1,), (2, 2), (3, 2)])
-def test_sizes_that_do_not_rise_are_refused(sizes: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match=r"^sizes=\(.*must rise, all above 1"):
-        Settings(method=FreeScale(sizes=sizes))
+@pytest.mark.parametrize("factors", [(1,), (2, 2), (3, 2)])
+def test_factors_that_do_not_rise_are_refused(factors: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^factors=\(.*must rise, all above 1"):
+        Settings(method=FreeScale(factors=factors))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_windows_are_native_and_move_by_half_and_an_eighth(tiny_model: Model, he
             asked.setdefault(size, set()).add((window, stride, jitter))
             return super().attention_origins(step, layer, size, window, stride, jitter)
 
-    settings = Settings(method="freescale", sizes=(), num_steps=1, height=height, width=width)
+    settings = Settings(method="freescale", factors=(), num_steps=1, height=height, width=width)
     list(cutdiff.denoise(tiny_model, "a", settings, draws=Spy((0,))))
     assert (
         asked

@@ -38,7 +38,7 @@ class DiffuseHigh(Options):
 
     factors: tuple[Annotated[float, Between(1)], ...] | None = None
     """The longer sides of the canvases on the way, in native ones. None: 1.5 up to twice that, else 2, 3, …"""
-    redrawn_fraction: Share = 0.3
+    strength: Share = 0.3
     """The share of the steps, rounded up, that a larger canvas takes, at least one: the published 15 of 50."""
     held_fraction: Share = 0.1
     """The share of the steps, rounded up, in which a larger canvas is held at first: the published 5 of 50."""
@@ -75,7 +75,7 @@ class DiffuseHigh(Options):
 
     def phase(self, run: Run, number: int, native: Size) -> Phase:
         """Phase `number`, counted from 1, on the run's canvas; the first one's has `native` latents."""
-        steps = range(number * run.num_steps)[-max(1, step_at(self.redrawn_fraction, run.num_steps)) :]
+        steps = range(number * run.num_steps)[-max(1, step_at(self.strength, run.num_steps)) :]
         held = steps[: step_at(self.held_fraction, run.num_steps)]
         on_whole, band = self.on_whole(run, native), resolve("split", self.held_band)
 

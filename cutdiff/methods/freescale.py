@@ -47,8 +47,8 @@ class FreeScale(Options):
 
     changes_network: ClassVar[bool] = True
 
-    sizes: tuple[Annotated[float, Between(1)], ...] | None = None
-    """The sizes between native and the picture's, in multiples of the native one; None: 2, 4, 8 and so on."""
+    factors: tuple[Annotated[float, Between(1)], ...] | None = None
+    """The sizes between native and the picture's, in native ones; None: 2, 4, 8 and so on."""
     strength: Share = 0.7
     """The share of the steps, rounded up, that each larger size takes, at least the last one."""
     cosine_scale: Power = 2.0
@@ -63,13 +63,13 @@ class FreeScale(Options):
     """Attend to the whole picture in interleaved parts of native size, each by itself."""
 
     def check_settings(self, settings: object) -> None:
-        """ValueError where sizes do not rise."""
-        if self.sizes is not None and [*self.sizes] != sorted({*self.sizes} - {1.0}):
-            raise ValueError(f"sizes={self.sizes} must rise, all above 1: they are multiples of the native size")
+        """ValueError where factors do not rise."""
+        if self.factors is not None and [*self.factors] != sorted({*self.factors} - {1.0}):
+            raise ValueError(f"factors={self.factors} must rise, all above 1: give multiples of the native size")
 
     def stages(self, run: Run) -> Stages:
-        between = (2.0**k for k in range(1, 32)) if self.sizes is None else self.sizes
-        native, *larger = phase_sizes(run.size, run.native_size, (1.0, *between))
+        between = [2.0**k for k in range(1, 32)] if self.factors is None else self.factors
+        native, *larger = phase_sizes(run.size, run.native_size, between)
         start = Stage("phase 1", range(run.num_steps), run.denoiser, native)
         return [start, *(self.phase(replace(run, size=size), n, native) for n, size in enumerate(larger, start=2))]
 

@@ -351,14 +351,18 @@ def with_guidance_scale(run: Run, scale: float | None, option: str = "detail_gui
     option that asks for it, where its guidance has no scale."""
     if scale is None:
         return run
-    guidance: Any = run.denoiser.guidance
     if scale == 1:
         return replace(run, denoiser=replace(run.denoiser, guided=lambda sigma: False))
+    guidance = replace(scalable(run.denoiser.guidance, f"{option}={scale}"), guidance_scale=scale)
+    return replace(run, denoiser=replace(run.denoiser, guidance=guidance))
+
+
+def scalable(guidance: Any, asked: str) -> Any:
+    """The guidance itself, if it has a `guidance_scale`. ValueError, which begins with what is asked for, if not."""
     if "guidance_scale" not in options_of(guidance):
-        name = name_of("guidance", guidance)
-        needs = f"{option}={scale} needs a guidance with a guidance_scale, which {name} lacks"
+        needs = f"{asked} needs a guidance with a guidance_scale, which {name_of('guidance', guidance)} lacks"
         raise ValueError(f"{needs}: give one that has it, or None where the method takes it")
-    return replace(run, denoiser=replace(run.denoiser, guidance=replace(guidance, guidance_scale=scale)))
+    return guidance
 
 
 def step_at(share: float, num_steps: int) -> int:
