@@ -16,7 +16,8 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
-from cutdiff.methods.shared import gaussian_blur, phase_sizes, with_moments
+from cutdiff.methods.shared import phase_sizes
+from cutdiff.methods.tiled import gaussian_blur, with_moments
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.stages import Step
 from cutdiff.specs import SOLVERS

@@ -19,7 +19,8 @@ import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.methods import METHODS
 from cutdiff.methods.direct import direct
-from cutdiff.methods.shared import Grain, Run
+from cutdiff.methods.shared import Run
+from cutdiff.methods.tiled import Grain
 from cutdiff.models.inside import replaced
 from cutdiff.models.unet import UNet
 from cutdiff.sampling.draws import Draws

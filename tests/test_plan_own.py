@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import random_model
-from cutdiff.methods.shared import Run, Tiled, with_guidance_scale
+from cutdiff.methods.shared import Run, with_guidance_scale
+from cutdiff.methods.tiled import Tiled
 from cutdiff.options import Share
 from cutdiff.plan import main
 from cutdiff.planning.forecast import walk

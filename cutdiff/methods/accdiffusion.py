@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cutdiff.methods.shared import Cascade, Grain, Run, Stages
+from cutdiff.methods.shared import Run, Stages
+from cutdiff.methods.tiled import Cascade, Grain
 from cutdiff.models.attention import map_level, recorded_attention
 from cutdiff.options import Share
 from cutdiff.sampling.operators import views

@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cutdiff.methods.shared import Grain, Run, Tiled, falling, step_at, with_guidance_scale
+from cutdiff.methods.shared import Run, falling, step_at, with_guidance_scale
+from cutdiff.methods.tiled import Grain, Tiled
 from cutdiff.options import Between, Scale, Share
 from cutdiff.sampling.mean_picture import MeanPicture
 from cutdiff.sampling.operators import grid_for

@@ -23,7 +23,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cutdiff.methods.shared import Cascade, Run, Stages
+from cutdiff.methods.shared import Run, Stages
+from cutdiff.methods.tiled import Cascade
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from cutdiff.methods.shared import Run, Space, Stages, Tiled, enlarge, fade, phase_sizes, step_at, with_guidance_scale
+from cutdiff.methods.shared import Run, Space, Stages, enlarge, fade, phase_sizes, step_at, with_guidance_scale
+from cutdiff.methods.tiled import Tiled
 from cutdiff.options import Scale, Share
 from cutdiff.sampling.resize import renoise, resize
 from cutdiff.sampling.split import Split

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cutdiff.methods.shared import Run, Tiled
+from cutdiff.methods.shared import Run
+from cutdiff.methods.tiled import Tiled
 from cutdiff.sampling.stages import Stage
 
 

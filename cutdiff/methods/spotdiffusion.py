@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cutdiff.methods.shared import Conditioned, Run
+from cutdiff.methods.shared import Run
+from cutdiff.methods.tiled import Conditioned
 from cutdiff.sampling.overlaps import Torus
 from cutdiff.sampling.stages import Stage
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cutdiff.methods.shared import Run, Tiled, falling
+from cutdiff.methods.shared import Run, falling
+from cutdiff.methods.tiled import Tiled
 from cutdiff.options import Between, Share
 from cutdiff.sampling.mean_picture import MeanPicture
 from cutdiff.sampling.operators import grid_for
