@@ -35,6 +35,7 @@ METHODS = {
     "rectifiedhr": "cutdiff.methods.rectifiedhr:RectifiedHR",
     "upscale": "cutdiff.methods.upscale:Upscale",
     "magnify": "cutdiff.methods.magnify:Magnify",
+    "climb": "cutdiff.methods.magnify:Climb",
 }
 SOLVERS = {
     "euler": "cutdiff.sampling.solvers:Euler",

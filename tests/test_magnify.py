@@ -17,7 +17,7 @@ import cutdiff
 from cutdiff import specs
 from cutdiff.checkpoint.model import Model
 from cutdiff.cli.arguments import parse
-from cutdiff.methods.magnify import Magnify, Trajectory
+from cutdiff.methods.magnify import Climb, Magnify, Trajectory
 from cutdiff.methods.shared import Run, with_guidance_scale
 from cutdiff.options import Options
 from cutdiff.pipeline import prepare
@@ -27,7 +27,7 @@ from cutdiff.sampling.guidance import CFG
 from cutdiff.sampling.resize import resize
 from cutdiff.sampling.schedules import ModelSchedule, make_schedule
 from cutdiff.sampling.solvers import Euler
-from cutdiff.sampling.split import Butterworth, DownUp, Wavelet
+from cutdiff.sampling.split import Butterworth, DownUp, Gaussian, Wavelet, sharpened
 from cutdiff.sampling.stages import Phase
 from cutdiff.settings import Settings
 
@@ -184,7 +184,7 @@ def test_the_trajectory_is_that_of_estimates_and_its_share_falls_from_1_by_equal
 
 
 def test_the_share_of_the_trajectory_by_step(run: Run) -> None:
-    structure = Trajectory(lambda x, sigma, step: torch.full((1, 4, 8, 8), float(step + 1)), 4)
+    structure = Trajectory(lambda x, sigma, step: torch.full((1, 4, 8, 8), float(step + 1)), 4, keeps=True)
     for step in range(4):
         structure(torch.zeros(1, 4, 8, 8), 1.0, step)
     nothing = torch.zeros(1, 4, 16, 16)
@@ -250,7 +250,16 @@ def test_its_split_is_recorded_in_full_and_one_of_ones_own_by_its_source(tiny_mo
     assert Magnify(hold_split=Wavelet("db4")) == Magnify(hold_split="wavelet,name=db4")
     described = specs.spec_of("method", Magnify(hold_split=Everything()))
     assert re.search(r",hold=picture,hold_split='?<Everything [0-9a-f]{16}>'?$", described)
-    flags = ["--method", "magnify", "--hold", "trajectory", "--hold-split", "gaussian,sigma=3", "--enlarge", "pixels"]
+    flags = [
+        "--method",
+        "magnify",
+        "--hold",
+        "trajectory",
+        "--hold-split",
+        "gaussian,sigma=3",
+        "--enlarged-in",
+        "pixels",
+    ]
     expected = Magnify(hold="trajectory", hold_split="gaussian,sigma=3", enlarged_in="pixels")
     assert Settings(**parse(flags).options).method == expected
     both = Settings(method="magnify", guidance="by_band", split="wavelet", hold_split="down_up")
@@ -271,3 +280,76 @@ def test_its_split_is_recorded_in_full_and_one_of_ones_own_by_its_source(tiny_mo
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         Settings(method="magnify", **options)
+
+
+# ---- In several steps of size
+
+
+@pytest.mark.parametrize(
+    ("side", "growth", "sides"),
+    [
+        (16, 2.0, [8, 16]),
+        (24, 2.0, [8, 13, 24]),
+        (32, 2.0, [8, 16, 32]),
+        (48, 2.0, [8, 14, 26, 48]),
+        (48, None, [8, 48]),
+        (8, 2.0, [8]),
+        (5, 2.0, [5]),
+        (9, 2.0, [8, 9]),
+    ],
+)
+def test_canvases_grow_evenly_and_by_no_more_than_asked(
+    tiny_model: Model, side: int, growth: float | None, sides: list[int]
+) -> None:
+    method = replace(Climb(), growth=growth)
+    drawn = cutdiff.denoise(tiny_model, "a", method=method, num_steps=4, height=8 * side, width=8 * side)
+    steps = list(drawn)
+    assert list(dict.fromkeys(step.latents.shape[2] for step in steps)) == sides
+    assert [step.index for step in steps] == [0, 1, 2, 3, *(4 * k + i for k in range(1, len(sides)) for i in (2, 3))]
+    later = list(dict.fromkeys(step.stage for step in steps))[1:]
+    assert later == (["detail"] if len(sides) == 2 else [f"detail {k}" for k in range(1, len(sides))])
+
+
+def test_climbing_is_magnify_with_other_defaults(tiny_model: Model) -> None:
+    options = {"structure_fraction": 0.5, "growth": 2.0, "enlarged_in": "pixels", "sharpness": 2.0}
+    by_name, by_options = last(tiny_model, method="climb"), last(tiny_model, method=Magnify(**options))
+    assert torch.equal(by_name, by_options)
+    for name, value in {"growth": None, "enlarged_in": "latents", "structure_fraction": 0.0, "sharpness": 0.0}.items():
+        changed = {**options, name: value} | ({"sharpness": 0.0} if name == "enlarged_in" else {})
+        size = {"height": 256, "width": 256} if name == "growth" else {}
+        other = last(tiny_model, method=Magnify(**changed), **size)
+        assert other.shape != by_name.shape or relative_error(other, by_name) > 1e-4, name
+
+
+def test_only_the_native_picture_is_sharpened(run: Run) -> None:
+    encoded: list[Tensor] = []
+
+    def encode(images: Tensor, **options: Any) -> Tensor:
+        encoded.append(images)
+        return run.encode(images, **options)
+
+    def start(amount: float) -> list[Tensor]:
+        encoded.clear()
+        on = replace(run, size=(32, 32), encode=encode)
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for phase in Climb(sharpness=amount).stages(on)[1:]:
+            assert isinstance(phase, Phase)
+            phase.begin(x)
+            x = torch.randn(1, 4, *phase.size, generator=torch.Generator().manual_seed(0))
+        return [*encoded]
+
+    (plain, later), (sharp, later_sharp) = start(0.0), start(2.0)
+    torch.testing.assert_close(sharp, sharpened(plain, 2.0, Gaussian(2.0)))
+    assert relative_error(sharp, plain) > 1e-3
+    assert torch.equal(later, later_sharp)
+
+
+def test_each_size_is_held_to_the_trajectory_of_the_size_before(tiny_model: Model) -> None:
+    climbed = last(tiny_model, method=Climb(hold="trajectory"), height=256, width=256)
+    assert relative_error(climbed, last(tiny_model, method=Climb(), height=256, width=256)) > 1e-4
+
+
+def test_sharpness_is_of_pixels() -> None:
+    with pytest.raises(ValueError, match=r"^sharpness=2.0 is of pixels: give enlarged_in='pixels'"):
+        Settings(method="climb,enlarged_in=latents")
+    Settings(method="climb,enlarged_in=latents,sharpness=0")

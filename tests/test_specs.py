@@ -127,7 +127,7 @@ def test_what_is_no_spec(spec: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "value", "message"),
     [
-        ("method", "cutdifusion", r"^method='cutdifusion' is not one of direct, .*magnify, or module:"),
+        ("method", "cutdifusion", r"^method='cutdifusion' is not one of direct, .*climb, or module:"),
         ("method", "cutdifusion", r"did you mean 'cutdiffusion'\?$"),
         ("solver", "zzz", r"^solver='zzz' is not one of euler, ddim, .*of your own$"),
         ("schedule", "karas", r"^schedule='karas' is not one of model, .*did you mean 'karras'\?$"),
@@ -298,7 +298,7 @@ def test_a_text_is_read_for_the_type_of_its_option(kind: Any, text: str, expecte
 
 # ---- Options that are not there, or twice
 
-WITH_STRIDE = "multidiffusion, upsample_guidance, cutdiffusion, demofusion, accdiffusion, magnify"
+WITH_STRIDE = "multidiffusion, upsample_guidance, cutdiffusion, demofusion, accdiffusion, magnify, climb"
 DIRECT = "method direct (none), solver euler (none), schedule model (none) or guidance cfg (guidance_scale)"
 
 

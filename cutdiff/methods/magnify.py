@@ -6,43 +6,55 @@ CutDiffusion's but for three things: it begins earlier; it goes without guidance
 a view makes the view show all of it, and so costs half; and of each estimate the low frequencies, those that the native
 picture has, are held to that picture, less and less. What each of these does is measured in notebooks/better.ipynb.
 
+`Climb` is its next form, found in notebooks/newer.ipynb: it grows by no more than twice at a time, through the VAE,
+sharpened, and begins its details later.
+
 The parts are known: re-noising an enlarged picture is SDEdit (Meng et al. 2021, arXiv 2108.01073), progressive sizes
 with a residual are DemoFusion's (2311.16973), which draws every size between and guides its views by patches as well.
 
 `hold="trajectory"` is the hold of HiFlow (Bu et al. 2025, 2504.06232): the low band of each estimate is moved to that
 of the estimate which the native picture had at the same sigma, all the way at the first step of the details and less at
 each that follows. It is said of flows there, in terms of x0, so that it is the same here. Its code enlarges the picture
-through the VAE (`enlarged_in="pixels"`), sharpened, and adds an alignment of accelerations, which is not here.
+through the VAE, sharpened, as `Climb`, and adds an alignment of accelerations, which is not here.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
+import torch
 from torch import Tensor
 
 from cutdiff.methods.shared import Run, Space, Stages, enlarge, fade, phase_sizes, step_at, with_guidance_scale
 from cutdiff.methods.tiled import Tiled
-from cutdiff.options import Scale, Share
+from cutdiff.options import Between, Scale, Share
 from cutdiff.sampling.resize import renoise, resize
-from cutdiff.sampling.split import Split
-from cutdiff.sampling.stages import CanvasDenoiser, Phase, Stage
+from cutdiff.sampling.split import Gaussian, Split, sharpened
+from cutdiff.sampling.stages import CanvasDenoiser, Phase, Size, Stage
+from cutdiff.settings import Settings
 from cutdiff.specs import part, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
 class Magnify(Tiled):
-    """All steps on the native picture, then the steps from structure_fraction · num_steps on, at least the last one."""
+    """All steps on the native picture, then on each larger canvas the steps from structure_fraction · num_steps on, at
+    least the last one."""
 
     structure_fraction: Share = 0.3
     """The share of the steps, rounded up, that the details leave out: measured in notebooks/better.ipynb."""
     detail_guidance_scale: Scale = 1.0
-    """The guidance scale of the detail stage; 1 evaluates the prompt alone."""
+    """The guidance scale of the details; 1 evaluates the prompt alone."""
+    growth: Annotated[float, Between(1.01)] | None = None
+    """The most by which a canvas is larger than the one before; those between grow evenly. None: at once."""
     enlarged_in: Space = "latents"
-    """The space in which the native picture is enlarged: its "latents" themselves, or its "pixels", through the VAE."""
+    """The space in which a picture is enlarged: its "latents" themselves, or its "pixels", through the VAE."""
+    sharpness: Annotated[float, Between(0, 1000)] = 0.0
+    """How much of what a Gaussian takes from the enlarged native picture is added to it, in pixels; 0 is off. The
+    Gaussian's deviation is the side of an enlarged pixel."""
     hold: Literal["picture", "trajectory", "none"] = "picture"
-    """What the low band of each estimate is moved to: the native "picture", by a share that fades with sigma; the
+    """What the low band of each estimate is moved to: the "picture" before, by a share that fades with sigma; the
     "trajectory" of estimates that led to it, by one that falls with every step from 1 (HiFlow); or "none"."""
     hold_split: str | Split | None = None
     """The split that tells the low band, a spec of down_up, gaussian, butterworth or wavelet, or an object with
@@ -56,31 +68,47 @@ class Magnify(Tiled):
             raise ValueError(f"hold_split={self.hold_split!r} is for a hold, and hold='none': leave one out")
         object.__setattr__(self, "hold_split", part("split", "hold_split", self.hold_split))
 
+    def check_settings(self, settings: Settings) -> None:
+        """ValueError where latents are to be sharpened."""
+        if self.sharpness and self.enlarged_in != "pixels":
+            raise ValueError(f"sharpness={self.sharpness} is of pixels: give enlarged_in='pixels', or sharpness=0")
+
     def stages(self, run: Run) -> Stages:
-        smallest, *larger = phase_sizes(run.size, run.native_size)
-        structure = self.on_whole(replace(run, size=smallest))
-        if self.hold == "trajectory":
-            structure = Trajectory(structure, run.num_steps)
-        stages: Stages = [Stage("structure", range(run.num_steps), structure, smallest)]
-        if larger:
-            first = min(step_at(self.structure_fraction, run.num_steps), run.num_steps - 1)
-            stages.append(self.enlarged(run, range(run.num_steps + first, 2 * run.num_steps), structure))
+        native, *larger = self.sizes(run)
+        before = Trajectory(self.on_whole(replace(run, size=native)), run.num_steps, self.hold == "trajectory")
+        stages: Stages = [Stage("structure", range(run.num_steps), before, native)]
+        first = min(step_at(self.structure_fraction, run.num_steps), run.num_steps - 1)
+        for number, size in enumerate(larger, 1):
+            steps = range(number * run.num_steps + first, (number + 1) * run.num_steps)
+            name = "detail" if len(larger) == 1 else f"detail {number}"
+            on_canvas = with_guidance_scale(replace(run, size=size), self.detail_guidance_scale)
+            views = Trajectory(self.on_views(on_canvas), run.num_steps, self.hold == "trajectory")
+            stages.append(self.enlarged(on_canvas, name, steps, before, views))
+            before = views
         return stages
 
-    def enlarged(self, run: Run, steps: range, structure: CanvasDenoiser) -> Phase:
-        """The detail stage on the run's canvas, from what the structure stage, whose denoiser is given, ended with."""
-        views = self.on_views(with_guidance_scale(run, self.detail_guidance_scale))
+    def sizes(self, run: Run) -> list[Size]:
+        """The canvases, from the native one on."""
+        scale = max(run.size) / run.native_size
+        count = 1 if self.growth is None else math.ceil(round(math.log(max(scale, 1), self.growth), 9))
+        return phase_sizes(run.size, run.native_size, [scale ** (i / count) for i in range(1, count)])
+
+    def enlarged(self, run: Run, name: str, steps: range, before: Trajectory, views: Trajectory) -> Phase:
+        """Details on the run's canvas, from what the stage of the denoiser `before` ended with."""
+        number = steps.start // run.num_steps
 
         def begin(picture: Tensor) -> tuple[Tensor, Stage]:
-            guide = enlarge(run, picture, self.enlarged_in)
+            width = max(large / small for large, small in zip(run.size, picture.shape[2:], strict=True))
+            blur, amount = Gaussian(width), self.sharpness if number == 1 else 0.0
+            guide = enlarge(run, picture, self.enlarged_in, change=lambda image: sharpened(image, amount, blur))
             sigma = run.schedule.sigmas[steps.start % run.num_steps]
-            x = renoise(guide, sigma, run.draws.phase_noise(tuple(guide.shape), 2).to(guide))
-            denoise = views
-            if isinstance(structure, Trajectory):
-                denoise = self.towards_trajectory(run, structure, steps, views)
+            x = renoise(guide, sigma, run.draws.phase_noise(tuple(guide.shape), number + 1).to(guide))
+            denoise: CanvasDenoiser = views
+            if self.hold == "trajectory":
+                denoise = self.towards_trajectory(run, before, steps, views)
             elif self.hold == "picture":
                 denoise = self.towards_picture(run, picture, guide, views)
-            return x, Stage("detail", steps, denoise, run.size)
+            return x, Stage(name, steps, denoise, run.size)
 
         return Phase(steps, run.size, begin)
 
@@ -99,30 +127,47 @@ class Magnify(Tiled):
 
         return denoise_towards
 
-    def towards_trajectory(
-        self, run: Run, structure: Trajectory, steps: range, denoise: CanvasDenoiser
-    ) -> CanvasDenoiser:
-        """Move the low band of the estimate of `denoise` to that of the structure's at the same sigma, enlarged in
-        latents, by a share of 1 at the first of `steps` that falls by equal parts."""
+    def towards_trajectory(self, run: Run, before: Trajectory, steps: range, denoise: CanvasDenoiser) -> CanvasDenoiser:
+        """Move the low band of the estimate of `denoise` to that of the estimate before, at the same sigma,
+        enlarged in latents, by a share of 1 at the first of `steps` that falls by equal parts."""
 
         def denoise_towards(x: Tensor, sigma: float, step: int) -> Tensor:
             denoised = denoise(x, sigma, step)
-            reference = resize(structure.estimates[step % run.num_steps], run.size)
+            reference = resize(before.estimates[step % run.num_steps], run.size)
             missing = resolve("split", self.hold_split or "butterworth").low(reference - denoised)
             return denoised + (steps.stop - step) / len(steps) * missing
 
         return denoise_towards
 
 
-class Trajectory:
-    """A canvas denoiser that keeps its estimates of x0 of all the steps of a run."""
+@dataclass(frozen=True, kw_only=True)
+class Climb(Magnify):
+    """Magnify in several steps of size: the same options with other defaults."""
 
-    def __init__(self, denoise: CanvasDenoiser, num_steps: int) -> None:
-        self.denoise, self.num_steps = denoise, num_steps
+    structure_fraction: Share = 0.5
+    """The share of the steps, rounded up, that the details leave out."""
+    growth: Annotated[float, Between(1.01)] | None = 2.0
+    """The most by which a canvas is larger than the one before; those between grow evenly. None: at once."""
+    enlarged_in: Space = "pixels"
+    """The space in which a picture is enlarged: its "latents" themselves, or its "pixels", through the VAE."""
+    sharpness: Annotated[float, Between(0, 1000)] = 2.0
+    """How much of what a Gaussian takes from the enlarged native picture is added to it, in pixels; 0 is off. The
+    Gaussian's deviation is the side of an enlarged pixel."""
+
+
+class Trajectory:
+    """A canvas denoiser that keeps, if it is to, its estimates of x0 by the number of their step in the schedule."""
+
+    def __init__(self, denoise: CanvasDenoiser, num_steps: int, keeps: bool) -> None:
+        self.denoise, self.num_steps, self.keeps = denoise, num_steps, keeps
+        self.estimates = torch.empty(0)
+        """The estimates of all steps of the schedule, (steps, B, C, H, W); those of steps that were not taken hold
+        nothing."""
 
     def __call__(self, latents: Tensor, sigma: float, step: int) -> Tensor:
         estimate = self.denoise(latents, sigma, step)
-        if step == 0:
-            self.estimates = estimate.new_empty(self.num_steps, *estimate.shape)
-        self.estimates[step] = estimate
+        if self.keeps:
+            if not len(self.estimates):
+                self.estimates = estimate.new_empty(self.num_steps, *estimate.shape)
+            self.estimates[step % self.num_steps] = estimate
         return estimate
