@@ -55,13 +55,42 @@ def cell(method: Any = "cutdiffusion", size: int = 256, **options: Any) -> Cell:
 
 
 WHOLE = ("direct", "attention_scaling", "scalecrafter", "hidiffusion")
-"""The methods that show the network the whole canvas."""
+"""The methods that show the network the whole canvas at all steps."""
+MENDED = {"structure": "mean", "detail_guidance_scale": 1.0, "upsample_guidance": 1.0}
+"""The options by which Upsample guidance draws CutDiffusion's structure, and guides its views."""
+SPLITS = ("wavelet", "butterworth", "down_up", "gaussian")
+"""The splits that study `splits` compares."""
+SPACES = ("pixels", "latents")
+"""The spaces in which study `spaces` enlarges pictures."""
+CFG, BY_BAND = "cfg,guidance_scale=4", "by_band,guidance_scale=4"
+"""The guidances that study `bands` compares."""
+SHARES = tuple(i / 10 for i in range(10))
+"""The shares of the steps that the details of study `entry` leave out: they begin at sigmas from 13 to 0.5."""
 
 
 STUDIES: dict[str, list[Cell]] = {
     "table-2x2": [cell(method) for method in METHODS],
     "table-3x3": [cell(method, 384) for method in METHODS],
     "table-4x4": [cell(method, 512) for method in METHODS],
+    "table-6x6": [cell(method, 768) for method in METHODS],
+    "mended": [cell(size=size, **MENDED) for size in (256, 512)],
+    "spaces": [
+        *(cell(method, enlarged_in=space) for method in ("rectifiedhr", "diffusehigh") for space in SPACES),
+        *(cell("climb", enlarged_in=space, sharpness=0.0) for space in SPACES),
+    ],
+    "splits": [
+        *(cell("diffusehigh", held_band=split) for split in SPLITS),
+        *(cell("climb", hold_split=split) for split in SPLITS),
+        cell("climb", hold="trajectory"),
+        cell("climb", hold="none"),
+    ],
+    "bands": [
+        *(cell(method, guidance=BY_BAND) for method in ("multidiffusion", "cutdiffusion", "demofusion")),
+        *(cell("diffusehigh", guidance=guidance, detail_guidance_scale=None) for guidance in (CFG, BY_BAND)),
+        *(cell("climb", guidance=guidance, detail_guidance_scale=4.0) for guidance in (CFG, BY_BAND)),
+    ],
+    "overlaps": [cell(method, overlaps="swap") for method in ("multidiffusion", "cutdiffusion", "climb")],
+    "entry": [cell("climb", structure_fraction=share) for share in SHARES],
     "told-native": [cell(told_native(resolve("method", name))) for name in WHOLE],
     "ablation": [
         cell(),
