@@ -156,7 +156,6 @@ def run_of(model: Model, size: tuple[int, int], **options: Any) -> Run:
             [27.5, 50.0],
         ),
         ((25, 9), {}, [(8, 3), (17, 6)], [40, 47], [36.8198, 50.0]),  # 2.88, 16.5 and 5.94, rounded up
-        ((16, 16), {"num_sizes": 1}, [], [], []),
         ((8, 5), {}, [], [], []),
         ((8, 8), {"first_size": 0.5, "first_refresh": 0.2}, [(4, 4)], [10], [30.0]),
         # the paper's own refreshes of 4096 × 4096, by their published power
@@ -179,6 +178,12 @@ def test_canvases_steps_and_guidance_scales_are_the_published_ones(
     first, *others = method.guidance_scales(run, count)
     assert first is None
     assert others == pytest.approx(scales)
+
+
+@pytest.mark.parametrize("count", [1, 10**11])
+def test_a_number_of_canvases_that_cannot_be_is_an_error(count: int) -> None:
+    with pytest.raises(ValueError, match=rf"^num_sizes={count} must be a whole number in 2 … 1000 or None"):
+        RectifiedHR(num_sizes=count)
 
 
 def test_a_step_number_becomes_a_share_and_comes_back(tiny_model: Model) -> None:
@@ -260,7 +265,7 @@ def test_each_refresh_has_noise_of_its_own(tiny_model: Model) -> None:
     assert drawn == [(2, (1, 4, 20, 20)), (3, (1, 4, 32, 32))]
 
 
-@pytest.mark.parametrize("options", [{"enlarged_in": "latents"}, {"first_size": 1.0}, {"num_sizes": 1}])
+@pytest.mark.parametrize("options", [{"enlarged_in": "latents"}, {"first_size": 1.0}])
 def test_without_pictures_the_vae_is_not_asked(tiny_model: Model, options: dict[str, Any]) -> None:
     def fail(*_: Any, **__: Any) -> Tensor:
         raise AssertionError
@@ -269,8 +274,7 @@ def test_without_pictures_the_vae_is_not_asked(tiny_model: Model, options: dict[
         plain = steps(tiny_model, height=128, width=128, **options)
         with pytest.raises(AssertionError):
             steps(tiny_model, height=128, width=128)
-    refreshed = 0 if "num_sizes" in options else 1
-    assert len({step.stage for step in plain}) == 1 + refreshed
+    assert len({step.stage for step in plain}) == 2
 
 
 def test_the_resampling_is_used(tiny_model: Model) -> None:
