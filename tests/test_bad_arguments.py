@@ -17,7 +17,7 @@ QUICK = ["--steps", "1", "--width", "128", "--height", "128", "--method", "direc
 OF_DIRECT = (
     "is no option of method direct (none), solver euler (none), schedule model (none) or guidance cfg (guidance_scale)"
 )
-WITH_VIEWS = "multidiffusion, cutdiffusion, demofusion, accdiffusion, magnify"
+WITH_VIEWS = "multidiffusion, upsample_guidance, cutdiffusion, demofusion, accdiffusion, magnify"
 
 PROMPTS = {
     "empty": "",

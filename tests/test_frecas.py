@@ -91,6 +91,10 @@ def test_at_native_size_it_is_direct_to_the_bit(tiny_model: Model, solver: str, 
     assert torch.equal(latents(tiny_model, **options), latents(tiny_model, method="direct", **options))
 
 
+def test_without_sizes_before_the_last_it_is_direct(tiny_model: Model) -> None:
+    assert torch.equal(latents(tiny_model, sizes=()), latents(tiny_model, method="direct"))
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(("height", "width"), [(72, 64), (200, 8), (8, 264), (136, 520)])
 def test_any_size_can_be_drawn(tiny_model: Model, solver: str, height: int, width: int) -> None:
@@ -389,13 +393,14 @@ def test_rows_without_a_map_are_not_blended(tiny_model: Model) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shares": (0.5, 0.2)}, r"shares=\(0.5, 0.2\) must have 1 values, one for each stage but the last"),
-        ({"ends": ()}, r"ends=\(\) must have 1 values"),
+        ({"shares": (0.5, 0.2)}, r"shares=\(0.5, 0.2\) must have one value for each stage but the last, 1 in all"),
+        ({"ends": ()}, r"ends=\(\) must have one value for each stage but the last, 1 in all"),
         ({"sizes": ((8, 6), (16, 13))}, r"sizes=.* must grow from stage to stage, to the canvas of \(16, 12\) latents"),
         ({"sizes": ((16, 12),)}, r"sizes=.* must grow"),
         ({"ends": (1.0,)}, r"ends=\(1.0,\) leave stage 1 the sigmas .* must fall"),
         ({"sizes": ((8, 6), (12, 9)), "ends": (0.2, 0.6)}, r"ends=\(0.2, 0.6\) leave stage 2 the sigmas"),
         ({"gamma": -1}, "gamma=-1 must be"),
+        ({"gamma": 1e30}, r"gamma=1e\+30 must be a finite number in 0 … 100"),
         (
             {"guidance": lambda conditional, unconditional, sigma, step: conditional},
             "high_guidance_scale=35.0 needs a guidance with a guidance_scale, which .* lacks",

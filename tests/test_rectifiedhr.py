@@ -9,27 +9,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from published_rectifiedhr import GUIDANCE, RUNS, UNET, Published, noises, published_latents, sampled
-from published_rectifiedhr import VAE as VAE_CONFIG
-from published_unet_methods import states, weights
+from published_rectifiedhr import GUIDANCE, RUNS, UNET, VAE, Published, noises, sampled
+from replayed import model_of, published_latents
 from tiny import relative_error
 from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
-from cutdiff.checkpoint.random_model import GivenText
 from cutdiff.methods.direct import direct
 from cutdiff.methods.rectifiedhr import RectifiedHR
 from cutdiff.methods.shared import Kept, Run, Space
 from cutdiff.models.inside import replaced
-from cutdiff.models.text import TextStates
-from cutdiff.models.unet import UNet
-from cutdiff.models.vae import VAE
 from cutdiff.pipeline import prepare
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.guidance import CFG
-from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.resize import Resampling, resize
 from cutdiff.sampling.stages import Phase, Stage
 from cutdiff.settings import Settings
@@ -40,20 +34,9 @@ PROMPT = "a red house at night"
 # ---- The published runs
 
 
-class TwoTexts(GivenText):
-    """Every prompt has the positive states of the published runs, and an empty one their negative ones."""
-
-    def encode(self, prompts: Any, *args: Any, **options: Any) -> TextStates:
-        return states()[0 if prompts[0] else 1]
-
-
 @pytest.fixture(scope="module")
 def published_model() -> Model:
-    networks = UNet(UNET), VAE(VAE_CONFIG)
-    for network in networks:
-        network.eval().requires_grad_(False).load_state_dict(weights(network.state_dict()))
-    text: Any = TwoTexts(states()[0])
-    return Model(*networks, text, NoiseConfig(), zeros_for_empty_negative=False, source="", files={})
+    return model_of(UNET, VAE)
 
 
 @dataclass(frozen=True)
@@ -101,7 +84,7 @@ def test_the_published_code_ends_in_the_same_latents(
     published_model: Model, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its pictures of 8 bits, some of which flip, and where guidance makes the most of that, at twice the size."""
-    published, expected = RUNS[name], published_latents(name)
+    published, expected = RUNS[name], published_latents("rectifiedhr", name)
     ours = replayed(published_model, published)
     assert relative_error(ours, expected) < (1e-2 if len(published.canvases) == 2 else 6e-2)
     if name == "2x2":
@@ -156,7 +139,6 @@ def run_of(model: Model, size: tuple[int, int], **options: Any) -> Run:
             [27.5, 50.0],
         ),
         ((25, 9), {}, [(8, 3), (17, 6)], [40, 47], [36.8198, 50.0]),  # 2.88, 16.5 and 5.94, rounded up
-        ((16, 16), {"num_sizes": 1}, [], [], []),
         ((8, 5), {}, [], [], []),
         ((8, 8), {"first_size": 0.5, "first_refresh": 0.2}, [(4, 4)], [10], [30.0]),
         # the paper's own refreshes of 4096 × 4096, by their published power
@@ -179,6 +161,12 @@ def test_canvases_steps_and_guidance_scales_are_the_published_ones(
     first, *others = method.guidance_scales(run, count)
     assert first is None
     assert others == pytest.approx(scales)
+
+
+@pytest.mark.parametrize("count", [1, 10**11])
+def test_a_number_of_canvases_that_cannot_be_is_an_error(count: int) -> None:
+    with pytest.raises(ValueError, match=rf"^num_sizes={count} must be a whole number in 2 … 1000 or None"):
+        RectifiedHR(num_sizes=count)
 
 
 def test_a_step_number_becomes_a_share_and_comes_back(tiny_model: Model) -> None:
@@ -260,7 +248,7 @@ def test_each_refresh_has_noise_of_its_own(tiny_model: Model) -> None:
     assert drawn == [(2, (1, 4, 20, 20)), (3, (1, 4, 32, 32))]
 
 
-@pytest.mark.parametrize("options", [{"enlarged_in": "latents"}, {"first_size": 1.0}, {"num_sizes": 1}])
+@pytest.mark.parametrize("options", [{"enlarged_in": "latents"}, {"first_size": 1.0}])
 def test_without_pictures_the_vae_is_not_asked(tiny_model: Model, options: dict[str, Any]) -> None:
     def fail(*_: Any, **__: Any) -> Tensor:
         raise AssertionError
@@ -269,8 +257,7 @@ def test_without_pictures_the_vae_is_not_asked(tiny_model: Model, options: dict[
         plain = steps(tiny_model, height=128, width=128, **options)
         with pytest.raises(AssertionError):
             steps(tiny_model, height=128, width=128)
-    refreshed = 0 if "num_sizes" in options else 1
-    assert len({step.stage for step in plain}) == 1 + refreshed
+    assert len({step.stage for step in plain}) == 2
 
 
 def test_the_resampling_is_used(tiny_model: Model) -> None:
@@ -308,6 +295,7 @@ def test_a_guidance_without_a_scale_is_named_and_can_be_kept(tiny_model: Model) 
     def mine(conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
         return conditional
 
-    with pytest.raises(ValueError, match=r"^max_guidance_scale=30.0 needs a guidance with a guidance_scale"):
-        cutdiff.denoise(tiny_model, PROMPT, method="rectifiedhr", guidance=mine)
+    for side, most in ((128, 30.0), (256, 50.0)):  # that of the option, though the canvas between would have less
+        with pytest.raises(ValueError, match=rf"^max_guidance_scale={most} needs a guidance with a guidance_scale"):
+            cutdiff.denoise(tiny_model, PROMPT, method="rectifiedhr", guidance=mine, height=side, width=side)
     assert steps(tiny_model, guidance=mine, max_guidance_scale=None)[-1].latents.isfinite().all()

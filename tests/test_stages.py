@@ -217,6 +217,14 @@ END = "its stages must take them in order, to the last of 4"
             r"cannot run: stage mine takes range\(0, 8\), past the end of a schedule of 4: divide it there",
         ),
         ([phase(0, 2), stage(2, 8)], r"cannot run: stage mine takes range\(2, 8\), past the end of a schedule of 4"),
+        (
+            [replace(stage(0, 4), targets=(3.0, 2.0, 1.0, 0.0))],
+            "cannot run: stage mine has 4 targets and no sigmas: give both or neither",
+        ),
+        (
+            [replace(stage(0, 2, 3.0, 1.0, 0.0), targets=(0.5,))],
+            "cannot run: stage mine has 1 targets, where 2 steps take one each",
+        ),
         ([stage(0, 2, 3.0, 0.0)], "cannot run: stage mine has 2 sigmas, where 2 steps take one more"),
         ([stage(0, 1, 3.0, 1.0, 0.0)], "cannot run: stage mine has 3 sigmas, where 1 steps take one more"),
         ([stage(0, 2, 1.0, 3.0, 0.0)], r"cannot run: stage mine has the sigmas \(1.0, 3.0, 0.0\), which must fall"),

@@ -323,6 +323,7 @@ def test_cutdiffusion_draws_its_structure_from_the_mean_and_guides_its_details(g
     [
         ("upsample_guidance,stride=4", "stride=4 is for views, and detail=whole has none: give detail='views'"),
         ("upsample_guidance,view_weights=cosine", "view_weights=cosine is for views, and detail=whole has none"),
+        ("upsample_guidance,overlaps=swap", "overlaps=swap is for views, and detail=whole has none"),
         ("cutdiffusion,structure=mean,interaction=none", "interaction=none is for patches, and structure=mean has one"),
         ("cutdiffusion,upsampling=nearest", "upsampling=nearest is for structure='mean', or upsample_guidance above 0"),
         ("upsample_guidance,weight=-1", "weight=-1 must be a finite number at least 0"),

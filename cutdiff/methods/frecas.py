@@ -55,7 +55,7 @@ class FreCaS(Options):
     """The share of the steps, rounded up, of each stage but the last; None: 0.8, or 0.6 and then 0.1 each."""
     ends: tuple[Share, ...] | None = None
     """The last noise of each stage but the last, as a share of the training's; None: 0.2, or 0.4 and then 0.2 each."""
-    gamma: Annotated[float, Between(0)] | None = None
+    gamma: Annotated[float, Between(0, 100)] | None = None
     """The power of f by which a stage's noise grows, γ; None: 1.5, from three stages on 2."""
     high_guidance_scale: Scale = 35.0
     """The guidance scale of the high band in stages after the first; the low band has that of the run."""
@@ -67,7 +67,7 @@ class FreCaS(Options):
     """The sizes that the network is told: "native", the square that it knows, or "stage", those of the canvas."""
 
     def stages(self, run: Run) -> Stages:
-        sizes = [*self.sizes, run.size] if self.sizes else phase_sizes(run.size, run.native_size, DOUBLED)
+        sizes = phase_sizes(run.size, run.native_size, DOUBLED) if self.sizes is None else [*self.sizes, run.size]
         if any(small == large or small[0] > large[0] or small[1] > large[1] for small, large in pairwise(sizes)):
             raise ValueError(f"sizes={self.sizes} must grow from stage to stage, to the canvas of {run.size} latents")
         later, noise = len(sizes) - 1, run.schedule.noise
@@ -77,7 +77,7 @@ class FreCaS(Options):
         shares, ends = (own if given is None else given for own, given in ((shares, self.shares), (ends, self.ends)))
         for name, values in (("shares", shares), ("ends", ends)):
             if len(values) != later:
-                raise ValueError(f"{name}={values} must have {later} values, one for each stage but the last")
+                raise ValueError(f"{name}={values} must have one value for each stage but the last, {later} in all")
         lows = [noise.sigma(noise.timestep_at(end)) for end in ends]
         growth = [max(after / before for after, before in zip(b, a, strict=True)) for a, b in pairwise(sizes)]
         gamma = gamma if self.gamma is None else self.gamma

@@ -23,12 +23,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from torch import Tensor
 
 from cutdiff.methods.shared import Kept, Power, Run, Space, Stages, enlarge, step_at, with_guidance_scale
-from cutdiff.options import Count, Options, Scale, Share
+from cutdiff.options import Between, Options, Scale, Share
 from cutdiff.sampling.resize import Resampling, renoise
 from cutdiff.sampling.stages import Phase, Size, Stage
 
@@ -48,7 +48,7 @@ def published(run: Run) -> Published:
 class RectifiedHR(Options):
     """The steps of a run on canvases of growing size; direct inference where the canvas is nowhere past native."""
 
-    num_sizes: Count | None = None
+    num_sizes: Annotated[int, Between(2, 1000)] | None = None
     """The number N of canvases; None: 2 up to three times the native size, and 3 past it."""
     first_size: Share | None = None
     """The sides of the first canvas as a share of the finished one's; None: the longer side is the native one."""

@@ -43,7 +43,7 @@ class UpsampleGuidance(Tiled):
 
     def check_settings(self, settings: Settings) -> None:
         """ValueError where an option of views is given and there are none."""
-        for name in ("stride", "view_weights"):
+        for name in ("stride", "view_weights", "overlaps"):
             if self.detail == "whole" and (value := getattr(self, name)) != getattr(Tiled, name):
                 raise ValueError(f"{name}={value} is for views, and detail=whole has none: give detail='views'")
 

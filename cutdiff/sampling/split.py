@@ -38,13 +38,15 @@ class DownUp(Options):
     factor: Annotated[float, Between(1)] = 2.0
     """The factor by which both axes shrink, to at least one pixel."""
     size: tuple[Count, Count] | None = None
-    """The size (h, w) that they shrink to, in the place of `factor`, as that of the stage before."""
+    """The size (h, w) that they shrink to, in the place of `factor`, as that of the stage before; a shorter axis stays
+    as it is."""
     down: Literal["area", "bilinear"] = "area"
     """The way down: "area", or "bilinear" without smoothing, as FreCaS's code has it; at a factor of 2 they are one."""
 
     def low(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         small = self.size or (max(1, round(height / self.factor)), max(1, round(width / self.factor)))
+        small = (min(small[0], height), min(small[1], width))
         return resize(resize(x, small, self.down, antialias=False), (height, width), "bilinear", antialias=False)
 
 
@@ -54,7 +56,7 @@ class Gaussian(Options):
 
     sigma: Annotated[float, Between(0.01, 1000)] = 1.0
     """The standard deviation in pixels of the canvas."""
-    radius: Count | None = None
+    radius: Annotated[int, Between(1, 4000)] | None = None
     """The pixels on either side after which it is cut off; None: four deviations."""
 
     def low(self, x: Tensor) -> Tensor:

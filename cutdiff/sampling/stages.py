@@ -113,8 +113,10 @@ def _unfinished(last: Stage | Phase, num_steps: int, taken: list[int]) -> str:
 def _fault(stage: Stage, num_steps: int) -> str:
     """The fault of a stage whose steps do not stand at sigmas that fall; "" where there is none."""
     steps, sigmas = stage.steps, stage.sigmas
-    if stage.targets is not None and (sigmas is None or len(stage.targets) != len(steps)):
-        return f"stage {stage.name} has {len(stage.targets)} targets, which go with sigmas, one a step: {len(steps)}"
+    if stage.targets is not None and sigmas is None:
+        return f"stage {stage.name} has {len(stage.targets)} targets and no sigmas: give both or neither"
+    if stage.targets is not None and len(stage.targets) != len(steps):
+        return f"stage {stage.name} has {len(stage.targets)} targets, where {len(steps)} steps take one each"
     if sigmas is None:
         if not steps or steps[0] // num_steps == steps[-1] // num_steps:
             return ""
