@@ -528,7 +528,7 @@ def test_runs_between_leave_nothing(tiny_model: Model, method: str) -> None:
 def test_a_process_that_has_drawn_much_draws_as_a_fresh_one(
     loaded: Model, fresh: dict[str, Tensor], method: str
 ) -> None:
-    drawn(loaded, method, "a blue tent", **REFERENCE)
+    drawn(loaded, method, "a blue tent", **{**REFERENCE, "seed": 7})
     assert all(relative_error(run, fresh[method]) < 1e-5 for run in drawn_between(loaded, method))
 
 
