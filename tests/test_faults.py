@@ -496,25 +496,40 @@ def fresh(quick_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {method: torch.load(out / f"{i}.pt") for i, method in enumerate(VARIANTS)}
 
 
-@pytest.mark.parametrize("method", VARIANTS)
-def test_nothing_is_left_of_the_run_before(loaded: Model, fresh: dict[str, Tensor], method: str) -> None:
-    """Not of one with another prompt, size, seed and negative prompt, nor of one with another prompt alone that was
-    given up or ran beside, though the model, the method and the settings are the same objects."""
+def drawn_between(model: Model, method: str) -> list[Tensor]:
+    """The same run three times by the same objects: at first, after one with another prompt, size, seed and negative
+    prompt and beside one with another prompt alone, and after the end of that."""
     thing = resolve("method", method)
     settings = Settings(method=thing, **REFERENCE)
 
     def again() -> Tensor:
-        *_, last = cutdiff.denoise(loaded, PROMPT, settings)
+        *_, last = cutdiff.denoise(model, PROMPT, settings)
         return last.latents
 
-    drawn(loaded, thing, "a blue tent", seed=2, height=96, width=128, negative_prompt="a tent", num_steps=2)
-    given_up = cutdiff.denoise(loaded, "a pink balloon over a lake", settings)
-    next(given_up)
-    assert relative_error(again(), fresh[method]) < 1e-5
+    runs = [again()]
+    drawn(model, thing, "a blue tent", seed=2, height=96, width=128, negative_prompt="a tent", num_steps=2)
+    beside = cutdiff.denoise(model, "a pink balloon over a lake", settings)
+    next(beside)
+    runs.append(again())
     if not getattr(thing, "changes_network", False):
-        *_, other = given_up
-        assert relative_error(other.latents, fresh[method]) > 1e-4
-    assert relative_error(again(), fresh[method]) < 1e-5
+        *_, other = beside
+        assert relative_error(other.latents, runs[0]) > 1e-4
+    return [*runs, again()]
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+def test_runs_between_leave_nothing(tiny_model: Model, method: str) -> None:
+    first, second, third = drawn_between(tiny_model, method)
+    assert torch.equal(second, first)
+    assert torch.equal(third, first)
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+def test_a_process_that_has_drawn_much_draws_as_a_fresh_one(
+    loaded: Model, fresh: dict[str, Tensor], method: str
+) -> None:
+    drawn(loaded, method, "a blue tent", **{**REFERENCE, "seed": 7})
+    assert all(relative_error(run, fresh[method]) < 1e-5 for run in drawn_between(loaded, method))
 
 
 # ---- 6. Ancestral noise drawn for each view and averaged
