@@ -9,27 +9,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from published_rectifiedhr import GUIDANCE, RUNS, UNET, Published, noises, published_latents, sampled
-from published_rectifiedhr import VAE as VAE_CONFIG
-from published_unet_methods import states, weights
+from published_rectifiedhr import GUIDANCE, RUNS, UNET, VAE, Published, noises, sampled
+from replayed import model_of, published_latents
 from tiny import relative_error
 from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
-from cutdiff.checkpoint.random_model import GivenText
 from cutdiff.methods.direct import direct
 from cutdiff.methods.rectifiedhr import RectifiedHR
 from cutdiff.methods.shared import Kept, Run, Space
 from cutdiff.models.inside import replaced
-from cutdiff.models.text import TextStates
-from cutdiff.models.unet import UNet
-from cutdiff.models.vae import VAE
 from cutdiff.pipeline import prepare
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.guidance import CFG
-from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.resize import Resampling, resize
 from cutdiff.sampling.stages import Phase, Stage
 from cutdiff.settings import Settings
@@ -40,20 +34,9 @@ PROMPT = "a red house at night"
 # ---- The published runs
 
 
-class TwoTexts(GivenText):
-    """Every prompt has the positive states of the published runs, and an empty one their negative ones."""
-
-    def encode(self, prompts: Any, *args: Any, **options: Any) -> TextStates:
-        return states()[0 if prompts[0] else 1]
-
-
 @pytest.fixture(scope="module")
 def published_model() -> Model:
-    networks = UNet(UNET), VAE(VAE_CONFIG)
-    for network in networks:
-        network.eval().requires_grad_(False).load_state_dict(weights(network.state_dict()))
-    text: Any = TwoTexts(states()[0])
-    return Model(*networks, text, NoiseConfig(), zeros_for_empty_negative=False, source="", files={})
+    return model_of(UNET, VAE)
 
 
 @dataclass(frozen=True)
@@ -101,7 +84,7 @@ def test_the_published_code_ends_in_the_same_latents(
     published_model: Model, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its pictures of 8 bits, some of which flip, and where guidance makes the most of that, at twice the size."""
-    published, expected = RUNS[name], published_latents(name)
+    published, expected = RUNS[name], published_latents("rectifiedhr", name)
     ours = replayed(published_model, published)
     assert relative_error(ours, expected) < (1e-2 if len(published.canvases) == 2 else 6e-2)
     if name == "2x2":
