@@ -295,6 +295,7 @@ def test_a_guidance_without_a_scale_is_named_and_can_be_kept(tiny_model: Model) 
     def mine(conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
         return conditional
 
-    with pytest.raises(ValueError, match=r"^max_guidance_scale=30.0 needs a guidance with a guidance_scale"):
-        cutdiff.denoise(tiny_model, PROMPT, method="rectifiedhr", guidance=mine)
+    for side, most in ((128, 30.0), (256, 50.0)):  # that of the option, though the canvas between would have less
+        with pytest.raises(ValueError, match=rf"^max_guidance_scale={most} needs a guidance with a guidance_scale"):
+            cutdiff.denoise(tiny_model, PROMPT, method="rectifiedhr", guidance=mine, height=side, width=side)
     assert steps(tiny_model, guidance=mine, max_guidance_scale=None)[-1].latents.isfinite().all()
