@@ -1,26 +1,18 @@
-"""A tiny autoencoder beside the network of `published_unet_methods`, and runs on both; their final latents by the
-published code lie beside this file.
+"""Runs of DiffuseHigh on tiny networks; their final latents by the published code lie beside this file.
 
 published_diffusehigh.npz was made by running github.com/yhyun225/DiffuseHigh (commit 05dc747), its pipeline whole, on
-diffusers' networks and Euler scheduler, with the weights, states and noise made here. The noise of a size and the
-deviation of its blur are those of `Draws` in the place of the global generator's; the autoencoder has a sample size
-that no picture exceeds, so that it works on whole pictures and not on tiles; the picture is given back as latents, by
-an `_decode_vae_latent` that keeps what it was given last.
+diffusers' networks and Euler scheduler, with the weights, states and noise of replayed.py. What was patched: the noise
+of a size and the deviation of its blur are those of `Draws` in the place of the global generator's; the autoencoder has
+a sample size that no picture exceeds, so that it works on whole pictures and not on tiles; `enable_vae_tiling`, gone
+from diffusers, calls `vae.enable_tiling()`; torchvision's package import is stubbed, as its compiled operators do not
+load on the machine where it ran; the picture is given back as latents, by an `_decode_vae_latent` that keeps what it
+was given last.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from published_unet_methods import CONFIG
-from tiny import QUICK_VAE
-from torch import Tensor
-
-VAE_CONFIG = replace(QUICK_VAE, latent_channels=CONFIG.in_channels)
 GUIDANCE, SEED = 5.0, 3
 
 
@@ -66,9 +58,3 @@ RUNS = {
         {"noising_steps": 3, "enable_dwt": False, "enable_sharpening": False},
     ),
 }
-
-
-def published_latents(name: str) -> Tensor:
-    """The latents that the published code ends in, from the file beside this one."""
-    with np.load(Path(__file__).with_suffix(".npz")) as stored:
-        return torch.from_numpy(stored[name])

@@ -1,24 +1,19 @@
-"""A tiny model of SDXL's layout and runs on it; samples of their latents by the published code lie beside this file.
+"""Runs of FreeScale on tiny networks; samples of their latents by the published code lie beside this file.
 
 published_freescale.npz was made by running the pipeline of github.com/ali-vilab/FreeScale (commit d5a2256) on
-diffusers' networks and schedulers (0.42), with the weights, states, noise and jitter made here. What was patched: its
-imports of what diffusers no longer has; 1024 pixels and 128 latents, which are the native size of these networks; the
-cast of encoded latents to 16 bits; and its random numbers. `dilate_tau` was 70% of the steps, as 35 are of 50. FreeU,
-which its script adds, is off, and the VAE's tiles are larger than these pictures.
+diffusers' networks and schedulers (0.42), with the weights and states of replayed.py, and the noise and jitter made
+here. What was patched: its imports of what diffusers no longer has; 1024 pixels and 128 latents, which are the native
+size of these networks; the cast of encoded latents to 16 bits; and its random numbers. `dilate_tau` was 70% of the
+steps, as 35 are of 50. FreeU, which its script adds, is off, and the VAE's tiles are larger than these pictures.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from published_unet_methods import CONFIG, noise
-from published_unet_methods import _uniform as uniform
-from tiny import QUICK_VAE
+from replayed import CONFIG, VAE_CONFIG, noise, uniform, unit_noise
 from torch import Tensor
 
 from cutdiff.models.config import Size
@@ -26,7 +21,7 @@ from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import view_grid
 
 UNET_CONFIG = replace(CONFIG, transformer_layers=(0, 1, 2))
-VAE_CONFIG = replace(QUICK_VAE, channels=(8, 8), latent_channels=CONFIG.in_channels)
+SHALLOW_VAE = replace(VAE_CONFIG, channels=(8, 8))
 FACTOR = 2
 GUIDANCE = 5.0
 
@@ -67,10 +62,10 @@ class Given(Draws):
         return noise((shape[2], shape[3]))
 
     def phase_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
-        return math.sqrt(3) * uniform(5000 + phase, shape)
+        return unit_noise(5000 + phase, shape)
 
     def encoder_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
-        return math.sqrt(3) * uniform(6000 + phase, shape)
+        return unit_noise(6000 + phase, shape)
 
     def attention_origins(self, step: int, layer: int, size: Size, window: Size, stride: Size, jitter: Size) -> Tensor:
         grid = view_grid(size, window, stride)
@@ -84,8 +79,3 @@ class Given(Draws):
 def sampled(latents: Tensor) -> Tensor:
     """A few of the latents, from all rows and columns."""
     return latents.flatten()[::37]
-
-
-def published_latents(name: str) -> Tensor:
-    with np.load(Path(__file__).with_suffix(".npz")) as stored:
-        return torch.from_numpy(stored[name])

@@ -1,22 +1,17 @@
-"""Tiny networks of SDXL's layout and runs on them; samples of their final latents by the published code lie
-beside this file.
+"""Runs of RectifiedHR on tiny networks; samples of their final latents by the published code lie beside this file.
 
 published_rectifiedhr.npz was made by running `main` of run_sdxl.py in github.com/EnVision-Research/RectifiedHR (commit
-e1331b7) on diffusers' networks and schedulers, with the weights, states and noise made here. What was patched: the
-settings; states in the place of text encoders; no 16-bit floats (its refresh rounds the networks and the pictures to
-bfloat16); the timestep handed to `add_noise` as a list of one, and the first noise scaled, which only Euler's scheduler
-asks for. The VAE's tiles are larger than these pictures.
+e1331b7) on diffusers' networks and schedulers, with the weights and states of replayed.py. What was patched: the
+settings; the noise, which is made here; states in the place of text encoders; no 16-bit floats (its refresh rounds the
+networks and the pictures to bfloat16); the timestep handed to `add_noise` as a list of one, and the first noise scaled,
+which only Euler's scheduler asks for. The VAE's tiles are larger than these pictures.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import numpy as np
-import torch
-from published_unet_methods import CONFIG
-from published_unet_methods import _uniform as uniform
+from replayed import CONFIG, unit_noise
 from tiny import QUICK_VAE
 from torch import Tensor
 
@@ -57,10 +52,4 @@ def sampled(latents: Tensor) -> Tensor:
 
 def noises(run: Published) -> tuple[Tensor, ...]:
     """The first noise and that of every refresh."""
-    return tuple(3**0.5 * uniform(4000 + i, (1, 4, *size)) for i, size in enumerate(run.canvases))
-
-
-def published_latents(name: str) -> Tensor:
-    """As `sampled`."""
-    with np.load(Path(__file__).with_suffix(".npz")) as stored:
-        return torch.from_numpy(stored[name])
+    return tuple(unit_noise(4000 + i, (1, 4, *size)) for i, size in enumerate(run.canvases))

@@ -2,25 +2,23 @@
 
 published_spotdiffusion.npz was made by running github.com/stanifrolov/spotdiffusion (commit 0504235: its
 `text2panorama` without autocast, with windows of the small network's native size in the place of 64) on diffusers'
-network and DDIM scheduler, with the weights, states and noise of published_unet_methods.py, and the shifts made here in
-the place of its draws. Its canvas moves under the windows, so that its latents end shifted by all of them.
+network and DDIM scheduler, with the weights, states and noise of replayed.py, and the shifts made here in the place of
+its draws. Its canvas moves under the windows, so that its latents end shifted by all of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
 
-import numpy as np
-import published_unet_methods
+import replayed
 import torch
+from published_unet_methods import STEPS
 from torch import Tensor
 
 from cutdiff.sampling.draws import Draws
 
-CONFIG = replace(published_unet_methods.CONFIG, pooled_dim=0, size_embedding_dim=0)
-STEPS, GUIDANCE = published_unet_methods.STEPS, published_unet_methods.GUIDANCE
+CONFIG = replace(replayed.CONFIG, pooled_dim=0, size_embedding_dim=0)
 
 RUNS: dict[str, tuple[tuple[int, int], int]] = {
     "panorama": ((8, 32), 8),
@@ -37,8 +35,7 @@ def shifts(width: int) -> list[int]:
 
 def published_latents(name: str) -> Tensor:
     """The final latents, moved back to where they began."""
-    with np.load(Path(__file__).with_suffix(".npz")) as stored:
-        latents = torch.from_numpy(stored[name])
+    latents = replayed.published_latents("spotdiffusion", name)
     return latents.roll(sum(shifts(latents.shape[3])), 3)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from published_frecas import GUIDANCE, RUNS, Replayed, make_model, published_latents
+from published_frecas import GUIDANCE, RUNS, Replayed
+from replayed import model_of, published_latents
 from tiny import relative_error
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def test_the_published_code_ends_in_the_same_latents(name: str) -> None:
         "gamma": run.gamma,
     }
     drawn = steps(
-        make_model(),
+        model_of(),
         map_resize="tokens",
         solver="ddim",
         num_steps=total,
@@ -81,7 +82,7 @@ def test_the_published_code_ends_in_the_same_latents(name: str) -> None:
         draws=Replayed(),
         **({} if name.startswith("defaults") else own),
     )
-    assert relative_error(drawn[-1].latents, published_latents(name)) < 1e-4
+    assert relative_error(drawn[-1].latents, published_latents("frecas", name)) < 1e-4
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -293,7 +294,7 @@ def attention_layers(model: Model) -> list[Attention]:
 
 def test_blended_attention_is_attention_with_blended_weights() -> None:
     torch.manual_seed(0)
-    model = make_model()
+    model = model_of()
     layer = attention_layers(model)[0]
     x, context = torch.randn(2, 6, layer.to_q.in_features), torch.randn(2, 5, layer.to_k.in_features)
     maps = torch.rand(2, 6, 5)
@@ -319,7 +320,7 @@ def run_of(model: Model, **options: Any) -> Any:
 
 def test_maps_are_the_mean_of_the_levels_means() -> None:
     """Of a network with attention on two levels, and of as many layers on each as they have."""
-    model = make_model()
+    model = model_of()
     run = run_of(model)
     x, recorded = torch.randn(1, 2, 8, 12, generator=torch.Generator().manual_seed(0)), {}
 
@@ -356,7 +357,7 @@ def test_planes_keep_their_columns_and_tokens_scramble_them() -> None:
 @pytest.mark.parametrize("view_batch_size", [1, 16])
 def test_each_row_is_blended_with_its_own_map(view_batch_size: int) -> None:
     """Blended in full, the network sees nothing else of the text than values: maps of one-hot tokens choose them."""
-    model = make_model()
+    model = model_of()
     run = run_of(model, view_batch_size=view_batch_size)
     positive, negative = run.denoiser.positive, run.denoiser.negative
     denoiser = replace(run.denoiser, positive=positive.repeat(2), guidance=ByBand(2.0, 3.0, "gaussian"))

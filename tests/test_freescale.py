@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from published_freescale import FACTOR, GUIDANCE, RUNS, UNET_CONFIG, VAE_CONFIG, Given, published_latents, sampled
-from published_unet_methods import states, weights
+from published_freescale import FACTOR, GUIDANCE, RUNS, SHALLOW_VAE, UNET_CONFIG, Given, sampled
+from replayed import model_of, published_latents
 from tiny import relative_error
 from torch import Tensor, nn
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
-from cutdiff.checkpoint.random_model import GivenText
 from cutdiff.methods.freescale import FreeScale
 from cutdiff.models.config import SDXL_UNET, Size
 from cutdiff.models.fused_scales import (
@@ -29,38 +28,20 @@ from cutdiff.models.fused_scales import (
     fused_scales,
 )
 from cutdiff.models.layers import Attention
-from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
-from cutdiff.models.vae import VAE
 from cutdiff.pipeline import prepare
 from cutdiff.sampling.denoiser import Call, Observer
 from cutdiff.sampling.draws import Draws
-from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import view_grid
 from cutdiff.sampling.split import gaussian_taps
 from cutdiff.sampling.stages import Phase
 from cutdiff.settings import Settings
 
 
-class GivenPair(GivenText):
-    """The states of the positive prompt and of the negative one, "no"."""
-
-    def encode(self, prompts: Any, *args: Any, **options: Any) -> TextStates:
-        return states()[prompts[0] == "no"].repeat(len(prompts))
-
-
-def published_model(native: int) -> Model:
-    networks = UNet(replace(UNET_CONFIG, native_size=native)), VAE(VAE_CONFIG)
-    for network in networks:
-        network.eval().requires_grad_(False)
-        network.load_state_dict(weights(network.state_dict()))
-    text: Any = GivenPair(states()[0])
-    return Model(*networks, text, NoiseConfig(), zeros_for_empty_negative=False, source="", files={})
-
-
 def drawn(name: str, **options: Any) -> list[cutdiff.Step]:
     """Our steps of a published run."""
     run = RUNS[name]
+    model = model_of(replace(UNET_CONFIG, native_size=run.native), SHALLOW_VAE)
     height, width = (FACTOR * side for side in run.canvases[-1])
     settings = {
         "method": "freescale",
@@ -69,16 +50,15 @@ def drawn(name: str, **options: Any) -> list[cutdiff.Step]:
         "solver": run.solver,
         "num_steps": run.num_steps,
         "guidance_scale": GUIDANCE,
-        "negative_prompt": "no",
         **dict(run.options),
         **options,
     }
-    return [*cutdiff.denoise(published_model(run.native), "yes", draws=Given((0,)), **settings)]
+    return [*cutdiff.denoise(model, "yes", draws=Given((0,)), **settings)]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_published_code_draws_the_same(name: str) -> None:
-    ours, published = drawn(name)[-1].latents, published_latents(name)
+    ours, published = drawn(name)[-1].latents, published_latents("freescale", name)
     assert tuple(ours.shape[2:]) == RUNS[name].canvases[-1]
     assert relative_error(sampled(ours), published) < 1e-4
 
@@ -96,7 +76,7 @@ def test_the_published_code_draws_the_same(name: str) -> None:
     ],
 )
 def test_every_option_changes_the_picture(name: str, options: dict[str, Any]) -> None:
-    assert relative_error(sampled(drawn(name, **options)[-1].latents), published_latents(name)) > 1e-2
+    assert relative_error(sampled(drawn(name, **options)[-1].latents), published_latents("freescale", name)) > 1e-2
 
 
 # ---- Sizes and steps

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from published_unet_methods import CONFIG, GUIDANCE, RUNS, STEPS, noise, published_latents, states, weights
+from published_unet_methods import GUIDANCE, RUNS, STEPS
+from replayed import CONFIG, noise, published_latents, states, weights
 from tiny import relative_error
 from torch import Tensor, nn
 
@@ -120,8 +121,8 @@ def sample(*shape: int, seed: int = 0) -> Tensor:
 def test_the_published_code_ends_in_the_same_latents(name: str) -> None:
     method, size, native = RUNS[name]
     run = make_run(size, config=replace(CONFIG, native_size=native))
-    assert relative_error(latents(method, run), published_latents(name)) < 1e-4
-    assert relative_error(latents("direct", run), published_latents(name)) > 0.1
+    assert relative_error(latents(method, run), published_latents("unet_methods", name)) < 1e-4
+    assert relative_error(latents("direct", run), published_latents("unet_methods", name)) > 0.1
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)

@@ -3,7 +3,7 @@
 published_upsample_guidance.npz holds final latents by two public codes, neither of them the authors', whose own is not
 public: github.com/viperyl/Upsample-Guidance (commit f9d4ba9, for SD 1.5) and github.com/Isekai-Creation/
 Upsample-Guidance (commit b27c2f4, for SDXL). Their pipelines ran on diffusers' networks and DDIM scheduler
-with the weights, states and noise of `published_unet_methods`. The second one's calls of torch_xla were replaced by
+with the weights, states and noise of replayed.py. The second one's calls of torch_xla were replaced by
 nothing; for a factor of 3 the first one's pooling and upsampling had their default factor, which is 2, set to 3.
 """
 
@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from published_unet_methods import CONFIG
+from replayed import CONFIG, published_latents
 from test_plan import sizes_of
 from test_unet_methods import SD, latents, make_run, sample, stages_of
 from tiny import relative_error
@@ -91,8 +89,7 @@ def test_public_codes_end_in_the_same_latents(name: str) -> None:
     run = make_run(size, config=replace(config, native_size=native))
     timestep = run.schedule.timestep
     rounded = replace(run, denoiser=replace(run.denoiser, timestep=lambda sigma: round(timestep(sigma))))
-    with np.load(Path(__file__).with_name("published_upsample_guidance.npz")) as stored:
-        published = torch.from_numpy(stored[name])
+    published = published_latents("upsample_guidance", name)
     assert relative_error(latents(method, rounded), published) < 1e-4
     assert relative_error(latents("direct", run), published) > 0.1
 
