@@ -33,10 +33,11 @@ from cutdiff.cli.device import device_of, dtype_of, tell_dtype
 from cutdiff.evaluation.cells import Cell, folder_of, picture_paths
 from cutdiff.evaluation.report import save_sheet
 from cutdiff.evaluation.testbed import Testbed, environment
-from cutdiff.options import written
+from cutdiff.options import split
 from cutdiff.output.images import save_json
 from cutdiff.settings import Settings
-from cutdiff.specs import METHODS, TABLES, options_of, parse, resolve
+from cutdiff.sources import described
+from cutdiff.specs import METHODS, TABLES, options_of, resolve
 
 RESULTS = Path(__file__).with_name("results")
 BASE = Settings(num_steps=10, guidance_scale=4.0, view_batch_size=16)
@@ -176,8 +177,9 @@ def completed(settings: dict[str, Any], wanted: Settings) -> dict[str, Any]:
     """The settings of a result, completed with the defaults of options that did not exist when it was measured."""
     complete = {**json.loads(json.dumps(Settings().described())), **settings}
     for kind in TABLES:
-        name, options = parse(kind, complete[kind])
-        defaults = {option: written(known.default) for option, known in options_of(getattr(wanted, kind)).items()}
+        name, *given = split(complete[kind])
+        options = {option.strip(): value.strip() for option, _, value in (part.partition("=") for part in given)}
+        defaults = {option: described(known.default) for option, known in options_of(getattr(wanted, kind)).items()}
         complete[kind] = ",".join([name, *(f"{option}={value}" for option, value in {**defaults, **options}.items())])
     return complete
 
