@@ -261,8 +261,8 @@ def of_patches(operator: Operator, canvas: Tensor) -> bool:
 def from_the_top(method: str) -> Any:
     """The method with the options by which it begins its last canvas where noise is most, and enlarges latents."""
     top: dict[str, Any] = {"strength": 1.0, "enlarged_in": "latents", "held_in": "latents"}
-    if method.startswith("magnify"):
-        top["structure_fraction"] = 0.0
+    if method.startswith(("magnify", "climb")):
+        top |= {"structure_fraction": 0.0, "sharpness": 0.0}
     thing = resolve("method", method)
     return replace(thing, **{k: v for k, v in top.items() if k in options_of(thing)}) if options_of(thing) else thing
 
@@ -275,6 +275,7 @@ GUIDED = {
         "accdiffusion",
         "diffusehigh",
         "magnify",
+        "climb",
         *(method for method in VARIANTS if "," in method and "swap" not in method),
     ),
     of_patches: ("cutdiffusion", "demofusion", "accdiffusion"),

@@ -40,7 +40,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     if origin is Annotated:
         bounds = {"min_value": args[1].low, "max_value": min(args[1].high, MAX_FLOAT32)}
         if args[0] is int:
-            return st.integers(int(bounds["min_value"]), 10**6)
+            return st.integers(int(bounds["min_value"]), int(min(bounds["max_value"], 10**6)))
         return st.floats(**bounds, allow_nan=False)
     if Upscaler in args:
         return st.sampled_from([*specs.UPSCALERS, *map(partial(specs.resolve, "upscaler"), specs.UPSCALERS)])
