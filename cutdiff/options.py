@@ -17,11 +17,14 @@ from functools import cache
 from itertools import pairwise
 from numbers import Integral, Real
 from textwrap import dedent
+from threading import Lock
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 _TOKEN = r"""(?:^|(?<=[=(\[{,:\s]))(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|."""
 """A text in quotes where a value may begin, or a single character."""
+_PARSING = Lock()
+"""One thread parses at a time: in Python 3.11 one that is interrupted as it makes a tree may end with a SystemError."""
 MAX_FLOAT32 = 2.0**128 * (1 - 2**-24)
 """The largest number that tensors can be multiplied by."""
 
@@ -153,7 +156,7 @@ def split(text: str) -> list[str]:
 def unquoted(text: str) -> str:
     """The text between quotes, where all of `text` is one in quotes."""
     try:
-        value = ast.literal_eval(text) if text[:1] in ("'", '"') else text
+        value = _literal(text) if text[:1] in ("'", '"') else text
     except (ValueError, SyntaxError):
         return text
     return value if isinstance(value, str) else text
@@ -174,9 +177,14 @@ def _parsed(text: str, kind: Any) -> Any:
     if _takes_text(kind) and _fitted(text, kind) is not MISSING and not is_none:
         return str(text)
     try:
-        return ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text, text.strip()))
+        return _literal({"true": "True", "false": "False", "null": "None"}.get(text, text.strip()))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return str(text)
+
+
+def _literal(text: str) -> Any:
+    with _PARSING:
+        return ast.literal_eval(text)
 
 
 def _item_kinds(kind: Any) -> Any:
@@ -256,7 +264,8 @@ def _docs(cls: type) -> dict[str, str]:
         if not is_dataclass(base):
             continue
         try:
-            body = ast.parse(dedent(inspect.getsource(base))).body[0]
+            with _PARSING:  # getsource parses, too
+                body = ast.parse(dedent(inspect.getsource(base))).body[0]
         except (OSError, SyntaxError, TypeError):
             continue
         lines = body.body if isinstance(body, ast.ClassDef) else []

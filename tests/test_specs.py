@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +27,7 @@ from cutdiff.methods.cutdiffusion import CutDiffusion
 from cutdiff.methods.direct import direct
 from cutdiff.methods.magnify import Magnify
 from cutdiff.methods.upscale import Upscaler
-from cutdiff.options import MAX_FLOAT32, checked, options_of, read
+from cutdiff.options import MAX_FLOAT32, _docs, checked, options_of, read
 from cutdiff.sampling.schedules import Listed
 from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.split import Split
@@ -380,3 +383,21 @@ def test_names_import_no_torch() -> None:
         "print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_two_threads_may_ask_for_options_at_once() -> None:
+    """Though each is interrupted as it reads the source, as by a garbage collector that runs code of Python's."""
+
+    def interrupted(phase: str, info: dict[str, int]) -> None:
+        time.sleep(1e-4)
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(interrupted)
+    gc.set_threshold(200)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            docs = [*pool.map(_docs.__wrapped__, [Magnify] * 16)]
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(interrupted)
+    assert docs == [_docs(Magnify)] * 40
