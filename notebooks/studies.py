@@ -198,10 +198,12 @@ def result_path(cell: Cell, results: Path = RESULTS) -> Path:
 
 
 def save(path: Path, result: dict[str, Any], testbed: Testbed) -> None:
-    """Write a result with everything that is needed to repeat it."""
+    """Write a result, without the values of single pictures, with everything that is needed to repeat it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    kept = ("value", "low", "high")
+    scores = {name: {key: score[key] for key in kept} for name, score in result["scores"].items()}
     how = {"batch": testbed.batch, "caption_seed": testbed.caption_seed, **environment(testbed.model)}
-    save_json(path, {**result, **how})
+    save_json(path, {**result, "scores": scores, **how})
     print(f"wrote {path.name}", flush=True)
 
 

@@ -2,7 +2,8 @@
 
 Read `stages` first: a run is a list of stages, and `solve` is the loop over them. `denoiser` puts text, guidance and
 size conditioning around the U-Net; `operators` lead from the canvas to the network and back; `draws` makes every random
-number. `solvers`, `schedules` and `guidance` hold what ships of each seam; `resize` and `split` are for methods that go
-from one canvas to a larger one. `noise`, `edm` and `preconditioning` say how a model was trained. Nothing here knows a
+number. `solvers`, `schedules` and `guidance` hold what ships of each seam; `resize`, `split`, `mean_picture` and
+`text_maps` are for methods that carry something from one size to another, `overlaps` has windows without an average.
+`noise`, `edm` and `preconditioning` say how a model was trained. Nothing here knows a
 file or a command line.
 """
