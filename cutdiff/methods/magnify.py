@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -99,8 +100,8 @@ class Magnify(Tiled):
 
         def begin(picture: Tensor) -> tuple[Tensor, Stage]:
             width = max(large / small for large, small in zip(run.size, picture.shape[2:], strict=True))
-            blur, amount = Gaussian(width), self.sharpness if number == 1 else 0.0
-            guide = enlarge(run, picture, self.enlarged_in, change=lambda image: sharpened(image, amount, blur))
+            sharpen = partial(sharpened, amount=self.sharpness, split=Gaussian(width))
+            guide = enlarge(run, picture, self.enlarged_in, change=sharpen if self.sharpness and number == 1 else None)
             sigma = run.schedule.sigmas[steps.start % run.num_steps]
             x = renoise(guide, sigma, run.draws.phase_noise(tuple(guide.shape), number + 1).to(guide))
             denoise: CanvasDenoiser = views
