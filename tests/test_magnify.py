@@ -250,16 +250,7 @@ def test_its_split_is_recorded_in_full_and_one_of_ones_own_by_its_source(tiny_mo
     assert Magnify(hold_split=Wavelet("db4")) == Magnify(hold_split="wavelet,name=db4")
     described = specs.spec_of("method", Magnify(hold_split=Everything()))
     assert re.search(r",hold=picture,hold_split='?<Everything [0-9a-f]{16}>'?$", described)
-    flags = [
-        "--method",
-        "magnify",
-        "--hold",
-        "trajectory",
-        "--hold-split",
-        "gaussian,sigma=3",
-        "--enlarged-in",
-        "pixels",
-    ]
+    flags = ["--method=magnify", "--hold=trajectory", "--hold-split", "gaussian,sigma=3", "--enlarged-in", "pixels"]
     expected = Magnify(hold="trajectory", hold_split="gaussian,sigma=3", enlarged_in="pixels")
     assert Settings(**parse(flags).options).method == expected
     both = Settings(method="magnify", guidance="by_band", split="wavelet", hold_split="down_up")

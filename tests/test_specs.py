@@ -400,4 +400,4 @@ def test_two_threads_may_ask_for_options_at_once() -> None:
     finally:
         gc.set_threshold(*threshold)
         gc.callbacks.remove(interrupted)
-    assert docs == [_docs(Magnify)] * 40
+    assert docs == [_docs(Magnify)] * 16
