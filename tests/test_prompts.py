@@ -403,5 +403,5 @@ def test_a_file_of_prompts_is_drawn_in_order(tmp_path: Path, capsys: pytest.Capt
     assert [record["prompt_2"] for record in records] == [None] * 5 + ["a moon"]
     assert records[4]["guidance"] == "cfg,guidance_scale=4.0"
     assert records[4]["method"].endswith(",cosine_scales=(1.0,2.5,3.0)")
-    assert records[5]["method"].startswith("cutdiffusion,stride=None,")
+    assert records[5]["method"].startswith("cutdiffusion,size_conditioning=native,")
     assert all("Clip skip: 1" in text for _, _, text in found)
