@@ -31,7 +31,7 @@ class CutDiffusion(Tiled):
     structure_fraction: Share = 0.5
     """The share of the steps, rounded up, that draw the structure: the paper's T' = T / 2."""
     structure: Literal["patches", "mean"] = "patches"
-    """What draws the structure: all "patches", as in the paper, or their "mean" alone, enlarged."""
+    """The pictures that draw the structure: all "patches", as in the paper, or their "mean" alone, enlarged."""
     interaction: Grain = "channel"
     """The unit that patches exchange: each "channel" of a pixel by itself, as in the published code, every "pixel" as a
     whole, as in the paper's text, or "none"."""

@@ -28,7 +28,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from cutdiff.methods.shared import Run, Space, Stages, enlarge, fade, phase_sizes, step_at, with_guidance_scale
+from cutdiff.methods.shared import Run, Space, Stages, enlarge, fade, falling, phase_sizes, step_at, with_guidance_scale
 from cutdiff.methods.tiled import Tiled
 from cutdiff.options import Between, Scale, Share
 from cutdiff.sampling.resize import renoise, resize
@@ -55,8 +55,8 @@ class Magnify(Tiled):
     """How much of what a Gaussian takes from the enlarged native picture is added to it, in pixels; 0 is off. The
     Gaussian's deviation is the side of an enlarged pixel."""
     hold: Literal["picture", "trajectory", "none"] = "picture"
-    """What the low band of each estimate is moved to: the "picture" before, by a share that fades with sigma; the
-    "trajectory" of estimates that led to it, by one that falls with every step from 1 (HiFlow); or "none"."""
+    """The guide that the low band of each estimate is moved to: the "picture" before, by a share that fades with sigma;
+    the "trajectory" of estimates that led to it, by one that falls with every step from 1 (HiFlow); or "none"."""
     hold_split: str | Split | None = None
     """The split that tells the low band, a spec of down_up, gaussian, butterworth or wavelet, or an object with
     `low(x)`; None: for the picture the mean over the area of each of its pixels, for the trajectory butterworth."""
@@ -132,11 +132,12 @@ class Magnify(Tiled):
         """Move the low band of the estimate of `denoise` to that of the estimate before, at the same sigma,
         enlarged in latents, by a share of 1 at the first of `steps` that falls by equal parts."""
 
+        split, share = resolve("split", self.hold_split or "butterworth"), falling(1.0, steps)
+
         def denoise_towards(x: Tensor, sigma: float, step: int) -> Tensor:
             denoised = denoise(x, sigma, step)
             reference = resize(before.estimates[step % run.num_steps], run.size)
-            missing = resolve("split", self.hold_split or "butterworth").low(reference - denoised)
-            return denoised + (steps.stop - step) / len(steps) * missing
+            return denoised + share(sigma, step) * split.low(reference - denoised)
 
         return denoise_towards
 

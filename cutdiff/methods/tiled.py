@@ -1,4 +1,4 @@
-"""What methods of patches and views share: their options, the denoisers made of them, and a cascade of sizes."""
+"""The parts that methods of patches and views share: options, the denoisers made of them, and a cascade of sizes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Tiled(Conditioned):
     """The weight of a view's pixels where views overlap: "uniform", or falling towards its border as a "gaussian" or a
     "cosine"."""
     overlaps: Literal["average", "swap"] = "average"
-    """What becomes of a pixel that several views show: the "average" of what they draw, or by "swap" what one of them
+    """The value of a pixel that several views show: the "average" of what they draw, or by "swap" what one of them
     draws, views taking turns from pixel to pixel (SaFa, arXiv 2502.05130), which keeps what is fine."""
 
     def __post_init__(self) -> None:
