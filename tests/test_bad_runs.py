@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from refusal import CommandLine
 
+from cutdiff.cli.drawing import print_line, tell
+from cutdiff.parallel.lines import say
 from cutdiff.sample import main
 
 QUICK = ["--steps", "1", "--width", "128", "--height", "128", "--method", "direct"]
@@ -101,6 +106,15 @@ def test_killed_in_the_middle_of_a_write(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir()} <= {".part"}
     assert main(arguments) == 0
     assert len([*tmp_path.glob("*.png")]) == len([*tmp_path.glob("*.json")]) == 1
+
+
+@pytest.mark.parametrize(("write", "name"), [(say, "stderr"), (tell, "stderr"), (print_line, "stdout")])
+def test_lines_are_written_whole(write: Callable[[str], None], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal, or another thread, comes between two calls of `write`."""
+    file = Mock(wraps=io.StringIO())
+    monkeypatch.setattr(sys, name, file)
+    write("a message")
+    assert [call.args[0][-10:] for call in file.write.call_args_list] == ["a message\n"]
 
 
 def test_interrupted_in_the_middle_of_a_run(tmp_path: Path) -> None:

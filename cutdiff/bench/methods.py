@@ -25,9 +25,9 @@ from cutdiff.bench.report import cell, spread
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import cast, random_model
 from cutdiff.cli.arguments import BadArgument, errors_by_flag
-from cutdiff.cli.ending import say
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.output.images import save_json
+from cutdiff.parallel.lines import say
 from cutdiff.pipeline import first_view_batch_size, now, prepare
 from cutdiff.planning.forecast import decoding, outline, sized, walk, weight_bytes
 from cutdiff.planning.meter import Meter

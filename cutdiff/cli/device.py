@@ -6,8 +6,8 @@ import torch
 
 from cutdiff.checkpoint.model import dtype_name
 from cutdiff.cli.arguments import AUTO, BadArgument
-from cutdiff.cli.ending import say
 from cutdiff.models.machine import fast_dtype, multiplies
+from cutdiff.parallel.lines import say
 from cutdiff.parallel.process import num_processes, own_gpu, process
 
 

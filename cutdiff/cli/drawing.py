@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from cutdiff.cli.arguments import BadArgument, of_flag
 from cutdiff.cli.ending import Failure
 from cutdiff.cli.runs import BadLine, Picture, is_set
 from cutdiff.parallel import stopping
+from cutdiff.parallel.lines import say, write_line
 from cutdiff.parallel.process import Ended
 
 if TYPE_CHECKING:
@@ -200,13 +201,16 @@ class Progress:
 
 
 def tell(message: str) -> None:
-    """Print a message for the user on standard error, above the bar."""
-    print_line(f"cutdiff: {' '.join(message.split())}", sys.stderr)
-
-
-def print_line(line: str, file: TextIO | None = None) -> None:
-    """Print a line above the bar."""
+    """Write a message for the user on standard error, above the bar."""
     from tqdm import tqdm
 
-    with tqdm.external_write_mode(file):
-        print(line, file=file, flush=True)
+    with tqdm.external_write_mode(sys.stderr):
+        say(message)
+
+
+def print_line(line: str) -> None:
+    """Write a line on standard output, above the bar."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(sys.stdout):
+        write_line(line, sys.stdout)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from cutdiff.cli.arguments import BadArgument
 from cutdiff.parallel import stopping
+from cutdiff.parallel.lines import say
 from cutdiff.parallel.process import Ended, RankLost, process
 
 LONGEST = 500
@@ -46,11 +47,6 @@ def exit_status(
             traceback.print_exc()
         return _status(error, bad_arguments, failures)
     return 0
-
-
-def say(message: str) -> None:
-    """Print one line for the user on standard error."""
-    print(f"cutdiff: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def _status(error: BaseException, bad_arguments: Errors, failures: Errors) -> int:

@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cutdiff.checkpoint.model import Model, dtype_name
-from cutdiff.cli.ending import say
 from cutdiff.output.images import save_json, to_pil, write_atomically
 from cutdiff.output.record import describe, fingerprint
+from cutdiff.parallel.lines import say
 from cutdiff.pipeline import canvas_and_schedule, generate
 from cutdiff.planning.meter import Meter
 from cutdiff.sampling.draws import Draws

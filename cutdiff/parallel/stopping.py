@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from cutdiff.parallel.lines import say
 from cutdiff.parallel.process import process
 
 ENDS = {signal.SIGTERM: (128 + signal.SIGTERM, "terminated"), signal.SIGINT: (1, "interrupted")}
@@ -70,5 +70,5 @@ def _answer(received: socket.socket, left: threading.Event) -> None:
             if ends and not left.wait(GRACE):
                 status, message = ends[0]
                 if process() == 0:
-                    print(f"cutdiff: {message}", file=sys.stderr, flush=True)
+                    say(message)
                 os._exit(status)

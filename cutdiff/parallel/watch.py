@@ -7,13 +7,13 @@ written whole or not at all, and a second start draws what is missing.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
+from cutdiff.parallel.lines import say
 from cutdiff.parallel.process import Ended, RankLost
 from cutdiff.parallel.stopping import GRACE
 
@@ -132,7 +132,7 @@ class Watch:
         if self.rank != first and self.left.wait(GRACE):
             return
         if self._speaks():
-            print(f"cutdiff: {self._hanging(behind)}", file=sys.stderr, flush=True)
+            say(self._hanging(behind))
         os._exit(1)
 
     def _speaks(self) -> bool:
