@@ -136,6 +136,9 @@ def _tell_model(model: Model, *, everything: bool) -> None:
             tell(f"weights {name} from {path}")
         for lora in model.loras:
             tell(f"LoRA {lora.path} times {lora.scale}")
+    for lora in model.loras:
+        if lora.embeddings:
+            tell(f"LoRA {lora.path} also holds textual inversions, which are left out: {', '.join(lora.embeddings)}")
     values = model.noise.described()
     for name, source in model.decided_by.items():
         if everything or source.startswith("default,"):

@@ -138,12 +138,32 @@ WRONG: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
         lambda tensors: tensors.update({f"lora_unet_odd_{i:02}.lora_up.weight": torch.ones(1, 1) for i in range(12)}),
         ["12 keys of no module of this model: lora_unet_odd_00.lora_up.weight", "_09.lora_up.weight and 2 more"],
     ),
+    "a bias of a module without one": (
+        lambda tensors: tensors.update({f"lora_unet_{flat(CROSS)}.diff_b": torch.ones(64)}),
+        [f"1 biases of modules that have none: lora_unet_{flat(CROSS)}.diff_b"],
+    ),
+    "magnitudes of another size": (
+        lambda tensors: tensors.update({f"{LAYER}.dora_scale": torch.ones(256, 1)}),
+        [f"1 magnitudes of another shape: {LAYER}.dora_scale (256, 1) beside (512, 64)"],
+    ),
+    "magnitudes alone": (
+        lambda tensors: tensors.update({f"{LAYER}.dora_scale": tensors.pop(UP)[:, :1]}),
+        ["1 incomplete changes", "has alpha and magnitude and lora_down where lora_down and lora_up belong"],
+    ),
+    "magnitudes NaN": (
+        lambda tensors: tensors.update({f"{LAYER}.dora_scale": torch.full((512, 1), NAN)}),
+        ["1 factors that are not finite", f"{LAYER}.dora_scale"],
+    ),
+    "nothing but textual inversions": (
+        lambda tensors: (tensors.clear(), tensors.update({"bundle_emb.cat.clip_l": torch.ones(1, 64)})),
+        ["is no LoRA: it holds nothing but the textual inversions cat"],
+    ),
     "the same under two names": (
         lambda tensors: tensors.update({f"unet.{FEED}.lora_A.weight": tensors[DOWN]}),
         ["1 keys that repeat another", "lora"],
     ),
     "all that is wrong": (
-        lambda tensors: tensors.update({key: torch.ones(2) for key in (ALPHA, "odd", f"{LAYER}.w_norm")}),
+        lambda tensors: tensors.update({key: torch.ones(2) for key in (ALPHA, "odd", f"{LAYER}.scalar")}),
         ["1 keys of what is not supported", "; 1 keys of no module", "; 1 alphas"],
     ),
     **{
@@ -152,16 +172,14 @@ WRONG: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
             ["1 keys of what is not supported", f"{LAYER}.{part} ({kind})"],
         )
         for part, kind in {
-            "dora_scale": "DoRA",
-            "lora_magnitude_vector": "DoRA",
+            "q_layer.weight": "T-LoRA, whose change depends on the timestep",
+            "lambda_layer": "T-LoRA, whose change depends on the timestep",
+            "scalar": "a factor that LyCORIS multiplies into the others when it saves a finished file",
             "oft_blocks": "OFT",
             "oft_diag": "OFT",
             "a1.weight": "GLoRA",
             "on_input": "IA3",
-            "diff_b": "a bias",
             "lora_B.bias": "a bias",
-            "w_norm": "a norm",
-            "b_norm": "a norm",
         }.items()
     },
 }
@@ -187,7 +205,10 @@ def test_file(name: str, tiny: Tiny, folder: Path, tmp_path: Path, command_line:
         ('{"unet.lora_alpha": "4"}', "'4' is no finite number"),
         (f'{{"unet.lora_alpha": 1{"0" * 400}}}', "is no finite number"),
         ('{"unet.alpha_pattern": {"to_k": null}}', "None is no finite number"),
-        ('{"unet.alpha_pattern": {"attn.*to_k": 4}}', "only alphas by the names of modules"),
+        ('{"unet.alpha_pattern": {"attn(.*to_k": 4}}', "'attn(.*to_k', which is no regular expression (missing )"),
+        ('{"unet.alpha_pattern": {"(?!attn1).*": 4}}', "'(?!attn1).*', an expression with assert_not: write"),
+        ('{"unet.alpha_pattern": {"((((a+)+)+)+)": 4}}', "with more than 3 repetitions inside one another: write"),
+        ('{"unet.alpha_pattern": [4]}', "unet.alpha_pattern=[4] is no object of numbers by the names of modules"),
     ],
 )
 def test_metadata(
@@ -203,9 +224,9 @@ CONFIGS: dict[str, tuple[dict[str, object] | None, str]] = {
     "without alpha": ({"r": 4}, "{beside} has no lora_alpha and no alpha, so no strength: take the adapter's own"),
     "alpha NaN": ({"lora_alpha": NAN}, "{beside} has lora_alpha=nan: nan is no finite number"),
     "rank 0": ({"alpha": 8, "r": 0, "peft_type": "LOKR"}, "{beside} has r=0: a rank is at least 1"),
-    "ranks by expressions": (
-        {"alpha": 8, "r": 2, "peft_type": "LOKR", "rank_pattern": {"conv.*": 4}},
-        "is not supported, only ranks by the names of modules",
+    "ranks by something else": (
+        {"alpha": 8, "r": 2, "peft_type": "LOKR", "rank_pattern": {"conv[": 4}},
+        "{beside} has rank_pattern: 'conv[', which is no regular expression",
     ),
     **{
         f"base of {name}": (
@@ -241,15 +262,32 @@ def test_adapter_config(name: str, folder: Path, tmp_path: Path, command_line: C
         ("style.safetensors:1e39", "has the scale '1e39'"),
         ("style.safetensors:strong", "has the scale 'strong'"),
         ("style.safetensors:", "has the scale ''"),
-        ("gone.safetensors", "is no file: give PATH or PATH:SCALE"),
-        ("gone.safetensors:0.5", "is no file: give PATH or PATH:SCALE"),
-        ("", "is no file: give PATH or PATH:SCALE"),
+        ("gone.safetensors", "is no file or folder: give PATH or PATH:SCALE"),
+        ("gone.safetensors:0.5", "is no file or folder: give PATH or PATH:SCALE"),
     ],
 )
 def test_argument(name: str, expected: str, tmp_path: Path, command_line: CommandLine) -> None:
     (tmp_path / "style.safetensors").write_bytes(b"")
     path = tmp_path / name
     command_line.refuses(["--lora", path], 2, f"argument --lora: {path} {expected}")
+
+
+FOLDERS: dict[str, tuple[list[str], str]] = {
+    "empty": ([], "pass the folder of an adapter, or a file"),
+    "files of other names": (["b.safetensors", "a.safetensors"], "name one of its files, a.safetensors, b.safetensors"),
+    "pickled": (["adapter_model.bin"], "it has pickled files, which could run code as they are opened: convert them"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folder(name: str, tmp_path: Path, command_line: CommandLine) -> None:
+    files, expected = FOLDERS[name]
+    (tmp_path / "style").mkdir()
+    for file in files:
+        (tmp_path / "style" / file).write_bytes(b"")
+    path = tmp_path / "style"
+    line = command_line.refuses(["--lora", f"{path}:0.5"], 1, expected)
+    assert line.startswith(f"--lora {path} is a folder without adapter_model.safetensors or pytorch_lora_weights.")
 
 
 @pytest.mark.parametrize("ending", ["", ":2"])

@@ -39,7 +39,7 @@ from cutdiff.checkpoint.build import Networks
 from cutdiff.checkpoint.families import SD15
 from cutdiff.checkpoint.keys import unet_keys
 from cutdiff.checkpoint.lora import merge
-from cutdiff.checkpoint.lora.file import read_changes
+from cutdiff.checkpoint.lora.file import read_lora
 from cutdiff.checkpoint.lora.names import Target, flat, split_key, targets
 from cutdiff.checkpoint.model import MergedLora, Model, sha256
 from cutdiff.models.config import SD15_UNET, SDXL_UNET, SDXL_VAE
@@ -78,9 +78,9 @@ def one_module(path: Path, factors: Tensors, shape: tuple[int, ...], alpha: Tens
     """The sum that a file adds to a weight of that shape, the only one that it changes."""
     save_file({f"lora_unet_layer.{name}": factor for name, factor in with_alpha(factors, alpha).items()}, path)
     target = Target("unet", "layer.weight", torch.Size(shape))
-    changes = read_changes(path, {"lora_unet_layer": target}, 0)
+    changes = read_lora(path, {"lora_unet_layer": target}, 0).changes
     assert [*changes] == [target]
-    return changes[target].times(1.0, target.shape)
+    return changes[target].of(torch.zeros(shape), 1.0)
 
 
 def with_alpha(factors: Tensors, alpha: Tensor | None) -> Tensors:
@@ -213,15 +213,16 @@ class TestNames:
         assert (found, target.network) == (part, network)
         assert target.key.removeprefix("text_model.") == f"{module.removeprefix('text_model.')}.weight"
 
-    def test_every_matrix_and_convolution_of_the_unet_has_its_names(self, sdxl: dict[str, Target]) -> None:
+    def test_every_weight_and_bias_of_the_unet_has_its_names(self, sdxl: dict[str, Target]) -> None:
         with torch.device("meta"):
             unet = UNet(SDXL_UNET)
-        weights = {key: weight.shape for key, weight in unet.state_dict().items() if weight.ndim > 1}
+        shapes = {key: weight.shape for key, weight in unet.state_dict().items()}
         for original, key in unet_keys(unet).items():
-            if key in weights:
-                for name in (original, key):
-                    assert sdxl[f"lora_unet_{flat(name.removesuffix('.weight'))}"] == Target("unet", key, weights[key])
-        assert {target.key for target in sdxl.values() if target.network == "unet"} == weights.keys()
+            for name in (original, key):
+                module, _, kind = name.rpartition(".")
+                place = f"lora_unet_{flat(module)}" + (".bias" if kind == "bias" else "")
+                assert sdxl[place] == Target("unet", key, shapes[key])
+        assert {target.key for target in sdxl.values() if target.network == "unet"} == shapes.keys()
 
     def test_sd_1_5_has_its_names_too(self) -> None:
         with torch.device("meta"):
@@ -398,7 +399,7 @@ class TestMerging:
             load(folder, dtype=torch.float16, loras=[(two[0], 1e6)])
 
     def test_arguments(self, folder: Path, two: tuple[Path, Path]) -> None:
-        with pytest.raises(FileNotFoundError, match="nowhere is no file: pass a LoRA's"):
+        with pytest.raises(FileNotFoundError, match="nowhere is no file or folder: pass a LoRA's"):
             load(folder, loras=[(two[0], 1), ("nowhere", 1)])
         with pytest.raises(ValueError, match=r"the scale nan of the LoRA .*one\.safetensors must be a finite number"):
             load(folder, loras=[(two[0], float("nan"))])
@@ -427,6 +428,7 @@ class TestCommandLine:
         assert plain != changed
         digest = sha256(file)
         assert records[0] == []
-        assert records[2] == [{"path": str(file), "scale": scale, "sha256": digest} for scale in (-0.5, 1.0)]
+        told = {"path": str(file), "sha256": digest, "embeddings": []}
+        assert records[2] == [{**told, "scale": scale} for scale in (-0.5, 1.0)]
         assert "Loras" not in text
         assert ', Loras: "style:2: -0.5, style:2: 1.0", ' in text_with_loras

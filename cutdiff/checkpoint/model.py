@@ -28,8 +28,11 @@ class MergedLora:
     """A LoRA that was merged into a model's weights, `scale` times."""
 
     path: str
+    """The file or the folder, as it was given."""
     scale: float
     sha256: str
+    embeddings: tuple[str, ...] = ()
+    """The names of the textual inversions that the file holds beside the LoRA, which were left out."""
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ def _add_model(group: Group) -> None:
     group.add_argument("--vae", metavar="PATH", help="folder or file whose VAE replaces the model's")
     group.add_argument(
         "--lora", type=_lora, action="append", default=[], metavar="PATH[:SCALE]", dest="loras",
-        help="file to merge into the model, times SCALE (none: 1); may be given several times",
+        help="file or PEFT folder to merge into the model, times SCALE (none: 1); may be given several times",
     )  # fmt: skip
     group.add_argument(
         "--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts; none: as the model says"
@@ -319,12 +319,12 @@ def _seconds(text: str) -> float:
 
 
 def _lora(text: str) -> tuple[str, float]:
-    """PATH[:SCALE]. What is a file is PATH, even with a colon in its name."""
+    """PATH[:SCALE]. What exists is PATH, even with a colon in its name."""
     path, _, scale = text.rpartition(":")
-    if os.path.isfile(text):
+    if text and os.path.exists(text):
         return text, 1.0
-    if not os.path.isfile(path):
-        raise argparse.ArgumentTypeError(f"{text} is no file: give PATH or PATH:SCALE")
+    if not os.path.exists(path):
+        raise argparse.ArgumentTypeError(f"{text} is no file or folder: give PATH or PATH:SCALE")
     try:
         value = float(scale)
     except ValueError:

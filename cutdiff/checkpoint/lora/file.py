@@ -13,7 +13,7 @@ from torch import Tensor
 from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.lora import formulas
 from cutdiff.checkpoint.lora.metadata import read_adapter_config
-from cutdiff.checkpoint.lora.names import Target, flat, split_key, unsupported
+from cutdiff.checkpoint.lora.names import BIAS, Target, flat, split_key, unsupported
 from cutdiff.checkpoint.read import read_tensors_and_metadata
 
 FAMILIES = {768: " (Stable Diffusion 1)", 1024: " (Stable Diffusion 2)", 1280: " (SDXL's refiner)", 2048: " (SDXL)"}
@@ -22,7 +22,11 @@ READS_TEXT = ("attn2_to_k", "attn2_to_v")
 """The ends of the flat names of the U-Net's modules whose input is the text."""
 WIDE = ("lora_down", "hada_w1_b", "diff")
 """The parts whose second dimension is that of the module's input."""
+DIFFERENCES = {"diff": "diff", "diff_b": "diff"}
+"""The parts that are whole differences, of a module's weight and of its bias."""
 NO_MODULE = "keys of no module of this model"
+BUNDLED = "bundle_emb."
+"""The beginning of the keys of textual inversions that some tools put into a LoRA's file; the name follows."""
 EXAMPLES = 3
 
 
@@ -37,24 +41,46 @@ class Change:
     factors: formulas.Factors
     strength: float
     """The factor alpha / rank of the change."""
+    magnitude: Tensor | None = None
+    """DoRA's magnitudes, in a shape that multiplies the weight; None for other kinds."""
 
-    def times(self, scale: float, shape: torch.Size) -> Tensor:
-        """Compute `scale` times the change in float32, in the shape of its weight."""
+    def of(self, weight: Tensor, scale: float) -> Tensor:
+        """Compute in float32 what is added to the weight, with the factors taken `scale` times.
+
+        For DoRA that is what PEFT adds: the weight and `scale` times the change get the lengths of the magnitudes.
+        """
         factors = {name: factor.float() for name, factor in self.factors.items()}
-        return scale * self.strength * formulas.change(factors).reshape(shape)
+        change = scale * self.strength * formulas.change(factors).reshape(weight.shape)
+        if self.magnitude is None:
+            return change
+        return formulas.decomposed(weight.float(), change, self.magnitude.float())
 
 
-def read_changes(path: Path, table: Mapping[str, Target], context_dim: int) -> dict[Target, Change]:
+@dataclass(frozen=True)
+class LoraFile:
+    """The content of a LoRA file."""
+
+    changes: dict[Target, Change]
+    embeddings: tuple[str, ...]
+    """The names of the textual inversions that are bundled with it."""
+
+
+def read_lora(path: Path, table: Mapping[str, Target], context_dim: int) -> LoraFile:
     """The change of every weight that the file changes.
 
     `table` has the model's weights by flat name, and `context_dim` is the width of the text states that its U-Net
-    reads. Raises LoraError, in one line that begins with the path, where anything in the file cannot be merged.
+    reads. Differences that are all zero change nothing, so they may be of what the model does not have. Raises
+    LoraError, in one line that begins with the path, where anything in the file cannot be merged.
     """
     try:
         tensors, metadata = read_tensors_and_metadata(path)
         config = read_adapter_config(path, tensors, metadata)
     except ValueError as error:
         raise LoraError(str(error)) from None
+    embeddings = tuple(dict.fromkeys(key.split(".")[1] for key in tensors if key.startswith(BUNDLED)))
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLED)}
+    if embeddings and not tensors:
+        raise LoraError(f"{path} is no LoRA: it holds nothing but the textual inversions {listed(embeddings)}")
     if other := _other_family(tensors, context_dim):
         raise LoraError(f"{path} {other}")
     placed, problems = _place(tensors, table)
@@ -63,66 +89,82 @@ def read_changes(path: Path, table: Mapping[str, Target], context_dim: int) -> d
     changes: dict[Target, Change] = {}
     for target, keys in placed.items():
         factors = {part: tensors[key] for part, key in keys.items()}
-        alpha = factors.pop("alpha", None)
-        if problem := _problem(keys, factors, alpha, target.shape):
+        if problem := _problem(keys, factors, target.shape):
             kind, where = problem
             problems[kind].append(where)
             continue
+        alpha, magnitude = factors.pop("alpha", None), factors.pop("magnitude", None)
         rank = next(iter(formulas.ranks(factors)), None)  # an alpha beside factors without a rank has no effect
-        strength = 1.0 if alpha is None or rank is None else alpha.item() / rank
-        changes[target] = Change(factors, config.strength(target, rank) if alpha is None else strength)
+        strength = config.strength(target, rank) if alpha is None else alpha.item() / rank if rank else 1.0
+        if magnitude is not None:
+            magnitude = magnitude.reshape(_magnitude_shape(keys, magnitude, target.shape) or ())
+        changes[target] = Change(factors, strength, magnitude)
     if problems:
         kinds = "; ".join(f"{len(where)} {kind}: {listed(where)}" for kind, where in problems.items())
         raise LoraError(f"{path} cannot be merged into this model, so leave it out: {kinds}")
-    return changes
+    return LoraFile(changes, embeddings)
 
 
 def _place(
-    keys: Collection[str], table: Mapping[str, Target]
+    tensors: Mapping[str, Tensor], table: Mapping[str, Target]
 ) -> tuple[dict[Target, dict[str, str]], defaultdict[str, list[str]]]:
     """The key of each part of each weight's change, and the keys without a place by the kind of problem."""
     placed: defaultdict[Target, dict[str, str]] = defaultdict(dict)
     problems: defaultdict[str, list[str]] = defaultdict(list)
-    for key in keys:
+    for key, tensor in tensors.items():
         module, part = split_key(key)
-        target = table.get(flat(module))
+        name = flat(module)
         if kind := unsupported(key):
             problems["keys of what is not supported"].append(f"{key} ({kind})")
+            continue
+        if part in DIFFERENCES and not (tensor.float() if tensor.is_floating_point() else tensor).any():
+            continue
+        target = table.get(f"{name}{BIAS}" if part == "diff_b" else name)
+        if target is None and part == "diff_b" and name in table:
+            problems["biases of modules that have none"].append(key)
         elif target is None:
             problems[NO_MODULE].append(key)
-        elif part in placed[target]:
+        elif DIFFERENCES.get(part, part) in placed[target]:
             problems["keys that repeat another"].append(key)
         else:
-            placed[target][part] = key
+            placed[target][DIFFERENCES.get(part, part)] = key
     return placed, problems
 
 
-def _problem(
-    keys: Mapping[str, str], factors: formulas.Factors, alpha: Tensor | None, shape: torch.Size
-) -> tuple[str, str] | None:
+def _problem(keys: Mapping[str, str], parts: Mapping[str, Tensor], shape: torch.Size) -> tuple[str, str] | None:
     """The kind of problem with one weight's change and its place; None where there is no problem."""
     name, _ = split_key(next(iter(keys.values())))
+    factors = {part: factor for part, factor in parts.items() if part not in ("alpha", "magnitude")}
     if factors.keys() not in formulas.COMPLETE:
         # An alpha alone is taken for a part of a LoRA.
         nearest = min(formulas.COMPLETE, key=lambda complete: len(complete ^ (factors.keys() or {"lora_down"})))
         return "incomplete changes", f"{name} has {' and '.join(keys)} where {' and '.join(sorted(nearest))} belong"
-    for part, factor in factors.items():
-        if not factor.is_floating_point():
+    for part, factor in parts.items():
+        if part != "alpha" and not factor.is_floating_point():
             return "quantized factors", f"{keys[part]} {factor.dtype}"
     made_shape = formulas.change_shape(factors)
     if made_shape is None or not _fits(made_shape, shape):
         sizes = " and ".join(f"{part} {tuple(factor.shape)}" for part, factor in factors.items())
         return "changes of another shape", f"{name} has {sizes} where {tuple(shape)} is to be changed"
+    magnitude = parts.get("magnitude")
+    if magnitude is not None and _magnitude_shape(keys, magnitude, shape) is None:
+        return "magnitudes of another shape", f"{keys['magnitude']} {tuple(magnitude.shape)} beside {tuple(shape)}"
     ranks = formulas.ranks(factors)
     if len(ranks) > 1 or 0 in ranks:
         return "changes without one rank", f"{name} has {' and '.join(map(str, sorted(ranks)))}"
-    for part, factor in factors.items():
-        if not factor.float().isfinite().all():
+    for part, factor in parts.items():
+        if part != "alpha" and not factor.float().isfinite().all():
             return "factors that are not finite", keys[part]
+    alpha = parts.get("alpha")
     if alpha is not None and not _is_number(alpha):
         value = alpha.item() if alpha.numel() == 1 else f"of shape {tuple(alpha.shape)}"
         return "alphas that are no finite number", f"{keys['alpha']} is {value}, {alpha.dtype}"
     return None
+
+
+def _magnitude_shape(keys: Mapping[str, str], magnitude: Tensor, shape: torch.Size) -> tuple[int, ...] | None:
+    by_peft = not keys["magnitude"].endswith("dora_scale")
+    return formulas.magnitude_shape(tuple(magnitude.shape), shape, by_peft=by_peft)
 
 
 def _fits(made: tuple[int, ...], shape: torch.Size) -> bool:

@@ -1,11 +1,13 @@
 """Computing the change of one weight from its factors in a LoRA file.
 
-Sources: Hu et al. 2021 (arXiv 2106.09685) for LoRA; Yeh et al. 2023 (arXiv 2309.14859) for LoCon, LoHa and LoKr. The
-names of factors are those in the files. Shapes: the weight is (O, I) or (O, I, kh, kw), and R is the rank.
+Sources: Hu et al. 2021 (arXiv 2106.09685) for LoRA; Yeh et al. 2023 (arXiv 2309.14859) for LoCon, LoHa and LoKr; Liu et
+al. 2024 (arXiv 2402.09353) for DoRA. The names of factors are those in the files. Shapes: the weight is (O, I) or
+(O, I, kh, kw), and R is the rank.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -83,3 +85,25 @@ def _tucker(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def _matrix(kernel: Tensor) -> Tensor:
     """The kernel of a 1×1 convolution as a matrix; other kernels as they are."""
     return kernel.flatten(1) if kernel.shape[2:] == (1, 1) else kernel
+
+
+def magnitude_shape(own: tuple[int, ...], shape: tuple[int, ...], *, by_peft: bool) -> tuple[int, ...] | None:
+    """The shape in which DoRA's magnitudes, of the shape `own` in the file, multiply a weight: (O, 1, …) or (1, I, …).
+
+    PEFT has a magnitude for each output, (O,) or (1, O, 1, 1). LyCORIS has one for each output, (O, 1, …), or for each
+    input, (1, I, …). None where the shape is another.
+    """
+    count, ones = math.prod(own), (1,) * len(shape)
+    if count == shape[0] and (by_peft or own[:1] == (count,)):
+        return (count, *ones[1:])
+    if len(shape) > 1 and count == shape[1] and own[:2] == (1, count) and not by_peft:
+        return (1, count, *ones[2:])
+    return None
+
+
+def decomposed(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
+    """The sum that DoRA adds to a weight: rows or columns of weight and change together get lengths `magnitude`."""
+    merged = weight + change
+    axes = [axis for axis, size in enumerate(magnitude.shape) if size == 1]
+    lengths = torch.linalg.vector_norm(merged, dim=axes, keepdim=True)
+    return magnitude / (lengths + torch.finfo(lengths.dtype).eps) * merged - weight

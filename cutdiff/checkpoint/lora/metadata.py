@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.lora.names import Target
+from cutdiff.checkpoint.lora.patterns import Pattern
 from cutdiff.checkpoint.read import read_json
 from cutdiff.checkpoint.text import PREFIX
 
@@ -36,6 +36,7 @@ OTHER_RULE = (
 )
 """Fields of adapters that are something else than one change of the model's weights for every input."""
 PATTERNS = ("alpha_pattern", "rank_pattern")
+"""The fields with numbers for some modules, by regular expressions for the ends of their names."""
 
 
 @dataclass(frozen=True)
@@ -43,28 +44,32 @@ class AdapterConfig:
     """PEFT's fields, named `network.field` as diffusers writes them, or `field` in an adapter saved by itself."""
 
     fields: Mapping[str, Any]
+    patterns: dict[str, list[tuple[Pattern, float]]] = field(init=False, default_factory=dict)
+    """The fields that give numbers to some modules, with their regular expressions."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a field that changes the meaning of the factors, for a value that is no number, and for
-        a pattern that is not the name of a module."""
+        a pattern that is no regular expression."""
         for name, value in self.fields.items():
-            field = name.rpartition(".")[2]
-            if field in OTHER_RULE and value:
+            kind = name.rpartition(".")[2]
+            if kind in OTHER_RULE and value:
                 raise ValueError(f"{name}={quoted(value)}, which is not supported: merge the adapter with PEFT")
-            if field == "init_lora_weights" and str(value).lower().startswith(OTHER_BASE):
+            if kind == "init_lora_weights" and str(value).lower().startswith(OTHER_BASE):
                 raise ValueError(
                     f"{name}={quoted(value)}, so it changes other weights than the model's: let PEFT convert it to a "
                     "LoRA (path_initial_model_for_weight_conversion)"
                 )
-            pattern = value or {} if field in PATTERNS else {}
-            if not isinstance(pattern, dict) or not all(re.fullmatch(r"\^?[\w.]+", module) for module in pattern):
-                raise ValueError(
-                    f"{name}={value!r} is not supported, only {field.partition('_')[0]}s by the names of modules"
-                )
-            for number in [value] if field in ("lora_alpha", "r") else pattern.values():
+            pattern = value or {} if kind in PATTERNS else {}
+            if not isinstance(pattern, dict):
+                raise ValueError(f"{name}={quoted(value)} is no object of numbers by the names of modules")
+            try:
+                self.patterns[name] = [(Pattern.of(key), number) for key, number in pattern.items()]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            for number in [value] if kind in ("lora_alpha", "r") else pattern.values():
                 if type(number) not in (int, float) or not abs(number) <= sys.float_info.max:
                     raise ValueError(f"{name}={value!r}: {number!r} is no finite number")
-                if field in ("r", "rank_pattern") and number < 1:
+                if kind in ("r", "rank_pattern") and number < 1:
                     raise ValueError(f"{name}={value!r}: a rank is at least 1")
 
     def strength(self, target: Target, rank: int | None) -> float:
@@ -79,10 +84,10 @@ class AdapterConfig:
 
     def _of_module(self, target: Target, kind: str) -> Any:
         """The alpha or rank that a pattern gives to the module, or else that of all modules."""
-        module = target.key.removesuffix(".weight").removeprefix(PREFIX)
-        for pattern, value in (self._field(target.network, f"{kind}_pattern") or {}).items():
-            name = pattern.removeprefix("^").removeprefix(PREFIX)
-            if module == name or (module.endswith(f".{name}") and pattern[0] != "^"):
+        module = target.key.rpartition(".")[0].removeprefix(PREFIX)
+        name = f"{kind}_pattern"
+        for pattern, value in self.patterns.get(f"{target.network}.{name}", self.patterns.get(name, [])):
+            if pattern.matches(module) or (target.network != "unet" and pattern.matches(PREFIX + module)):
                 return value
         return self._field(target.network, {"alpha": "lora_alpha", "rank": "r"}[kind])
 
