@@ -110,6 +110,7 @@ def _load(args: argparse.Namespace) -> Model:
             dtype=dtype_of(args.dtype, device),
             config=args.config,
             vae=args.vae,
+            variant=args.variant,
             prediction_type=args.prediction_type,
             zero_terminal_snr=args.zero_terminal_snr,
             timestep_spacing=args.timestep_spacing,
@@ -120,7 +121,7 @@ def _load(args: argparse.Namespace) -> Model:
     except LoraError as error:
         raise Failure(f"--lora {error}") from None
     except (FileNotFoundError, ValueError) as error:
-        if str(error).startswith(("config=", "vae=", "zero_terminal_snr=", "timestep_spacing=", "fp8=")):
+        if str(error).startswith(("config=", "vae=", "variant=", "zero_terminal_snr=", "timestep_spacing=", "fp8=")):
             raise of_flag(error) from None
         raise (BadArgument if isinstance(error, FileNotFoundError) else Failure)(str(error)) from None
     return replace(model, text=model.text.offloaded()) if args.offload else model

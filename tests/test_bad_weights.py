@@ -44,10 +44,6 @@ KEYS: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
         [f"{FIT}1 of another shape: {MATRIX} (32, 128) where (128, 32) belongs"],
     ),
     "int8 tensor": (put(KERNEL, Tensor.char), [f"{FIT}1 quantized: {KERNEL} torch.int8 {QUANTIZED}"]),
-    "fp8 tensor": (
-        put(KERNEL, lambda weight: weight.to(torch.float8_e4m3fn)),
-        [f"{FIT}1 quantized: {KERNEL} torch.float8_e4m3fn {QUANTIZED}"],
-    ),
     "all kinds at once": (
         everything,
         [

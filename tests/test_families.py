@@ -282,7 +282,7 @@ class TestOtherFiles:
             ("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight", "a motion module"),
             ("encoder.down_blocks.0.resnets.0.conv1.weight", "a VAE alone"),
             ("first_stage_model.encoder.conv_in.weight", "a VAE alone"),
-            ("model.diffusion_model.input_blocks.0.0.weight", "a U-Net without its text encoders or its VAE"),
+            ("model.diffusion_model.input_blocks.0.0.weight", "a U-Net without its text encoders: pass --config"),
             ("diffusion_model.input_blocks.1.0.emb_layers.1.lora_up.weight", "a LoRA"),
             ("x", "no checkpoint of SDXL, SD 1.5, SD 2.1 in the original layout: its keys begin with x"),
         ],
@@ -305,14 +305,6 @@ class TestOtherFiles:
         save_file(wider.original(), tmp_path / "wider.safetensors")
         with pytest.raises(ValueError, match=f"{channels} input channels, so this is {what}: pass the text-to-image"):
             cutdiff.load(tmp_path / "wider.safetensors", config=config)
-
-    @pytest.mark.parametrize("scale", ["scaled_fp8", "model.diffusion_model.out.2.scale_weight"])
-    def test_weights_with_scales(self, scale: str, tiny: Tiny, tmp_path: Path) -> None:
-        save_file({**tiny.original(), scale: torch.ones(1)}, tmp_path / "fp8.safetensors")
-        with pytest.raises(
-            ValueError, match=f"quantized and scaled \\({scale}\\), which is not read: take its fp16 or"
-        ):
-            cutdiff.load(tmp_path / "fp8.safetensors")
 
 
 class TestDecision:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.model import MergedLora, Model
+from cutdiff.checkpoint.weights import FP8
 from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.layers import channels_last
 from cutdiff.models.unet import UNet
@@ -130,18 +131,18 @@ def build_model(
     files: dict[str, Path],
     decided_by: dict[str, str],
     loras: tuple[MergedLora, ...],
-    vae_source: str | None,
+    sources: Mapping[str, str],
 ) -> Model:
     """Give the empty `networks` their weights, by sub-folder name and diffusers key, and put the model together.
 
-    `source` is the file or folder of the weights, and `vae_source` that of the VAE's if it is another one.
+    `source` is the file or folder of the weights, and `sources` has that of each network that is from elsewhere.
 
     A tensor that has the dtype and device already is used where it lies in the mapped file. Raises ValueError that
     lists missing, unexpected and mis-shaped keys.
     """
     for name, network in networks.named().items():
-        where = vae_source if name == "vae" and vae_source else source
-        assign(network, weights[name], name=f"{where}: {name}", device=device, dtype=dtype)
+        where = f"{sources.get(name, source)}: {name}"
+        assign(network, weights[name], name=where, device=device, dtype=dtype)
     return model_of(blueprint, networks, source=source, files=files, decided_by=decided_by, loras=loras)
 
 
@@ -175,7 +176,7 @@ def assign(
     """Put `tensors` in the place of a meta network's parameters, and make it ready to run without gradients.
 
     Raises ValueError, headed by `name`, that lists missing, unexpected and mis-shaped keys, and keys that hold
-    integers or 8-bit floats.
+    integers.
     """
     expected = network.state_dict()
     tensors = {key: tensor for key, tensor in tensors.items() if key in expected or not is_harmless(key)}
@@ -191,7 +192,7 @@ def assign(
         "quantized": [
             f"{key} {tensors[key].dtype} where torch.float16, bfloat16 or float32 belongs"
             for key in common
-            if not tensors[key].is_floating_point() or tensors[key].itemsize < 2
+            if not tensors[key].is_floating_point() or (tensors[key].itemsize < 2 and tensors[key].dtype not in FP8)
         ],
     }
     if any(problems.values()):

@@ -98,14 +98,16 @@ OTHERS = (
     (r"decoder\.layers\.|encoder\.layers\.\d+\.(conv|weight)", "a tiny autoencoder (TAESD), which is not built here"),
     (
         r"down_blocks\.|text_model\.|encoder\.layers\.|embeddings\.",
-        "one network in the diffusers layout: pass the folder of the whole model",
+        "one network in the diffusers layout: pass the folder of the whole model, or beside a U-Net --config FOLDER, "
+        "whose other networks it then has",
     ),
-    (r"model\.diffusion_model\.", "a U-Net without its text encoders or its VAE: pass a checkpoint with all of them"),
+    (
+        r"model\.diffusion_model\.",
+        "a U-Net without its text encoders: pass --config FOLDER, whose other networks it then has",
+    ),
     (r"encoder\.|decoder\.|first_stage_model\.", "a VAE alone: pass it as --vae beside a model"),
 )
 """The beginnings of the keys of other files, the most specific first, and a description of those files."""
-QUANTIZED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|comfy_quant|SCB|absmax)$")
-"""The keys of the scales that stand beside weights of 8 bits or fewer."""
 
 
 def family_of(keys: Collection[str], *, needs_vae: bool = True) -> Family:

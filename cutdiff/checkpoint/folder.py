@@ -7,25 +7,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks
 from cutdiff.checkpoint.configs import unet_config, vae_config
 from cutdiff.checkpoint.fields import boolean
+from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.keys import modern_vae
-from cutdiff.checkpoint.read import find_weights, read_json, read_tensors
+from cutdiff.checkpoint.read import find_weights, read_json, variants
 from cutdiff.checkpoint.schedulers import noise_config
 from cutdiff.checkpoint.tokenizer import read_tokenizer
-from cutdiff.models.config import UNetConfig
+from cutdiff.checkpoint.weights import read_weights
+from cutdiff.models.config import SD_VAE, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.sampling.edm import AnyNoise
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
 T = TypeVar("T")
-PIPELINES = {"StableDiffusionXLPipeline": True, "StableDiffusionPipeline": False}
-"""The pipelines whose folders are read, and whether they have two text encoders."""
+PIPELINES = {
+    "StableDiffusionXLPipeline": True,
+    "StableDiffusionXLImg2ImgPipeline": True,
+    "StableDiffusionXLInpaintPipeline": True,
+    "StableDiffusionPipeline": False,
+    "StableDiffusionImg2ImgPipeline": False,
+    "StableDiffusionInpaintPipeline": False,
+    "LatentConsistencyModelPipeline": False,
+    "LatentConsistencyModelImg2ImgPipeline": False,
+}
+"""The pipelines whose folders are read, and whether they have two text encoders. One model may be saved by any."""
 OLD_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
 OLD_SIZE = 64
 """The least native size, in latents, in a configuration that was written before release 0.9. Like OLD_SCHEDULER it
@@ -34,8 +46,10 @@ STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 """The names of weight files without their suffix; a network that is not listed has `model`."""
 
 
-def read_blueprint(folder: Path) -> Blueprint:
+def read_blueprint(folder: Path, *, needs_vae: bool = True) -> Blueprint:
     """Read configurations, tokenizers and schedule of a diffusers folder, but no weights.
+
+    Unless it `needs_vae`, a folder may lack one, and the blueprint has that of the folder's family.
 
     Raises ValueError where the folder is no text-to-image pipeline of a family that is read, a part is missing, or a
     configuration is not supported.
@@ -48,11 +62,15 @@ def read_blueprint(folder: Path) -> Blueprint:
     if pipeline not in PIPELINES:
         raise ValueError(f"{folder} is a {pipeline}: only {' and '.join(PIPELINES)} folders are read")
     has_two = PIPELINES[pipeline]
+    if has_two and index.get("text_encoder") == [None, None]:
+        raise ValueError(f"{folder} is an SDXL refiner, which only finishes pictures: pass the base model")
+    if needs_vae and not (folder / "vae").exists():
+        raise ValueError(f"{folder} has no vae: pass one as --vae")
     first, tokenizer = _read_text(folder, "text_encoder", "tokenizer")
     second, tokenizer_2 = _read_text(folder, "text_encoder_2", "tokenizer_2") if has_two else (None, None)
     return Blueprint(
         unet=parse(folder / "unet" / "config.json", unet_config if has_two else _repaired_unet),
-        vae=parse(folder / "vae" / "config.json", vae_config),
+        vae=_read_vae(folder / "vae", SDXL_VAE if has_two else SD_VAE, needed=needs_vae),
         text_encoder=first,
         text_encoder_2=second,
         tokenizer=tokenizer,
@@ -63,18 +81,29 @@ def read_blueprint(folder: Path) -> Blueprint:
     )
 
 
-def weight_files(folder: Path, names: Iterable[str]) -> dict[str, list[Path]]:
-    """The weight files of each of the networks in `names`. Raises ValueError where one has none."""
-    return {name: find_weights(folder / name, STEMS.get(name, "model")) for name in names}
+def weight_files(folder: Path, names: Iterable[str], variant: str | None = None) -> dict[str, list[Path]]:
+    """The weight files of each of the networks in `names`, of the variant where there is one.
+
+    Raises ValueError where a network has none, or no network has the variant.
+    """
+    stems = {name: STEMS.get(name, "model") for name in names}
+    if variant is not None:
+        there = sorted({own for name, stem in stems.items() for own in variants(folder / name, stem)})
+        if variant not in there:
+            has = f"only {', '.join(there)}" if there else "only weights without one, so leave it out"
+            raise ValueError(f"variant={quoted(variant)}: {folder} has no weights of that variant, {has}")
+    return {name: find_weights(folder / name, stem, variant) for name, stem in stems.items()}
 
 
-def read_weights(files: Mapping[str, list[Path]], networks: Networks) -> dict[str, dict[str, Tensor]]:
+def read_folder(
+    files: Mapping[str, list[Path]], networks: Networks, dtype: torch.dtype
+) -> dict[str, dict[str, Tensor]]:
     """Memory-mapped tensors of each network, under the network's own keys."""
     weights: dict[str, dict[str, Tensor]] = {}
     for name, shards in files.items():
         tensors: dict[str, Tensor] = {}
         for shard in shards:
-            tensors |= read_tensors(shard)
+            tensors |= read_weights(shard, dtype)[0]
         if name == "vae":
             tensors = modern_vae(tensors)
         elif name.startswith("text"):
@@ -86,6 +115,10 @@ def read_weights(files: Mapping[str, list[Path]], networks: Networks) -> dict[st
 def _read_text(folder: Path, encoder: str, tokenizer: str) -> tuple[CLIPTextConfig, CLIPTokenizer]:
     config = parse(folder / encoder / "config.json", clip.clip_config)
     return config, read_tokenizer(folder / tokenizer, config.max_position_embeddings)
+
+
+def _read_vae(folder: Path, family: VAEConfig, *, needed: bool) -> VAEConfig:
+    return parse(folder / "config.json", vae_config) if needed or (folder / "config.json").exists() else family
 
 
 def _zeros_for_empty(index: Mapping[str, Any]) -> bool:

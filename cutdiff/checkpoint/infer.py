@@ -73,9 +73,10 @@ class _Shapes:
 
 
 def unet_channels(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """The channels of a U-Net's input and output, in the original layout. ValueError where a key is missing."""
+    """The channels of a U-Net's input and output, in either layout. ValueError where a key is missing."""
     shapes = _Shapes("unet", tensors)
-    return shapes.of("input_blocks.0.0.weight")[1], shapes.of("out.2.weight")[0]
+    first, last = ("conv_in", "conv_out") if "conv_in.weight" in tensors else ("input_blocks.0.0", "out.2")
+    return shapes.of(f"{first}.weight")[1], shapes.of(f"{last}.weight")[0]
 
 
 def _infer_unet(shapes: _Shapes, pooled_dim: int, family: Family, prediction_type: str) -> UNetConfig:

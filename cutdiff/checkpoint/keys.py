@@ -94,6 +94,13 @@ def modern_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {modern(key): tensor for key, tensor in tensors.items()}
 
 
+def original_attention(key: str) -> str:
+    """The key in the original layout of one that is half in that of diffusers, as some converters write attention."""
+    for name, original in VAE_ATTENTION.items():
+        key = key.replace(f".mid.attn_1.{name}.", f".mid.attn_1.{original}.")
+    return key
+
+
 def _keys(network: UNet | VAE, modules: Mapping[str, str]) -> dict[str, str]:
     keys = {_original(key, modules): key for key in network.state_dict()}
     assert len(keys) == len(network.state_dict()), "two keys have one original name"

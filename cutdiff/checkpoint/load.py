@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,14 +15,18 @@ from cutdiff.checkpoint import edm, folder, lora, single
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks, build_model, check_inputs, empty_networks, model_of
 from cutdiff.checkpoint.families import Family, family_of
+from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.infer import infer_blueprint, unet_channels
+from cutdiff.checkpoint.keys import unet_keys
 from cutdiff.checkpoint.locate import locate
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
-from cutdiff.checkpoint.read import check_end, read_tensors_and_metadata
+from cutdiff.checkpoint.read import check_end
 from cutdiff.checkpoint.vae import read_vae
+from cutdiff.checkpoint.weights import read_weights
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
 from cutdiff.models.machine import keep_freed_memory
+from cutdiff.sampling.edm import AnyNoise
 
 
 @contextmanager
@@ -46,6 +50,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     config: str | Path | None = None,
     vae: str | Path | None = None,
+    variant: str | None = None,
     prediction_type: str | None = None,
     zero_terminal_snr: bool | None = None,
     timestep_spacing: str | None = None,
@@ -61,7 +66,9 @@ def load(
     dtype: the dtype of all weights. A VAE that overflows in float16 decodes in float32 all the same.
     config: a diffusers folder from which a single file takes its configurations, schedule and tokenizers. Without it
         sizes are inferred from the file, the rest is its family's, and tokenizers come from the local Hugging Face
-        cache.
+        cache. A file of a U-Net alone, in either layout, takes the other networks from that folder too.
+    variant: the variant of a folder's weights, such as "bf16" or "non_ema", which networks without it have not. None:
+        weights without a variant, or fp16 where there are no others.
     vae: a folder or file whose VAE takes the place of the model's own, which a single file may then lack.
     prediction_type: "epsilon" or "v_prediction"; None: as the file's marker keys, its metadata or its scheduler say,
         else epsilon.
@@ -96,9 +103,11 @@ def load(
             raise ValueError(
                 f"config={str(config)!r} is for single files, and {source} is a folder with its own: omit it"
             )
-        parts = _read_folder(source, vae, options)
+        parts = _read_folder(source, vae, options, dtype, variant)
     else:
-        parts = _read_single(source, vae, options, None if config is None else locate(config, "config"))
+        if variant is not None:
+            raise ValueError(f"variant={quoted(variant)} is for folders, and {source} is a single file: omit it")
+        parts = _read_single(source, vae, options, None if config is None else locate(config, "config"), dtype)
     options.check_fit(parts.blueprint.noise)
     if check_weights:
         for file in parts.files.values():
@@ -114,7 +123,7 @@ def load(
         files=parts.files,
         decided_by=parts.decided_by,
         loras=merged,
-        vae_source=None if vae is None else str(vae),
+        sources=parts.sources,
     )
     if check_weights and (bad := model.bad_weights()):
         raise ValueError(f"{source}: {bad}")
@@ -129,9 +138,12 @@ def load_outline(path: str | Path | None, *, dtype: torch.dtype, config: str | P
     """A model without its weights, on the meta device: its sizes and its noise. Arguments and errors are `load`'s."""
     source = locate(path)
     if source.is_dir():
-        parts = _read_folder(source, None, NoiseOptions())
+        blueprint = folder.read_blueprint(source)
+        noise, decided_by = decide_noise(NoiseOptions(), blueprint.noise)
+        blueprint = replace(blueprint, noise=noise)
+        parts = _Parts(blueprint, empty_networks(blueprint), {}, {}, decided_by)
     else:
-        parts = _read_single(source, None, NoiseOptions(), None if config is None else locate(config, "config"))
+        parts = _read_single(source, None, NoiseOptions(), None if config is None else locate(config, "config"), dtype)
     networks = parts.networks
     for network in networks.named().values():
         network.to(dtype).eval().requires_grad_(False)
@@ -147,30 +159,61 @@ class _Parts:
     weights: dict[str, dict[str, Tensor]]
     files: dict[str, Path]
     decided_by: dict[str, str]
+    sources: dict[str, str] = field(default_factory=dict)
+    """The file or folder of each network that does not come from the model's own."""
 
 
-def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Parts:
-    blueprint = folder.read_blueprint(source)
+def _read_folder(
+    source: Path, vae: Path | None, options: NoiseOptions, dtype: torch.dtype, variant: str | None = None
+) -> _Parts:
+    blueprint = folder.read_blueprint(source, needs_vae=vae is None)
     noise, decided_by = decide_noise(options, blueprint.noise)
-    other = None if vae is None else read_vae(vae, blueprint.vae)
+    other = None if vae is None else read_vae(vae, blueprint.vae, dtype=dtype, variant=variant)
     blueprint = replace(blueprint, noise=noise, vae=other.config if other else blueprint.vae)
     networks = empty_networks(blueprint)
-    shards = folder.weight_files(source, [name for name in networks.named() if name != "vae" or other is None])
-    weights = folder.read_weights(shards, networks)
+    shards = folder.weight_files(source, [name for name in networks.named() if name != "vae" or other is None], variant)
+    weights = folder.read_folder(shards, networks, dtype)
     files = {str(file.relative_to(source)): file for some in shards.values() for file in some}
     if other is not None:
         weights["vae"] = other.tensors
         files |= {str(file): file for file in other.files}
-    return _Parts(blueprint, networks, weights, files, decided_by)
+    return _Parts(blueprint, networks, weights, files, decided_by, {} if vae is None else {"vae": str(vae)})
 
 
-def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: Path | None) -> _Parts:
-    tensors, metadata = read_tensors_and_metadata(source)
+def _read_unet(
+    unet: dict[str, Tensor], noise: tuple[AnyNoise, dict[str, str]], parts: _Parts, source: Path, config: Path
+) -> _Parts:
+    """The `parts` of a folder with another U-Net and its noise; `source` is the file of the U-Net."""
+    keys = unet_keys(parts.networks.unet)
+    weights = {**parts.weights, "unet": {keys.get(key, key): tensor for key, tensor in unet.items()}}
+    files = {name: path for name, path in parts.files.items() if not name.startswith("unet/")}
+    sources = {name: str(config) for name in weights if name != "unet"} | parts.sources
+    blueprint = replace(parts.blueprint, noise=noise[0])
+    return replace(
+        parts,
+        blueprint=blueprint,
+        weights=weights,
+        files={source.name: source, **files},
+        decided_by=noise[1],
+        sources=sources,
+    )
+
+
+def _read_single(
+    source: Path, vae: Path | None, options: NoiseOptions, config: Path | None, dtype: torch.dtype
+) -> _Parts:
+    tensors, metadata = read_weights(source, dtype)
     with _named(source):
+        tensors = single.with_averages(tensors)
+        if config is not None and (unet := single.lone_unet(tensors)):
+            check_inputs(*unet_channels(unet))
+            parts = _read_folder(config, vae, options, dtype)
+            noise = decide_noise(options, parts.blueprint.noise, tensors=tensors, metadata=metadata)
+            return _read_unet(unet, noise, parts, source, config)
         family = family_of(tensors, needs_vae=vae is None)
         parts = single.split(tensors, family)
         check_inputs(*unet_channels(parts["unet"]))
-    configured = None if config is None else folder.read_blueprint(config)
+    configured = None if config is None else folder.read_blueprint(config, needs_vae=False)
     with _named(source):
         scheduler = configured.noise if configured else None
         noise, decided_by = decide_noise(options, scheduler, tensors=tensors, metadata=metadata)
@@ -179,7 +222,7 @@ def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: 
                 f"{DEFAULT}, {family.name} has both kinds: if the picture is noise, say the other"
             )
         like = edm.marked_latents(tensors, configured.vae if configured else family.vae)
-    other = None if vae is None else read_vae(vae, like)
+    other = None if vae is None else read_vae(vae, like, dtype=dtype)
     with _named(source):
         if configured is None:
             blueprint = infer_blueprint(parts, replace(family, vae=like), noise, other.config if other else None)
@@ -195,7 +238,7 @@ def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: 
     if other is not None:
         weights["vae"] = other.tensors
         files |= {str(file): file for file in other.files}
-    return _Parts(blueprint, networks, weights, files, decided_by)
+    return _Parts(blueprint, networks, weights, files, decided_by, {} if vae is None else {"vae": str(vae)})
 
 
 def _check_family(configured: Blueprint, family: Family, config: Path | None) -> None:

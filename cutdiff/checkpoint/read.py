@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -61,23 +62,36 @@ def check_end(path: Path) -> None:
         raise ValueError(f"{path} ends in {len(large)} tensors of zeros: {listed(large)}: download it again")
 
 
-def find_weights(folder: Path, stem: str) -> list[Path]:
-    """The weight files of one network: `stem`.safetensors or its shards, or the fp16 variant if there is no other.
+def find_weights(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The weight files of one network: of the variant that is asked for, else `stem`.safetensors, else fp16.
 
-    Raises ValueError where there is none, or where the headers of the shards contradict their index.
+    Each may be one file or shards. Raises ValueError where there is none, or where the headers of the shards contradict
+    their index.
     """
-    for name in (stem, f"{stem}.fp16"):
+    for name in (*([f"{stem}.{variant}"] if variant else []), stem, f"{stem}.fp16"):
         if (folder / f"{name}.safetensors").exists():
             return [folder / f"{name}.safetensors"]
         # The variant's place in the index's name changed over the releases of diffusers.
         for index in (f"{name}.safetensors.index.json", f"{stem}.safetensors.index{name.removeprefix(stem)}.json"):
             if (folder / index).exists():
                 return _shards(folder / index)
-    pickled = any(folder.glob("*.bin"))
-    hint = (
-        "only pickled ones: save it with safe_serialization=True" if pickled else "the model is incomplete: download it"
-    )
+    if others := variants(folder, stem):
+        hint = f"only the variants {', '.join(others)}: choose one with --variant"
+    elif any(folder.glob("*.bin")):
+        hint = "only pickled ones: save it with safe_serialization=True"
+    else:
+        hint = "the model is incomplete: download it"
     raise ValueError(f"{folder} holds no {stem}.safetensors, {hint}")
+
+
+def variants(folder: Path, stem: str) -> list[str]:
+    """The names of the variants in which a network's weights lie in a folder, such as fp16 or non_ema."""
+    pattern = re.compile(
+        re.escape(stem)
+        + r"(?:\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?|\.safetensors\.index\.([\w-]+)\.json)"
+    )
+    matches = (pattern.fullmatch(path.name) for path in folder.glob(f"{glob.escape(stem)}*"))
+    return sorted({match[1] or match[2] for match in matches if match})
 
 
 def _shards(index: Path) -> list[Path]:

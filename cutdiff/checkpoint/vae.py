@@ -14,8 +14,9 @@ from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.folder import STEMS, parse
 from cutdiff.checkpoint.infer import infer_vae
 from cutdiff.checkpoint.keys import modern_vae
-from cutdiff.checkpoint.read import find_weights, read_json, read_tensors
+from cutdiff.checkpoint.read import find_weights, read_json
 from cutdiff.checkpoint.single import convert_vae
+from cutdiff.checkpoint.weights import read_weights
 from cutdiff.models.config import VAEConfig
 from cutdiff.models.vae import VAE
 
@@ -33,7 +34,7 @@ class OtherVAE:
     files: list[Path]
 
 
-def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
+def read_vae(path: Path, like: VAEConfig, *, dtype: torch.dtype, variant: str | None = None) -> OtherVAE:
     """The VAE of a diffusers folder (a VAE's or a whole model's) or of a file in either layout (likewise).
 
     A file says neither its scaling factor nor whether it overflows in float16: both are then as in `like`, the VAE
@@ -43,13 +44,13 @@ def read_vae(path: Path, like: VAEConfig) -> OtherVAE:
     """
     if path.is_dir():
         folder = _folder(path)
-        config, files = parse(folder / "config.json", vae_config), find_weights(folder, STEMS["vae"])
+        config, files = parse(folder / "config.json", vae_config), find_weights(folder, STEMS["vae"], variant)
         if (config.latents_mean, config.latents_std) != (like.latents_mean, like.latents_std):
             kept = {name: getattr(like, name) for name in ("latents_mean", "latents_std", "scaling_factor")}
             config = replace(config, **kept)
-        tensors = modern_vae({key: tensor for file in files for key, tensor in read_tensors(file).items()})
+        tensors = modern_vae({key: tensor for file in files for key, tensor in read_weights(file, dtype)[0].items()})
     else:
-        files, all_tensors = [path], read_tensors(path)
+        files, all_tensors = [path], read_weights(path, dtype)[0]
         prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in all_tensors) else ""
         tensors = {key.removeprefix(prefix): tensor for key, tensor in all_tensors.items() if key.startswith(prefix)}
         try:

@@ -255,8 +255,11 @@ def _add_prompt(group: Group) -> None:
 
 def _add_model(group: Group) -> None:
     group.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: the embedded one")
-    group.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
+    group.add_argument(
+        "--config", metavar="PATH", help="folder with a single file's tokenizers, schedule and what else it lacks"
+    )
     group.add_argument("--vae", metavar="PATH", help="folder or file whose VAE replaces the model's")
+    group.add_argument("--variant", metavar="NAME", help="a folder's weights of that variant, such as bf16 or non_ema")
     group.add_argument(
         "--lora", type=_lora, action="append", default=[], metavar="PATH[:SCALE]", dest="loras",
         help="file or PEFT folder to merge into the model, times SCALE (none: 1); may be given several times",

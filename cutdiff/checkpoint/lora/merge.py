@@ -86,6 +86,6 @@ def _changed(weight: Tensor, target: Target, changes: Iterable[tuple[float, Chan
     for scale, change in changes:
         total = total + change.of(weight, scale)
     changed = total.to(dtype)
-    if not changed.isfinite().all() and weight.isfinite().all():
+    if not changed.isfinite().all() and weight.float().isfinite().all():
         raise LoraError(f"{target.network}: {target.key} is not finite in {dtype} with the LoRAs: lower their scales")
     return changed
