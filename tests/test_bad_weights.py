@@ -16,7 +16,14 @@ from cutdiff.checkpoint import load
 from cutdiff.sample import main
 
 Tensors = dict[str, Tensor]
-FIT = "unet: the weights do not fit the network: take both from one model. Keys "
+FIT = "unet: the weights do not fit the network: "
+MISSING = f"{FIT}some are missing, so the file is incomplete: download it again. Keys "
+MORE = f"{FIT}there are more than the configuration says: take both from one model. Keys "
+OTHER = f"{FIT}they have other names, so they are another network's: pass the file that belongs here. Keys "
+SIZES = f"{FIT}they have other sizes than the configuration says: take both from one model. Keys "
+INTEGERS = (
+    f"{FIT}they are integers, which stand for quantized weights and are not read: take its fp16 or bf16 file. Keys "
+)
 QUANTIZED = "where torch.float16, bfloat16 or float32 belongs"
 BIAS, KERNEL, MATRIX = "conv_in.bias", "conv_in.weight", "time_embedding.linear_1.weight"
 
@@ -36,18 +43,18 @@ def everything(tensors: Tensors) -> None:
 
 
 KEYS: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
-    "missing key": (lambda tensors: tensors.pop(BIAS), [f"{FIT}1 missing: {BIAS}"]),
-    "all keys missing": (lambda tensors: tensors.clear(), [f"{FIT}", " missing: ", " more"]),
-    "extra key": (lambda tensors: tensors.update(strange=torch.zeros(1)), [f"{FIT}1 unexpected: strange"]),
+    "missing key": (lambda tensors: tensors.pop(BIAS), [f"{MISSING}1 missing: {BIAS}"]),
+    "all keys missing": (lambda tensors: tensors.clear(), [MISSING, " missing: ", " more"]),
+    "extra key": (lambda tensors: tensors.update(strange=torch.zeros(1)), [f"{MORE}1 unexpected: strange"]),
     "transposed key": (
         put(MATRIX, lambda weight: weight.T),
-        [f"{FIT}1 of another shape: {MATRIX} (32, 128) where (128, 32) belongs"],
+        [f"{SIZES}1 of another shape: {MATRIX} (32, 128) where (128, 32) belongs"],
     ),
-    "int8 tensor": (put(KERNEL, Tensor.char), [f"{FIT}1 quantized: {KERNEL} torch.int8 {QUANTIZED}"]),
+    "int8 tensor": (put(KERNEL, Tensor.char), [f"{INTEGERS}Keys 1 quantized: {KERNEL} torch.int8 {QUANTIZED}"]),
     "all kinds at once": (
         everything,
         [
-            f"{FIT}1 missing: {BIAS}; 1 unexpected: strange; ",
+            f"{OTHER}1 missing: {BIAS}; 1 unexpected: strange; ",
             f"1 of another shape: {KERNEL} (32, 4, 1, 1) where (32, 4, 3, 3) belongs; ",
             f"1 quantized: conv_out.bias torch.int8 {QUANTIZED}",
         ],

@@ -54,7 +54,7 @@ from cutdiff.checkpoint.configs import (
 )
 from cutdiff.checkpoint.families import SDXL
 from cutdiff.checkpoint.files import LISTED
-from cutdiff.checkpoint.infer import infer_blueprint
+from cutdiff.checkpoint.infer import infer_blueprint, infer_unet
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
 from cutdiff.checkpoint.model import sha256
 from cutdiff.checkpoint.schedulers import NOISE_DEFAULTS, SCHEDULERS, noise_config, noise_to_diffusers
@@ -65,6 +65,24 @@ from cutdiff.models.vae import VAE
 from cutdiff.sampling.noise import NoiseConfig
 
 CPU = torch.device("cpu")
+UP, MID = "reverse_transformer_layers_per_block", "mid_block_type"
+DEPTHS: dict[str, dict[str, Any]] = {
+    "SSD-1B": {
+        "transformer_layers_per_block": [0, [1], [2]],
+        UP: [[1, 3], [2, 1], 1],
+        MID: "UNetMidBlock2D",
+    },
+    "Segmind-Vega": {"transformer_layers_per_block": [0, 1, 2], UP: [2, [1, 1], 0], MID: "UNetMidBlock2D"},
+    "KOALA": {"transformer_layers_per_block": [0, 2, 3], MID: "UNetMidBlock2DCrossAttn"},
+    "no attention in the last level": {
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 0],
+        UP: [0, [1, 2], 1],
+        MID: "UNetMidBlock2D",
+    },
+}
+"""Fields of U-Nets with other numbers of transformer blocks than SDXL's rule gives."""
 
 
 def another(value: Any) -> Any:
@@ -554,6 +572,25 @@ class TestConfigs:
         with torch.device("meta"):
             assert vae_config({}) == vae_config(AutoencoderKL().config)
 
+    @pytest.mark.parametrize("name", DEPTHS)
+    @torch.no_grad()
+    def test_unets_of_other_depths_agree_with_diffusers(self, name: str) -> None:
+        fields = {**public(unet_to_diffusers(UNET)), **DEPTHS[name]}
+        config = unet_config(fields)
+        assert unet_config(json.loads(json.dumps(unet_to_diffusers(config)))) == config
+        torch.manual_seed(0)
+        theirs = UNet2DConditionModel(**fields).eval()
+        ours = UNet(config).eval()
+        ours.load_state_dict(theirs.state_dict())
+        x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 192)
+        pooled, sizes = torch.randn(2, 64), torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+        conditions = {"text_embeds": pooled, "time_ids": sizes}
+        expected = theirs(x, torch.tensor([5, 900]), context, added_cond_kwargs=conditions).sample
+        torch.testing.assert_close(ours(x, torch.tensor([5, 900]), context, pooled, sizes), expected)
+        original = {theirs: ours.state_dict()[key] for theirs, key in unet_keys(ours).items()}
+        read = infer_unet(original, 64, replace(SDXL, num_heads=1), "epsilon")
+        assert read == replace(config, native_size=read.native_size, num_heads=(1, 1, 1))
+
     def test_unet_with_two_depths_cannot_be_saved(self) -> None:
         with pytest.raises(ValueError, match="mid_transformer_layers=5 must equal"):
             unet_to_diffusers(replace(UNET, mid_transformer_layers=5))
@@ -574,7 +611,13 @@ class TestConfigs:
             ("cross_attention_dim", [1, 2, 1]),
             ("only_cross_attention", [True, False, False]),
             ("attention_head_dim", [1, 2]),
-            ("transformer_layers_per_block", [[1], [2], [3]]),
+            ("transformer_layers_per_block", [1, [1, 2], 3]),
+            ("transformer_layers_per_block", [1, [], 3]),
+            ("reverse_transformer_layers_per_block", 2),
+            ("reverse_transformer_layers_per_block", [1, [1, 2, 3], 1]),
+            ("reverse_transformer_layers_per_block", [1, 0, 1]),
+            ("mid_block_type", None),
+            ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
             ("norm_num_groups", None),
             ("block_out_channels", 32),
             ("a_field_of_the_future", "yes"),

@@ -197,12 +197,27 @@ def assign(
     }
     if any(problems.values()):
         kinds = "; ".join(f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys)
-        raise ValueError(f"{name}: the weights do not fit the network: take both from one model. Keys {kinds}")
+        raise ValueError(
+            f"{name}: the weights do not fit the network: {_why_not({*filter(problems.get, problems)})}. Keys {kinds}"
+        )
     network.load_state_dict({key: tensors[key].to(device, dtype) for key in expected}, strict=True, assign=True)
     clip.materialise_positions(network, device)
     network.eval().requires_grad_(False)
     if device.type != "cpu":  # on a CPU it would copy mapped weights; elsewhere they are copies anyway
         channels_last(network)
+
+
+def _why_not(kinds: set[str]) -> str:
+    """The cause and the remedy where a file's keys have problems of these kinds."""
+    if kinds >= {"missing", "unexpected"}:
+        return "they have other names, so they are another network's: pass the file that belongs here"
+    if "missing" in kinds:
+        return "some are missing, so the file is incomplete: download it again"
+    if "of another shape" in kinds:
+        return "they have other sizes than the configuration says: take both from one model"
+    if "unexpected" in kinds:
+        return "there are more than the configuration says: take both from one model"
+    return "they are integers, which stand for quantized weights and are not read: take its fp16 or bf16 file"
 
 
 LEFTOVERS = ("position_ids", "attn_mask", "logit_scale", "text_projection", "logvar", "scale_factor")

@@ -6,7 +6,7 @@ missing field has the value that diffusers gives it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cutdiff.checkpoint.fields import (
@@ -19,6 +19,7 @@ from cutdiff.checkpoint.fields import (
     refuse_unknown,
     require,
     sequence,
+    uniform,
     unsupported,
     widths,
 )
@@ -28,18 +29,18 @@ ADDED = "text_time"
 """The `addition_embed_type` of SDXL: pooled text and six numbers of size and crop are embedded beside the time."""
 ATTENTION, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 """The blocks of a level with and without attention, on the way down and on the way up."""
+MID = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
+"""A middle block of a single resnet, and one with a transformer between two."""
 
 UNET_FIXED: dict[str, Any] = {
     "center_input_sample": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
     "only_cross_attention": False,
     "downsample_padding": 1,
     "mid_block_scale_factor": 1,
     "act_fn": "silu",
     "norm_eps": 1e-5,
-    "reverse_transformer_layers_per_block": None,
     "encoder_hid_dim": None,
     "encoder_hid_dim_type": None,
     "dual_cross_attention": False,
@@ -71,6 +72,8 @@ UNET_DEFAULTS: dict[str, Any] = {
     "norm_num_groups": 32,
     "cross_attention_dim": 1280,
     "transformer_layers_per_block": 1,
+    "reverse_transformer_layers_per_block": None,
+    "mid_block_type": MID[1],
     "attention_head_dim": 8,
     "num_attention_heads": None,
     "use_linear_projection": False,
@@ -107,12 +110,19 @@ VAE_IGNORED = {"sample_size"}
 
 def unet_config(config: Mapping[str, Any]) -> UNetConfig:
     """The sizes in the config.json of a UNet2DConditionModel. Raises ValueError for a field that is not supported."""
+    if dim := config.get("time_cond_proj_dim"):
+        what = (
+            "none, since with it the network reads the guidance scale, as LCM's do: take its base model with LCM's LoRA"
+        )
+        unsupported("time_cond_proj_dim", dim, what)
     require(config, UNET_FIXED)
     refuse_unknown(config, {*UNET_FIXED, *UNET_DEFAULTS, *UNET_IGNORED})
     fields = {**UNET_DEFAULTS, **config}
     channels = widths(fields)
     has_attention = _attention_levels(fields, len(channels))
-    layers = per_level(fields, "transformer_layers_per_block", len(channels))
+    layers = _depths(fields, has_attention)
+    if fields["mid_block_type"] not in MID:
+        unsupported("mid_block_type", fields["mid_block_type"], " or ".join(map(repr, MID)))
     # diffusers reads `attention_head_dim` as the number of heads, a misnomer that its checkpoints keep.
     heads = "attention_head_dim" if fields["num_attention_heads"] is None else "num_attention_heads"
     pooled_dim, size_dim = _added_dims(fields)
@@ -122,7 +132,8 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
         channels=channels,
         layers_per_block=integer(fields, "layers_per_block"),
         transformer_layers=tuple(n if has else 0 for n, has in zip(layers, has_attention, strict=True)),
-        mid_transformer_layers=layers[-1],
+        mid_transformer_layers=layers[-1] if fields["mid_block_type"] == MID[1] else 0,
+        up_transformer_layers=_up_depths(fields, has_attention, layers),
         num_heads=per_level(fields, heads, len(channels)),
         context_dim=integer(fields, "cross_attention_dim"),
         pooled_dim=pooled_dim,
@@ -138,13 +149,14 @@ def unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
 
     Raises ValueError where the last level and the middle block have different depths, which diffusers cannot say.
     """
-    layers = list(config.transformer_layers)
-    if layers[-1] not in (0, config.mid_transformer_layers):
+    layers, mid = list(config.transformer_layers), config.mid_transformer_layers
+    if mid and layers[-1] not in (0, mid):
         raise ValueError(
             f"mid_transformer_layers={config.mid_transformer_layers} must equal the last of transformer_layers="
             f"{config.transformer_layers} to be saved: the diffusers layout has one number for both"
         )
-    layers[-1] = config.mid_transformer_layers
+    layers[-1] = mid or layers[-1]
+    up = config.up_transformer_layers
     added = {
         "addition_embed_type": ADDED,
         "addition_time_embed_dim": config.size_embedding_dim,
@@ -164,6 +176,8 @@ def unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         "norm_num_groups": config.norm_groups,
         "cross_attention_dim": config.context_dim,
         "transformer_layers_per_block": [n or 1 for n in layers],
+        "reverse_transformer_layers_per_block": up and [[n or 1 for n in level] for level in reversed(up)],
+        "mid_block_type": MID[mid > 0],
         "attention_head_dim": list(config.num_heads),
         "num_attention_heads": None,
         "use_linear_projection": config.linear_projections,
@@ -225,6 +239,35 @@ def _added_dims(fields: Mapping[str, Any]) -> tuple[int, int]:
         unsupported("addition_embed_type", kind, f"{ADDED!r} or none")
     size_dim = integer(fields, "addition_time_embed_dim")
     return integer(fields, "projection_class_embeddings_input_dim") - 6 * size_dim, size_dim
+
+
+def _depths(fields: Mapping[str, Any], has_attention: Sequence[bool]) -> tuple[int, ...]:
+    """The depth of the transformers of each level on the way down; a level's layers have one depth."""
+    name, levels = "transformer_layers_per_block", len(has_attention)
+    entries = sequence(fields, name) if isinstance(fields[name], list | tuple) else [fields[name]] * levels
+    if len(entries) == levels:
+        # An entry that no transformer takes may be 0; the middle block takes the last one.
+        taken = [*has_attention[:-1], has_attention[-1] or fields["mid_block_type"] == MID[1]]
+        entries = [uniform(entry) if is_taken else 1 for entry, is_taken in zip(entries, taken, strict=True)]
+    return per_level({name: entries}, name, levels)
+
+
+def _up_depths(
+    fields: Mapping[str, Any], has_attention: Sequence[bool], layers: Sequence[int]
+) -> tuple[tuple[int, ...], ...] | None:
+    """The depth of each transformer on the way up, from the finest level on; None where that is as on the way down."""
+    name, resnets = "reverse_transformer_layers_per_block", integer(fields, "layers_per_block") + 1
+    entries = fields[name]
+    if entries is None:
+        return None
+    if not isinstance(entries, list | tuple) or len(entries) != len(has_attention):
+        unsupported(name, entries, f"an entry for each of the {len(has_attention)} levels, from the coarsest on")
+    depths = tuple(
+        per_level({name: entry}, name, resnets) if has else (0,) * resnets
+        for entry, has in zip(reversed(entries), has_attention, strict=True)
+    )
+    mirrored = tuple((n * has,) * resnets for n, has in zip(layers, has_attention, strict=True))
+    return None if depths == mirrored else depths
 
 
 def _attention_levels(fields: Mapping[str, Any], levels: int) -> list[bool]:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from cutdiff.checkpoint.files import quoted
+
 DIFFUSERS_VERSION = "0.42.0"
 """The release whose fields and defaults are listed in `configs` and `schedulers`."""
 
@@ -23,13 +25,18 @@ MAX_FACTOR = 1e6
 def require(config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
     """Raise ValueError for a field that is there and is not as in `supported`."""
     for name, only in supported.items():
-        value = _uniform(config.get(name, only))
+        value = uniform(config.get(name, only))
         if (value or None) != (only or None):  # null, false and 0 are one to diffusers
             unsupported(name, value, repr(only))
 
 
 def refuse_unknown(config: Mapping[str, Any], known: set[str]) -> None:
     """Raise ValueError for a field that is not known, unless it is null, false or private."""
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        raise ValueError(
+            f"its weights are quantized ({quoted(method)}), which is not read: take the fp16 or bf16 model"
+        )
     for name, value in config.items():
         if name not in known and not name.startswith("_") and value not in (None, False):
             unsupported(name, value, f"what diffusers {DIFFUSERS_VERSION} knows")
@@ -49,7 +56,7 @@ def boolean(fields: Mapping[str, Any], name: str) -> bool:
 
 def integer(fields: Mapping[str, Any], name: str) -> int:
     """The field as a whole number from 1; a list of equal numbers is one number."""
-    value = _uniform(fields[name])
+    value = uniform(fields[name])
     if type(value) is not int or not 1 <= value <= MAX_SIZE:
         unsupported(name, fields[name], f"one whole number from 1 to {MAX_SIZE}")
     return value
@@ -97,7 +104,7 @@ def per_channel(fields: Mapping[str, Any], name: str) -> tuple[float, ...] | Non
     return tuple(value)
 
 
-def _uniform(value: Any) -> Any:
+def uniform(value: Any) -> Any:
     """The entry that a list repeats; any other value as it is."""
     entries = list(value) if isinstance(value, list | tuple) else [value]
     return entries[0] if entries and all(entry == entries[0] for entry in entries) else value

@@ -41,7 +41,7 @@ def infer_blueprint(parts: Parts, family: Family, noise: AnyNoise, vae: VAEConfi
         encoders.append(_infer_text(shapes[text.name], tokenizers[-1], "gelu" if text.is_open_clip else "quick_gelu"))
     second = len(encoders) > 1
     return Blueprint(
-        unet=_infer_unet(shapes["unet"], encoders[1].projection_dim if second else 0, family, noise.prediction_type),
+        unet=infer_unet(parts["unet"], encoders[1].projection_dim if second else 0, family, noise.prediction_type),
         vae=vae or infer_vae(parts["vae"], family.vae),
         text_encoder=encoders[0],
         text_encoder_2=encoders[1] if second else None,
@@ -79,8 +79,10 @@ def unet_channels(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     return shapes.of(f"{first}.weight")[1], shapes.of(f"{last}.weight")[0]
 
 
-def _infer_unet(shapes: _Shapes, pooled_dim: int, family: Family, prediction_type: str) -> UNetConfig:
-    in_channels, out_channels = unet_channels(shapes.tensors)
+def infer_unet(tensors: Mapping[str, Tensor], pooled_dim: int, family: Family, prediction_type: str) -> UNetConfig:
+    """The sizes of a U-Net in the original layout; what no shape shows is as in its family."""
+    shapes = _Shapes("unet", tensors)
+    in_channels, out_channels = unet_channels(tensors)
     channels: list[int] = [shapes.of("input_blocks.0.0.weight")[0]]
     layers: list[list[int]] = [[]]
     for i in range(1, shapes.count("input_blocks.")):
@@ -90,22 +92,33 @@ def _infer_unet(shapes: _Shapes, pooled_dim: int, family: Family, prediction_typ
             continue
         channels[-1] = shapes.of(f"input_blocks.{i}.0.in_layers.2.weight")[0]
         layers[-1].append(shapes.count(f"input_blocks.{i}.1.transformer_blocks."))
+    depths = tuple(_one("transformer blocks in a level on the way down", set(level)) for level in layers)
+    resnets = _one("layers in a level", {len(level) for level in layers})
+    up = [
+        tuple(shapes.count(f"output_blocks.{i * (resnets + 1) + j}.1.transformer_blocks.") for j in range(resnets + 1))
+        for i in reversed(range(len(channels)))
+    ]
+    mid = shapes.count("middle_block.1.transformer_blocks.")
+    attended = [key for key in shapes.tensors if key.endswith(".1.transformer_blocks.0.attn2.to_k.weight")]
+    if not attended:
+        raise ValueError("no layer of the file's U-Net attends to the text, so it is no text-to-image model")
     return UNetConfig(
         in_channels=in_channels,
         out_channels=out_channels,
         channels=tuple(channels),
-        layers_per_block=_one("layers in a level", {len(level) for level in layers}),
-        transformer_layers=tuple(_one("transformer blocks in a level", set(level)) for level in layers),
-        mid_transformer_layers=shapes.count("middle_block.1.transformer_blocks."),
+        layers_per_block=resnets,
+        transformer_layers=depths,
+        mid_transformer_layers=mid,
+        up_transformer_layers=None if up == [(n,) * (resnets + 1) for n in depths] else tuple(up),
         num_heads=tuple(
             # In a level without attention any number of heads is right.
             family.num_heads or (_heads(width) if any(level) or width % HEAD_DIM == 0 else 1)
             for width, level in zip(channels, layers, strict=True)
         ),
-        context_dim=shapes.of("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+        context_dim=shapes.of(attended[0])[1],
         pooled_dim=pooled_dim,
         size_embedding_dim=(shapes.of("label_emb.0.0.weight")[1] - pooled_dim) // 6 if pooled_dim else 0,
-        linear_projections=len(shapes.of("middle_block.1.proj_in.weight")) == 2,
+        linear_projections=len(shapes.of(attended[0].partition("transformer_blocks")[0] + "proj_in.weight")) == 2,
         native_size=family.native_sizes[prediction_type],
     )
 

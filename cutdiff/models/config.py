@@ -14,7 +14,8 @@ class UNetConfig:
     """The shape of a U-Net of the Stable Diffusion families. Levels are listed from the finest to the coarsest.
 
     `transformer_layers[i]` is the number of transformer blocks after each resnet of level i, 0 for a level without
-    attention. The middle block takes `mid_transformer_layers`. `num_heads[i]` splits the channels of level i.
+    attention. The middle block takes `mid_transformer_layers`; with 0 it is a single resnet, as in SSD-1B.
+    `num_heads[i]` splits the channels of level i.
     """
 
     in_channels: int = 4
@@ -34,17 +35,34 @@ class UNetConfig:
     norm_groups: int = 32
     native_size: int = 128
     """The side of the square latents that the network was trained on."""
+    up_transformer_layers: tuple[tuple[int, ...], ...] | None = None
+    """The number of transformer blocks after each resnet on the way up, `layers_per_block` + 1 in a level; None where
+    they are as on the way down."""
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
-        for name in ("transformer_layers", "num_heads"):
+        for name in ("transformer_layers", "num_heads", "up_layers"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"{name}={getattr(self, name)} must have one entry for each of the {levels} levels")
+        for level, layers in enumerate(self.up_layers):
+            attended = len({*map(bool, layers)}) < 2 and any(layers) == bool(self.transformer_layers[level])
+            if len(layers) != self.layers_per_block + 1 or not attended:
+                raise ValueError(
+                    f"up_transformer_layers={self.up_transformer_layers} must have {self.layers_per_block + 1} numbers "
+                    f"for level {level}, all 0 where transformer_layers={self.transformer_layers} has 0, and else none"
+                )
         for channels, heads in zip(self.channels, self.num_heads, strict=True):
             if channels % self.norm_groups or channels % heads:
                 raise ValueError(
                     f"{channels} channels must divide into {self.norm_groups} norm groups and {heads} heads"
                 )
+
+    @property
+    def up_layers(self) -> tuple[tuple[int, ...], ...]:
+        """The number of transformer blocks after each resnet of each level on the way up, from the finest level on."""
+        if self.up_transformer_layers is not None:
+            return self.up_transformer_layers
+        return tuple((layers,) * (self.layers_per_block + 1) for layers in self.transformer_layers)
 
     @property
     def added_dim(self) -> int:

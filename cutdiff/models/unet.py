@@ -120,11 +120,10 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """One resolution, on the way down or up: resnets, each followed by a transformer in a level with attention."""
 
-    def __init__(self, config: UNetConfig, level: int, widths: list[tuple[int, int]]) -> None:
+    def __init__(self, config: UNetConfig, level: int, widths: list[tuple[int, int]], depths: Sequence[int]) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in widths)
-        layers = config.transformer_layers[level]
-        self.attentions = nn.ModuleList(Transformer(config, level, layers) for _ in widths if layers)
+        self.attentions = nn.ModuleList(Transformer(config, level, depth) for depth in depths if depth)
         self.downsamplers = nn.ModuleList()
         self.upsamplers = nn.ModuleList()
 
@@ -161,18 +160,20 @@ class UpLevel(Level):
 
 
 class MidBlock(nn.Module):
-    """A transformer between two resnets, at the coarsest resolution: (B, C, h, w) -> (B, C, h, w)."""
+    """A transformer between two resnets, or a single resnet, at the coarsest resolution: (B, C, h, w) -> itself."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         width = config.channels[-1]
-        self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(2))
-        level = len(config.channels) - 1
-        self.attentions = nn.ModuleList([Transformer(config, level, config.mid_transformer_layers)])
+        level, depth = len(config.channels) - 1, config.mid_transformer_layers
+        self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(2 if depth else 1))
+        self.attentions = nn.ModuleList([Transformer(config, level, depth)] if depth else [])
 
     def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, time), context)
-        return self.resnets[1](x, time)
+        x = self.resnets[0](x, time)
+        for transformer, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            x = resnet(transformer(x, context), time)
+        return x
 
 
 class UNet(nn.Module):
@@ -191,7 +192,8 @@ class UNet(nn.Module):
         skips = [channels[0]]
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(channels):
-            level = DownLevel(config, i, [(channels[max(i - 1, 0)] if j == 0 else width, width) for j in range(layers)])
+            widths = [(channels[max(i - 1, 0)] if j == 0 else width, width) for j in range(layers)]
+            level = DownLevel(config, i, widths, [config.transformer_layers[i]] * layers)
             skips += [width] * layers
             if i < last:
                 level.downsamplers.append(Downsample(width))
@@ -207,7 +209,7 @@ class UNet(nn.Module):
             for _ in range(layers + 1):
                 widths.append((below + skips.pop(), channels[i]))
                 below = channels[i]
-            level = UpLevel(config, i, widths)
+            level = UpLevel(config, i, widths, config.up_layers[i])
             if i > 0:
                 level.upsamplers.append(Upsample(channels[i]))
             self.up_blocks.append(level)

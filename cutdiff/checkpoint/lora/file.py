@@ -25,6 +25,27 @@ WIDE = ("lora_down", "hada_w1_b", "diff")
 DIFFERENCES = {"diff": "diff", "diff_b": "diff"}
 """The parts that are whole differences, of a module's weight and of its bias."""
 NO_MODULE = "keys of no module of this model"
+NOT_SUPPORTED, REPEATED = "keys of what is not supported", "keys that repeat another"
+NO_BIAS = "biases of modules that have none"
+INCOMPLETE, QUANTIZED = "incomplete changes", "quantized factors"
+OTHER_SHAPE, OTHER_MAGNITUDES = "changes of another shape", "magnitudes of another shape"
+NO_RANK, NOT_FINITE = "changes without one rank", "factors that are not finite"
+NO_ALPHA = "alphas that are no finite number"
+OTHER_MODEL, AGAIN = "use a LoRA that was made for this model", "download it again"
+REMEDIES = {
+    NO_MODULE: OTHER_MODEL,
+    NO_BIAS: OTHER_MODEL,
+    OTHER_SHAPE: OTHER_MODEL,
+    OTHER_MAGNITUDES: OTHER_MODEL,
+    NOT_SUPPORTED: "leave it out, or let the tool that wrote it merge it into a checkpoint",
+    REPEATED: "remove one of the two",
+    QUANTIZED: "take it in fp16",
+    INCOMPLETE: AGAIN,
+    NO_RANK: AGAIN,
+    NOT_FINITE: AGAIN,
+    NO_ALPHA: AGAIN,
+}
+"""What can be wrong with parts of a file, and what to do about it."""
 BUNDLED = "bundle_emb."
 """The beginning of the keys of textual inversions that some tools put into a LoRA's file; the name follows."""
 EXAMPLES = 3
@@ -100,8 +121,8 @@ def read_lora(path: Path, table: Mapping[str, Target], context_dim: int) -> Lora
             magnitude = magnitude.reshape(_magnitude_shape(keys, magnitude, target.shape) or ())
         changes[target] = Change(factors, strength, magnitude)
     if problems:
-        kinds = "; ".join(f"{len(where)} {kind}: {listed(where)}" for kind, where in problems.items())
-        raise LoraError(f"{path} cannot be merged into this model, so leave it out: {kinds}")
+        kinds = (f"{len(where)} {kind}: {listed(where)}: {REMEDIES[kind]}" for kind, where in problems.items())
+        raise LoraError(f"{path} cannot be merged into this model: {'; '.join(kinds)}")
     return LoraFile(changes, embeddings)
 
 
@@ -115,17 +136,17 @@ def _place(
         module, part = split_key(key)
         name = flat(module)
         if kind := unsupported(key):
-            problems["keys of what is not supported"].append(f"{key} ({kind})")
+            problems[NOT_SUPPORTED].append(f"{key} ({kind})")
             continue
         if part in DIFFERENCES and not (tensor.float() if tensor.is_floating_point() else tensor).any():
             continue
         target = table.get(f"{name}{BIAS}" if part == "diff_b" else name)
         if target is None and part == "diff_b" and name in table:
-            problems["biases of modules that have none"].append(key)
+            problems[NO_BIAS].append(key)
         elif target is None:
             problems[NO_MODULE].append(key)
         elif DIFFERENCES.get(part, part) in placed[target]:
-            problems["keys that repeat another"].append(key)
+            problems[REPEATED].append(key)
         else:
             placed[target][DIFFERENCES.get(part, part)] = key
     return placed, problems
@@ -138,27 +159,27 @@ def _problem(keys: Mapping[str, str], parts: Mapping[str, Tensor], shape: torch.
     if factors.keys() not in formulas.COMPLETE:
         # An alpha alone is taken for a part of a LoRA.
         nearest = min(formulas.COMPLETE, key=lambda complete: len(complete ^ (factors.keys() or {"lora_down"})))
-        return "incomplete changes", f"{name} has {' and '.join(keys)} where {' and '.join(sorted(nearest))} belong"
+        return INCOMPLETE, f"{name} has {' and '.join(keys)} where {' and '.join(sorted(nearest))} belong"
     for part, factor in parts.items():
         if part != "alpha" and not factor.is_floating_point():
-            return "quantized factors", f"{keys[part]} {factor.dtype}"
+            return QUANTIZED, f"{keys[part]} {factor.dtype}"
     made_shape = formulas.change_shape(factors)
     if made_shape is None or not _fits(made_shape, shape):
         sizes = " and ".join(f"{part} {tuple(factor.shape)}" for part, factor in factors.items())
-        return "changes of another shape", f"{name} has {sizes} where {tuple(shape)} is to be changed"
+        return OTHER_SHAPE, f"{name} has {sizes} where {tuple(shape)} is to be changed"
     magnitude = parts.get("magnitude")
     if magnitude is not None and _magnitude_shape(keys, magnitude, shape) is None:
-        return "magnitudes of another shape", f"{keys['magnitude']} {tuple(magnitude.shape)} beside {tuple(shape)}"
+        return OTHER_MAGNITUDES, f"{keys['magnitude']} {tuple(magnitude.shape)} beside {tuple(shape)}"
     ranks = formulas.ranks(factors)
     if len(ranks) > 1 or 0 in ranks:
-        return "changes without one rank", f"{name} has {' and '.join(map(str, sorted(ranks)))}"
+        return NO_RANK, f"{name} has {' and '.join(map(str, sorted(ranks)))}"
     for part, factor in parts.items():
         if part != "alpha" and not factor.float().isfinite().all():
-            return "factors that are not finite", keys[part]
+            return NOT_FINITE, keys[part]
     alpha = parts.get("alpha")
     if alpha is not None and not _is_number(alpha):
         value = alpha.item() if alpha.numel() == 1 else f"of shape {tuple(alpha.shape)}"
-        return "alphas that are no finite number", f"{keys['alpha']} is {value}, {alpha.dtype}"
+        return NO_ALPHA, f"{keys['alpha']} is {value}, {alpha.dtype}"
     return None
 
 

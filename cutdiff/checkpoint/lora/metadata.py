@@ -68,9 +68,9 @@ class AdapterConfig:
                 raise ValueError(f"{name}: {error}") from None
             for number in [value] if kind in ("lora_alpha", "r") else pattern.values():
                 if type(number) not in (int, float) or not abs(number) <= sys.float_info.max:
-                    raise ValueError(f"{name}={value!r}: {number!r} is no finite number")
+                    raise ValueError(f"{name}={quoted(value)}: {quoted(number)} is no finite number")
                 if kind in ("r", "rank_pattern") and number < 1:
-                    raise ValueError(f"{name}={value!r}: a rank is at least 1")
+                    raise ValueError(f"{name}={quoted(value)}: a rank is at least 1")
 
     def strength(self, target: Target, rank: int | None) -> float:
         """alpha / rank, or alpha / √rank for rsLoRA (arXiv 2312.03732); 1 where no alpha is given.
