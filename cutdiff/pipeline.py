@@ -28,10 +28,12 @@ from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.finite import explained
+from cutdiff.sampling.guidance import LinearGuidance
 from cutdiff.sampling.operators import check_backend
 from cutdiff.sampling.schedules import Schedule, make_schedule
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
 from cutdiff.settings import Settings
+from cutdiff.specs import name_of
 
 CPU_VIEW_BATCH = 16
 """The patches or views at once on a CPU where nobody says; more are not faster there."""
@@ -244,6 +246,9 @@ def prepare(
     if ranks.size > 1:
         text = SharedText(text, ranks, model.device, model.dtype)
     positive, negative = _encode(text, prompts, settings, model.zeros_for_empty_negative)
+    if model.unet.config.guidance_dim and not isinstance(settings.guidance, LinearGuidance):
+        name = name_of("guidance", settings.guidance)
+        raise ValueError(f"guidance={name} needs two estimates, and this model reads the scale itself: choose cfg")
     begin = getattr(settings.guidance, "begin", None)
     denoiser = make_denoiser(
         unet=model.unet,

@@ -11,6 +11,7 @@ import json
 import random
 import re
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    warnings.simplefilter("error")
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         for i in range(args.num):

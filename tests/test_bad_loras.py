@@ -306,6 +306,6 @@ def test_nothing_is_merged_before_all_is_checked(
     tensors.popitem()
     tensors.popitem()
     save_file(tensors, files[1])
-    monkeypatch.setattr("cutdiff.checkpoint.lora.file.Change.times", None)
+    monkeypatch.setattr("cutdiff.checkpoint.lora.file.Change.of", None)
     with pytest.raises(LoraError, match=r"two\.safetensors cannot be merged"):
         load(folder, loras=[(file, 1) for file in files])

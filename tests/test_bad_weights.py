@@ -50,7 +50,7 @@ KEYS: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
         put(MATRIX, lambda weight: weight.T),
         [f"{SIZES}1 of another shape: {MATRIX} (32, 128) where (128, 32) belongs"],
     ),
-    "int8 tensor": (put(KERNEL, Tensor.char), [f"{INTEGERS}Keys 1 quantized: {KERNEL} torch.int8 {QUANTIZED}"]),
+    "int8 tensor": (put(KERNEL, Tensor.char), [f"{INTEGERS}1 quantized: {KERNEL} torch.int8 {QUANTIZED}"]),
     "all kinds at once": (
         everything,
         [

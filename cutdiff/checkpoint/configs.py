@@ -53,7 +53,6 @@ UNET_FIXED: dict[str, Any] = {
     "time_embedding_dim": None,
     "time_embedding_act_fn": None,
     "timestep_post_act": None,
-    "time_cond_proj_dim": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "attention_type": "default",
@@ -74,6 +73,7 @@ UNET_DEFAULTS: dict[str, Any] = {
     "transformer_layers_per_block": 1,
     "reverse_transformer_layers_per_block": None,
     "mid_block_type": MID[1],
+    "time_cond_proj_dim": None,
     "attention_head_dim": 8,
     "num_attention_heads": None,
     "use_linear_projection": False,
@@ -110,11 +110,6 @@ VAE_IGNORED = {"sample_size"}
 
 def unet_config(config: Mapping[str, Any]) -> UNetConfig:
     """The sizes in the config.json of a UNet2DConditionModel. Raises ValueError for a field that is not supported."""
-    if dim := config.get("time_cond_proj_dim"):
-        what = (
-            "none, since with it the network reads the guidance scale, as LCM's do: take its base model with LCM's LoRA"
-        )
-        unsupported("time_cond_proj_dim", dim, what)
     require(config, UNET_FIXED)
     refuse_unknown(config, {*UNET_FIXED, *UNET_DEFAULTS, *UNET_IGNORED})
     fields = {**UNET_DEFAULTS, **config}
@@ -134,6 +129,7 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
         transformer_layers=tuple(n if has else 0 for n, has in zip(layers, has_attention, strict=True)),
         mid_transformer_layers=layers[-1] if fields["mid_block_type"] == MID[1] else 0,
         up_transformer_layers=_up_depths(fields, has_attention, layers),
+        guidance_dim=_guidance_dim(fields),
         num_heads=per_level(fields, heads, len(channels)),
         context_dim=integer(fields, "cross_attention_dim"),
         pooled_dim=pooled_dim,
@@ -178,6 +174,7 @@ def unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         "transformer_layers_per_block": [n or 1 for n in layers],
         "reverse_transformer_layers_per_block": up and [[n or 1 for n in level] for level in reversed(up)],
         "mid_block_type": MID[mid > 0],
+        "time_cond_proj_dim": config.guidance_dim or None,
         "attention_head_dim": list(config.num_heads),
         "num_attention_heads": None,
         "use_linear_projection": config.linear_projections,
@@ -239,6 +236,16 @@ def _added_dims(fields: Mapping[str, Any]) -> tuple[int, int]:
         unsupported("addition_embed_type", kind, f"{ADDED!r} or none")
     size_dim = integer(fields, "addition_time_embed_dim")
     return integer(fields, "projection_class_embeddings_input_dim") - 6 * size_dim, size_dim
+
+
+def _guidance_dim(fields: Mapping[str, Any]) -> int:
+    """The width of the embedded guidance scale; 0 where the network does not read it."""
+    name = "time_cond_proj_dim"
+    if not fields[name]:
+        return 0
+    if (dim := integer(fields, name)) % 2 or dim < 4:
+        unsupported(name, dim, "an even number from 4")
+    return dim
 
 
 def _depths(fields: Mapping[str, Any], has_attention: Sequence[bool]) -> tuple[int, ...]:

@@ -205,7 +205,9 @@ def _read_single(
     tensors, metadata = read_weights(source, dtype)
     with _named(source):
         tensors = single.with_averages(tensors)
-        if config is not None and (unet := single.lone_unet(tensors)):
+        if unet := single.lone_unet(tensors):
+            if config is None:
+                raise ValueError("a U-Net alone: pass --config FOLDER, whose other networks it then has")
             check_inputs(*unet_channels(unet))
             parts = _read_folder(config, vae, options, dtype)
             noise = decide_noise(options, parts.blueprint.noise, tensors=tensors, metadata=metadata)

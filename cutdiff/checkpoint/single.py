@@ -22,7 +22,7 @@ FLAT = re.compile(
     AVERAGED + r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)(\d+)(\D.*?)?(weight|bias)"
 )
 FLAT_PARTS = re.compile(
-    r"transformer_blocks|(?:in|out|emb)_layers|skip_connection|proj_(?:in|out)|attn\d|to_(?:q|k|v|out)|norm\d?|[a-z]+|\d+"
+    r"transformer_blocks|(?:in|out|emb)_layers|skip_connection|proj_(?:in|out)|attn\d|to_(?:q|k|v|out)|norm\d?|ff|net|[a-z]+|\d+"
 )
 """The parts of a name inside a block, which its average has without dots between them."""
 ENDS = (("conv_in", "conv_out"), ("input_blocks.0.0", "out.2"))

@@ -70,7 +70,7 @@ def _without_scales(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str,
         if weight is None or weight.dtype not in FP8:
             kind = "is missing" if weight is None else f"is {weight.dtype}"
             raise ValueError(f"its weights are quantized in a way that is not read: {key} {kind} beside its scale")
-        if scale.numel() not in (1, len(weight)) or not scale.is_floating_point():
+        if scale.numel() not in (1, *weight.shape[:1]) or not scale.is_floating_point():
             raise ValueError(
                 f"the scale of {key} has the shape {tuple(scale.shape)}: only one number, or one for a row"
             )

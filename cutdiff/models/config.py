@@ -38,6 +38,9 @@ class UNetConfig:
     up_transformer_layers: tuple[tuple[int, ...], ...] | None = None
     """The number of transformer blocks after each resnet on the way up, `layers_per_block` + 1 in a level; None where
     they are as on the way down."""
+    guidance_dim: int = 0
+    """The width of the embedded guidance scale, which the network reads in the place of a negative prompt, as those of
+    LCM do (Luo et al. 2023, arXiv 2310.04378); 0 in networks that do not read it."""
 
     def __post_init__(self) -> None:
         levels = len(self.channels)

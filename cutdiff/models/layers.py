@@ -22,6 +22,14 @@ def sinusoidal_embedding(values: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def guidance_embedding(scales: Tensor, dim: int) -> Tensor:
+    """Embed guidance scales (N,) as (N, dim), sines first, as the networks of LCM read them. `dim` must be even."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=scales.device) / (half - 1)
+    angles = 1000 * (scales.float()[:, None] - 1) * torch.exp(-math.log(10_000) * exponents)  # (N, dim/2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 def channels_last(network: nn.Module) -> None:
     """Lay out the weights of convolutions with the channels of a position side by side, in place.
 
@@ -32,14 +40,21 @@ def channels_last(network: nn.Module) -> None:
 
 
 class EmbeddingMLP(nn.Module):
-    """Two linear layers with SiLU between them: (N, in_dim) -> (N, out_dim)."""
+    """Two linear layers with SiLU between them: (N, in_dim) -> (N, out_dim).
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
+    A condition (N, condition_dim) may be added to the input by a linear layer of its own.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, condition_dim: int = 0) -> None:
         super().__init__()
+        if condition_dim:
+            self.cond_proj = nn.Linear(condition_dim, in_dim, bias=False)
         self.linear_1 = nn.Linear(in_dim, out_dim)
         self.linear_2 = nn.Linear(out_dim, out_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        if condition is not None:
+            x = x + self.cond_proj(condition)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 

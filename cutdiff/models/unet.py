@@ -24,6 +24,7 @@ from cutdiff.models.layers import (
     KeysAndValues,
     ResnetBlock,
     TextContext,
+    guidance_embedding,
     sinusoidal_embedding,
 )
 
@@ -185,7 +186,7 @@ class UNet(nn.Module):
         channels, layers = config.channels, config.layers_per_block
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = EmbeddingMLP(channels[0], config.time_dim)
+        self.time_embedding = EmbeddingMLP(channels[0], config.time_dim, condition_dim=config.guidance_dim)
         if config.added_dim:
             self.add_embedding = EmbeddingMLP(config.added_dim, config.time_dim)
 
@@ -222,7 +223,8 @@ class UNet(nn.Module):
 
         x (B, in_channels, h, w) · timesteps (B,) · context (B, L, context_dim) · pooled (B, pooled_dim) ·
         size_ids (B, 6): original height and width, crop top and left, target height and width, in pixels. A family
-        without an embedding of pooled text or sizes does not read them.
+        without an embedding of pooled text or sizes does not read them. A network that reads the guidance scale finds
+        it behind them, (B, 7).
         Returns (B, out_channels, h, w). Any h and w work; odd ones are restored on the way up.
         """
         time = self.embed_conditions(timesteps, pooled, size_ids).to(x.dtype)
@@ -252,10 +254,11 @@ class UNet(nn.Module):
     def embed_conditions(self, timesteps: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
         """The time, and in SDXL pooled text and numbers of size and crop, as one vector an item: (B, time_dim)."""
         config, dtype = self.config, pooled.dtype
-        time = self.time_embedding(sinusoidal_embedding(timesteps, config.channels[0]).to(dtype))
+        scale = guidance_embedding(size_ids[:, 6], config.guidance_dim).to(dtype) if config.guidance_dim else None
+        time = self.time_embedding(sinusoidal_embedding(timesteps, config.channels[0]).to(dtype), scale)
         if not config.added_dim:
             return time
-        sizes = sinusoidal_embedding(size_ids.flatten(), config.size_embedding_dim).to(dtype)  # (6B, dim)
+        sizes = sinusoidal_embedding(size_ids[:, :6].flatten(), config.size_embedding_dim).to(dtype)  # (6B, dim)
         return time + self.add_embedding(torch.cat([pooled, sizes.view(len(size_ids), -1)], dim=-1))
 
 

@@ -162,8 +162,9 @@ class Denoiser:
         return self.unet.config.native_size
 
     def copies_at(self, sigma: float, step: int) -> int:
-        """The rows of each item: two for a guidance pair, the positive one last."""
-        if not self.guided(sigma):
+        """The rows of each item: two for a guidance pair, the positive one last, which a network that reads the scale
+        itself does not need."""
+        if not self.guided(sigma) or self.unet.config.guidance_dim:
             return 1
         return 1 if isinstance(self.guidance, LinearGuidance) and self.guidance.scale_at(sigma, step) == 1 else 2
 
@@ -218,6 +219,10 @@ class Denoiser:
         source = canvas if shown is None else shown
         inputs = operator.gather(source, self.backend, c_in=c_in, dtype=dtype, copies=copies)
         size_ids = _size_ids(inputs, copies, self.factor, crop_origins, original_size, target_size)
+        if self.unet.config.guidance_dim:
+            is_on = self.guided(sigma) and isinstance(self.guidance, LinearGuidance)
+            scales = torch.full_like(size_ids[:, :1], self.guidance.scale_at(sigma, step) if is_on else 1.0)
+            size_ids = torch.cat([size_ids, scales], dim=1)
         rows = Rows(step, sigma, operator, copies, self.positive if positive is None else positive)
         prediction = self.predict(rows, inputs, size_ids)
         back = {"canvas": canvas, "c_skip": c_skip, "c_out": c_out}

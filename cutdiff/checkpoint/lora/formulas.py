@@ -73,11 +73,15 @@ def _half(factors: Factors, kind: str, number: int) -> Tensor:
     if whole in factors:
         return factors[whole]
     left, right = factors[f"{whole}_a"], factors[f"{whole}_b"]
+    if left.ndim != 2 or right.ndim != 2:
+        raise RuntimeError("factors that are no matrices")
     return _tucker(factors[core], left.mT, right) if core in factors else torch.mm(left, right)
 
 
 def _tucker(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """The product of a Tucker core (R, S, kh, kw) with left (O, R) and right (S, I): (O, I, kh, kw)."""
+    if right.ndim != 2:
+        raise RuntimeError("factors that are no matrices")
     half = torch.mm(left, core.flatten(1)).view(len(left), core.shape[1], -1)  # (O, S, kh·kw)
     return torch.matmul(right.mT, half).reshape(len(left), right.shape[1], *core.shape[2:])
 
