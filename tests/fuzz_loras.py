@@ -63,18 +63,19 @@ def valid_lora(rng: random.Random) -> Tensors:
     generator, tensors = torch.Generator().manual_seed(rng.randrange(2**31)), Tensors()
     prefix = rng.choice(["lora_unet_", "unet.", "base_model.model.unet."])
     for name, shape in MODULES.items():
-        if len(shape) == 1:
+        rows, *rest = shape
+        if not rest:
             tensors |= {f"{prefix}{name}.{end}": torch.randn(8, generator=generator) for end in ("w_norm", "b_norm")}
             continue
-        kinds = [kind for kind in SHAPES if len(shape) > 2 or not kind.endswith("core")]
+        kinds = [kind for kind in SHAPES if len(rest) > 1 or not kind.endswith("core")]
         factors = random_change(rng.choice(kinds), shape, 2, generator)
         tensors |= {f"{prefix}{name}.{part}": factor for part, factor in factors.items()}
         if rng.random() < 0.5:
             tensors[f"{prefix}{name}.alpha"] = torch.tensor(2.0)
         if rng.random() < 0.3:
-            tensors[f"{prefix}{name}.dora_scale"] = torch.rand(shape[0], *(1 for _ in shape[1:]), generator=generator)
+            tensors[f"{prefix}{name}.dora_scale"] = torch.rand(rows, *(1 for _ in rest), generator=generator)
         if rng.random() < 0.3:
-            tensors[f"{prefix}{name}.diff_b"] = torch.randn(shape[0], generator=generator)
+            tensors[f"{prefix}{name}.diff_b"] = torch.randn(rows, generator=generator)
     return tensors
 
 

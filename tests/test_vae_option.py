@@ -106,7 +106,7 @@ def test_a_broken_one_is_the_file_that_is_named(vae: VAE, folder: Path, tmp_path
 def test_one_that_does_not_fit_the_network(folder: Path, tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         path, _ = write(VAE(VAEConfig(channels=(32, 64), layers_per_block=1, latent_channels=8)), "folder", tmp_path)
-    with pytest.raises(ValueError, match="of the VAE's latents differ, 4 and 8"):
+    with pytest.raises(ValueError, match=f"^{path}: .* of the VAE's latents differ, 4 and 8"):
         cutdiff.load(folder, vae=path)
 
 

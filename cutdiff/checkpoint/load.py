@@ -169,7 +169,10 @@ def _read_folder(
     blueprint = folder.read_blueprint(source, needs_vae=vae is None)
     noise, decided_by = decide_noise(options, blueprint.noise)
     other = None if vae is None else read_vae(vae, blueprint.vae, dtype=dtype, variant=variant)
-    blueprint = replace(blueprint, noise=noise, vae=other.config if other else blueprint.vae)
+    blueprint = replace(blueprint, noise=noise)
+    if other is not None:
+        with _named(vae):
+            blueprint = replace(blueprint, vae=other.config)
     networks = empty_networks(blueprint)
     shards = folder.weight_files(source, [name for name in networks.named() if name != "vae" or other is None], variant)
     weights = folder.read_folder(shards, networks, dtype)
@@ -250,7 +253,7 @@ def _check_family(configured: Blueprint, family: Family, config: Path | None) ->
 
 
 @contextmanager
-def _named(source: Path) -> Iterator[None]:
+def _named(source: Path | None) -> Iterator[None]:
     """Put the name of the file before the message of a ValueError."""
     try:
         yield

@@ -220,9 +220,10 @@ class Denoiser:
         inputs = operator.gather(source, self.backend, c_in=c_in, dtype=dtype, copies=copies)
         size_ids = _size_ids(inputs, copies, self.factor, crop_origins, original_size, target_size)
         if self.unet.config.guidance_dim:
-            is_on = self.guided(sigma) and isinstance(self.guidance, LinearGuidance)
-            scales = torch.full_like(size_ids[:, :1], self.guidance.scale_at(sigma, step) if is_on else 1.0)
-            size_ids = torch.cat([size_ids, scales], dim=1)
+            guidance = self.guidance
+            is_linear = isinstance(guidance, LinearGuidance)
+            scale = guidance.scale_at(sigma, step) if is_linear and self.guided(sigma) else 1.0
+            size_ids = torch.cat([size_ids, torch.full_like(size_ids[:, :1], scale)], dim=1)
         rows = Rows(step, sigma, operator, copies, self.positive if positive is None else positive)
         prediction = self.predict(rows, inputs, size_ids)
         back = {"canvas": canvas, "c_skip": c_skip, "c_out": c_out}
