@@ -382,7 +382,7 @@ class TestStrictness:
         total = len(unet.state_dict())
         with pytest.raises(ValueError, match=rf"{total} missing: .* and {total - LISTED} more") as raised:
             assign(unet, {}, name="unet", device=CPU, dtype=torch.float32)
-        assert str(raised.value).count(",") == LISTED - 1
+        assert str(raised.value).partition("Keys ")[2].count(",") == LISTED - 1
 
     def test_harmless_extras(self, tiny: Tiny, copy: Path) -> None:
         def edit(tensors: dict[str, Tensor]) -> None:

@@ -170,6 +170,13 @@ class TestVariants:
         other = load(varied, variant="non_ema").unet.state_dict()
         assert all(torch.equal(other[key], 2 * weight) for key, weight in tiny.unet.state_dict().items())
 
+    def test_are_asked_for_before_plain_weights(self, tiny: Tiny, copy: Path) -> None:
+        double = {key: 2 * tensor for key, tensor in load_file(copy / UNET).items()}
+        save_file(double, (copy / UNET).with_suffix(".bf16.safetensors"))
+        assert_bit_equal(load(copy), tiny)
+        unet = load(copy, variant="bf16").unet.state_dict()
+        assert all(torch.equal(unet[key], tensor) for key, tensor in double.items())
+
     def test_of_a_vae_in_the_place_of_the_models(self, tiny: Tiny, folder: Path, copy: Path) -> None:
         (copy / VAE).rename((copy / VAE).with_suffix(".bf16.safetensors"))
         (copy / UNET).rename((copy / UNET).with_suffix(".bf16.safetensors"))
