@@ -121,7 +121,7 @@ def mutated(tensors: Tensors, rng: random.Random) -> Tensors:
 def mutated_fields(rng: random.Random) -> Any:
     fields = mutate_json(FIELDS, rng)
     if isinstance(fields, dict) and rng.random() < 0.3:
-        fields["alpha_pattern"] = {rng.choice(EXPRESSIONS): rng.choice([1, *STRANGE])}
+        return {**fields, "alpha_pattern": {rng.choice(EXPRESSIONS): rng.choice([1, *STRANGE])}}
     return fields
 
 
