@@ -8,6 +8,7 @@ that --help answers at once. Of several processes one says what concerns all of 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import sys
 import tempfile
 from dataclasses import replace
@@ -55,7 +56,7 @@ def _run(argv: list[str] | None) -> None:
             if launch.group.leads:
                 from cutdiff.output.images import remove_parts
 
-                remove_parts(args.out, {picture.path.stem for picture in pictures if not picture.finished})
+                remove_parts(args.out, {picture.path.stem for picture in pictures})
         failed = draw_all(model, args, pictures, launch)
     with alike():
         if bad or unfit or failed:
@@ -86,7 +87,9 @@ def _check_output(folder: Path) -> None:
     """Raise BadArgument where the output folder cannot be made or written to, before a long run."""
     try:
         place = next(path for path in (folder, *folder.parents) if path.is_symlink() or path.exists())
-        tempfile.TemporaryFile(dir=place).close()  # the modes of a folder do not tell root, nor of a read-only disk
+        # The modes of a folder do not tell root, nor of a disk that is only read. A picture's file will be locked, too.
+        with tempfile.TemporaryFile(dir=place) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         raise BadArgument(f"--out {folder} cannot be written to ({error.strerror}): choose another folder") from None
 

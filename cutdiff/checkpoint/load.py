@@ -160,7 +160,7 @@ def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Part
     files = {str(file.relative_to(source)): file for some in shards.values() for file in some}
     if other is not None:
         weights["vae"] = other.tensors
-        files |= {str(file): file for file in other.files}
+        files |= {f"vae/{file.name}": file for file in other.files}
     return _Parts(blueprint, networks, weights, files, decided_by)
 
 
@@ -194,7 +194,7 @@ def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: 
     files = {source.name: source}
     if other is not None:
         weights["vae"] = other.tensors
-        files |= {str(file): file for file in other.files}
+        files |= {f"vae/{file.name}": file for file in other.files}
     return _Parts(blueprint, networks, weights, files, decided_by)
 
 

@@ -79,7 +79,7 @@ def _draw(
     import torch
 
     import cutdiff
-    from cutdiff.output.images import save_image
+    from cutdiff.output.images import NameTaken, save_image
 
     progress.begin(picture)
     try:
@@ -99,9 +99,11 @@ def _draw(
         return picture.path, record
     if args.verbose:
         tell(_cost(record))
-    overwrite = args.overwrite or is_set(args)
+    names = {"overwrite": args.overwrite, "numbers": not is_set(args)}
     try:
-        path = save_image(result.images[0], record, args.out, picture.path.stem, overwrite=overwrite)
+        path = save_image(result.images[0], record, args.out, picture.path.stem, **names)
+    except NameTaken as error:
+        raise Failure(f"{error} is another picture, drawn by another run meanwhile: choose another --out") from None
     except OSError as error:
         raise Failure(f"{picture.path} cannot be written ({error.strerror}): free space, or change --out") from None
     progress.end()
