@@ -11,6 +11,7 @@ import argparse
 import fcntl
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
 
 LISTED = 5
-"""The lines of a file of prompts that the last message names before it only counts them."""
+"""The lines of a file of prompts, or pictures, that the last message names before it only counts them."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,13 +58,20 @@ def _run(argv: list[str] | None) -> None:
                 from cutdiff.output.images import remove_parts
 
                 remove_parts(args.out, {picture.path.stem for picture in pictures})
-        failed = draw_all(model, args, pictures, launch)
+        failed, blank = draw_all(model, args, pictures, launch)
     with alike():
-        if bad or unfit or failed:
-            lines = sorted({*(error.line for error in (*bad, *unfit)), *failed})
-            more = f" and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
-            named = ", ".join(map(str, lines[:LISTED]))
-            raise Failure(f"{args.prompts}, left out: {named}{more}; correct these lines and start again")
+        lines = sorted({*(error.line for error in (*bad, *unfit)), *failed})
+        ends = [f"{args.prompts}, left out: {_listed(lines)}; correct these lines and start again"] * bool(lines)
+        if blank:
+            ends.append(f"one value throughout: {_listed(blank)}; --check-weights would find zeros in the weights")
+        if ends:
+            raise Failure("; ".join(ends))
+
+
+def _listed(things: Sequence[object]) -> str:
+    """The first few things, and how many more there are."""
+    more = f" and {len(things) - LISTED} more" if len(things) > LISTED else ""
+    return f"{', '.join(map(str, things[:LISTED]))}{more}"
 
 
 def _check_processes(num_groups: int) -> None:
