@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from sd_parsers import ParserManager
 from test_own_objects import record_of
 
@@ -70,8 +71,6 @@ def test_a_name_that_is_no_text() -> None:
 def read_back(text: str, folder: Path) -> dict[str, object]:
     """What sd-parsers reads from a picture with this text."""
     path = folder / "text.png"
-    from PIL.PngImagePlugin import PngInfo
-
     info = PngInfo()
     info.add_text("parameters", text)
     Image.new("RGB", (8, 8)).save(path, pnginfo=info)
@@ -100,11 +99,11 @@ def test_a_picture_that_was_drawn(quick_folder: Path, tmp_path: Path, capsys: py
     arguments += ["--solver", "dpmpp_2m", "--schedule", "karras", "--width", "64", "--height", "64"]
     assert main([*arguments, "--method", "direct", "--model", str(model), "--out", str(tmp_path / "out")]) == 0
     path = Path(capsys.readouterr().out.strip())
-    digest = json.loads(path.with_suffix(".json").read_text())["model"]["sha256"]["unet/diffusion_pytorch_model.safetensors"]
+    hashes = json.loads(path.with_suffix(".json").read_text())["model"]["sha256"]
     assert parsed(path) == {
         "prompts": ["a (red:1.2) tent, at night"],
         "negative": ["a moon, été"],
-        "sampler": ("DPM++ 2M Karras", {"CFG scale": "7.5", "Seed": "7", "Steps": "2"}),
-        "model": ("my-model-1.0", digest[:10]),
+        "sampler": ("DPM++ 2M Karras", {"cfg_scale": "7.5", "seed": "7", "steps": "2"}),
+        "model": ("my-model-1.0", hashes["unet/diffusion_pytorch_model.safetensors"][:10]),
         "size": "64x64",
     }
