@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -112,6 +113,18 @@ def test_what_was_left_of_a_reservation_is_not_in_the_next_picture(tmp_path: Pat
     path = save(tmp_path, 1)
     assert path is not None
     check(path, 1)
+
+
+@pytest.mark.parametrize("make", [lambda part, other: part.symlink_to(other), lambda part, other: os.mkfifo(part)])
+def test_a_link_or_a_pipe_in_the_place_of_a_part_is_not_followed(
+    make: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    other = tmp_path / "another file"
+    other.write_text("mine")
+    make(tmp_path / ".a.png.part", other)
+    with pytest.raises(OSError, match=r"\.a\.png\.part"):
+        save(tmp_path, 1)
+    assert other.read_text() == "mine"
 
 
 # ---- What was done to a picture later

@@ -154,7 +154,7 @@ def reserved(path: Path) -> Iterator[BinaryIO]:
     """
     part = path.with_name(f".{path.name}.part")
     while True:
-        with part.open("ab") as file:
+        with open(part, "ab", opener=_open_here) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _has_name(file, part):  # while this process waited, the file became a picture or was removed
                 continue
@@ -167,10 +167,15 @@ def reserved(path: Path) -> Iterator[BinaryIO]:
             return
 
 
+def _open_here(path: str, flags: int) -> int:
+    """Open a file, but not one elsewhere to which a link of that name leads, nor a pipe, which would block."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 def _has_name(file: BinaryIO, path: Path) -> bool:
     """True if an open file still has the name `path`."""
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:
         return False
 
