@@ -73,6 +73,9 @@ def test_a_picture_that_several_drew_is_saved_once(tmp_path: Path) -> None:
         folder = tmp_path / str(turn)
         assert saved_at_once(folder, [3] * SAVERS) == [folder / "a.png"] * SAVERS
         check(folder / "a.png", 3)
+        before = (folder / "a.png").stat().st_ino
+        assert save(folder, 3, overwrite=True) == folder / "a.png"
+        assert (folder / "a.png").stat().st_ino == before, "it was written anew"
         assert sorted(path.name for path in folder.iterdir()) == ["a.json", "a.png"]
 
 

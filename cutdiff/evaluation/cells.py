@@ -96,7 +96,9 @@ def _locked(folder: Path) -> Iterator[TextIO]:
         fcntl.flock(log, fcntl.LOCK_EX)
         log.seek(0)
         text = log.read()
-        log.truncate(len(text[: text.rfind("\n") + 1].encode()))
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            log.truncate(len(whole.encode()))
         yield log
 
 
