@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -20,6 +21,8 @@ from cutdiff.settings import VERSION, Settings
 from cutdiff.sources import source_hash
 from cutdiff.specs import described_options
 
+LATER = ("up_transformer_layers", "guidance_dim")
+"""The fields of configurations that old records do not know, in which networks had the defaults."""
 NO_RECORD = (AttributeError, KeyError, TypeError)
 """The errors of `comparable`."""
 ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
@@ -53,7 +56,7 @@ def describe(
             "sha256": model.hashes,
             "loras": [{**vars(lora), "path": name_of(lora.path)} for lora in model.loras],
             "configuration": _digest(
-                [vars(model.unet.config), vars(model.vae.config), model.text.layer, model.zeros_for_empty_negative]
+                [*map(_shape, (model.unet.config, model.vae.config)), model.text.layer, model.zeros_for_empty_negative]
             ),
             "decided_by": model.decided_by,
         },
@@ -74,6 +77,12 @@ def sources_of(settings: Settings, draws: Draws) -> dict[str, str]:
     """The source hashes of all that a run is given and that is not the package's."""
     source = source_hash(draws)
     return settings.sources() | ({} if source is None else {"draws": source})
+
+
+def _shape(config: Any) -> dict[str, Any]:
+    """The fields of a network's configuration, without those of `LATER` that have their defaults."""
+    shape = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
+    return {name: value for name, (value, default) in shape.items() if name not in LATER or value != default}
 
 
 def fingerprint(described: dict[str, Any]) -> str:
