@@ -183,17 +183,6 @@ class TestNothingOutsideIsOpened:
         assert linked / INDEX in OPENED
         assert outside not in [path.resolve() for path in OPENED]
 
-    @pytest.mark.parametrize("field", ["vocab", "merges", "vocab_file", "tokenizer_file", "fast_tokenizer_files"])
-    def test_tokenizer(self, field: str, linked: Path, command_line: CommandLine) -> None:
-        outside = linked.parent / "tokenizer.1.json"
-        shutil.copy(linked / "tokenizer" / "vocab.json", outside)
-        edit_json(linked / "tokenizer" / "tokenizer_config.json", **{field: ["../../tokenizer.1.json", str(outside)]})
-        OPENED.clear()
-        expected = f"tokenizer_config.json names files, in {field}: remove these fields"
-        command_line.refuses(["--model", linked], 1, expected)
-        assert OPENED
-        assert outside not in [path.resolve() for path in OPENED]
-
 
 class Bomb:
     """An object that runs code when it is unpickled: it makes the file that it was given."""
