@@ -77,7 +77,7 @@ def new_layout(folder: Path) -> None:
     write(folder, "added_tokens.json", **{"<bird>": NEXT})  # has no effect
 
 
-LAYOUTS: dict[str, Callable[[Path], None]] = {
+LAYOUTS: dict[str, Callable[[Path], object]] = {
     "plain": lambda _: None,
     "old": old_layout,
     "new": new_layout,
@@ -90,7 +90,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "added, special": lambda folder: (
         write(folder, "added_tokens.json", **{"<cat>": NEXT, "<dog>": NEXT + 1}),
         write(folder, "special_tokens_map.json", extra_special_tokens=["<dog>"]),
-    )[0],
+    ),
     "listed": lambda folder: write(folder, "tokenizer_config.json", additional_special_tokens=["<dog>", "<cat>"]),
     "listed, in the other file": lambda folder: write(
         folder, "special_tokens_map.json", extra_special_tokens=[CAT, "<dog>"]
@@ -99,7 +99,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "padded, in the other file": lambda folder: (
         (folder / "special_tokens_map.json").unlink(),
         write(folder, "tokenizer_config.json", pad_token="!"),
-    )[1],
+    ),
 }
 
 

@@ -21,8 +21,8 @@ from cutdiff.checkpoint.files import START, impostor, opened, quoted
 
 MAX_HEADER = 100_000_000
 """The most bytes of a header that the format allows. It takes a few times as much memory when it is read."""
-MAX_MEMBERS = 100_000
-"""The most tensors, and the most lines of metadata; SDXL has 2,515 tensors. The format sets no limit, memory does."""
+MAX_MEMBERS = 20_000
+"""The most tensors, and the most lines of metadata, each of which takes time; SDXL has 2,515 tensors."""
 MAX_NAME = 1000
 """The most characters of a tensor's name; names are printed in errors."""
 MAX_RANK = 64

@@ -154,7 +154,8 @@ def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Part
     noise, decided_by = decide_noise(options, blueprint.noise)
     other = None if vae is None else read_vae(vae, blueprint.vae)
     blueprint = replace(blueprint, noise=noise, vae=other.config if other else blueprint.vae)
-    networks = empty_networks(blueprint)
+    with _named(source):
+        networks = empty_networks(blueprint)
     shards = folder.weight_files(source, [name for name in networks.named() if name != "vae" or other is None])
     weights = folder.read_weights(shards, networks)
     files = {str(file.relative_to(source)): file for some in shards.values() for file in some}
@@ -189,7 +190,8 @@ def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: 
             if len(family.texts) == 1:
                 depth = blueprint.text_encoder.num_hidden_layers
                 parts["text_encoder"] = clip.cut_to_depth(parts["text_encoder"], depth)
-    networks = empty_networks(blueprint)
+    with _named(source):
+        networks = empty_networks(blueprint)
     weights = single.convert(parts, networks)
     files = {source.name: source}
     if other is not None:
