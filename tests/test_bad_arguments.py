@@ -81,12 +81,12 @@ REFUSED_PROMPTS: dict[str, tuple[list[str], str]] = {
     ),
     "file missing": (
         ["--prompts", "nowhere.txt"],
-        "--prompts nowhere.txt cannot be read (No such file or directory): give a",
+        "--prompts nowhere.txt does not exist: check the path",
     ),
-    "folder for a file": (["--prompts", "."], "--prompts . cannot be read (it is no regular file): give a text file"),
+    "folder for a file": (["--prompts", "."], "--prompts . is a folder where a file belongs: name a file inside it"),
     "device for a file": (
         ["--prompts", "/dev/zero"],
-        "--prompts /dev/zero cannot be read (it is no regular file): give a text file",
+        "--prompts /dev/zero is a device, a pipe or a socket: only regular files are read",
     ),
 }
 

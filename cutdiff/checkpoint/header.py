@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Any
 
 import torch
 
-from cutdiff.checkpoint.files import START, impostor, opened, quoted
+from cutdiff.checkpoint.files import START, impostor, quoted
+from cutdiff.files import opened, size_of
 
 MAX_HEADER = 100_000_000
 """The most bytes of a header that the format allows. It takes a few times as much memory when it is read."""
@@ -78,7 +78,8 @@ def read_header(path: Path) -> Header:
     what is wrong with it and what to do, where it is no complete safetensors file.
     """
     with opened(path) as file:
-        size, start = os.fstat(file.fileno()).st_size, file.read(START)
+        size = size_of(file)
+        start = file.read(min(START, size))
         length = int.from_bytes(start[:8], "little")
         if problem := _what_is_wrong(start, length, size):
             raise ValueError(f"{path} {problem}")

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cutdiff.checkpoint.files import START, impostor, listed, opened, quoted
+from cutdiff.checkpoint.files import START, impostor, listed, quoted
 from cutdiff.checkpoint.header import MAX_MEMBERS, read_header
+from cutdiff.files import contents
 
 MAX_TEXT = 8 * 2**20
 """The most bytes of a JSON or text file: twice those of the largest in an SDXL folder, its tokenizer. Once parsed it
@@ -150,11 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_text(path: Path) -> str:
     """Read a small text file. FileNotFoundError where there is none, ValueError where it is too large or no text."""
-    with opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_TEXT:
-            raise ValueError(f"{path} has {size} bytes, more than {MAX_TEXT}, so it is no part of a model: remove it")
-        content = file.read(MAX_TEXT)
+    content = contents(path, MAX_TEXT, "so it is no part of a model: remove it")
     if problem := impostor(content[:START]):
         raise ValueError(f"{path} {problem}")
     try:

@@ -58,8 +58,8 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
         return [Request(prompt, _settings(prompt, args, {}))], []
     try:
         lines = read_lines(args.prompts)
-    except OSError as error:
-        raise BadArgument(f"--prompts {args.prompts} cannot be read ({error.strerror}): give a text file") from None
+    except (FileNotFoundError, ValueError) as error:
+        raise BadArgument(f"--prompts {error}") from None
     if not lines:
         raise BadArgument(f"--prompts {args.prompts} holds no prompt: give at least one line")
     requests, bad = [], []

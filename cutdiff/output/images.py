@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from cutdiff import specs
+from cutdiff.files import contents
 
 SAMPLERS = {
     "euler": "Euler",
@@ -30,6 +31,9 @@ SAMPLERS = {
 """A1111's names of solvers."""
 SPACINGS = {"karras": " Karras", "exponential": " Exponential", "beta": " Beta"}
 """The words that A1111 adds to them for the spacing of the sigmas."""
+
+MAX_RECORD = 1 << 25
+"""The most bytes of a record that is read: twice those of a file of prompts."""
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -74,7 +78,7 @@ def numbered(folder: Path, stem: str) -> Iterator[Path]:
 def read_record(path: Path) -> dict[str, Any]:
     """The record beside a PNG; empty where there is none that can be read."""
     try:
-        record = json.loads(path.with_suffix(".json").read_bytes())
+        record = json.loads(contents(path.with_suffix(".json"), MAX_RECORD))
     except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
