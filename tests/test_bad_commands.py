@@ -1,4 +1,4 @@
-"""Bad input to the other command lines, and to the variables of torchrun: one line, a status, and nothing is written.""
+"""Bad input to the other command lines, and to torchrun's variables: one line, a status, and nothing is written."""
 
 from __future__ import annotations
 
