@@ -507,7 +507,7 @@ class TestPaths:
             load("someone/nothing")
 
     def test_integer_dtype(self) -> None:
-        with pytest.raises(ValueError, match=r"dtype=torch.int8 is no floating-point type"):
+        with pytest.raises(ValueError, match=r"dtype=torch.int8 must be torch.float32, torch.bfloat16, torch.float16"):
             load(dtype=torch.int8)
 
     @pytest.mark.parametrize("root", ["package", "."])
