@@ -40,6 +40,7 @@ def _collector_paused() -> Iterator[None]:
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that a model may have."""
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -69,7 +70,7 @@ def load(
     path: a diffusers folder, a .safetensors file in the original layout, or the id of a model in the local Hugging Face
         cache (nothing is downloaded); by default the embedded model, which has the name "weights/scenes" in every
         working directory too.
-    dtype: the dtype of all weights, float32, bfloat16 or float16. A VAE that overflows in float16 decodes in float32 all the same.
+    dtype: the dtype of all weights, one of DTYPES. A VAE that overflows in float16 decodes in float32 all the same.
     config: a diffusers folder from which a single file takes its configurations, schedule and tokenizers. Without it
         sizes are inferred from the file, the rest is its family's, and tokenizers come from the local Hugging Face
         cache.
