@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[Main, list[str], int, str]] = {
     "plan: no device": (plan.main, ["--devices", "0"], 2, "argument --devices: 0 must be a whole number in 1 … 4096"),
     "plan: memory": (plan.main, ["--memory", "nan"], 2, "--memory nan must be above 0"),
     "plan: size": (plan.main, ["--width", HUGE], 2, f"--width {HUGE} must be a positive multiple of 8, at most 32768"),
-    "bench: size": (bench.main, ["--small", "--size", HUGE], 2, f"--height {HUGE} must be a positive multiple of 8"),
+    "bench: size": (bench.main, ["--small", "--only", "--size", HUGE], 2, f"--height {HUGE} must be a pos"),
     "bench: steps": (bench.main, ["--small", "--only", "--steps", HUGE], 2, "--steps 1000000000000000000 must be betw"),
     "scaling: repeats": (scaling.main, ["--repeats", "-1"], 2, "--repeats -1 must be at least 1"),
     "scaling: size": (scaling.main, ["--size", HUGE], 2, f"--height {HUGE} must be a positive multiple of 8"),
@@ -109,7 +109,7 @@ def test_places_that_torchrun_never_gives(
         monkeypatch.delenv(variable, raising=False)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
-    assert main(["--small"] if main is bench.main else []) == 1
+    assert main(["--small", "--only"] if main is bench.main else []) == 1
     assert capsys.readouterr().err.startswith(f"cutdiff: {expected}")
     assert [*tmp_path.iterdir()] == []
 
