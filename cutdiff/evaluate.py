@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cutdiff import specs
-from cutdiff.cli.arguments import AUTO, DTYPES, BadArgument, Parser, add_debug
+from cutdiff.cli.arguments import AUTO, DTYPES, MAX_PICTURES, BadArgument, Parser, add_debug, number
 from cutdiff.cli.ending import exit_status
 from cutdiff.options import options_of, read
 from cutdiff.parallel.lines import write_line
@@ -47,9 +47,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             specs.check_name("method", method)
         except ValueError as error:
             raise BadArgument(f"--methods {str(error).partition('=')[2]} (see --help)") from None
-    for name, least in (("num", 2), ("batch", 1)):
-        if getattr(args, name) < least:
-            raise BadArgument(f"--{name} {getattr(args, name)} must be at least {least}")
     given = {name: getattr(args, name) for name in ("prompts", "references", "features")}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == len(given):
@@ -71,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         help="names, or NAME,option=value to measure variants side by side, or module:object of your own",
     )  # fmt: skip
     parser.add_argument("--sizes", nargs="+", type=int, default=[256], metavar="PX", help="sides of square pictures")
-    parser.add_argument("--num", type=int, default=200, metavar="N", help="pictures of each method and size")
+    several = number(2, MAX_PICTURES)
+    parser.add_argument("--num", type=several, default=200, metavar="N", help="pictures of each method and size")
     parser.add_argument("--steps", type=int, default=defaults["num_steps"].default, metavar="N", help="of each phase")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 is off; none: the guidance's own, 7.5")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture")
@@ -80,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         help="any other option of a run, of its solver, schedule and guidance, or one that all methods have, for "
         "instance solver=ddim; repeatable",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, default=8, metavar="B", help="pictures drawn at once")
+    any_number = number(1, MAX_PICTURES)
+    parser.add_argument("--batch", type=any_number, default=8, metavar="B", help="pictures drawn at once")
     parser.add_argument("--model", metavar="PATH", help="none: the embedded one")
     parser.add_argument(
         "--dtype", default=AUTO, choices=(AUTO, *DTYPES),
@@ -89,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), metavar="DIR", help="the output")
     parser.add_argument(
-        "--caption-seed", type=int, metavar="S",
+        "--caption-seed", type=number(0, 2**63), metavar="S",
         help="of the scenes, of which you judge on others than you chose by; none: those of the committed results",
     )  # fmt: skip
     add_debug(parser)

@@ -119,7 +119,7 @@ def words(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}"
     if origin in (Union, UnionType):
-        return " or ".join(words(arg) for arg in args)
+        return " or ".join(dict.fromkeys(words(arg) for arg in args))
     if origin is list or (origin is tuple and args[-1:] == (Ellipsis,)):
         return f"a list, each {words(args[0])}"
     if origin is tuple:

@@ -22,6 +22,7 @@ from cutdiff.models.compiled import compiled
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders, TextStates
 from cutdiff.models.vae import VAE
+from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
@@ -232,7 +233,7 @@ def prepare(
     make_denoiser: Callable[..., Denoiser] = Denoiser,
 ) -> Prepared:
     """Check everything and encode the prompts: a run whose first step was not taken. Arguments as of `generate`."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else [*checked("prompt", prompt, list[str] | tuple[str, ...])]
     if not prompts:
         raise ValueError("prompt is an empty list: give at least one prompt")
     size, schedule = canvas_and_schedule(model, settings)

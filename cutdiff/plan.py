@@ -15,7 +15,7 @@ import math
 import sys
 from typing import Any
 
-from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_debug, add_how, add_option, errors_by_flag
+from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_debug, add_how, add_option, errors_by_flag, number
 from cutdiff.cli.ending import exit_status
 from cutdiff.options import options_of
 from cutdiff.parallel.lines import write_line
@@ -29,6 +29,8 @@ BANDWIDTH = 50.0
 """The GB/s that a device receives through a network card of 400 Gbit/s; within a machine, NVLink carries 450 GB/s."""
 MEMORY = 141.0
 """The memory of an H200, in gigabytes."""
+
+MAX_DEVICES = 4096
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,7 +112,7 @@ def _tera(part: dict[str, Any]) -> str:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    for name in ("tflops", "bandwidth", "memory", "devices", "utilisation"):
+    for name in ("tflops", "bandwidth", "memory", "utilisation"):
         value = getattr(args, name)
         if not 0 < value < math.inf or (name == "utilisation" and value > 1):
             raise BadArgument(f"--{name} {value} must be above 0{', at most 1' * (name == 'utilisation')}")
@@ -136,7 +138,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add_how(parser.add_argument_group("how"))
     hardware = parser.add_argument_group("hardware")
     for name, kind, default, metavar, text in (
-        ("devices", int, 1, "N", "number of devices, which share the patches or views of a step"),
+        ("devices", number(1, MAX_DEVICES), 1, "N", "devices, which share the patches or views of a step"),
         ("tflops", float, TFLOPS, "T", "best TFLOP/s of a device; the default is an H200's"),
         ("utilisation", float, UTILISATION, "U", "share of --tflops that is expected to be reached"),
         ("bandwidth", float, BANDWIDTH, "B", "GB/s that a device can receive"),

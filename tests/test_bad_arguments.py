@@ -81,12 +81,12 @@ REFUSED_PROMPTS: dict[str, tuple[list[str], str]] = {
     ),
     "file missing": (
         ["--prompts", "nowhere.txt"],
-        "--prompts nowhere.txt cannot be read (No such file or directory): give a",
+        "--prompts nowhere.txt does not exist: check the path",
     ),
-    "folder for a file": (["--prompts", "."], "--prompts . cannot be read (it is no regular file): give a text file"),
+    "folder for a file": (["--prompts", "."], "--prompts . is a folder where a file belongs: name a file inside it"),
     "device for a file": (
         ["--prompts", "/dev/zero"],
-        "--prompts /dev/zero cannot be read (it is no regular file): give a text file",
+        "--prompts /dev/zero is a device, a pipe or a socket: only regular files are read",
     ),
 }
 
@@ -132,7 +132,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     "seed 2^64": (["--seed", str(2**64)], f"--seed {2**64} must lie in 0 … 2⁶⁴ − 1"),
     "seed 2^64 of the last": (["--seed", str(2**64 - 1), "--num-images", "2"], f"--seed {2**64} must lie in 0"),
     "batch 0": (["--view-batch-size", "0"], "argument --view-batch-size: 0 must be a whole number at least 1"),
-    "batch 0 of pictures": (["--num-images", "0"], "--num-images 0 must be at least 1"),
+    "batch 0 of pictures": (["--num-images", "0"], "argument --num-images: 0 must be a whole number in 1 … 100000"),
     "structure fraction NaN": (
         ["--structure-fraction", "nan"],
         "argument --structure-fraction: 'nan' must be a finite number in 0 … 1",

@@ -26,7 +26,7 @@ FLOORS = (
     {"parallel", "settings"},
     {"specs"},
     {"sources"},
-    {"options"},
+    {"options", "files"},
 )
 """The rooms and single files of the package from the roof to the ground."""
 

@@ -234,7 +234,7 @@ def test_the_largest_size_on_many_devices(capsys: pytest.CaptureFixture[str]) ->
         (["--width", "100"], 2, "--width 100 must be a multiple of 8"),
         (["--steps", "0"], 2, "argument --steps: 0 must be a whole number at least 1"),
         (["--steps", "2000"], 2, "--steps 2000 must be between 1 and the 1000 timesteps"),
-        (["--devices", "0"], 2, "--devices 0 must be above 0"),
+        (["--devices", "0"], 2, "argument --devices: 0 must be a whole number in 1"),
         (["--utilisation", "2"], 2, "--utilisation 2.0 must be above 0, at most 1"),
         (["--tflops", "nan"], 2, "--tflops nan must be above 0"),
         (["--method", "magnfy"], 2, "did you mean 'magnify'?"),

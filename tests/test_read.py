@@ -325,6 +325,27 @@ class TestIndex:
         (tmp_path / INDEX).write_text(json.dumps({**metadata, **weight_map()}))
         assert find_weights(tmp_path, STEM) == [tmp_path / shard for shard in SHARDS]
 
+    @pytest.mark.parametrize(("most", "message"), [(2, "lists 3 keys, more than 2"), (4, None)])
+    def test_number_of_keys_is_bounded(
+        self, most: int, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("cutdiff.checkpoint.read.MAX_MEMBERS", most)
+        make_shards(tmp_path)
+        places = {"a": SHARDS[0], "b": SHARDS[0], "c": SHARDS[1]}
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": places}))
+        if message is None:
+            assert find_weights(tmp_path, STEM) == [tmp_path / shard for shard in SHARDS]
+            return
+        with pytest.raises(ValueError, match=message):
+            find_weights(tmp_path, STEM)
+
+    def test_number_of_keys_in_all_shards_is_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cutdiff.checkpoint.read.MAX_MEMBERS", 2)
+        make_shards(tmp_path)
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": SHARDS[0], "c": SHARDS[1]}}))
+        with pytest.raises(ValueError, match="names shards of more than 2 tensors, so it is no model's: remove it"):
+            find_weights(tmp_path, STEM)
+
     def test_a_gigabyte_is_not_read(self, tmp_path: Path) -> None:
         (tmp_path / INDEX).touch()
         os.truncate(tmp_path / INDEX, 2**30)

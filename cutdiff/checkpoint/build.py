@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import count
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.files import listed
@@ -32,6 +36,9 @@ OTHER_INPUTS = {
     9: "an inpainting model",
 }
 """The purpose of a U-Net whose input has more channels than its output, by the number of its input's channels."""
+
+MAX_PARAMETERS = 5000
+"""The most tensors of a network; SDXL's U-Net has 1,680."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +118,36 @@ def empty_networks(blueprint: Blueprint) -> Networks:
     """The networks on the meta device, which have keys and shapes but take no memory."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    with torch.device("meta"):
-        return Networks(
-            UNet(blueprint.unet),
-            VAE(blueprint.vae),
-            CLIPTextModel(blueprint.text_encoder),
-            CLIPTextModelWithProjection(blueprint.text_encoder_2) if blueprint.text_encoder_2 else None,
-        )
+    with outlined("unet"):
+        unet = UNet(blueprint.unet)
+    with outlined("vae"):
+        vae = VAE(blueprint.vae)
+    with outlined("text_encoder"):
+        first = CLIPTextModel(blueprint.text_encoder)
+    with outlined("text_encoder_2"):
+        second = CLIPTextModelWithProjection(blueprint.text_encoder_2) if blueprint.text_encoder_2 else None
+    return Networks(unet, vae, first, second)
+
+
+@contextmanager
+def outlined(name: str) -> Iterator[None]:
+    """Make the network `name` on the meta device. ValueError as soon as it has more than MAX_PARAMETERS, each of which
+    takes time: a few digits of a configuration may ask for millions."""
+    thread, numbers = get_ident(), count(1)
+
+    def counted(*_: object) -> None:
+        if get_ident() == thread and next(numbers) > MAX_PARAMETERS:
+            raise ValueError(
+                f"the configuration of {name} asks for more than {MAX_PARAMETERS} tensors, which no model of these "
+                "families has: take the configuration and the weights from one model"
+            )
+
+    handle = register_module_parameter_registration_hook(counted)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        handle.remove()
 
 
 def build_model(

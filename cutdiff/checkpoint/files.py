@@ -1,13 +1,9 @@
-"""Opening files that may be anything: only regular files are opened, and others are recognised by their first bytes."""
+"""Files that stand in the place of others, which are recognised by their first bytes; and words of errors."""
 
 from __future__ import annotations
 
 import re
-import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from io import BufferedReader
-from pathlib import Path
+from collections.abc import Iterable
 
 START = 512
 """The number of bytes at the start of a file by which it is recognised."""
@@ -37,26 +33,6 @@ IMPOSTORS = (
 def impostor(start: bytes) -> str | None:
     """A description of a file that begins so, if it is known to be neither safetensors nor a configuration."""
     return next((problem for pattern, problem in IMPOSTORS if re.match(pattern, start)), None)
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[BufferedReader]:
-    """Open a regular file, or a link to one, to read bytes; a pipe would block, and a device may never end.
-
-    Raises FileNotFoundError where there is no file, and ValueError where it is something else or cannot be read.
-    """
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise ValueError(f"{path} is a folder where a file belongs: name a file inside it")
-        if not stat.S_ISREG(mode):
-            raise ValueError(f"{path} is a device, a pipe or a socket: only regular files are read, so copy it to one")
-        with path.open("rb") as file:
-            yield file
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: check the path") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): check its permissions and its disk") from None
 
 
 def listed(keys: Iterable[str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from typing import Any
 
 import torch
 
-from cutdiff.checkpoint.files import START, impostor, opened, quoted
+from cutdiff.checkpoint.files import START, impostor, quoted
+from cutdiff.files import opened, size_of
 
 MAX_HEADER = 100_000_000
 """The most bytes of a header that the format allows. It takes a few times as much memory when it is read."""
-MAX_MEMBERS = 100_000
-"""The most tensors, and the most lines of metadata; SDXL has 2,515 tensors. The format sets no limit, memory does."""
+MAX_MEMBERS = 20_000
+"""The most tensors, and the most lines of metadata, each of which takes time; SDXL has 2,515 tensors."""
 MAX_NAME = 1000
 """The most characters of a tensor's name; names are printed in errors."""
 MAX_RANK = 64
@@ -78,7 +78,8 @@ def read_header(path: Path) -> Header:
     what is wrong with it and what to do, where it is no complete safetensors file.
     """
     with opened(path) as file:
-        size, start = os.fstat(file.fileno()).st_size, file.read(START)
+        size = size_of(file)
+        start = file.read(min(START, size))
         length = int.from_bytes(start[:8], "little")
         if problem := _what_is_wrong(start, length, size):
             raise ValueError(f"{path} {problem}")

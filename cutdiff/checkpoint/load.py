@@ -26,6 +26,7 @@ from cutdiff.checkpoint.vae import OtherVAE, read_vae
 from cutdiff.checkpoint.weights import read_weights
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
 from cutdiff.models.machine import keep_freed_memory
+from cutdiff.options import checked
 from cutdiff.sampling.edm import AnyNoise
 
 
@@ -40,6 +41,17 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that a model may have."""
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={device!r} is no device that torch has here: pass 'cpu' or 'cuda'") from None
 
 
 @_collector_paused()
@@ -63,7 +75,7 @@ def load(
     path: a diffusers folder, a .safetensors file in the original layout, or the id of a model in the local Hugging Face
         cache (nothing is downloaded); by default the embedded model, which has the name "weights/scenes" in every
         working directory too.
-    dtype: the dtype of all weights. A VAE that overflows in float16 decodes in float32 all the same.
+    dtype: the dtype of all weights, one of DTYPES. A VAE that overflows in float16 decodes in float32 all the same.
     config: a diffusers folder from which a single file takes its configurations, schedule and tokenizers. Without it
         sizes are inferred from the file, the rest is its family's, and tokenizers come from the local Hugging Face
         cache. A file of a U-Net alone, in either layout, takes the other networks from that folder too.
@@ -89,11 +101,14 @@ def load(
     exist; ValueError where it is no such model, is incomplete, does not fit its configuration, or needs what is not
     built here; and LoraError, a ValueError, where a LoRA cannot be merged into it.
     """
-    if not dtype.is_floating_point:
-        raise ValueError(
-            f"dtype={dtype} is no floating-point type: pass torch.float32, torch.bfloat16 or torch.float16"
-        )
-    source, device = locate(path), torch.device(device)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be {', '.join(map(str, DTYPES))}")
+    checked("path", path, str | Path | None)
+    checked("loras", loras, list[tuple[str | Path, float]] | tuple[tuple[str | Path, float], ...])
+    checked("zero_terminal_snr", zero_terminal_snr, bool | None)
+    for name, value in {"check_weights": check_weights, "fp8": fp8}.items():
+        checked(name, value, bool)
+    source, device = locate(path), _device(device)
     if fp8:
         check_fp8(device, dtype)
     options = NoiseOptions(prediction_type, zero_terminal_snr, timestep_spacing)
@@ -173,7 +188,8 @@ def _read_folder(
     if other is not None:
         with _named(vae):
             blueprint = replace(blueprint, vae=other.config)
-    networks = empty_networks(blueprint)
+    with _named(source):
+        networks = empty_networks(blueprint)
     shards = folder.weight_files(source, [name for name in networks.named() if name != "vae" or other is None], variant)
     weights = folder.read_folder(shards, networks, dtype)
     files = {str(file.relative_to(source)): file for some in shards.values() for file in some}
@@ -237,7 +253,8 @@ def _read_single(
             if len(family.texts) == 1:
                 depth = blueprint.text_encoder.num_hidden_layers
                 parts["text_encoder"] = clip.cut_to_depth(parts["text_encoder"], depth)
-    networks = empty_networks(blueprint)
+    with _named(source):
+        networks = empty_networks(blueprint)
     weights = single.convert(parts, networks)
     files = {source.name: source}
     if other is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from cutdiff.files import opened
 from cutdiff.models.fp8 import FP8Linear
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
@@ -119,7 +120,7 @@ class Model:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

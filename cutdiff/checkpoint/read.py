@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cutdiff.checkpoint.files import START, impostor, listed, opened, quoted
-from cutdiff.checkpoint.header import read_header
+from cutdiff.checkpoint.files import START, impostor, listed, quoted
+from cutdiff.checkpoint.header import MAX_MEMBERS, read_header
+from cutdiff.files import contents
 
 MAX_TEXT = 8 * 2**20
 """The most bytes of a JSON or text file: twice those of the largest in an SDXL folder, its tokenizer. Once parsed it
@@ -98,6 +99,8 @@ def _shards(index: Path) -> list[Path]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no weight_map, so it is no index of a sharded checkpoint: download it again")
+    if len(places) > MAX_MEMBERS:
+        raise ValueError(f"{index} lists {len(places)} keys, more than {MAX_MEMBERS}, so it is no model's: remove it")
     for key, name in places.items():
         if problem := _no_shard(name):
             raise ValueError(f"{index} puts {quoted(key)} in {quoted(name)}, {problem}")
@@ -130,6 +133,8 @@ def _check_shards(index: Path, places: Mapping[str, str], names: list[str]) -> N
                     f"{index}: {key!r} is in two shards, {shard_of[key]!r} and {name!r}: download them again"
                 )
             shard_of[key] = name
+        if len(shard_of) > MAX_MEMBERS:
+            raise ValueError(f"{index} names shards of more than {MAX_MEMBERS} tensors, so it is no model's: remove it")
     absent = [f"{quoted(key)} from {quoted(name)}" for key, name in places.items() if shard_of.get(key) != name]
     if absent:
         raise ValueError(
@@ -160,11 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_text(path: Path) -> str:
     """Read a small text file. FileNotFoundError where there is none, ValueError where it is too large or no text."""
-    with opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_TEXT:
-            raise ValueError(f"{path} has {size} bytes, more than {MAX_TEXT}, so it is no part of a model: remove it")
-        content = file.read(MAX_TEXT)
+    content = contents(path, MAX_TEXT, "so it is no part of a model: remove it")
     if problem := impostor(content[:START]):
         raise ValueError(f"{path} {problem}")
     try:

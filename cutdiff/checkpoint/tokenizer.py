@@ -1,7 +1,7 @@
-"""CLIP's tokenizers: reading one from a folder, and finding one in the local Hugging Face cache.
+"""CLIP's tokenizers: building one from the files of a folder, and finding one in the local Hugging Face cache.
 
-transformers reads the files, but only after they have been checked here: it makes an empty tokenizer of a folder
-without files, and some of its releases open any file that a configuration names.
+transformers is given words, merges and tokens that `vocabulary` has read and checked, but no folder: it would open
+whatever the files there name, wherever that lies, and more files beside them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cutdiff.checkpoint.files import quoted
-from cutdiff.checkpoint.read import read_json, read_text
 from cutdiff.checkpoint.text import by_transformers
+from cutdiff.checkpoint.vocabulary import CONFIG, WORDS, check_words, read_optional, read_special, read_words
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -25,20 +25,8 @@ CACHED_TOKENIZERS = (
     ("stabilityai/stable-diffusion-2-1", "tokenizer"),
 )
 """The repositories that have CLIP's tokenizer, which all families share, and the folder in each."""
-FRAME = ("<|startoftext|>", "<|endoftext|>")
-"""The tokens that begin and end a prompt."""
 PAD_TOKENS = {True: "!", False: "<|endoftext|>"}
 """The token that pads prompts, by whether the encoder is OpenCLIP's."""
-TOKENIZER_JSON = (
-    "vocab.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-"""The files of a tokenizer that transformers reads, beside merges.txt."""
-FILE_FIELDS = ("vocab", "merges", "vocab_file", "merges_file", "tokenizer_file", "fast_tokenizer_files", "init_inputs")
-"""Fields of a tokenizer_config.json that some release of transformers opens as files, wherever they lie."""
 
 
 def read_tokenizer(folder: Path, max_length: int, pad_token: str | None = None) -> CLIPTokenizer:
@@ -52,22 +40,35 @@ def read_tokenizer(folder: Path, max_length: int, pad_token: str | None = None) 
         raise ValueError(
             f"{folder} holds no tokenizer (vocab.json and merges.txt), so the model is incomplete: download it"
         )
-    _check_tokenizer(folder)
-    special: dict[str, Any] = {} if pad_token is None else {"pad_token": pad_token}
+    words, config = read_words(folder), read_optional(folder / CONFIG)
+    tokens = read_special(folder, config, words)
+    check_words(words, tokens)
+    special: dict[str, Any] = {**tokens.purposes, **({} if pad_token is None else {"pad_token": pad_token})}
+    # Where the files give no length, transformers writes 10^30, and the encoder would fail on a long prompt.
+    length = min(_length(folder / CONFIG, config, max_length), max_length)
+    if length < 3:  # one token begins a prompt, one ends it
+        raise ValueError(f"{folder} and its encoder leave {length} tokens, too few for a prompt")
     try:
         with by_transformers():
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special)
+            tokenizer = CLIPTokenizer(
+                vocab=words.vocabulary,
+                merges=words.merges,  # pyright: ignore[reportArgumentType]  (annotated as lines; it reads pairs)
+                added_tokens_decoder=tokens.numbered,
+                extra_special_tokens=tokens.others,
+                model_max_length=length,
+                **special,
+            )
+            ids = tokenizer.get_vocab()
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    length = tokenizer.model_max_length
-    if type(length) not in (int, float) or length != length // 1:
-        raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: model_max_length={quoted(length)} is no number of tokens"
-        )
-    # Where the files give no length, transformers says 10^30, and the encoder would fail on a long prompt.
-    tokenizer.model_max_length = int(min(length, max_length))
-    if tokenizer.model_max_length < 3:  # one token begins a prompt, one ends it
-        raise ValueError(f"{folder} and its encoder leave {tokenizer.model_max_length} tokens, too few for a prompt")
+    for number, token in tokens.numbered.items():
+        if ids.get(token.content) != number:
+            raise ValueError(
+                f"{folder} gives {quoted(token.content)} the id {number}, where {ids.get(token.content)} follows on "
+                "its vocabulary: download it again"
+            )
+    if (different := len({*ids.values()})) < len(ids):
+        raise ValueError(f"{words.path} gives {len(ids)} tokens {different} different ids: download it again")
     return tokenizer
 
 
@@ -90,30 +91,14 @@ def cached_tokenizer() -> Path:
     )
 
 
-def _check_tokenizer(folder: Path) -> None:
-    """Raise ValueError for a file that transformers must not read: a damaged one, or one that names other files."""
-    files = {name: read_json(folder / name) for name in TOKENIZER_JSON if (folder / name).exists()}
-    if (folder / "merges.txt").exists():
-        read_text(folder / "merges.txt")
-    if (vocabulary := files.get("vocab.json")) is not None:
-        _check_vocabulary(folder / "vocab.json", vocabulary, files.get("added_tokens.json", {}))
-    named = [field for field in FILE_FIELDS if files.get("tokenizer_config.json", {}).get(field)]
-    if named:
-        raise ValueError(f"{folder / 'tokenizer_config.json'} names files, in {', '.join(named)}: remove these fields")
-
-
-def _check_vocabulary(path: Path, vocabulary: Mapping[str, Any], added: Mapping[str, Any]) -> None:
-    """Raise ValueError where two tokens share an id, an id is no number, or a token that frames a prompt is missing."""
-    ids = [*vocabulary.values()]
-    if odd := next((token for token, value in vocabulary.items() if type(value) is not int or value < 0), None):
-        raise ValueError(f"{path} gives {quoted(odd)} the id {quoted(vocabulary[odd])}: download it again")
-    if len({*ids}) < len(ids):
-        raise ValueError(f"{path} gives {len(ids)} tokens {len({*ids})} different ids: download it again")
-    if missing := [token for token in FRAME if token not in vocabulary and token not in added]:
-        raise ValueError(f"{path} has no {' and no '.join(missing)}, so it is not CLIP's: download it again")
-
-
 def _holds_tokenizer(folder: Path) -> bool:
     """True for a folder that has the files of a tokenizer, in either of two layouts."""
-    layouts = (("vocab.json", "merges.txt"), ("tokenizer.json",))
+    layouts = (("vocab.json", "merges.txt"), (WORDS,))
     return any(all((folder / name).exists() for name in layout) for layout in layouts)
+
+
+def _length(path: Path, config: Mapping[str, Any], default: int) -> int:
+    length = default if config.get("model_max_length") is None else config["model_max_length"]
+    if type(length) not in (int, float) or length != length // 1:
+        raise ValueError(f"{path}: model_max_length={quoted(length)} is no number of tokens")
+    return int(length)

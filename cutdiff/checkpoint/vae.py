@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cutdiff.checkpoint.build import outlined
 from cutdiff.checkpoint.configs import vae_config
 from cutdiff.checkpoint.families import VAE_PREFIX
 from cutdiff.checkpoint.files import quoted
@@ -57,7 +58,7 @@ def read_vae(path: Path, like: VAEConfig, *, dtype: torch.dtype, variant: str | 
             config = infer_vae(tensors, like)
         except ValueError as error:
             raise ValueError(f"{path} is no VAE: {error}: {REMEDY}") from None
-        with torch.device("meta"):
+        with outlined("vae"):
             tensors = modern_vae(convert_vae(tensors, VAE(config)))
     return OtherVAE(config, tensors, files)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from cutdiff import specs
-from cutdiff.options import MAX_FLOAT32, Option, nearest, not_one_of, options_of, read
+from cutdiff.options import MAX_FLOAT32, Between, Option, nearest, not_one_of, options_of, read
 from cutdiff.settings import PREDICTION_TYPES, SPACINGS, Settings
 from cutdiff.specs import TABLES
 
@@ -26,6 +26,10 @@ Group = argparse._ArgumentGroup
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO = "auto"
 """The --dtype that the machine chooses. Only measurements have it: a picture is to be the same on every machine."""
+MAX_PICTURES = 100_000
+"""The most pictures of a run; each takes time and memory before the first is drawn."""
+YEAR = 365 * 24 * 3600
+"""The seconds that --rank-timeout may have at most."""
 HOW = (*TABLES, "num_steps", "guidance_interval")
 """The options of a run that say how a picture is drawn, and neither which one nor where."""
 
@@ -140,8 +144,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for add, title in ((_add_prompt, "what to draw"), (_add_model, "the model"), (add_how, "how"), (_add_run, "where")):
         add(parser.add_argument_group(title))
     args = parser.parse_run(argv)
-    if args.num_images < 1:
-        raise BadArgument(f"--num-images {args.num_images} must be at least 1")
     if args.prompt is not None and args.prompts is not None:
         raise BadArgument(f"--prompts {args.prompts} takes the place of PROMPT {args.prompt!r}: give one of them")
     return args
@@ -216,6 +218,11 @@ def _reader(name: str, kind: Any) -> Any:
     return convert
 
 
+def number(low: float, high: float, kind: type = int) -> Any:
+    """The type of an argument that is a number from `low` to `high`, and no option of a run."""
+    return _reader("", Annotated[kind, Between(low, high)])
+
+
 def _metavar(kind: Any) -> str:
     """The placeholder of a value: N, X, TEXT, SPEC, or what it may be."""
     for part in (kind, *get_args(kind)):
@@ -250,7 +257,9 @@ def _add_prompt(group: Group) -> None:
     add_option(group, own["width"], "in pixels; none: twice the native size")
     add_option(group, own["height"])
     add_option(group, own["seed"])
-    group.add_argument("--num-images", type=int, default=1, metavar="K", help="pictures, with seeds S, S+1, …")
+    group.add_argument(
+        "--num-images", type=number(1, MAX_PICTURES), default=1, metavar="K", help="pictures, with seeds S, S+1, …"
+    )
 
 
 def _add_model(group: Group) -> None:
@@ -316,8 +325,8 @@ def _seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    if not 0 < value <= YEAR:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0, at most {YEAR}, a year")
     return value
 
 

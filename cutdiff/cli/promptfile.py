@@ -6,24 +6,22 @@ A line that begins with { is JSON; a line that is blank or begins with # is skip
 
 from __future__ import annotations
 
-import errno
 import json
 from pathlib import Path
 from typing import Any, cast
+
+from cutdiff.files import contents
 
 MAX_BYTES = 1 << 24
 """The size of the largest file that is read."""
 
 
 def read_lines(path: Path) -> list[tuple[int, bytes]]:
-    """The lines that hold prompts and their numbers, counted from 1. OSError if the file cannot be read."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no regular file")
-    if path.stat().st_size > MAX_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES} bytes")
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    """The lines that hold prompts and their numbers, counted from 1. The errors are those of `contents`, and ValueError
+    where the file is one of another kind."""
+    content = contents(path, MAX_BYTES).removeprefix(b"\xef\xbb\xbf")
     if problem := _other_format(content.strip()):
-        raise OSError(errno.EINVAL, problem)
+        raise ValueError(f"{path} cannot be read ({problem}): give a text file")
     lines = content.split(b"\n")
     stripped = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     return [(number, line) for number, line in stripped if line and not line.startswith(b"#")]

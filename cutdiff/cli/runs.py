@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cutdiff import specs
-from cutdiff.cli.arguments import DEMO_PROMPT, BadArgument, errors_by_flag, flag_of
+from cutdiff.cli.arguments import DEMO_PROMPT, MAX_PICTURES, BadArgument, errors_by_flag, flag_of
 from cutdiff.cli.promptfile import parse_line, read_lines
 from cutdiff.settings import Settings
 
@@ -58,10 +58,12 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
         return [Request(prompt, _settings(prompt, args, {}))], []
     try:
         lines = read_lines(args.prompts)
-    except OSError as error:
-        raise BadArgument(f"--prompts {args.prompts} cannot be read ({error.strerror}): give a text file") from None
+    except (FileNotFoundError, ValueError) as error:
+        raise BadArgument(f"--prompts {error}") from None
     if not lines:
         raise BadArgument(f"--prompts {args.prompts} holds no prompt: give at least one line")
+    if (num := len(lines) * args.num_images) > MAX_PICTURES:
+        raise BadArgument(f"--prompts {args.prompts} asks for {num} pictures, more than {MAX_PICTURES}: split the file")
     requests, bad = [], []
     for number, line in lines:
         try:

@@ -14,12 +14,14 @@ import cutdiff
 from cutdiff.checkpoint.locate import name_of
 from cutdiff.checkpoint.model import Model
 from cutdiff.cli.device import device_of, dtype_of, tell_dtype
+from cutdiff.cli.promptfile import MAX_BYTES
 from cutdiff.evaluation import score
 from cutdiff.evaluation.cells import Cell, cost, draw_cells, folder_of, picture_paths
 from cutdiff.evaluation.features import PIXELS
 from cutdiff.evaluation.references import References, compare
 from cutdiff.evaluation.report import save_sheet, table
 from cutdiff.evaluation.testbed import NATIVE, Testbed, environment, row_of
+from cutdiff.files import contents
 from cutdiff.options import options_of, written
 from cutdiff.output.images import save_json
 from cutdiff.pipeline import canvas_and_schedule
@@ -116,7 +118,12 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of --prompts, one on each line; none if captions of scenes are drawn."""
     if args.prompts is None:
         return []
-    lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in contents(args.prompts, MAX_BYTES).decode().splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {args.prompts}: byte {error.start + 1} is not UTF-8: save it as UTF-8") from None
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"--prompts {error}") from None
     prompts = [line for line in lines if line][: args.num]
     if len(prompts) < 2:
         raise ValueError(f"--prompts {args.prompts} holds {len(prompts)} prompts: 2 are needed, one a line")

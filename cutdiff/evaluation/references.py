@@ -23,12 +23,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cutdiff.evaluation.score import Score, mean_score
+from cutdiff.files import opened, size_of
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
 
 Size = tuple[int, int]
 """Width and height, in Pillow's order."""
+ZIP = b"PK\x03\x04"
+"""The first bytes of a TorchScript file, which is a zip archive."""
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 CROPS = 10
 """Number of native-size crops of each picture, at random places, as in the papers (CutDiffusion, section 4.1)."""
@@ -63,11 +66,16 @@ class References:
                 raise ValueError(f"--{what} {path} does not exist: pass a path of your own, nothing is downloaded")
         if find_spec("torchmetrics") is None:
             raise ValueError("--references needs torchmetrics: pip install 'cutdiff[references]'")
+        no_script = ValueError(
+            f"--features {features} is no TorchScript file: pass one such as inception-2015-12-05.pt"
+        )
+        with opened(features) as file:
+            if file.read(min(len(ZIP), size_of(file))) != ZIP:
+                raise no_script
         try:
             network = torch.jit.load(features, map_location=device).eval()
         except RuntimeError:
-            remedy = "pass one such as inception-2015-12-05.pt"
-            raise ValueError(f"--features {features} is no TorchScript file: {remedy}") from None
+            raise no_script from None
         return References(_images(folder), network, None if clip is None else _load_clip(clip, device), device)
 
     @torch.no_grad()
@@ -189,10 +197,11 @@ def _images(folder: Path) -> list[Path]:
     if len(paths) < 2:
         raise ValueError(f"--references {folder} holds {len(paths)} images ({', '.join(ENDINGS)}): 2 are needed")
     for path in paths:
-        try:
-            Image.open(path).close()
-        except UnidentifiedImageError:
-            raise ValueError(f"--references: {path} is no image: remove or replace it") from None
+        with opened(path) as file:
+            try:
+                Image.open(file).close()
+            except UnidentifiedImageError:
+                raise ValueError(f"--references: {path} is no image: remove or replace it") from None
     return paths
 
 

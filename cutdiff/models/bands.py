@@ -247,7 +247,7 @@ def _group_norm(x: Banded, num_groups: int, weight: Tensor, bias: Tensor, eps: f
         torch.sum((band - part[0, :, :, None, None]).square_(), (2, 3), out=part[1])
     ranks.gather(statistics, starts)
     mean, square = statistics.unflatten(3, (num_groups, -1)).unbind(1)  # (bands, B, G, C/G)
-    count = torch.tensor(counts).to(mean)[:, None, None, None]
+    count = torch.tensor(counts, dtype=dtype, device="cpu").to(mean.device)[:, None, None, None]
     total = sum(counts) * mean.shape[3]
     center = (count * mean).sum((0, 3), keepdim=True) / total  # (1, B, G, 1)
     variance = (square + count * (mean - center).square()).sum((0, 3), keepdim=True) / total

@@ -38,10 +38,10 @@ class Windows:
 
     def __post_init__(self) -> None:
         check_cover(self.origins, self.size, self.map_size)
-        past = torch.tensor(self.size) - torch.tensor(self.map_size)
+        past = torch.tensor([a - b for a, b in zip(self.size, self.map_size, strict=True)], device="cpu")
         down, right = torch.maximum(-self.origins, self.origins + past).amax(dim=(0, 1)).clamp(min=0).tolist()
         object.__setattr__(self, "margin", (down, right))
-        object.__setattr__(self, "corners", self.origins + torch.tensor([down, right]))
+        object.__setattr__(self, "corners", self.origins + torch.tensor([down, right], device="cpu"))
 
 
 @dataclass(frozen=True)

@@ -36,4 +36,4 @@ def keep_freed_memory() -> None:
     thresholds by itself where a mapping of at most 32 MB is freed: so one is made, never touched, and freed. Where the
     user has set a threshold (MALLOC_TRIM_THRESHOLD_), or malloc is not glibc's, nothing changes.
     """
-    torch.empty(LARGEST_MAPPING, dtype=torch.uint8)
+    torch.empty(LARGEST_MAPPING, dtype=torch.uint8, device="cpu")

@@ -68,9 +68,10 @@ def frame(tokenizer: PreTrainedTokenizerBase, chunks: Sequence[Chunk], device: t
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     ids = [[begin, *(token for token, _ in chunk), end] for chunk in chunks]
     weights = [[1.0, *(weight for _, weight in chunk), 1.0] for chunk in chunks]
+    weights = [row + [1.0] * (length - len(row)) for row in weights]
     return Tokens(
         ids=torch.tensor([row + [pad] * (length - len(row)) for row in ids], device=device),
-        weights=torch.tensor([row + [1.0] * (length - len(row)) for row in weights], device=device),
+        weights=torch.tensor(weights, dtype=torch.float32, device=device),
     )
 
 

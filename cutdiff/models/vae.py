@@ -38,7 +38,7 @@ class DiagonalGaussian:
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """Draw once, on the generator's device, so that one seed gives one sample wherever the network runs."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=generator.device)
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32, device=generator.device)
         return self.at(noise)
 
     def at(self, noise: Tensor) -> Tensor:

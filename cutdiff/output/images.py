@@ -23,14 +23,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
-from cutdiff.checkpoint.files import opened
+from cutdiff.files import contents
 from cutdiff.output.parameters import parameters_text
 from cutdiff.output.record import NO_RECORD, comparable
 
 SIGNATURE, END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 """The first and the last bytes of every PNG."""
 MAX_RECORD = 1 << 24
-"""The size of the largest record that is read, in bytes: one that is longer is cut, and so cannot be read."""
+"""The size of the largest record that is read, in bytes."""
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 """The errors that Pillow raises for a PNG that is broken in one place or another."""
 
@@ -138,8 +138,7 @@ def pixels_sha256(image: Image.Image) -> str:
 def read_record(path: Path) -> dict[str, Any]:
     """The record beside a PNG; empty where there is none that can be read."""
     try:
-        with opened(path.with_suffix(".json")) as file:
-            record = json.loads(file.read(MAX_RECORD))
+        record = json.loads(contents(path.with_suffix(".json"), MAX_RECORD))
         comparable(record)
     except (OSError, ValueError, RecursionError, *NO_RECORD):
         return {}

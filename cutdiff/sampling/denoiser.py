@@ -259,7 +259,8 @@ class Denoiser:
         """
         num_rows, copies = len(inputs), rows.copies
         text = self._text(copies, rows.positive)
-        timestep = torch.full((1,), self.timestep(rows.sigma), device=inputs.device).expand(num_rows)
+        timestep = torch.full((1,), self.timestep(rows.sigma), dtype=torch.float32, device=inputs.device)
+        timestep = timestep.expand(num_rows)
         ranks = self.ranks if self.shares_rows else ALONE
         starts = self.shares(num_rows, copies, ranks)
         first, end = starts[ranks.rank : ranks.rank + 2]
@@ -322,7 +323,7 @@ class Denoiser:
         shared_by = num_rows // (len(text.pooled) // copies)
         rows = tuple(row // shared_by * copies + row % copies for row in range(part.start, part.stop))
         if rows not in text.by_rows:
-            index = upload(torch.tensor(rows), text.pooled.device)
+            index = upload(torch.tensor(rows, device="cpu"), text.pooled.device)
             context, pooled = text.context[index], text.pooled[index]
             if isinstance(context, TextContext):
                 most = GATHERED_BYTES // max(context.row_bytes, 1)  # no layer may read the text
@@ -353,7 +354,8 @@ def _size_ids(
 ) -> Tensor:
     """The size conditioning of each row: (items·copies, 6), original size, crop corner, target size in pixels."""
     num_items, own = len(inputs) // copies, (inputs.shape[2], inputs.shape[3])
-    crops = torch.zeros(num_items, 2) if crop_origins is None else crop_origins.cpu().float()
-    sizes = torch.tensor([*(original or own), *(target or own)], dtype=torch.float32).expand(num_items, 4)
+    whole = torch.zeros(num_items, 2, dtype=torch.float32, device="cpu")
+    crops = whole if crop_origins is None else crop_origins.cpu().float()
+    sizes = torch.tensor([*(original or own), *(target or own)], dtype=torch.float32, device="cpu").expand(num_items, 4)
     ids = torch.cat([sizes[:, :2], crops, sizes[:, 2:]], dim=1) * factor
     return upload(ids.repeat_interleave(copies, dim=0), inputs.device)

@@ -68,9 +68,10 @@ class Draws:
         does not move, so that the views cover the canvas wherever they covered it without jitter.
         """
         grid = view_grid(size, window, stride)  # (V, 2)
-        last = torch.tensor(size) - torch.tensor(window)
-        low = torch.where(grid == last, 0, -torch.tensor(jitter))
-        high = torch.where(grid == 0, 0, torch.tensor(jitter))
+        last = torch.tensor([side - inner for side, inner in zip(size, window, strict=True)], device="cpu")
+        most = torch.tensor(jitter, device="cpu")
+        low = torch.where(grid == last, 0, -most)
+        high = torch.where(grid == 0, 0, most)
         draws = []
         for seed in self.seeds:
             offsets = _generator(seed, ORIGINS, step).integers(low.numpy(), high.numpy(), endpoint=True)
@@ -92,7 +93,7 @@ class Draws:
 
     def window_shifts(self, step: int) -> Tensor:
         """The quarters of a window by which `step` shifts windowed attention: (B,), 0 to 3, on the CPU."""
-        return torch.tensor([int(_generator(seed, SHIFTS, step).integers(4)) for seed in self.seeds])
+        return torch.tensor([int(_generator(seed, SHIFTS, step).integers(4)) for seed in self.seeds], device="cpu")
 
     def torus_shifts(self, step: int, size: tuple[int, int], window: tuple[int, int]) -> Tensor:
         """The (down, right) by which `step` shifts the windows of a `Torus`: (B, 2), int64, on the CPU.
@@ -107,9 +108,8 @@ class Draws:
     def blurs(self, phase: int, least: float, most: float) -> Tensor:
         """The deviations of the blurs by which the pictures that a phase, counted from 1, starts from are sharpened:
         (B,), float64, on the CPU, all between `least` and `most` alike probable (DiffuseHigh, arXiv 2406.18459)."""
-        return torch.tensor(
-            [_generator(seed, BLURS, phase).uniform(least, most) for seed in self.seeds], dtype=torch.float64
-        )
+        blurs = [_generator(seed, BLURS, phase).uniform(least, most) for seed in self.seeds]
+        return torch.tensor(blurs, dtype=torch.float64, device="cpu")
 
     def _normal(self, shape: tuple[int, ...], purpose: int, stream: int) -> Tensor:
         images = [_generator(seed, purpose, stream).standard_normal(shape[1:], np.float32) for seed in self.seeds]

@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from cutdiff.sampling.noise import NoiseConfig
+from cutdiff.sampling.noise import LEAST, MOST, NoiseConfig
 from cutdiff.sampling.preconditioning import Coefficients, velocity
 from cutdiff.settings import PREDICTION_TYPES
 
 SIGMA_SCHEDULES = ("karras", "exponential")
-LEAST, MOST = 1e-6, 1e6
-"""The bounds of all sigmas, with room for every model that there is."""
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def _raise(pending: _Pending | None) -> None:
 
 def _new_flag(device: torch.device) -> Tensor:
     """A flag that is not set, where this host and the device both reach it."""
-    return torch.zeros(1, dtype=torch.int32, pin_memory=_is_gpu(device))
+    return torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=_is_gpu(device))
 
 
 def _is_gpu(device: torch.device) -> bool:

@@ -19,6 +19,8 @@ EULER_TERMINAL_ALPHA = 2.0**-24
 """Zero terminal SNR has an infinite sigma; Euler takes this alpha instead (sigma 4096), as the published one does."""
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
+LEAST, MOST = 1e-6, 1e6
+"""The bounds of all sigmas, with room for every model that there is."""
 MAX_TIMESTEPS = 100_000
 """The most timesteps that a model may have been trained with; all have 1000."""
 
@@ -58,6 +60,12 @@ class NoiseConfig:
                 raise ValueError(f"{name}={value!r} must be a whole number from {least} to {MAX_TIMESTEPS}")
         if self.steps_offset >= self.num_train_timesteps:
             raise ValueError(f"steps_offset={self.steps_offset} must be below the {self.num_train_timesteps} timesteps")
+        sigmas = noise_table(self, EULER_TERMINAL_ALPHA).sigmas
+        if not all(LEAST <= sigma <= MOST for sigma in sigmas):
+            raise ValueError(
+                f"beta_start={self.beta_start} and beta_end={self.beta_end} over {self.num_train_timesteps} timesteps "
+                f"give sigmas from {sigmas[0]:g} to {sigmas[-1]:g}, beyond {LEAST:g} … {MOST:g}: take the model's own"
+            )
 
     def described(self) -> dict[str, Any]:
         """The entries of a record."""
@@ -121,6 +129,7 @@ class NoiseTable:
         return min(fraction * len(self.sigmas), len(self.sigmas) - 1.0)
 
 
+@np.errstate(all="ignore")  # what is not finite is refused
 def alphas_cumprod(config: NoiseConfig) -> np.ndarray:
     """The share of signal in the VP state's variance at each training timestep: (N,) float64, descending."""
     n = config.num_train_timesteps
@@ -138,6 +147,7 @@ def alphas_cumprod(config: NoiseConfig) -> np.ndarray:
     return alphas
 
 
+@np.errstate(all="ignore")
 def noise_table(config: NoiseConfig, terminal_alpha: float) -> NoiseTable:
     """The sigmas of a model's timesteps; `terminal_alpha` stands for the last alpha where that is zero."""
     alphas = alphas_cumprod(config)

@@ -177,7 +177,8 @@ def view_weights(kind: ViewWeights, window: tuple[int, int]) -> Tensor | None:
     """
     if kind == "uniform":
         return None
-    rows, columns = ((torch.arange(side) - (side - 1) / 2) / side for side in window)  # from the middle
+    sides = ((side, torch.arange(side, dtype=torch.float32, device="cpu")) for side in window)
+    rows, columns = ((places - (side - 1) / 2) / side for side, places in sides)  # from the middle
     if kind == "gaussian":
         return torch.outer(torch.exp(-(rows**2) / 0.02), torch.exp(-(columns**2) / 0.02))
     return torch.outer(torch.cos(torch.pi * rows) ** 2, torch.cos(torch.pi * columns) ** 2)
@@ -222,7 +223,7 @@ def items_of(operator: Operator, canvas: Tensor) -> tuple[int, tuple[int, int]]:
     try:
         gathered = operator.gather(torch.empty(canvas.shape, dtype=canvas.dtype, device="meta"))
     except Exception:  # an operator that reads values fails on "meta" in any way; on zeros its own errors show
-        gathered = operator.gather(torch.zeros(canvas.shape, dtype=canvas.dtype))
+        gathered = operator.gather(torch.zeros(canvas.shape, dtype=canvas.dtype, device="cpu"))
     return len(gathered), (gathered.shape[2], gathered.shape[3])
 
 
@@ -312,7 +313,8 @@ def _promises(operator: Operator, x: Tensor, items: Tensor, backend: str) -> Ite
 
 def _probe(shape: Sequence[int], seed: int, like: Tensor) -> Tensor:
     """Draw values in [−1, 1] on the device of `like`, in float64 if it is, else in float32."""
-    values = torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(tuple(shape), generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
     return values.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 

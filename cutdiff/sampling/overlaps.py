@@ -43,14 +43,14 @@ class Torus:
     def origins(self) -> Tensor:
         """The corners of the windows on the canvas, (B, V, 2), on the CPU; a window goes on at the opposite border."""
         grid = view_grid(self.size, self.window, self.window)
-        return (grid + self.shifts[:, None]) % torch.tensor(self.size)
+        return (grid + self.shifts[:, None]) % torch.tensor(self.size, device="cpu")
 
     @property
     def crops(self) -> Tensor:
         """The corners (B, V, 2) of the crops that the windows are most like: their own, and for one that goes over a
         border that of the nearest window which does not, around the border where it is nearer."""
-        size, origins = torch.tensor(self.size), self.origins
-        last = size - torch.tensor(self.window)
+        size, origins = torch.tensor(self.size, device="cpu"), self.origins
+        last = size - torch.tensor(self.window, device="cpu")
         return torch.where(origins <= last, origins, torch.where(origins - last <= size - origins, last, 0))
 
     def gather(self, canvas: Tensor, backend: str = "auto", **how: Unpack[ToNetwork]) -> Tensor:
@@ -119,7 +119,7 @@ class Swapped:
 
 def _by_turns(origins: list[list[int]], window: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """The pixel (H, W), int64, of all windows one after the other, that each pixel of a canvas is taken from."""
-    number = torch.arange(len(origins) * window[0] * window[1]).view(-1, *window)
+    number = torch.arange(len(origins) * window[0] * window[1], device="cpu").view(-1, *window)
     places, parts = [], []
     for (top, left), pixels in zip(origins, number, strict=True):
         rows = slice(max(top, 0), max(top + window[0], 0))
@@ -127,10 +127,11 @@ def _by_turns(origins: list[list[int]], window: tuple[int, int], size: tuple[int
         places.append((rows, columns))
         within = (slice(rows.start - top, max(size[0] - top, 0)), slice(columns.start - left, max(size[1] - left, 0)))
         parts.append(pixels[within])
-    covering, before, taken = torch.zeros(3, *size, dtype=torch.int64)
+    covering, before, taken = torch.zeros(3, *size, dtype=torch.int64, device="cpu")
     for place in places:
         covering[place] += 1
-    turn = torch.arange(size[0])[:, None] * covering.sqrt().round().long() + torch.arange(size[1])
+    rows, columns = (torch.arange(side, device="cpu") for side in size)
+    turn = rows[:, None] * covering.float().sqrt().round().long() + columns
     turn %= covering
     for place, pixels in zip(places, parts, strict=True):
         taken[place] = torch.where(before[place] == turn[place], pixels, taken[place])

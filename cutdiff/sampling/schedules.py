@@ -88,7 +88,7 @@ class Schedule:
             steps = np.linspace(first, last, count)
             return self.visiting([high, *np.exp(-np.interp(steps[1:], places, own)).tolist(), 0.0])
         start, end, total = math.ceil(noise.timestep(high)), round(noise.timestep(low)), len(noise.sigmas)
-        timesteps, stride = torch.linspace(start, end, count).tolist(), 0
+        timesteps, stride = torch.linspace(start, end, count, dtype=torch.float32, device="cpu").tolist(), 0
         if count <= start - end + 1:
             timesteps = [int(t) for t in timesteps]  # rounded down from float32, as there
             stride = total // int(total / (start - end) * (count - 1)) if count > 1 else 0

@@ -184,7 +184,7 @@ class Wavelet(Options):
         """The low and the high pass, (2, 1, TAPS, 1); the high one is the low one from its end, with signs by turns."""
         low = LOW_PASSES[self.name]
         high = [(-1) ** i * tap for i, tap in enumerate(reversed(low))]
-        return upload(torch.tensor([low, high], dtype=like.dtype)[:, None, :, None], like.device)
+        return upload(torch.tensor([low, high], dtype=like.dtype, device="cpu")[:, None, :, None], like.device)
 
 
 def sharpened(images: Tensor, amount: float, split: Split) -> Tensor:

@@ -8,6 +8,7 @@ is. Checkpoints and the log go to --work; the weights in float16 and a README wi
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,16 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cutdiff.cli.arguments import Parser, add_debug
+from cutdiff.cli.device import device_of
+from cutdiff.cli.ending import exit_status
 from cutdiff.evaluation.features import PIXELS, FeatureNet, blur
 from cutdiff.models.layers import channels_last
 from cutdiff.scenes import world
 from cutdiff.scenes.render import Crop, render
 from cutdiff.scenes.world import Scenes
 from cutdiff.training.features_card import SET_SIZE, write_card
-from cutdiff.training.fit import Plan, fit
+from cutdiff.training.fit import COUNT, Plan, fit
 
 WHOLE_SCENES, SMALLEST_CROP = 0.5, 0.2
 """The share of whole scenes and the side of the smallest crops, the same as in the training of the diffusion model."""
@@ -45,9 +49,14 @@ class Targets:
     """(N, 9), 1 where the measure can be read off the picture, else 0."""
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return exit_status(lambda: _run(argv), argv, failures=(ValueError, OSError, FloatingPointError))
+
+
+def _run(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
-    network = train_features(args.work, steps=args.steps, batch=args.batch, device=torch.device(args.device))
+    network = train_features(args.work, steps=args.steps, batch=args.batch, device=device_of(args.device))
     args.out.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.half().cpu().contiguous() for key, tensor in network.state_dict().items()}
     save_file(tensors, args.out / "model.safetensors")
@@ -123,18 +132,19 @@ def _losses(answers: tuple[Tensor, ...], wanted: Targets) -> dict[str, Tensor]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cutdiff.training.features", description=__doc__)
+    parser = Parser(prog="python -m cutdiff.training.features", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/features"), help="checkpoints and log (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("weights/features"), help="the weights (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=2400, metavar="N", help="steps of the training (%(default)s)")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="pictures in each step (%(default)s)")
+    parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+    parser.add_argument("--steps", type=COUNT, default=2400, metavar="N", help="steps of the training (%(default)s)")
+    parser.add_argument("--batch", type=COUNT, default=32, metavar="N", help="pictures in each step (%(default)s)")
     parser.add_argument(
-        "--set-size", type=int, default=SET_SIZE, metavar="N",
+        "--set-size", type=COUNT, default=SET_SIZE, metavar="N",
         help="pictures in each of the sets whose distances the README tells (%(default)s)",
     )  # fmt: skip
+    add_debug(parser)
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

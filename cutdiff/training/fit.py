@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cutdiff.cli.arguments import number
 from cutdiff.training.muon import Muon
+
+COUNT = number(1, 10**9)
+"""The type of an argument that counts steps or pictures."""
 
 
 @dataclass(frozen=True)

@@ -33,4 +33,4 @@ def _axis_origins(size: int, window: int, stride: int) -> Tensor:
     if not 1 <= stride <= window <= size:
         raise ValueError(f"views need 1 ≤ stride ≤ window ≤ size, got stride={stride}, window={window}, size={size}")
     count = math.ceil((size - window) / stride) + 1
-    return (torch.arange(count) * stride).clamp(max=size - window)
+    return (torch.arange(count, device="cpu") * stride).clamp(max=size - window)
