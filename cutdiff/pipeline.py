@@ -20,10 +20,11 @@ from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.methods.shared import Run, stages_of, step_at
 from cutdiff.models.compiled import compiled
 from cutdiff.models.shared_text import SharedText
-from cutdiff.models.text import TextEncoders, TextStates
+from cutdiff.models.text import TextEncoders
 from cutdiff.models.vae import VAE
 from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
+from cutdiff.sampling.conditioning import Prompts, encode_prompts
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.draws import checked as checked_draws
@@ -130,6 +131,8 @@ def generate(
         "decoded_in": dtype_name(dtype),
         "one_value": any(bool(image.amin() == image.amax()) for image in images),
     }
+    if (settings.negative_prompt or settings.negative_prompt_2) and not prepared.denoiser.work.reads_negative:
+        record["negative_prompt_unread"] = True
     return Result(images, latents, record)
 
 
@@ -243,7 +246,12 @@ def prepare(
     text: TextEncoders | SharedText = model.text.skipping(settings.clip_skip)
     if ranks.size > 1:
         text = SharedText(text, ranks, model.device, model.dtype)
-    positive, negative = _encode(text, prompts, settings, model.zeros_for_empty_negative)
+    positive, negative = encode_prompts(
+        text,
+        Prompts(prompts, settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2),
+        settings.num_steps,
+        zeros_for_empty_negative=model.zeros_for_empty_negative,
+    )
     begin = getattr(settings.guidance, "begin", None)
     denoiser = make_denoiser(
         unet=model.unet,
@@ -316,19 +324,6 @@ def _init_scale(first: Stage | Phase, schedule: Schedule) -> float:
 def first_view_batch_size(model: Model, settings: Settings) -> int | None:
     """The patches or views that a run first tries at once; None: all of a step."""
     return settings.view_batch_size or (CPU_VIEW_BATCH if model.device.type == "cpu" else None)
-
-
-def _encode(
-    text: TextEncoders | SharedText, prompts: list[str], settings: Settings, zeros_for_empty_negative: bool
-) -> tuple[TextStates, TextStates]:
-    """The states of the prompts and of their negative prompt, equally long: a guidance pair is one batch."""
-    others = (settings.negative_prompt, settings.prompt_2, settings.negative_prompt_2)
-    length = max(text.length(prompt) for prompt in (*prompts, *others) if prompt is not None)
-    positive = text.encode(prompts, settings.prompt_2, min_length=length)
-    if zeros_for_empty_negative and not (settings.negative_prompt or settings.negative_prompt_2):
-        return positive, TextStates.zeros_like(positive)
-    negative = [settings.negative_prompt] * len(prompts)
-    return positive, text.encode(negative, settings.negative_prompt_2, min_length=length)
 
 
 def _record(model: Model, prompt: str | Sequence[str], prepared: Prepared, seconds: dict[str, float]) -> dict[str, Any]:

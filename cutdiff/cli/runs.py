@@ -148,6 +148,8 @@ def _change(name: str, then: Any, now: Any) -> str:
     """One value that differs, as an error tells it; of a method or the like only its options that differ."""
     if name in ("model", "noise schedule"):
         return "another model" if name == "model" else "other sigmas"
+    if name.startswith("prompt_terms "):
+        return f"another reading of its {name.removeprefix('prompt_terms ')}"
     if name.startswith("sources "):
         return f"another source of its {name.removeprefix('sources ')}"
     if name in specs.TABLES and isinstance(then, str):

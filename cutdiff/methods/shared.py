@@ -129,7 +129,7 @@ def enlarge(
 
 
 def with_guidance_scale(run: Run, scale: float | None, option: str = "detail_guidance_scale") -> Run:
-    """The run with another guidance scale, 1 or less for no guidance; itself where that is None. ValueError, which names the
+    """The run with another guidance scale, 1 or less for none; itself where that is None. ValueError, which names the
     option that asks for it, where its guidance has no scale."""
     if scale is None:
         return run

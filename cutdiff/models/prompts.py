@@ -8,7 +8,7 @@ any other backslash is dropped. `BREAK`, a word of its own, begins a new chunk.
 A number is digits with at most one point, as there: `(x:nan)` and `(x:1e9)` are text in brackets, of weight 1.1. There
 are three departures. `(x:1.2.3)`, an error there, is text in brackets too; a weight stays within ±`MAX_WEIGHT`, so that
 none overflows; and `BREAK` begins a new chunk within brackets too. Steps such as `[a:b:0.5]`, alternatives such as
-`[a|b]` and `AND`, which that program reads elsewhere, are text.
+`[a|b]` and `AND` are read before, by `models.editing`; here they are text.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MAX_WEIGHT = 1000.0
 SYNTAX = re.compile(
     r"""
     \\(?P<escaped>[()\[\]\\]?)
-    | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)
+    | :\s*+(?P<weight>[+-]?+(?:\d++\.?+\d*+|\.\d++))\s*+\)
     | [()\[\]:]
     | [^\\()\[\]:]+
     """,
     re.VERBOSE,
 )
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"\bBREAK\b")
 
 
 def parse_weights(prompt: str) -> list[Pieces]:
@@ -60,13 +60,13 @@ def parse_weights(prompt: str) -> list[Pieces]:
         elif token == "]" and opened["["][-1]:
             opened["["].pop()
         else:
-            texts = BREAK.split(token) if match["escaped"] is None else [match["escaped"]]
+            texts = _parts(token) if "BREAK" in token else [token if match["escaped"] is None else match["escaped"]]
             breaks += range(len(placed) + 1, len(placed) + len(texts))
             placed += [(text, opened["("][-1], opened["["][-1]) for text in texts]
     weights = [1.0]
     for number in range(1, len(factors)):
-        weights.append(_limited(weights[outer[number]] * _limited(factors[number])))
-    pieces = [(text, _limited(weights[i] * weights[j])) for text, i, j in placed]
+        weights.append(limited(weights[outer[number]] * limited(factors[number])))
+    pieces = [(text, limited(weights[i] * weights[j])) for text, i, j in placed]
     return [_merged(pieces[start:stop]) for start, stop in pairwise([0, *breaks, len(pieces)])]
 
 
@@ -76,7 +76,15 @@ def written(text: str, weight: float = 1.0) -> str:
     return text if weight == 1 else f"({text}:{weight:.4f})"
 
 
-def _limited(weight: float) -> float:
+def _parts(text: str) -> list[str]:
+    """The parts of a text between BREAKs, without the blanks beside these."""
+    first, *others = BREAK.split(text)
+    parts = [first, *(part.lstrip() for part in others)]
+    return [*(part.rstrip() for part in parts[:-1]), parts[-1]]
+
+
+def limited(weight: float) -> float:
+    """The weight within ±`MAX_WEIGHT`."""
     return max(-MAX_WEIGHT, min(MAX_WEIGHT, weight))
 
 

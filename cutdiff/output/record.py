@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cutdiff.checkpoint.model import Model, dtype_name
+from cutdiff.models.editing import described as read_terms
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.settings import VERSION, Settings
@@ -42,6 +43,7 @@ def describe(
     added = {name: text for name, text in described_options(draws).items() if name not in vars(Draws(()))}
     return {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        **_changing(prompt, settings),
         **settings.described(),
         "height": height,
         "width": width,
@@ -65,6 +67,16 @@ def describe(
         "vae_dtype": dtype_name(model.vae_dtype),
         "versions": {"cutdiff": VERSION, **_versions(), "python": platform.python_version()},
     }
+
+
+def _changing(prompt: str | Sequence[str], settings: Settings) -> dict[str, Any]:
+    """The terms of those texts that change by step or are sums, by the names of their options."""
+    prompts = {"prompt": prompt} if isinstance(prompt, str) else {f"prompt {i}": text for i, text in enumerate(prompt)}
+    others = {name: getattr(settings, name) or "" for name in ("prompt_2", "negative_prompt", "negative_prompt_2")}
+    terms = {name: read_terms(text, settings.num_steps) for name, text in prompts.items()}
+    terms |= {name: read_terms(text, settings.num_steps, sums=False) for name, text in others.items()}
+    changing = {name: value for name, value in terms.items() if value is not None}
+    return {"prompt_terms": changing} if changing else {}
 
 
 def sources_of(settings: Settings, draws: Draws) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Guidance: how the estimates of x0 with the prompt and without it become one, on the canvas.
 
 A guidance that is passed in is any function of (conditional, unconditional, sigma, step). One that is linear in the two
-says its scale with `scale_at`, so that the kernels apply it on the way. A scale of at most 1 means that guidance is off:
-the prompt alone is evaluated, and no negative one.
+says its scale with `scale_at`, so that the kernels apply it on the way. A scale of at most 1 means that guidance is
+off: the prompt alone is evaluated, and no negative one.
 """
 
 from __future__ import annotations
