@@ -19,6 +19,7 @@ from torch import Tensor
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.methods.shared import Run, stages_of, step_at
 from cutdiff.models.compiled import compiled
+from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
 from cutdiff.models.vae import VAE
@@ -36,6 +37,8 @@ from cutdiff.settings import Settings
 
 CPU_VIEW_BATCH = 16
 """The patches or views at once on a CPU where nobody says; more are not faster there."""
+TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2")
+"""The options of a run that are texts for the encoders."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,7 @@ def prepare(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("prompt is an empty list: give at least one prompt")
+    _check_texts(prompts, settings)
     size, schedule = canvas_and_schedule(model, settings)
     if isinstance(observer, type) or isinstance(draws, str | type):
         what = f"observer={observer}" if isinstance(observer, type) else f"draws={draws!r}"
@@ -297,6 +301,14 @@ def prepare(
     if observer is not None:
         steps = _observed(steps, observer)
     return Prepared(settings, denoiser, draws, size, schedule, stages, steps, sources)
+
+
+def _check_texts(prompts: Sequence[str], settings: Settings) -> None:
+    """ValueError where a text names a LoRA, which is a matter of the model."""
+    texts = [("prompt", prompt) for prompt in prompts] + [(name, getattr(settings, name) or "") for name in TEXTS]
+    for name, text in texts:
+        if match := LORA.search(text):
+            raise ValueError(f"{name} names {match[0]}: load the model with loras=[(FILE, SCALE)], and leave it out")
 
 
 def _observed(steps: Iterator[Step], observer: Observer) -> Iterator[Step]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from cutdiff.cli.arguments import BadArgument, of_flag, parse
 from cutdiff.cli.drawing import draw_all, leave_out, tell
 from cutdiff.cli.ending import Failure, exit_status
+from cutdiff.cli.promptloras import take_loras
 from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests
 from cutdiff.parallel import stopping
 from cutdiff.parallel.process import alike, num_processes, process
@@ -43,6 +44,8 @@ def _run(argv: list[str] | None) -> None:
     with joined(args.device, args.data_parallel, args.rank_timeout) as launch:
         with launch.agreeing():
             requests, bad = read_requests(args)
+            requests, unnamed = take_loras(args, requests)
+            bad += unnamed
             _leave_out(args, bad, everything=not requests)
             if launch.group.leads:
                 _check_output(args.out)

@@ -236,8 +236,8 @@ def _add_prompt(group: Group) -> None:
     own = options_of(Settings)
     group.add_argument(
         "prompt", nargs="?", metavar="PROMPT",
-        help="(word:1.2) and (word) weigh more, [word] less, BREAK begins a new chunk of tokens; "
-        f"none: {DEMO_PROMPT!r}",
+        help="(word:1.2) and (word) weigh more, [word] less, BREAK begins a new chunk of tokens; [a:b:0.5] and [a|b] "
+        f"change by step, a AND b:1.2 adds prompts up; none: {DEMO_PROMPT!r}",
     )  # fmt: skip
     group.add_argument(
         "--prompts", type=Path, metavar="FILE",
@@ -261,6 +261,9 @@ def _add_model(group: Group) -> None:
         "--lora", type=_lora, action="append", default=[], metavar="PATH[:SCALE]", dest="loras",
         help="file to merge into the model, times SCALE (none: 1); may be given several times",
     )  # fmt: skip
+    group.add_argument(
+        "--lora-dir", type=Path, metavar="DIR", help="folder of the LoRAs that a prompt names: <lora:NAME:SCALE>"
+    )
     group.add_argument(
         "--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts; none: as the model says"
     )

@@ -48,7 +48,7 @@ class Edit:
         value = float(self.when) * (num_steps if "." in self.when else 1)
         return int(max(-1, min(num_steps, value)))
 
-    def at(self, step: int, num_steps: int) -> Nodes:
+    def nodes_at(self, step: int, num_steps: int) -> Nodes:
         return self.before if step <= self.last_step(num_steps) else self.after
 
 
@@ -58,7 +58,7 @@ class Alternatives:
 
     options: list[Nodes]
 
-    def at(self, step: int, num_steps: int) -> Nodes:
+    def nodes_at(self, step: int, num_steps: int) -> Nodes:
         return self.options[(step - 1) % len(self.options)]
 
 
@@ -182,5 +182,5 @@ def _text(nodes: Nodes, step: int, num_steps: int) -> str:
         elif isinstance(node, str):
             pieces.append(node)
         else:
-            inner.append(iter(node.at(step, num_steps) if isinstance(node, Edit | Alternatives) else node))
+            inner.append(iter(node.nodes_at(step, num_steps) if isinstance(node, Edit | Alternatives) else node))
     return "".join(pieces)

@@ -13,10 +13,14 @@ none overflows; and `BREAK` begins a new chunk within brackets too. Steps such a
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import groupby, pairwise
 from operator import itemgetter
 
+from cutdiff.options import MAX_FLOAT32
+
+LORA = re.compile(r"<(lora|lyco|hypernet):([^<>]*+)>")
 Pieces = list[tuple[str, float]]
 """Pieces of text, each with its weight."""
 
@@ -68,6 +72,24 @@ def parse_weights(prompt: str) -> list[Pieces]:
         weights.append(limited(weights[outer[number]] * limited(factors[number])))
     pieces = [(text, limited(weights[i] * weights[j])) for text, i, j in placed]
     return [_merged(pieces[start:stop]) for start, stop in pairwise([0, *breaks, len(pieces)])]
+
+
+def named_loras(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """A prompt without the LoRAs that it names as A1111 does, and their names and scales: `<lora:name:0.3>`, or
+    `<lora:name>` for 1. ValueError for one that cannot be read."""
+    named: list[tuple[str, float]] = []
+    for match in LORA.finditer(prompt):
+        name, *scales = match[2].split(":")
+        if match[1] == "hypernet":
+            raise ValueError(f"{match[0]} is a hypernetwork, which cannot be read: leave it out")
+        try:
+            (scale,) = map(float, scales or ["1"])
+        except ValueError:
+            scale = math.nan
+        if not name or not abs(scale) <= MAX_FLOAT32:
+            raise ValueError(f"{match[0]} must be <lora:NAME:SCALE>, with one scale that is a finite number")
+        named.append((name, scale))
+    return (LORA.sub("", prompt).strip() if named else prompt), named
 
 
 def written(text: str, weight: float = 1.0) -> str:
