@@ -98,7 +98,7 @@ def _load(args: argparse.Namespace) -> Model:
     import torch
 
     import cutdiff
-    from cutdiff.checkpoint import LoraError
+    from cutdiff.checkpoint import EmbeddingError, LoraError
     from cutdiff.cli.device import device_of, dtype_of
 
     device = device_of(args.device)
@@ -117,11 +117,14 @@ def _load(args: argparse.Namespace) -> Model:
             zero_terminal_snr=args.zero_terminal_snr,
             timestep_spacing=args.timestep_spacing,
             loras=args.loras,
+            embeddings=args.embeddings,
             check_weights=args.check_weights,
             fp8=args.fp8,
         )
     except LoraError as error:
         raise Failure(f"--lora {error}") from None
+    except EmbeddingError as error:
+        raise Failure(f"--embedding {error}") from None
     except (FileNotFoundError, ValueError) as error:
         if str(error).startswith(("config=", "vae=", "zero_terminal_snr=", "timestep_spacing=", "fp8=")):
             raise of_flag(error) from None
@@ -139,6 +142,8 @@ def _tell_model(model: Model, *, everything: bool) -> None:
             tell(f"weights {name} from {path}")
         for lora in model.loras:
             tell(f"LoRA {lora.path} times {lora.scale}")
+        for embedding in model.embeddings:
+            tell(f"{embedding.token} stands for the vectors of {embedding.path}")
     values = model.noise.described()
     for name, source in model.decided_by.items():
         if everything or source.startswith("default,"):

@@ -262,6 +262,11 @@ def _add_model(group: Group) -> None:
         help="file to merge into the model, times SCALE (none: 1); may be given several times",
     )  # fmt: skip
     group.add_argument(
+        "--embedding", type=_embedding, action="append", default=[], metavar="[TOKEN=]PATH", dest="embeddings",
+        help="file of textual inversion that TOKEN (none: the name of the file) stands for in prompts; may be given "
+        "several times",
+    )  # fmt: skip
+    group.add_argument(
         "--lora-dir", type=Path, metavar="DIR", help="folder of the LoRAs that a prompt names: <lora:NAME:SCALE>"
     )
     group.add_argument(
@@ -319,6 +324,16 @@ def _seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
     return value
+
+
+def _embedding(text: str) -> tuple[str, str]:
+    """PATH or TOKEN=PATH. What is a file is PATH, even with = in its name."""
+    token, _, path = text.partition("=")
+    if os.path.isfile(text):
+        return Path(text).stem, text
+    if not token.strip() or not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"{text} is no file: give PATH or TOKEN=PATH")
+    return token.strip(), path
 
 
 def _lora(text: str) -> tuple[str, float]:

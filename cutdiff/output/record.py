@@ -51,6 +51,7 @@ def describe(
             "source": model.source,
             "sha256": model.hashes,
             "loras": [vars(lora) for lora in model.loras],
+            **({"embeddings": [vars(embedding) for embedding in model.embeddings]} if model.embeddings else {}),
             "configuration": _digest(
                 [vars(model.unet.config), vars(model.vae.config), model.text.layer, model.zeros_for_empty_negative]
             ),
@@ -113,6 +114,8 @@ def _determining(described: dict[str, Any]) -> dict[str, Any]:
     model = described.get("model", {})
     loras = [(lora["sha256"], lora["scale"]) for lora in model.get("loras", ())]
     kept["model"] = {"sha256": model.get("sha256"), "loras": loras, "configuration": model.get("configuration")}
+    if embeddings := model.get("embeddings"):
+        kept["model"]["embeddings"] = [(embedding["sha256"], embedding["token"]) for embedding in embeddings]
     kept["cutdiff"] = kept.pop("versions", {}).get("cutdiff")
     return json.loads(json.dumps(kept, default=str))
 
