@@ -45,7 +45,7 @@ def _run(argv: list[str] | None) -> None:
         with launch.agreeing():
             requests, bad = read_requests(args)
             requests, unnamed = take_loras(args, requests)
-            bad += unnamed
+            bad = sorted([*bad, *unnamed], key=lambda error: error.line)
             _leave_out(args, bad, everything=not requests)
             if launch.group.leads:
                 _check_output(args.out)

@@ -54,13 +54,9 @@ def _read(path: Path, widths: list[int]) -> list[Tensor]:
         raise EmbeddingError(str(error)) from None
     needed = SDXL_KEYS if len(widths) == 2 else tuple(tensors)
     if {*tensors} != {*needed} or len(needed) != len(widths):
-        kind = (
-            "an SDXL model needs clip_l and clip_g"
-            if len(widths) == 2
-            else "this model's needs one, such as emb_params"
-        )
+        keys = " and ".join(SDXL_KEYS) if len(widths) == 2 else "one tensor, such as emb_params"
         raise EmbeddingError(
-            f"{path} has the keys {listed(tensors)}, where an embedding of {kind}: use one made for it"
+            f"{path} has the keys {listed(tensors)}, where this model needs {keys}: use one made for it"
         )
     vectors = []
     for key, width in zip(needed, widths, strict=True):

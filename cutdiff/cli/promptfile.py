@@ -109,7 +109,8 @@ def _with_options(text: str) -> tuple[str, dict[str, Any]]:
     while words:
         name, *words = words
         end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-        values, words = words[:end], words[end:]
+        name, separator, value = name.partition("=")
+        values, words = [value] * bool(separator) + words[:end], words[end:]
         known = _known(name.removeprefix("--"), options)
         if not values:
             raise ValueError(f'{name} has no value; a prompt that holds it is written as {{"prompt": …}}')

@@ -65,7 +65,8 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
     requests, bad = [], []
     for number, line in lines:
         try:
-            prompt, own = parse_line(line)
+            with errors_by_flag():
+                prompt, own = parse_line(line)
             requests.append(Request(prompt, _settings(prompt, args, own), number))
         except (ValueError, BadArgument) as error:
             bad.append(BadLine(args.prompts, number, error))
