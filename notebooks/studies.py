@@ -77,7 +77,7 @@ STUDIES: dict[str, list[Cell]] = {
     "mended": [cell(size=size, **MENDED) for size in (256, 512)],
     "spaces": [
         *(cell(method, enlarged_in=space) for method in ("rectifiedhr", "diffusehigh") for space in SPACES),
-        *(cell("climb", enlarged_in=space, sharpness=0.0) for space in SPACES),
+        *(cell("climb", enlarged_in=space, sharpness=0.0, corrections=0) for space in SPACES),
     ],
     "splits": [
         *(cell("diffusehigh", held_band=split) for split in SPLITS),

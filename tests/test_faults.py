@@ -262,7 +262,7 @@ def from_the_top(method: str) -> Any:
     """The method with the options by which it begins its last canvas where noise is most, and enlarges latents."""
     top: dict[str, Any] = {"strength": 1.0, "enlarged_in": "latents", "held_in": "latents"}
     if method.startswith(("magnify", "climb")):
-        top |= {"structure_fraction": 0.0, "sharpness": 0.0}
+        top |= {"structure_fraction": 0.0, "sharpness": 0.0, "corrections": 0}
     thing = resolve("method", method)
     return replace(thing, **{k: v for k, v in top.items() if k in options_of(thing)}) if options_of(thing) else thing
 

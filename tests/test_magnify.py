@@ -301,12 +301,17 @@ def test_canvases_grow_evenly_and_by_no_more_than_asked(
     assert later == (["detail"] if len(sides) == 2 else [f"detail {k}" for k in range(1, len(sides))])
 
 
+IN_LATENTS = {"sharpness": 0.0, "corrections": 0}
+"""The options of climb that only pixels have."""
+
+
 def test_climbing_is_magnify_with_other_defaults(tiny_model: Model) -> None:
-    options = {"structure_fraction": 0.5, "growth": 2.0, "enlarged_in": "pixels", "sharpness": 2.0}
+    options = {"structure_fraction": 0.5, "growth": 2.0, "enlarged_in": "pixels", "sharpness": 2.0, "corrections": 1}
     by_name, by_options = last(tiny_model, method="climb"), last(tiny_model, method=Magnify(**options))
     assert torch.equal(by_name, by_options)
-    for name, value in {"growth": None, "enlarged_in": "latents", "structure_fraction": 0.0, "sharpness": 0.0}.items():
-        changed = {**options, name: value} | ({"sharpness": 0.0} if name == "enlarged_in" else {})
+    others = {"growth": None, "enlarged_in": "latents", "structure_fraction": 0.0, "sharpness": 0.0, "corrections": 0}
+    for name, value in others.items():
+        changed = {**options, name: value} | (IN_LATENTS if name == "enlarged_in" else {})
         size = {"height": 256, "width": 256} if name == "growth" else {}
         other = last(tiny_model, method=Magnify(**changed), **size)
         assert other.shape != by_name.shape or relative_error(other, by_name) > 1e-4, name
@@ -323,7 +328,7 @@ def test_only_the_native_picture_is_sharpened(run: Run) -> None:
         encoded.clear()
         on = replace(run, size=(32, 32), encode=encode)
         x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        for phase in Climb(sharpness=amount).stages(on)[1:]:
+        for phase in Climb(sharpness=amount, corrections=0).stages(on)[1:]:
             assert isinstance(phase, Phase)
             phase.begin(x)
             x = torch.randn(1, 4, *phase.size, generator=torch.Generator().manual_seed(0))
@@ -340,7 +345,9 @@ def test_each_size_is_held_to_the_trajectory_of_the_size_before(tiny_model: Mode
     assert relative_error(climbed, last(tiny_model, method=Climb(), height=256, width=256)) > 1e-4
 
 
-def test_sharpness_is_of_pixels() -> None:
+def test_sharpness_and_corrections_are_of_pixels() -> None:
     with pytest.raises(ValueError, match=r"^sharpness=2.0 is of pixels: give enlarged_in='pixels'"):
         Settings(method="climb,enlarged_in=latents")
-    Settings(method="climb,enlarged_in=latents,sharpness=0")
+    with pytest.raises(ValueError, match=r"^corrections=1 is of pixels: give enlarged_in='pixels', or corrections=0"):
+        Settings(method="climb,enlarged_in=latents,sharpness=0")
+    Settings(method="climb,enlarged_in=latents,sharpness=0,corrections=0")

@@ -24,6 +24,8 @@ from cutdiff.pipeline import prepare
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.resize import Resampling, renoise, resize, resize_pixels
 from cutdiff.sampling.split import Gaussian, sharpened
+from cutdiff.scenes.render import render
+from cutdiff.scenes.world import sample
 from cutdiff.settings import Settings
 
 KINDS: tuple[Resampling, ...] = get_args(Resampling)
@@ -166,6 +168,28 @@ def test_a_change_is_made_of_the_larger_images(tiny_model: Model, run: Run) -> N
     ours = resize_pixels(x, (12, 10), run.decode, run.encode, change=sharpen)
     assert relative_error(ours, theirs) < 1e-5
     assert relative_error(ours, resize_pixels(x, (12, 10), run.decode, run.encode)) > 1e-3
+
+
+@pytest.mark.parametrize("corrections", [0, 1, 3])
+def test_corrections_give_back_what_the_vae_takes(tiny_model: Model, run: Run, corrections: int) -> None:
+    x = latents(6, 5)
+    wanted = theirs = cutdiff.encode(tiny_model, resize(cutdiff.decode(tiny_model, x), (96, 80)))
+    for _ in range(corrections):
+        theirs = theirs + wanted - cutdiff.encode(tiny_model, cutdiff.decode(tiny_model, theirs))
+    ours = resize_pixels(x, (12, 10), run.decode, run.encode, corrections=corrections)
+    assert relative_error(ours, theirs) < 1e-5
+
+
+def test_a_correction_brings_the_embedded_vae_nearer_to_the_picture(model: Model) -> None:
+    images = render(sample(8, torch.Generator().manual_seed(1)), 128)
+    decode, encode = partial(cutdiff.decode, model), partial(cutdiff.encode, model)
+    larger = resize(decode(encode(images)), (256, 256))
+    errors = [
+        (decode(resize_pixels(encode(images), (32, 32), decode, encode, corrections=k)) - larger).square().mean()
+        for k in range(3)
+    ]
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[2] < errors[1]
 
 
 def test_one_image_goes_through_at_a_time() -> None:

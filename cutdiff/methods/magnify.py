@@ -6,8 +6,8 @@ CutDiffusion's but for three things: it begins earlier; it goes without guidance
 a view makes the view show all of it, and so costs half; and of each estimate the low frequencies, those that the native
 picture has, are held to that picture, less and less. What each of these does is measured in notebooks/better.ipynb.
 
-`Climb` is its next form, found in notebooks/newer.ipynb: it grows by no more than twice at a time, through the VAE,
-sharpened, and begins its details later.
+`Climb` is its next form, found in notebooks/newer.ipynb: it grows by no more than twice at a time, in pixels, sharpened
+once, gives back what the VAE takes from them, and begins its details later.
 
 The parts are known: re-noising an enlarged picture is SDEdit (Meng et al. 2021, arXiv 2108.01073), progressive sizes
 with a residual are DemoFusion's (2311.16973), which draws every size between and guides its views by patches as well.
@@ -15,7 +15,7 @@ with a residual are DemoFusion's (2311.16973), which draws every size between an
 `hold="trajectory"` is the hold of HiFlow (Bu et al. 2025, 2504.06232): the low band of each estimate is moved to that
 of the estimate which the native picture had at the same sigma, all the way at the first step of the details and less at
 each that follows. It is said of flows there, in terms of x0, so that it is the same here. Its code enlarges the picture
-through the VAE, sharpened, as `Climb`, and adds an alignment of accelerations, which is not here.
+in pixels, sharpened, as `Climb`, and adds an alignment of accelerations, which is not here.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class Magnify(Tiled):
     sharpness: Annotated[float, Between(0, 1000)] = 0.0
     """How much of what a Gaussian takes from the enlarged native picture is added to it, in pixels; 0 is off. The
     Gaussian's deviation is the side of an enlarged pixel."""
+    corrections: Annotated[int, Between(0, 100)] = 0
+    """How many times an enlarged picture is given back what the VAE takes from it on the way there and back."""
     hold: Literal["picture", "trajectory", "none"] = "picture"
     """The guide that the low band of each estimate is moved to: the "picture" before, by a share that fades with sigma;
     the "trajectory" of estimates that led to it, by one that falls with every step from 1 (HiFlow); or "none"."""
@@ -70,9 +72,10 @@ class Magnify(Tiled):
         object.__setattr__(self, "hold_split", part("split", "hold_split", self.hold_split))
 
     def check_settings(self, settings: Settings) -> None:
-        """ValueError where latents are to be sharpened."""
-        if self.sharpness and self.enlarged_in != "pixels":
-            raise ValueError(f"sharpness={self.sharpness} is of pixels: give enlarged_in='pixels', or sharpness=0")
+        """ValueError where latents are to be sharpened or corrected."""
+        for name in ("sharpness", "corrections"):
+            if (value := getattr(self, name)) and self.enlarged_in != "pixels":
+                raise ValueError(f"{name}={value} is of pixels: give enlarged_in='pixels', or {name}=0")
 
     def stages(self, run: Run) -> Stages:
         native, *larger = self.sizes(run)
@@ -101,7 +104,8 @@ class Magnify(Tiled):
         def begin(picture: Tensor) -> tuple[Tensor, Stage]:
             width = max(large / small for large, small in zip(run.size, picture.shape[2:], strict=True))
             sharpen = partial(sharpened, amount=self.sharpness, split=Gaussian(width))
-            guide = enlarge(run, picture, self.enlarged_in, change=sharpen if self.sharpness and number == 1 else None)
+            change = sharpen if self.sharpness and number == 1 else None
+            guide = enlarge(run, picture, self.enlarged_in, change=change, corrections=self.corrections)
             sigma = run.schedule.sigmas[steps.start % run.num_steps]
             x = renoise(guide, sigma, run.draws.phase_noise(tuple(guide.shape), number + 1).to(guide))
             denoise: CanvasDenoiser = views
@@ -155,6 +159,8 @@ class Climb(Magnify):
     sharpness: Annotated[float, Between(0, 1000)] = 2.0
     """How much of what a Gaussian takes from the enlarged native picture is added to it, in pixels; 0 is off. The
     Gaussian's deviation is the side of an enlarged pixel."""
+    corrections: Annotated[int, Between(0, 100)] = 1
+    """How many times an enlarged picture is given back what the VAE takes from it on the way there and back."""
 
 
 class Trajectory:

@@ -120,12 +120,14 @@ def enlarge(
     *,
     change: Change | None = None,
     noise: Tensor | None = None,
+    corrections: int = 0,
 ) -> Tensor:
     """Latents (B, C, h, w) -> those of the run's size, resized themselves or through the VAE (`resize_pixels`, whose
-    `change` and `noise` mean nothing for latents)."""
+    `change`, `noise` and `corrections` mean nothing for latents)."""
     if space == "latents":
         return resize(latents, run.size, resampling)
-    return resize_pixels(latents, run.size, run.decode, run.encode, resampling=resampling, change=change, noise=noise)
+    options: dict[str, Any] = {"change": change, "noise": noise, "corrections": corrections}
+    return resize_pixels(latents, run.size, run.decode, run.encode, resampling=resampling, **options)
 
 
 def with_guidance_scale(run: Run, scale: float | None, option: str = "detail_guidance_scale") -> Run:
