@@ -19,6 +19,7 @@ from cutdiff import specs
 from cutdiff.cli.arguments import AUTO, DTYPES, BadArgument, Parser, add_debug
 from cutdiff.cli.ending import exit_status
 from cutdiff.options import options_of, read
+from cutdiff.parallel.lines import write_line
 from cutdiff.settings import Settings
 
 OWN = ("method", "height", "width", "num_steps", "seed")
@@ -35,7 +36,8 @@ def _run(argv: list[str] | None) -> None:
     args = _parse(argv)
     from cutdiff.evaluation.measure import measure
 
-    print(measure(args, ["python", "-m", "cutdiff.evaluate", *(sys.argv[1:] if argv is None else argv)]))
+    command = ["python", "-m", "cutdiff.evaluate", *(sys.argv[1:] if argv is None else argv)]
+    write_line(measure(args, command), sys.stdout)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

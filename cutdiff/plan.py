@@ -18,6 +18,7 @@ from typing import Any
 from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_debug, add_how, add_option, errors_by_flag
 from cutdiff.cli.ending import exit_status
 from cutdiff.options import options_of
+from cutdiff.parallel.lines import write_line
 from cutdiff.settings import Settings
 
 TFLOPS = 790.0
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> None:
     args = _parse(argv)
     plan = make_plan(args)
-    print(json.dumps(plan, indent=1) if args.json else table(plan))
+    write_line(json.dumps(plan, indent=1) if args.json else table(plan), sys.stdout)
 
 
 def make_plan(args: argparse.Namespace) -> dict[str, Any]:

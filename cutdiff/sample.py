@@ -8,8 +8,10 @@ that --help answers at once. Of several processes one says what concerns all of 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
 
 LISTED = 5
-"""The lines of a file of prompts that the last message names before it only counts them."""
+"""The lines of a file of prompts, or pictures, that the last message names before it only counts them."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,14 +60,21 @@ def _run(argv: list[str] | None) -> None:
             if launch.group.leads:
                 from cutdiff.output.images import remove_parts
 
-                remove_parts(args.out, {picture.path.stem for picture in pictures if not picture.finished})
-        failed = draw_all(model, args, pictures, launch)
+                remove_parts(args.out, {picture.path.stem for picture in pictures})
+        failed, blank = draw_all(model, args, pictures, launch)
     with alike():
-        if bad or unfit or failed:
-            lines = sorted({*(error.line for error in (*bad, *unfit)), *failed})
-            more = f" and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
-            named = ", ".join(map(str, lines[:LISTED]))
-            raise Failure(f"{args.prompts}, left out: {named}{more}; correct these lines and start again")
+        lines = sorted({*(error.line for error in (*bad, *unfit)), *failed})
+        ends = [f"{args.prompts}, left out: {_listed(lines)}; correct these lines and start again"] * bool(lines)
+        if blank:
+            ends.append(f"one value throughout: {_listed(blank)}; --check-weights would find zeros in the weights")
+        if ends:
+            raise Failure("; ".join(ends))
+
+
+def _listed(things: Sequence[object]) -> str:
+    """The first few things, and how many more there are."""
+    more = f" and {len(things) - LISTED} more" if len(things) > LISTED else ""
+    return f"{', '.join(map(str, things[:LISTED]))}{more}"
 
 
 def _check_processes(num_groups: int) -> None:
@@ -89,7 +98,9 @@ def _check_output(folder: Path) -> None:
     """Raise BadArgument where the output folder cannot be made or written to, before a long run."""
     try:
         place = next(path for path in (folder, *folder.parents) if path.is_symlink() or path.exists())
-        tempfile.TemporaryFile(dir=place).close()  # the modes of a folder do not tell root, nor of a read-only disk
+        # The modes of a folder do not tell root, nor of a disk that is only read. A picture's file will be locked, too.
+        with tempfile.TemporaryFile(dir=place) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         raise BadArgument(f"--out {folder} cannot be written to ({error.strerror}): choose another folder") from None
 

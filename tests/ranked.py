@@ -80,6 +80,9 @@ def runs(model: Path, folder: Path) -> None:
     prompts.write_text("\n".join("abcd"))
     left = kill_and_start_again(folder / "killed", 20, 2, [*several, "--rank-timeout", "10"])
     (folder / "killed" / "left.json").write_text(json.dumps(left))
+    in_groups = [*several, "--rank-timeout", "10", "--data-parallel", "2"]
+    left = kill_and_start_again(folder / "killed, groups", 10, 2, in_groups)
+    (folder / "killed, groups" / "left.json").write_text(json.dumps(left))
     run(folder / "no model", 2, ["a", "--model", str(folder / "none"), "--out", str(folder / "nothing")])
     run(folder / "no such group", 3, [*common, "a", "--data-parallel", "2", "--out", str(folder / "nothing")])
     run(folder / "one device", 2, [*common, "a", "--device", "cuda:0", "--out", str(folder / "nothing")])

@@ -144,3 +144,9 @@ def test_a_picture_of_one_value_is_told_of(
     assert main([*arguments, "--overwrite"]) == 0
     told = "a picture has one value throughout: its weights may be zeros, which --check-weights would find"
     assert capsys.readouterr().err == f"cutdiff: {told}\n"
+    several = [*arguments, "--num-images", "2", "--out", str(tmp_path / "set")]
+    names = [tmp_path / "set" / f"cutdiffusion-64x64-seed{seed}.png" for seed in (0, 1)]
+    end = f"one value throughout: {names[0]}, {names[1]}; --check-weights would find zeros in the weights"
+    for first in (told, "2 of 2 pictures are finished already"):
+        assert main(several) == 1
+        assert capsys.readouterr().err == f"cutdiff: {first}\ncutdiff: {end}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
-from cutdiff.evaluation.cells import Cell, draw
+from cutdiff.evaluation.cells import Cell, cost, draw
 from cutdiff.output.record import changes, describe, fingerprint
 from cutdiff.pipeline import canvas_and_schedule
 from cutdiff.sample import main
@@ -349,3 +350,40 @@ def test_a_cell_refuses_pictures_that_were_drawn_otherwise(own: OwnModules, tiny
     own.write("one", GUIDANCE.replace("return conditional", "return unconditional"))
     with otherwise:
         again()
+
+
+def test_a_cell_draws_damaged_pictures_again(tiny_model: Model, tmp_path: Path) -> None:
+    def again() -> None:
+        draw(tiny_model, Cell("one", Settings(method="direct", **SMALL)), ["a", "b", "c", "d"], tmp_path, batch=2)
+
+    again()
+    whole = {path: path.read_bytes() for path in tmp_path.glob("*.png")}
+    times = {path: path.stat().st_mtime_ns for path in whole}
+    pictures, log = sorted(whole), tmp_path / "batches.jsonl"
+    for change in (
+        pictures[0].unlink,
+        lambda: pictures[0].write_bytes(b""),
+        lambda: pictures[1].write_bytes(whole[pictures[1]][:-1]),
+        lambda: shutil.copy(pictures[2], pictures[1]),
+    ):
+        before = log.read_text()
+        change()
+        log.write_text(f'{before}{{"first": 4, "capt')  # a disk was full
+        again()
+        assert {path: path.read_bytes() for path in tmp_path.glob("*.png")} == whole
+        assert {path for path in whole if path.stat().st_mtime_ns != times[path]} == {*pictures[:2]}
+        after = log.read_text()
+        assert after.startswith(before)
+        assert json.loads(after.removeprefix(before))["first"] == 0
+    assert cost(tmp_path)["evaluations"] == 4
+
+
+def test_a_cell_of_an_earlier_version_is_finished(tiny_model: Model, tmp_path: Path) -> None:
+    cell = Cell("one", Settings(method="direct", **SMALL))
+    draw(tiny_model, cell, ["a", "b"], tmp_path, batch=2)
+    line = json.loads((tmp_path / "batches.jsonl").read_text())
+    del line["pixels_sha256"]
+    (tmp_path / "batches.jsonl").write_text(json.dumps(line) + "\n")
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    draw(tiny_model, cell, ["a", "b"], tmp_path, batch=2)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from PIL import Image
 from processes import ENVIRONMENT, contents
 from tiny import edit_tensors
 
+import cutdiff
 from cutdiff.sample import main
 
 QUICK = ["--method", "direct", "--steps", "1", "--width", "64", "--height", "64"]
@@ -133,6 +135,45 @@ def test_the_same_weights_elsewhere_are_the_same_model(run: list[str], copy: Pat
     out = ["--out", str(tmp_path / "out")]
     assert main([*run, *out]) == 0
     assert main([*run, *out, "--model", str(copy)]) == 0
+
+
+def test_a_damaged_picture_is_drawn_again_and_a_replaced_one_is_kept(
+    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([*run, "--out", str(out)]) == 0
+    first, before = capsys.readouterr(), contents(out)
+    paths = [out / f"{name}.png" for name in NAMES]
+    paths[0].write_bytes(b"")
+    paths[1].write_bytes(paths[1].read_bytes()[:-20])
+    assert main([*run, "--out", str(out)]) == 0
+    again = capsys.readouterr()
+    assert (again.out, again.err) == (first.out, "cutdiff: 2 of 4 pictures are finished already\n")
+    assert contents(out) == before
+    shutil.copy(paths[1], paths[2])
+    assert main([*run, "--out", str(out)]) == 2
+    told = f"{paths[2]} is not the picture that its record tells of: pass --overwrite to draw over it"
+    assert told in capsys.readouterr().err
+    assert paths[2].read_bytes() == paths[1].read_bytes()
+    assert main([*run, "--out", str(out), "--overwrite"]) == 0
+    assert contents(out) == before
+
+
+def test_another_picture_of_the_name_that_came_meanwhile_is_kept(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, generate = tmp_path / "out", cutdiff.generate
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        assert main([*run, "--steps", "2", "--out", str(out)]) == 0
+        return generate(*args, **options)
+
+    monkeypatch.setattr(cutdiff, "generate", meanwhile)
+    assert main([*run, "--out", str(out)]) == 1
+    told = f"{out / NAMES[0]}.png is another picture, drawn by another run meanwhile: choose another --out"
+    assert capsys.readouterr().err == f"cutdiff: {told}\n"
+    assert {json.loads(path.read_text())["num_steps"] for path in out.glob("*.json")} == {2}
 
 
 def test_what_is_no_picture_of_ours_is_kept(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

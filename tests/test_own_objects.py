@@ -13,7 +13,7 @@ from PIL import Image
 from refusal import CommandLine
 
 from cutdiff import specs
-from cutdiff.output.images import parameters_text
+from cutdiff.output.parameters import parameters_text
 from cutdiff.sample import main
 
 OWN = '''
@@ -140,7 +140,7 @@ def record_of(**values: Any) -> dict[str, Any]:
         "width": 64,
         "height": 64,
         "noise": {"use_karras_sigmas": False},
-        "model": {"sha256": {"unet": "0123456789abcdef"}, "source": "folder/name", "loras": []},
+        "model": {"sha256": {"unet": "0123456789abcdef"}, "source": "name", "loras": []},
         "versions": {"cutdiff": "1"},
         "clip_skip": None,
     } | values
@@ -160,12 +160,12 @@ def test_the_text_of_a_record() -> None:
 
 @pytest.mark.parametrize("name", ["a,b", "a:b", 'a"b', "a\nb", 'a\\b: "c"', "été, hiver"])
 def test_a_value_that_would_break_the_line_is_in_quotes(name: str) -> None:
-    loras = [{"path": f"folder/{name}.safetensors", "scale": 0.5}]
-    model = record_of()["model"] | {"source": f"folder/{name}", "loras": loras}
+    loras = [{"path": f"{name}.safetensors", "scale": 0.5}]
+    model = record_of()["model"] | {"source": name, "loras": loras}
     line = parameters_text(record_of(model=model)).splitlines()[-1]
     assert f", Model: {json.dumps(name, ensure_ascii=False)}, " in line
     assert f", Loras: {json.dumps(f'{name}: 0.5', ensure_ascii=False)}, " in line
-    plain = record_of()["model"] | {"source": "folder/a b (c)=d"}
+    plain = record_of()["model"] | {"source": "a b (c)=d"}
     assert ", Model: a b (c)=d, " in parameters_text(record_of(model=plain))
 
 

@@ -167,6 +167,20 @@ def test_killed_anywhere_and_started_again(runs: Path) -> None:
         assert contents(runs / "killed" / f"seed {seed}") == whole
 
 
+def test_a_group_is_killed_anywhere_and_started_again(runs: Path) -> None:
+    """One of two groups is killed at ten seeded moments. The other one may draw what is left, and ends too."""
+    left = json.loads((runs / "killed, groups" / "left.json").read_text())
+    assert len(left) == 10
+    assert sum(-signal.SIGKILL in status for status, _ in left) >= 5
+    assert {tuple(sorted(status)) for status, _ in left} <= {(-signal.SIGKILL, 1), (-signal.SIGKILL, 0), (0, 0)}
+    for _, names in left:
+        assert {name.replace(".png", ".json") for name in names} <= {*names}
+    whole = contents(runs / "killed, groups" / "whole")
+    assert len(whole) == 8
+    for seed in range(10):
+        assert contents(runs / "killed, groups" / f"seed {seed}") == whole
+
+
 @pytest.mark.parametrize(
     ("name", "status", "message"),
     [("terminated", 143, "cutdiff: terminated\n"), ("interrupted", 1, "cutdiff: interrupted\n")],

@@ -66,7 +66,7 @@ def test_it_takes_the_place_of_the_models_own(vae: VAE, folder: Path, tmp_path: 
     for key, tensor in vae.state_dict().items():
         assert torch.equal(model.vae.state_dict()[key], tensor), key
     assert all(torch.equal(a, b) for a, b in zip(model.unet.parameters(), own.unet.parameters(), strict=True))
-    assert model.hashes[str(file)] == sha256(file)
+    assert model.hashes[f"vae={Path(path.name) / file.relative_to(path)}"] == sha256(file)
     assert not any(name.startswith("vae/") for name in model.hashes)
 
 

@@ -56,6 +56,7 @@ from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import Failure, exit_status, say
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.output.images import save_json
+from cutdiff.parallel.lines import write_line
 from cutdiff.pipeline import now, peak_memory
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import check_backend, grid_for
@@ -90,10 +91,10 @@ def _run(argv: list[str] | None) -> None:
     if methods.asked(args, given):
         device, networks = device_of(args.device), (SMALL_UNET, SMALL_VAE) if args.small else (SDXL_UNET, SDXL_VAE)
         _check(args, device)
-        print(methods.report(methods.compare(args, command, device, *networks)))
+        write_line(methods.report(methods.compare(args, command, device, *networks)), sys.stdout)
         return
     result = _measure(args, command)
-    print(f"{heading(result)}\n\n{table(result)}")
+    write_line(f"{heading(result)}\n\n{table(result)}", sys.stdout)
 
 
 def _measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:

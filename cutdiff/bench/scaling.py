@@ -21,6 +21,7 @@ from cutdiff.cli.device import device_of
 from cutdiff.cli.ending import exit_status
 from cutdiff.output.images import save_json
 from cutdiff.parallel.launch import joined
+from cutdiff.parallel.lines import write_line
 from cutdiff.parallel.process import alike
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Result, now
@@ -41,7 +42,7 @@ def _run(argv: list[str] | None) -> None:
     with joined(args.device, 1, 1800.0) as launch:
         result = measure(settings, device, args.repeats, launch.world)
     if launch.world.leads:
-        print(table(result))
+        write_line(table(result), sys.stdout)
         if args.json is not None:
             save_json(args.json, result)
 

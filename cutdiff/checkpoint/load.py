@@ -17,11 +17,11 @@ from cutdiff.checkpoint.build import Blueprint, Networks, build_model, check_inp
 from cutdiff.checkpoint.embeddings import add_embeddings
 from cutdiff.checkpoint.families import Family, family_of
 from cutdiff.checkpoint.infer import infer_blueprint, unet_channels
-from cutdiff.checkpoint.locate import locate
+from cutdiff.checkpoint.locate import locate, name_of
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
 from cutdiff.checkpoint.read import check_end, read_tensors_and_metadata
-from cutdiff.checkpoint.vae import read_vae
+from cutdiff.checkpoint.vae import OtherVAE, read_vae
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
 from cutdiff.models.machine import keep_freed_memory
 
@@ -165,7 +165,7 @@ def _read_folder(source: Path, vae: Path | None, options: NoiseOptions) -> _Part
     files = {str(file.relative_to(source)): file for some in shards.values() for file in some}
     if other is not None:
         weights["vae"] = other.tensors
-        files |= {str(file): file for file in other.files}
+        files |= _named_files(vae, other)
     return _Parts(blueprint, networks, weights, files, decided_by)
 
 
@@ -199,8 +199,14 @@ def _read_single(source: Path, vae: Path | None, options: NoiseOptions, config: 
     files = {source.name: source}
     if other is not None:
         weights["vae"] = other.tensors
-        files |= {str(file): file for file in other.files}
+        files |= _named_files(vae, other)
     return _Parts(blueprint, networks, weights, files, decided_by)
+
+
+def _named_files(vae: Path | None, other: OtherVAE) -> dict[str, Path]:
+    """The files of another VAE by their names in records, such as "vae=name of a folder/name of the file"."""
+    assert vae is not None
+    return {f"vae={Path(name_of(vae)) / file.relative_to(vae)}": file for file in other.files}
 
 
 def _check_family(configured: Blueprint, family: Family, config: Path | None) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 EMBEDDED = "weights/scenes"
 PACKAGE = Path(__file__).parents[1]
 HUB_ID = re.compile(r"\w[^/]*/[^/]+(?<!\.safetensors)")
+SNAPSHOT = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/[^/]+(?P<below>/.+)?")
+"""The place of a model in the local Hugging Face cache."""
 
 
 def locate(path: str | Path | None, option: str = "") -> Path:
@@ -33,6 +35,17 @@ def locate(path: str | Path | None, option: str = "") -> Path:
                 f"the model with `hf download {path}`"
             ) from None
     raise FileNotFoundError(f"{named} does not exist: pass a diffusers folder or a .safetensors file")
+
+
+def name_of(path: str | Path) -> str:
+    """The name of a model's folder or file, wherever it lies: the hub id of one in the local Hugging Face cache,
+    "weights/scenes" of the embedded model, and else the last part of the path."""
+    place = os.path.abspath(path)
+    if snapshot := SNAPSHOT.fullmatch(place):
+        return snapshot["id"].replace("--", "/") + (snapshot["below"] or "")
+    if any(place == str(root / EMBEDDED) for root in (PACKAGE, PACKAGE.parent)):
+        return EMBEDDED
+    return os.path.basename(place)
 
 
 def embedded(folder: str) -> Path:

@@ -57,7 +57,7 @@ class Model:
     source: str
     """The folder or file that the weights were read from."""
     files: dict[str, Path]
-    """The weight files, by their paths relative to `source`."""
+    """The weight files, by their paths relative to `source`; those of another VAE by "vae=" and their names."""
     decided_by: dict[str, str] = field(default_factory=dict)
     """The source that decided each part of `noise`, by the names of `noise.described()`: "option", "marker key …",
     "metadata …", "scheduler" or "default"."""

@@ -15,7 +15,7 @@ from cutdiff.cli.arguments import BadArgument, of_flag
 from cutdiff.cli.ending import Failure
 from cutdiff.cli.runs import BadLine, Picture, is_set
 from cutdiff.parallel import stopping
-from cutdiff.parallel.lines import say, write_line
+from cutdiff.parallel.lines import say, shown, write_line
 from cutdiff.parallel.process import Ended
 
 if TYPE_CHECKING:
@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from cutdiff.sampling.stages import Step
 
 
-def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], launch: Launch) -> list[int]:
+def draw_all(
+    model: Model, args: argparse.Namespace, pictures: list[Picture], launch: Launch
+) -> tuple[list[int], list[Path]]:
     """Draw the pictures that are not finished and print the path of each, in order if one group draws all; returns the
-    lines that could not be drawn, in the first process those of all groups."""
+    lines that could not be drawn and the pictures of a set that have one value throughout, in the first process those
+    of all groups."""
+    from cutdiff.output.images import read_record
+
     with launch.agreeing():
         options = [(picture.settings.described(), picture.settings.sources()) for picture in pictures]
         others = launch.others([(picture.prompt, picture.path.name) for picture in pictures] + options)
@@ -62,14 +67,15 @@ def draw_all(model: Model, args: argparse.Namespace, pictures: list[Picture], la
         if launch.world.leads:
             progress.wait()
             bad_lines |= launch.failures()
-    return sorted(bad_lines)
+    paths = [picture.path for picture in pictures if is_set(args) and picture.line not in bad_lines]
+    return sorted(bad_lines), [path for path in paths if launch.world.leads and read_record(path).get("one_value")]
 
 
 def leave_out(args: argparse.Namespace, error: BadLine) -> None:
     """Tell of a line of the file of prompts that cannot be drawn."""
     tell(f"{error}; the other lines are drawn")
     if args.log_json:
-        print_line(json.dumps({"line": error.line, "state": "left out", "error": str(error)}))
+        print_line(json.dumps({"line": error.line, "state": "left out", "error": shown(str(error))}))
 
 
 def _draw(
@@ -79,7 +85,7 @@ def _draw(
     import torch
 
     import cutdiff
-    from cutdiff.output.images import save_image
+    from cutdiff.output.images import NameTaken, save_image
 
     progress.begin(picture)
     try:
@@ -99,9 +105,11 @@ def _draw(
         return picture.path, record
     if args.verbose:
         tell(_cost(record))
-    overwrite = args.overwrite or is_set(args)
+    names = {"overwrite": args.overwrite, "numbers": not is_set(args)}
     try:
-        path = save_image(result.images[0], record, args.out, picture.path.stem, overwrite=overwrite)
+        path = save_image(result.images[0], record, args.out, picture.path.stem, **names)
+    except NameTaken as error:
+        raise Failure(f"{error} is another picture, drawn by another run meanwhile: choose another --out") from None
     except OSError as error:
         raise Failure(f"{picture.path} cannot be written ({error.strerror}): free space, or change --out") from None
     progress.end()

@@ -1,7 +1,7 @@
 """The end of a command line: an exit status and, where something went wrong, one line on standard error.
 
 The status is 0; 1 for a run that failed or a file that is no good; 2 for arguments that cannot be used; 143 after
-SIGTERM. Nothing here imports torch.
+SIGTERM; 141, without a line, where nothing reads the output any more. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 
 from cutdiff.cli.arguments import BadArgument
 from cutdiff.parallel import stopping
-from cutdiff.parallel.lines import say
+from cutdiff.parallel.lines import NoReader, open_streams, output_lost, say, write, write_line
 from cutdiff.parallel.process import Ended, RankLost, process
 
 LONGEST = 500
 """The most characters of a message that was not written for the user."""
+UNREAD = 128 + signal.SIGPIPE
+"""The exit status where nothing reads the output any more, which is no error."""
 Errors = tuple[type[Exception], ...]
 
 
@@ -36,21 +38,29 @@ def exit_status(
     as BadArgument and Failure always do. The line of any other error names its type, too, and the status is 1. With
     --debug in `argv` the traceback is printed first.
     """
+    open_streams()
     debug = "--debug" in (sys.argv if argv is None else argv)
     if not debug:
         # As it is imported, torch reads whether to warn, as of a connection that a process of the run has closed.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        run()
-    except (Exception, KeyboardInterrupt, stopping.Terminated) as error:
-        if debug:
-            traceback.print_exc()
-        return _status(error, bad_arguments, failures)
-    return 0
+        try:
+            run()
+        except (Exception, KeyboardInterrupt, stopping.Terminated) as error:
+            if debug:
+                write_line(traceback.format_exc(), sys.stderr)
+            return _status(error, bad_arguments, failures)
+        finally:
+            write("", sys.stdout)  # --help leaves its text to the end of the process, where nobody handles an error
+    except NoReader:
+        return UNREAD
+    return int(output_lost())
 
 
 def _status(error: BaseException, bad_arguments: Errors, failures: Errors) -> int:
     """Say in one line why the run ends, and return the exit status."""
+    if isinstance(error, NoReader):
+        raise error
     if isinstance(error, (BadArgument, *bad_arguments)):
         return _complain(str(error), 2)
     if isinstance(error, (Failure, RankLost, *failures)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import reprlib
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,8 +106,8 @@ def is_set(args: argparse.Namespace) -> bool:
 
 def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed: int) -> Picture:
     """The picture of a request and a seed, with a name that no other picture has, finished if it exists already."""
-    from cutdiff.output.images import numbered, read_record
-    from cutdiff.output.record import describe, fingerprint
+    from cutdiff.output.images import State, numbered, read_record, state_of
+    from cutdiff.output.record import describe, is_of
     from cutdiff.pipeline import canvas_and_schedule
     from cutdiff.sampling.draws import Draws
 
@@ -119,16 +119,15 @@ def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed
     if not picture.path.exists():
         return picture
     described = describe(model, request.prompt, settings, Draws((seed,)), canvas_and_schedule(model, settings)[1])
-    for path in takewhile(Path.exists, numbered(args.out, stem)):
-        record = read_record(path)
-        if record.get("fingerprint") == fingerprint(described):
+    for path in numbered(args.out, stem):
+        state = state_of(path, partial(is_of, described))
+        if state is State.FINISHED:
             return replace(picture, path=path, finished=True)
-        if args.overwrite:
+        if state is not State.OTHER or args.overwrite:
             break
         if is_set(args):
-            raise BadArgument(
-                f"{path} {_difference(described, record)}: pass --overwrite to draw over it, or choose another --out"
-            )
+            difference = _difference(described, read_record(path))
+            raise BadArgument(f"{path} {difference}: pass --overwrite to draw over it, or choose another --out")
     return picture
 
 
@@ -142,7 +141,7 @@ def _difference(described: dict[str, Any], record: dict[str, Any]) -> str:
     if len(differing) > 1:
         differing.pop("noise schedule", None)  # the sigmas follow from options, or from the noise of the model
     differences = [_change(name, *values) for name, values in differing.items()]
-    return f"was drawn with {', '.join(differences) or 'something that its record does not hold'}"
+    return f"was drawn with {', '.join(differences)}" if differences else "is not the picture that its record tells of"
 
 
 def _change(name: str, then: Any, now: Any) -> str:

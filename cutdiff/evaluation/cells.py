@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cutdiff.checkpoint.model import Model, dtype_name
-from cutdiff.output.images import save_json, to_pil, write_atomically
+from cutdiff.output.images import State, check_pixels, pixels_sha256, save_json, to_pil, write_atomically
 from cutdiff.output.record import describe, fingerprint
 from cutdiff.parallel.lines import say
 from cutdiff.pipeline import canvas_and_schedule, generate
@@ -26,6 +28,8 @@ from cutdiff.planning.meter import Meter
 from cutdiff.sampling.draws import Draws
 from cutdiff.settings import Settings
 
+LOG = "batches.jsonl"
+"""The name of a cell's log."""
 MAX_NAME = 200
 """The most bytes of a folder's name."""
 
@@ -57,33 +61,66 @@ def draw(
     """Draw a picture for each caption, with seeds that count on from the cell's, as `folder`/0000.png and so on.
 
     `folder`/cell.json holds all that determines the pictures except their captions. `folder`/batches.jsonl has a line
-    for each finished batch, with its captions and its cost; such a batch is not drawn again. ValueError if the folder
-    holds other pictures.
+    for each finished batch, with its captions and its cost; a batch whose pictures are whole is not drawn again.
+    ValueError if the folder holds other pictures, also if another process draws them at the same time.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    height, width = (side * model.factor for side in cell.settings.canvas_size(model.native_size, model.factor))
     described = describe(
         model, "", cell.settings, Draws((cell.settings.seed,)), canvas_and_schedule(model, cell.settings)[1]
     )
     plan = {"name": cell.name, "settings": cell.settings.described(), "sources": cell.settings.sources()}
     plan |= {"batch": batch, "dtype": dtype_name(model.dtype), "fingerprint": fingerprint(described)}
     plan = json.loads(json.dumps(plan))  # as it will be read back
-    planned, log = folder / "cell.json", folder / "batches.jsonl"
-    if not planned.exists():
-        save_json(planned, plan)
-    finished = {line["first"]: line["captions"] for line in _lines(log)}
-    known = all(a == b for i, drawn in finished.items() for a, b in zip(drawn, captions[i:], strict=False))
-    before = json.loads(planned.read_text())
-    if before["dtype"] != plan["dtype"]:
-        raise ValueError(f"{folder} was drawn in {before['dtype']}: pass --dtype {before['dtype']}, or another --out")
-    if before != plan or not known:
-        raise ValueError(f"{folder} holds pictures that were drawn otherwise: take another --out, or delete it")
+    with _locked(folder):
+        if not (folder / "cell.json").exists():
+            save_json(folder / "cell.json", plan)
+        finished = _finished(folder, plan, captions)
     for first in range(0, len(captions), batch):
         part = captions[first : first + batch]
-        if len(finished.get(first, ())) < len(part):
-            line = _draw_batch(model, replace(cell.settings, seed=cell.settings.seed + first), part, first, folder)
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        if not _whole(folder, finished.get(first), len(part), (width, height)):
+            images, line = _draw_batch(model, replace(cell.settings, seed=cell.settings.seed + first), part, first)
+            with _locked(folder) as log:
+                if not _whole(folder, _finished(folder, plan, captions).get(first), len(part), (width, height)):
+                    for path, image in zip(_batch_paths(folder, first, len(part)), images, strict=True):
+                        write_atomically(path, partial(image.save, format="PNG"))
+                    log.write(json.dumps(line) + "\n")
         on_batch(len(part))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[TextIO]:
+    """Keep other processes from writing to a cell until the block ends, or this process does; yields the log, to which
+    lines are added. A line that a full disk has cut is removed from it."""
+    with (folder / LOG).open("a+", encoding="utf-8") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        log.seek(0)
+        text = log.read()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            log.truncate(len(whole.encode()))
+        yield log
+
+
+def _finished(folder: Path, plan: dict[str, Any], captions: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """The lines of a cell's log by the numbers of their first pictures; ValueError if it holds other pictures."""
+    before = json.loads((folder / "cell.json").read_text())
+    if before["dtype"] != plan["dtype"]:
+        raise ValueError(f"{folder} was drawn in {before['dtype']}: pass --dtype {before['dtype']}, or another --out")
+    finished = {line["first"]: line for line in _lines(folder)}
+    known = all(a == b for i, line in finished.items() for a, b in zip(line["captions"], captions[i:], strict=False))
+    if before != plan or not known:
+        raise ValueError(f"{folder} holds pictures that were drawn otherwise: take another --out, or delete it")
+    return finished
+
+
+def _whole(folder: Path, line: dict[str, Any] | None, num: int, size: tuple[int, int]) -> bool:
+    """True if a batch has a line for at least `num` pictures, and each of these is there as it was drawn."""
+    if line is None or len(line["captions"]) < num:
+        return False
+    digests = line.get("pixels_sha256", [None] * num)  # an old line has none
+    paths = _batch_paths(folder, line["first"], num)
+    return all(check_pixels(path, digest, size) is State.FINISHED for path, digest in zip(paths, digests, strict=False))
 
 
 def draw_cells(model: Model, cells: Sequence[Cell], captions: Sequence[str], out: Path, *, batch: int) -> None:
@@ -99,8 +136,11 @@ def draw_cells(model: Model, cells: Sequence[Cell], captions: Sequence[str], out
                 say(f"{place}, {len(captions)} pictures in {seconds:.0f} s")
 
 
-def _draw_batch(model: Model, settings: Settings, captions: Sequence[str], first: int, folder: Path) -> dict[str, Any]:
-    """Draw and save a batch and return its cost. FLOPs are counted in the first one only, whose time does not count."""
+def _draw_batch(
+    model: Model, settings: Settings, captions: Sequence[str], first: int
+) -> tuple[list[Image.Image], dict[str, Any]]:
+    """Draw a batch; returns its pictures and its line of the log. FLOPs are counted in the first one only, whose time
+    does not count."""
     flops = None
     began = time.perf_counter()
     if first == 0:
@@ -110,21 +150,21 @@ def _draw_batch(model: Model, settings: Settings, captions: Sequence[str], first
     else:
         result = generate(model, captions, settings)
     seconds = time.perf_counter() - began
-    for path, image in zip(picture_paths(folder, first + len(captions))[first:], result.images, strict=True):
-        write_atomically(path, partial(to_pil(image).save, format="PNG"))
-    return {
+    images = [to_pil(image) for image in result.images]
+    return images, {
         "first": first,
         "captions": list(captions),
         "seconds": None if first == 0 else seconds,
         "evaluations": result.record["network_evaluations"],
         "flops": flops,
         "peak_memory_bytes": result.record["peak_memory_bytes"],
+        "pixels_sha256": [pixels_sha256(image) for image in images],
     }
 
 
 def cost(folder: Path) -> dict[str, float | None]:
     """The network evaluations, TFLOP and seconds of one picture, and the peak memory of the batches in MB."""
-    lines = _lines(folder / "batches.jsonl")
+    lines = _lines(folder)
     timed = [line for line in lines if line["seconds"] is not None]
     pictures, timed_pictures = (sum(len(line["captions"]) for line in some) for some in (lines, timed))
     return {
@@ -154,5 +194,10 @@ def pictures(folder: Path, num: int) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def _lines(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+def _batch_paths(folder: Path, first: int, num: int) -> list[Path]:
+    return picture_paths(folder, first + num)[first:]
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a cell's log, but for one that is being written."""
+    return [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").split("\n")[:-1]]

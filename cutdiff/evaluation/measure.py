@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 import cutdiff
+from cutdiff.checkpoint.locate import name_of
 from cutdiff.checkpoint.model import Model
 from cutdiff.cli.device import device_of, dtype_of, tell_dtype
 from cutdiff.evaluation import score
@@ -67,7 +68,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         tell_dtype(args.dtype, model.device, model.dtype)
         rows = measure_prompts(model, cells, prompts, references, args.out, batch=args.batch)
         drawn = {"batch": args.batch, "prompts": prompts}
-    result = {"cells": rows, "command": command, **drawn, **environment(model), "source": model.source}
+    result = {"cells": rows, "command": command, **drawn, **environment(model), "source": name_of(model.source)}
     save_json(args.out / "results.json", result)
     text = table(rows)
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")

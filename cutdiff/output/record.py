@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cutdiff.checkpoint.locate import name_of
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.models.editing import described as read_terms
 from cutdiff.sampling.draws import Draws
@@ -20,6 +21,8 @@ from cutdiff.settings import VERSION, Settings
 from cutdiff.sources import source_hash
 from cutdiff.specs import described_options
 
+NO_RECORD = (AttributeError, KeyError, TypeError)
+"""The errors of `comparable`."""
 ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
 """The options that change a picture by rounding only, so that a run may go on with another."""
 
@@ -32,7 +35,7 @@ def describe(
     schedule: Schedule,
     sources: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The part of a record that is known before the run.
+    """The part of a record that is known before the run. It names files without the folders that they lie in.
 
     Draws of one's own are named by their class and the fields that it adds. Their source, and that of other objects
     which are not the package's, stands under "sources": as `sources` has them, which were made before a run could
@@ -41,6 +44,7 @@ def describe(
     height, width = (side * model.factor for side in settings.canvas_size(model.native_size, model.factor))
     seeds = list(getattr(draws, "seeds", ()))  # draws of one's own may have none
     added = {name: text for name, text in described_options(draws).items() if name not in vars(Draws(()))}
+    embeddings = [{**vars(embedding), "path": name_of(embedding.path)} for embedding in model.embeddings]
     return {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
         **_changing(prompt, settings),
@@ -48,10 +52,10 @@ def describe(
         "height": height,
         "width": width,
         "model": {
-            "source": model.source,
+            "source": name_of(model.source),
             "sha256": model.hashes,
-            "loras": [vars(lora) for lora in model.loras],
-            **({"embeddings": [vars(embedding) for embedding in model.embeddings]} if model.embeddings else {}),
+            "loras": [{**vars(lora), "path": name_of(lora.path)} for lora in model.loras],
+            **({"embeddings": embeddings} if embeddings else {}),
             "configuration": _digest(
                 [vars(model.unet.config), vars(model.vae.config), model.text.layer, model.zeros_for_empty_negative]
             ),
@@ -91,20 +95,31 @@ def fingerprint(described: dict[str, Any]) -> str:
     return _digest(_determining(described))
 
 
+def is_of(described: dict[str, Any], record: dict[str, Any]) -> bool:
+    """True if a record is of the picture that is described. The fingerprint of an old one may name a VAE's file by its
+    path, which determines nothing."""
+    return record.get("fingerprint") == fingerprint(described) or not changes(described, record)
+
+
 def changes(described: dict[str, Any], record: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """All that determines a picture and differs in the record of another, by its name there: (in the record, now)."""
-    determining = _determining(described)
-    known = {name: value for name, value in _determining(record).items() if name in determining}
-    now, then = _flat(determining), _flat(known)
+    known = {name: value for name, value in record.items() if name in described}
+    now, then = comparable(described), comparable(known)
     return {name: (then.get(name), now.get(name)) for name in {**now, **then} if now.get(name) != then.get(name)}
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of inner dictionaries by names such as "noise beta_start", but for those of the model."""
+def comparable(record: dict[str, Any]) -> dict[str, Any]:
+    """All that determines the picture of a record, with the values of inner dictionaries by names such as "noise
+    beta_start"; of the model, files by their contents alone. What is no record gives one of the errors of `NO_RECORD`.
+    """
     flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = isinstance(value, dict) and name != "model"
-        flat |= {f"{name} {key}": part for key, part in value.items()} if inner else {name: value}
+    for name, value in _determining(record).items():
+        if name == "model":
+            flat[name] = {**value, "sha256": sorted((value["sha256"] or {}).values())}
+        elif isinstance(value, dict):
+            flat |= {f"{name} {key}": part for key, part in value.items()}
+        else:
+            flat[name] = value
     return flat
 
 

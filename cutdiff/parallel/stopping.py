@@ -69,6 +69,8 @@ def _answer(received: socket.socket, left: threading.Event) -> None:
             ends = [end for number, end in ENDS.items() if number in numbers]
             if ends and not left.wait(GRACE):
                 status, message = ends[0]
-                if process() == 0:
-                    say(message)
-                os._exit(status)
+                try:
+                    if process() == 0:
+                        say(message)
+                finally:
+                    os._exit(status)
