@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     several = number(2, MAX_PICTURES)
     parser.add_argument("--num", type=several, default=200, metavar="N", help="pictures of each method and size")
     parser.add_argument("--steps", type=int, default=defaults["num_steps"].default, metavar="N", help="of each phase")
-    parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 is off; none: the guidance's own, 7.5")
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="G", help="1 or less is off; none: the guidance's own, 7.5"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture")
     parser.add_argument(
         "--set", type=_option, action="append", default=[], metavar="NAME=VALUE",

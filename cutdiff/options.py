@@ -39,9 +39,16 @@ class Between(NamedTuple):
         return f"at least {self.low:g}" if self.high == math.inf else f"in {self.low:g} … {self.high:g}"
 
 
+class Raised(NamedTuple):
+    """The least value of a number that is raised to it where it is smaller."""
+
+    least: float
+
+
 Share = Annotated[float, Between(0, 1)]
 Count = Annotated[int, Between(1)]
-Scale = Annotated[float, Between(-MAX_FLOAT32, MAX_FLOAT32)]
+Scale = Annotated[float, Between(-MAX_FLOAT32, MAX_FLOAT32), Raised(1.0)]
+"""A guidance scale. Any of at most 1 means that guidance is off, which is written as 1."""
 
 
 class Options:
@@ -209,7 +216,9 @@ def _fitted(value: Any, kind: Any) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         fitted, bounds = _fitted(value, args[0]), [bound for bound in args[1:] if isinstance(bound, Between)]
-        return fitted if fitted is not MISSING and all(low <= fitted <= high for low, high in bounds) else MISSING
+        if fitted is MISSING or not all(low <= fitted <= high for low, high in bounds):
+            return MISSING
+        return max([fitted, *(bound.least for bound in args[1:] if isinstance(bound, Raised))])
     if origin in (Union, UnionType):
         return next((fitted for arg in args if (fitted := _fitted(value, arg)) is not MISSING), MISSING)
     if origin is Literal:

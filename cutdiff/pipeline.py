@@ -19,12 +19,14 @@ from torch import Tensor
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.methods.shared import Run, stages_of, step_at
 from cutdiff.models.compiled import compiled
+from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
-from cutdiff.models.text import TextEncoders, TextStates
+from cutdiff.models.text import TextEncoders
 from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
+from cutdiff.sampling.conditioning import Prompts, encode_prompts
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.draws import checked as checked_draws
@@ -38,6 +40,8 @@ from cutdiff.specs import name_of
 
 CPU_VIEW_BATCH = 16
 """The patches or views at once on a CPU where nobody says; more are not faster there."""
+TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2")
+"""The options of a run that are texts for the encoders."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,8 @@ def generate(
         "decoded_in": dtype_name(dtype),
         "one_value": any(bool(image.amin() == image.amax()) for image in images),
     }
+    if (settings.negative_prompt or settings.negative_prompt_2) and not prepared.denoiser.work.reads_negative:
+        record["negative_prompt_unread"] = True
     return Result(images, latents, record)
 
 
@@ -236,6 +242,7 @@ def prepare(
     prompts = [prompt] if isinstance(prompt, str) else [*checked("prompt", prompt, list[str] | tuple[str, ...])]
     if not prompts:
         raise ValueError("prompt is an empty list: give at least one prompt")
+    _check_texts(prompts, settings)
     size, schedule = canvas_and_schedule(model, settings)
     if isinstance(observer, type) or isinstance(draws, str | type):
         what = f"observer={observer}" if isinstance(observer, type) else f"draws={draws!r}"
@@ -246,7 +253,12 @@ def prepare(
     text: TextEncoders | SharedText = model.text.skipping(settings.clip_skip)
     if ranks.size > 1:
         text = SharedText(text, ranks, model.device, model.dtype)
-    positive, negative = _encode(text, prompts, settings, model.zeros_for_empty_negative)
+    positive, negative = encode_prompts(
+        text,
+        Prompts(prompts, settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2),
+        settings.num_steps,
+        zeros_for_empty_negative=model.zeros_for_empty_negative,
+    )
     if model.unet.config.guidance_dim and not isinstance(settings.guidance, LinearGuidance):
         name = name_of("guidance", settings.guidance)
         raise ValueError(f"guidance={name} needs two estimates, and this model reads the scale itself: choose cfg")
@@ -297,6 +309,14 @@ def prepare(
     return Prepared(settings, denoiser, draws, size, schedule, stages, steps, sources)
 
 
+def _check_texts(prompts: Sequence[str], settings: Settings) -> None:
+    """ValueError where a text names a LoRA, which is a matter of the model."""
+    texts = [("prompt", prompt) for prompt in prompts] + [(name, getattr(settings, name) or "") for name in TEXTS]
+    for name, text in texts:
+        if match := LORA.search(text):
+            raise ValueError(f"{name} names {match[0]}: load the model with loras=[(FILE, SCALE)], and leave it out")
+
+
 def _observed(steps: Iterator[Step], observer: Observer) -> Iterator[Step]:
     """The steps, each after the observer has heard of it."""
     for step in steps:
@@ -322,19 +342,6 @@ def _init_scale(first: Stage | Phase, schedule: Schedule) -> float:
 def first_view_batch_size(model: Model, settings: Settings) -> int | None:
     """The patches or views that a run first tries at once; None: all of a step."""
     return settings.view_batch_size or (CPU_VIEW_BATCH if model.device.type == "cpu" else None)
-
-
-def _encode(
-    text: TextEncoders | SharedText, prompts: list[str], settings: Settings, zeros_for_empty_negative: bool
-) -> tuple[TextStates, TextStates]:
-    """The states of the prompts and of their negative prompt, equally long: a guidance pair is one batch."""
-    others = (settings.negative_prompt, settings.prompt_2, settings.negative_prompt_2)
-    length = max(text.length(prompt) for prompt in (*prompts, *others) if prompt is not None)
-    positive = text.encode(prompts, settings.prompt_2, min_length=length)
-    if zeros_for_empty_negative and not (settings.negative_prompt or settings.negative_prompt_2):
-        return positive, TextStates.zeros_like(positive)
-    negative = [settings.negative_prompt] * len(prompts)
-    return positive, text.encode(negative, settings.negative_prompt_2, min_length=length)
 
 
 def _record(model: Model, prompt: str | Sequence[str], prepared: Prepared, seconds: dict[str, float]) -> dict[str, Any]:

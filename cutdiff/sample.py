@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from cutdiff.cli.arguments import BadArgument, of_flag, parse
 from cutdiff.cli.drawing import draw_all, leave_out, tell
 from cutdiff.cli.ending import Failure, exit_status
+from cutdiff.cli.promptloras import take_loras
 from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests
 from cutdiff.parallel import stopping
 from cutdiff.parallel.process import alike, num_processes, process
@@ -45,6 +46,8 @@ def _run(argv: list[str] | None) -> None:
     with joined(args.device, args.data_parallel, args.rank_timeout) as launch:
         with launch.agreeing():
             requests, bad = read_requests(args)
+            requests, unnamed = take_loras(args, requests)
+            bad = sorted([*bad, *unnamed], key=lambda error: error.line)
             _leave_out(args, bad, everything=not requests)
             if launch.group.leads:
                 _check_output(args.out)
@@ -106,7 +109,7 @@ def _load(args: argparse.Namespace) -> Model:
     import torch
 
     import cutdiff
-    from cutdiff.checkpoint import LoraError
+    from cutdiff.checkpoint import EmbeddingError, LoraError
     from cutdiff.cli.device import device_of, dtype_of
 
     device = device_of(args.device)
@@ -126,11 +129,14 @@ def _load(args: argparse.Namespace) -> Model:
             zero_terminal_snr=args.zero_terminal_snr,
             timestep_spacing=args.timestep_spacing,
             loras=args.loras,
+            embeddings=args.embeddings,
             check_weights=args.check_weights,
             fp8=args.fp8,
         )
     except LoraError as error:
         raise Failure(f"--lora {error}") from None
+    except EmbeddingError as error:
+        raise Failure(f"--embedding {error}") from None
     except (FileNotFoundError, ValueError) as error:
         if str(error).startswith(("config=", "vae=", "variant=", "zero_terminal_snr=", "timestep_spacing=", "fp8=")):
             raise of_flag(error) from None
@@ -148,6 +154,8 @@ def _tell_model(model: Model, *, everything: bool) -> None:
             tell(f"weights {name} from {path}")
         for lora in model.loras:
             tell(f"LoRA {lora.path} times {lora.scale}")
+        for embedding in model.embeddings:
+            tell(f"{embedding.token} stands for the vectors of {embedding.path}")
     for lora in model.loras:
         if lora.embeddings:
             tell(f"LoRA {lora.path} also holds textual inversions, which are left out: {', '.join(lora.embeddings)}")

@@ -432,3 +432,47 @@ class TestCommandLine:
         assert records[2] == [{**told, "scale": scale} for scale in (-0.5, 1.0)]
         assert "Loras" not in text
         assert ', Loras: "style:2: -0.5, style:2: 1.0", ' in text_with_loras
+
+    def test_a_prompt_names_one_of_a_folder(
+        self, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The picture and the fingerprint are those of --lora and a prompt without the name."""
+        (folder := tmp_path / "loras" / "inner").mkdir(parents=True)
+        (folder / "style.safetensors").write_bytes(file.read_bytes())
+        lines = tmp_path / "lines.txt"
+        lines.write_text("a <lora:style:-0.5>tent<lora:style>\na house\na tent <lora:style:-0.5><lyco:style:1>\n")
+        draw = ["--steps", "1", "--width", "128", "--height", "128", "--method", "direct", "--out", str(tmp_path)]
+        named, listed = ["--lora-dir", str(tmp_path / "loras")], ["--lora", f"{file}:-0.5", "--lora", str(file)]
+        assert main([*draw, *named, "--prompts", str(lines)]) == 1
+        printed = capsys.readouterr()
+        assert "line 2: the prompt names other LoRAs than line 1, and a run has one model: draw it in" in printed.err
+        assert main([*draw, *listed, "a tent"]) == 0
+        paths = [Path(line) for line in [*printed.out.split(), *capsys.readouterr().out.split()]]
+        assert [path.name[:4] for path in paths] == ["0001", "0003", "dire"]
+        records = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
+        assert {record["fingerprint"] for record in records} == {records[0]["fingerprint"]}
+        assert {record["prompt"] for record in records} == {"a tent"}
+        assert len({path.read_bytes()[-5000:] for path in paths}) == 1
+
+    def test_a_name_that_no_file_of_the_folder_has_is_an_error(
+        self, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (folder := tmp_path / "loras").mkdir()
+        (folder / "style.safetensors").write_bytes(file.read_bytes())
+        for arguments, expected in (
+            (["<lora:stile:1>", "--lora-dir", folder], f"the LoRA 'stile', and {folder} holds no stile.safetensors"),
+            (["<lora:stile:1>", "--lora-dir", folder], ": did you mean 'style'?"),
+            (["a tent", "--lora-dir", file], f"--lora-dir {file} is no folder"),
+            (["<lora:../loras/style:1>", "--lora-dir", folder], f"{folder} holds no ../loras/style.safetensors"),
+            (
+                ["<lora:style:0.3>"],
+                "give --lora-dir DIR, a folder that holds style.safetensors, or leave it out of the",
+            ),
+            (["<lora:style:0.3>"], "prompt and give --lora FILE:0.3"),
+        ):
+            assert main(["--out", str(tmp_path / "out"), *map(str, arguments)]) == 2
+            assert expected in capsys.readouterr().err
+        (folder / "other").mkdir()
+        (folder / "other" / "style.safetensors").write_bytes(file.read_bytes())
+        assert main(["--out", str(tmp_path / "out"), "<lora:style:1>", "--lora-dir", str(folder)]) == 2
+        assert "give one as --lora FILE:1" in capsys.readouterr().err

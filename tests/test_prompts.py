@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
+from cutdiff.cli.promptfile import parse_line
 from cutdiff.methods.direct import direct
 from cutdiff.models.prompts import MAX_WEIGHT, parse_weights, written
 from cutdiff.models.text import TextEncoders, TextStates, weighted
@@ -370,6 +371,52 @@ def pictures(folder: Path) -> list[tuple[str, dict[str, Any], str]]:
     return found
 
 
+SIZE = {"width": 136, "height": 128}
+
+
+@pytest.mark.parametrize(
+    ("line", "prompt", "options"),
+    [
+        ("a tent -- red", "a tent -- red", {}),
+        ("a tent --width 136 --height 128", "a tent", SIZE),
+        ("a dog's tent --width=136 --height 128", "a dog's tent", SIZE),
+        ("(a:1.2) [b|c] AND d --steps 20 --seed 7", "(a:1.2) [b|c] AND d", {"num_steps": 20, "seed": 7}),
+        ('--prompt "a tent" --width 136 --height 128', "a tent", SIZE),
+        ("--width 136 --prompt a red tent --height 128", "a red tent", SIZE),
+        (
+            '--prompt "a tent, \\(red\\) --wide" --negative_prompt a moon --steps 20 --cfg_scale 4.5',
+            "a tent, \\(red\\) --wide",
+            {"negative_prompt": "a moon", "num_steps": 20, "guidance_scale": "4.5"},
+        ),
+        ("a tent --guidance-scale 0 --cfg-interval 1", "a tent", {"guidance_scale": "0", "cfg_interval": "1"}),
+        ("a tent --guidance-interval 0.2 1", "a tent", {"guidance_interval": (0.2, 1.0)}),
+        ('a tent --sampler_name "Euler a"', "a tent", {"solver": "euler_ancestral"}),
+        ("a tent --sampler_name DPM++ 2M Karras", "a tent", {"solver": "dpmpp_2m", "schedule": "karras"}),
+        ("a tent --method magnify,structure_fraction=0.4", "a tent", {"method": "magnify,structure_fraction=0.4"}),
+    ],
+)
+def test_a_line_with_options(line: str, prompt: str, options: dict[str, Any]) -> None:
+    assert parse_line(line.encode()) == (prompt, options)
+
+
+def test_lines_with_options_are_drawn_as_objects_are(tmp_path: Path) -> None:
+    file, objects = tmp_path / "lines.txt", tmp_path / "objects.txt"
+    file.write_text(
+        '--prompt "a red tent" --negative_prompt "a moon" --width 136 --height 128 --steps 2 --cfg_scale 0\n'
+        "a blue tree --method demofusion --cosine-scales 1 2.5 3 --steps 1 --seed 9\n"
+    )
+    rows = [
+        {"prompt": "a red tent", "negative_prompt": "a moon", **SIZE, "steps": 2, "guidance_scale": 1},
+        {"prompt": "a blue tree", "method": "demofusion", "cosine_scales": [1, 2.5, 3], "steps": 1, "seed": 9},
+    ]
+    objects.write_text("\n".join(map(json.dumps, rows)))
+    for source in (file, objects):
+        assert main(["--prompts", str(source), *QUICK, "--out", str(tmp_path / source.stem)]) == 0
+    lines, others = (pictures(tmp_path / name) for name in ("lines", "objects"))
+    assert [name for name, _, _ in lines] == [name for name, _, _ in others]
+    assert [record["fingerprint"] for _, record, _ in lines] == [record["fingerprint"] for _, record, _ in others]
+
+
 def test_a_file_of_prompts_is_drawn_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "prompts.txt", tmp_path / "pictures"
     lines = [
@@ -377,7 +424,7 @@ def test_a_file_of_prompts_is_drawn_in_order(tmp_path: Path, capsys: pytest.Capt
         "",
         "# a comment",
         "  a (blue:1.3) tree  ",
-        "--help",
+        '{"prompt": "--help"}',
         "a red tent",
         '{"prompt": "# no comment", "width": 136, "num_steps": 2, "guidance-scale": 4, "method": "demofusion", '
         '"cosine_scales": [1, 2.5, 3]}',

@@ -7,8 +7,9 @@ beside this file tells users which checkpoints are read.
 This room knows networks and the schedules of noise. It knows nothing of methods, prompts that are drawn, or pictures.
 """
 
+from cutdiff.checkpoint.embeddings import EmbeddingError
 from cutdiff.checkpoint.load import load
 from cutdiff.checkpoint.lora import LoraError
 from cutdiff.checkpoint.save import save_folder
 
-__all__ = ["LoraError", "load", "save_folder"]
+__all__ = ["EmbeddingError", "LoraError", "load", "save_folder"]

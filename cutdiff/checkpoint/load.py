@@ -14,6 +14,7 @@ from torch import Tensor
 from cutdiff.checkpoint import edm, folder, lora, single
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks, build_model, check_inputs, empty_networks, model_of
+from cutdiff.checkpoint.embeddings import add_embeddings
 from cutdiff.checkpoint.families import Family, family_of
 from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.infer import infer_blueprint, unet_channels
@@ -67,6 +68,7 @@ def load(
     zero_terminal_snr: bool | None = None,
     timestep_spacing: str | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    embeddings: Sequence[tuple[str, str | Path]] = (),
     check_weights: bool = False,
     fp8: bool = False,
 ) -> Model:
@@ -90,6 +92,7 @@ def load(
         scheduler says. Few-step models (Lightning, Turbo) are made for "trailing", which a single file does not say.
         For an EDM model this option and the one before are errors.
     loras: LoRA files (LoRA, LoCon, LoHa, LoKr) that are merged into the weights, each times its scale.
+    embeddings: tokens and the files of textual inversion whose vectors they stand for in prompts.
     check_weights: read all weights now and raise ValueError where one is NaN or infinite, or where a file ends in
         matrices of zeros, as after a broken download. Without this, a run that meets a value that is not finite names
         the weights.
@@ -99,7 +102,7 @@ def load(
 
     Weights that need no conversion stay memory-mapped. Raises FileNotFoundError where `path` or another path does not
     exist; ValueError where it is no such model, is incomplete, does not fit its configuration, or needs what is not
-    built here; and LoraError, a ValueError, where a LoRA cannot be merged into it.
+    built here; and LoraError or EmbeddingError, ValueErrors, where a LoRA or an embedding does not fit it.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be {', '.join(map(str, DTYPES))}")
@@ -140,6 +143,8 @@ def load(
         loras=merged,
         sources=parts.sources,
     )
+    if embeddings:
+        model = add_embeddings(model, embeddings)
     if check_weights and (bad := model.bad_weights()):
         raise ValueError(f"{source}: {bad}")
     if fp8:

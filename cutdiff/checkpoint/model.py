@@ -37,6 +37,15 @@ class MergedLora:
 
 
 @dataclass(frozen=True)
+class AddedEmbedding:
+    """A file of textual inversion whose vectors a token stands for."""
+
+    path: str
+    token: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Model:
     """The model that `cutdiff.load` returns and every run reads.
 
@@ -57,6 +66,7 @@ class Model:
     """The source that decided each part of `noise`, by the names of `noise.described()`: "option", "marker key …",
     "metadata …", "scheduler" or "default"."""
     loras: tuple[MergedLora, ...] = ()
+    embeddings: tuple[AddedEmbedding, ...] = ()
 
     @cached_property
     def hashes(self) -> dict[str, str]:

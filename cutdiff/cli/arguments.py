@@ -243,8 +243,8 @@ def _add_prompt(group: Group) -> None:
     own = options_of(Settings)
     group.add_argument(
         "prompt", nargs="?", metavar="PROMPT",
-        help="(word:1.2) and (word) weigh more, [word] less, BREAK begins a new chunk of tokens; "
-        f"none: {DEMO_PROMPT!r}",
+        help="(word:1.2) and (word) weigh more, [word] less, BREAK begins a new chunk of tokens; [a:b:0.5] and [a|b] "
+        f"change by step, a AND b:1.2 adds prompts up; none: {DEMO_PROMPT!r}",
     )  # fmt: skip
     group.add_argument(
         "--prompts", type=Path, metavar="FILE",
@@ -273,6 +273,14 @@ def _add_model(group: Group) -> None:
         "--lora", type=_lora, action="append", default=[], metavar="PATH[:SCALE]", dest="loras",
         help="file or PEFT folder to merge into the model, times SCALE (none: 1); may be given several times",
     )  # fmt: skip
+    group.add_argument(
+        "--embedding", type=_embedding, action="append", default=[], metavar="[TOKEN=]PATH", dest="embeddings",
+        help="file of textual inversion that TOKEN (none: the name of the file) stands for in prompts; may be given "
+        "several times",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora-dir", type=Path, metavar="DIR", help="folder of the LoRAs that a prompt names: <lora:NAME:SCALE>"
+    )
     group.add_argument(
         "--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts; none: as the model says"
     )
@@ -328,6 +336,16 @@ def _seconds(text: str) -> float:
     if not 0 < value <= YEAR:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0, at most {YEAR}, a year")
     return value
+
+
+def _embedding(text: str) -> tuple[str, str]:
+    """PATH or TOKEN=PATH. What is a file is PATH, even with = in its name."""
+    token, _, path = text.partition("=")
+    if os.path.isfile(text):
+        return Path(text).stem, text
+    if not token.strip() or not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"{text} is no file: give PATH or TOKEN=PATH")
+    return token.strip(), path
 
 
 def _lora(text: str) -> tuple[str, float]:

@@ -67,7 +67,8 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
     requests, bad = [], []
     for number, line in lines:
         try:
-            prompt, own = parse_line(line)
+            with errors_by_flag():
+                prompt, own = parse_line(line)
             requests.append(Request(prompt, _settings(prompt, args, own), number))
         except (ValueError, BadArgument) as error:
             bad.append(BadLine(args.prompts, number, error))
@@ -149,6 +150,8 @@ def _change(name: str, then: Any, now: Any) -> str:
     """One value that differs, as an error tells it; of a method or the like only its options that differ."""
     if name in ("model", "noise schedule"):
         return "another model" if name == "model" else "other sigmas"
+    if name.startswith("prompt_terms "):
+        return f"another reading of its {name.removeprefix('prompt_terms ')}"
     if name.startswith("sources "):
         return f"another source of its {name.removeprefix('sources ')}"
     if name in specs.TABLES and isinstance(then, str):

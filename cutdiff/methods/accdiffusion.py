@@ -32,6 +32,7 @@ from torch import Tensor
 from cutdiff.methods.shared import Run, Stages
 from cutdiff.methods.tiled import Cascade, Grain
 from cutdiff.models.attention import map_level, recorded_attention
+from cutdiff.models.text import TextStates
 from cutdiff.options import Share
 from cutdiff.sampling.operators import views
 from cutdiff.sampling.stages import CanvasDenoiser, Size
@@ -59,6 +60,11 @@ class AccDiffusion(Cascade):
             )
 
     def stages(self, run: Run) -> Stages:
+        if not isinstance(run.denoiser.positive, TextStates):
+            raise ValueError(
+                "draws each view with words of one prompt that stays the same: leave AND, [a:b:0.5] and [a|b] out of "
+                "it, or choose another method"
+            )
         maps = WordMaps()
         return self.cascade(
             run,
@@ -76,7 +82,8 @@ class AccDiffusion(Cascade):
         masks = F.interpolate(maps.masks(), run.size, mode="nearest")
         prompts = view_prompts(words, masks, origins, run.window, self.word_threshold)
         # As long as the negative prompt's. Broken at commas, fewer words could take more chunks than all of them.
-        positive = run.text.encode(prompts, min_length=run.denoiser.negative.context.shape[1], comma_window=0)
+        length = run.denoiser.text_at(step).negative.context.shape[1]
+        positive = run.text.encode(prompts, min_length=length, comma_window=0)
 
         def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
             return self.denoise_views(run, origins, jitter, latents, sigma, step, positive=positive)

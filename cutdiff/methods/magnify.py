@@ -46,7 +46,7 @@ class Magnify(Tiled):
     structure_fraction: Share = 0.3
     """The share of the steps, rounded up, that the details leave out: measured in notebooks/better.ipynb."""
     detail_guidance_scale: Scale = 1.0
-    """The guidance scale of the details; 1 evaluates the prompt alone."""
+    """The guidance scale of the details; 1 or less evaluates the prompt alone."""
     growth: Annotated[float, Between(1.01)] | None = None
     """The most by which a canvas is larger than the one before; those between grow evenly. None: at once."""
     enlarged_in: Space = "latents"

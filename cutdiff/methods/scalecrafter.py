@@ -109,15 +109,16 @@ def redilated_step(denoiser: Denoiser, plan: Plan, until: int, step: int) -> Ite
     wide, base = plan.dilations.shrunk(remaining), plan.base.shrunk(remaining)
 
     def damped(call: Call) -> Tensor:
-        """A pair (base, base + positive − negative), which plain guidance turns into the noise-damped estimate."""
+        """Rows (base, base + positive − negative, …), which plain guidance turns into the noise-damped estimate."""
         with redilated(denoiser.unet, wide):
             prediction = denoiser.evaluate(call.inputs)
-        if call.copies == 1:
+        if call.copies == call.num_terms:
             return prediction
-        negative, positive = prediction.float().unflatten(0, (-1, 2)).unbind(1)
+        items = prediction.float().unflatten(0, (-1, call.copies))
         with redilated(denoiser.unet, base):
-            calm = denoiser.evaluate(cast(Inputs, tuple(values[::2] for values in call.inputs))).float()
-        return torch.stack([calm, calm + positive - negative], dim=1).flatten(0, 1)
+            calm = denoiser.evaluate(cast(Inputs, tuple(values[:: call.copies] for values in call.inputs))).float()
+        calm = calm[:, None]
+        return torch.cat([calm, calm + items[:, 1:] - items[:, :1]], dim=1).flatten(0, 1)
 
     yield replace(denoiser, network=damped)
 

@@ -131,11 +131,11 @@ def enlarge(
 
 
 def with_guidance_scale(run: Run, scale: float | None, option: str = "detail_guidance_scale") -> Run:
-    """The run with another guidance scale, 1 for no guidance; itself where that is None. ValueError, which names the
+    """The run with another guidance scale, 1 or less for none; itself where that is None. ValueError, which names the
     option that asks for it, where its guidance has no scale."""
     if scale is None:
         return run
-    if scale == 1:
+    if scale <= 1:
         return replace(run, denoiser=replace(run.denoiser, guided=lambda sigma: False))
     guidance = replace(scalable(run.denoiser.guidance, f"{option}={scale}"), guidance_scale=scale)
     return replace(run, denoiser=replace(run.denoiser, guidance=guidance))

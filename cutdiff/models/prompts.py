@@ -8,15 +8,19 @@ any other backslash is dropped. `BREAK`, a word of its own, begins a new chunk.
 A number is digits with at most one point, as there: `(x:nan)` and `(x:1e9)` are text in brackets, of weight 1.1. There
 are three departures. `(x:1.2.3)`, an error there, is text in brackets too; a weight stays within ±`MAX_WEIGHT`, so that
 none overflows; and `BREAK` begins a new chunk within brackets too. Steps such as `[a:b:0.5]`, alternatives such as
-`[a|b]` and `AND`, which that program reads elsewhere, are text.
+`[a|b]` and `AND` are read before, by `models.editing`; here they are text.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import groupby, pairwise
 from operator import itemgetter
 
+from cutdiff.options import MAX_FLOAT32
+
+LORA = re.compile(r"<(lora|lyco|hypernet):([^<>]*+)>")
 Pieces = list[tuple[str, float]]
 """Pieces of text, each with its weight."""
 
@@ -27,13 +31,13 @@ MAX_WEIGHT = 1000.0
 SYNTAX = re.compile(
     r"""
     \\(?P<escaped>[()\[\]\\]?)
-    | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)
+    | :\s*+(?P<weight>[+-]?+(?:\d++\.?+\d*+|\.\d++))\s*+\)
     | [()\[\]:]
     | [^\\()\[\]:]+
     """,
     re.VERBOSE,
 )
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"\bBREAK\b")
 
 
 def parse_weights(prompt: str) -> list[Pieces]:
@@ -60,14 +64,32 @@ def parse_weights(prompt: str) -> list[Pieces]:
         elif token == "]" and opened["["][-1]:
             opened["["].pop()
         else:
-            texts = BREAK.split(token) if match["escaped"] is None else [match["escaped"]]
+            texts = _parts(token) if "BREAK" in token else [token if match["escaped"] is None else match["escaped"]]
             breaks += range(len(placed) + 1, len(placed) + len(texts))
             placed += [(text, opened["("][-1], opened["["][-1]) for text in texts]
     weights = [1.0]
     for number in range(1, len(factors)):
-        weights.append(_limited(weights[outer[number]] * _limited(factors[number])))
-    pieces = [(text, _limited(weights[i] * weights[j])) for text, i, j in placed]
+        weights.append(limited(weights[outer[number]] * limited(factors[number])))
+    pieces = [(text, limited(weights[i] * weights[j])) for text, i, j in placed]
     return [_merged(pieces[start:stop]) for start, stop in pairwise([0, *breaks, len(pieces)])]
+
+
+def named_loras(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """A prompt without the LoRAs that it names as A1111 does, and their names and scales: `<lora:name:0.3>`, or
+    `<lora:name>` for 1. ValueError for one that cannot be read."""
+    named: list[tuple[str, float]] = []
+    for match in LORA.finditer(prompt):
+        name, *scales = match[2].split(":")
+        if match[1] == "hypernet":
+            raise ValueError(f"{match[0]} is a hypernetwork, which cannot be read: leave it out")
+        try:
+            (scale,) = map(float, scales or ["1"])
+        except ValueError:
+            scale = math.nan
+        if not name or not abs(scale) <= MAX_FLOAT32:
+            raise ValueError(f"{match[0]} must be <lora:NAME:SCALE>, with one scale that is a finite number")
+        named.append((name, scale))
+    return (LORA.sub("", prompt).strip() if named else prompt), named
 
 
 def written(text: str, weight: float = 1.0) -> str:
@@ -76,7 +98,15 @@ def written(text: str, weight: float = 1.0) -> str:
     return text if weight == 1 else f"({text}:{weight:.4f})"
 
 
-def _limited(weight: float) -> float:
+def _parts(text: str) -> list[str]:
+    """The parts of a text between BREAKs, without the blanks beside these."""
+    first, *others = BREAK.split(text)
+    parts = [first, *(part.lstrip() for part in others)]
+    return [*(part.rstrip() for part in parts[:-1]), parts[-1]]
+
+
+def limited(weight: float) -> float:
+    """The weight within ±`MAX_WEIGHT`."""
     return max(-MAX_WEIGHT, min(MAX_WEIGHT, weight))
 
 

@@ -49,6 +49,20 @@ class TextStates:
 
 
 @dataclass(frozen=True)
+class TextSum:
+    """The states of a weighted sum of T prompts for each of B pictures, whose guidance is added up: the estimate is
+    unconditional + Σ weight · (conditional − unconditional).
+
+    Source: Liu et al. 2022 (arXiv 2206.01714), and A1111's `AND`.
+    """
+
+    terms: tuple[TextStates, ...]
+    """T times the states of B rows."""
+    weights: tuple[tuple[float, ...], ...]
+    """The T weights of each of the B pictures."""
+
+
+@dataclass(frozen=True)
 class TextEncoders:
     """The text side of a model: SDXL's two encoders, or the only one of SD 1.5 and SD 2.1."""
 

@@ -15,6 +15,7 @@ import torch
 
 from cutdiff.checkpoint.locate import name_of
 from cutdiff.checkpoint.model import Model, dtype_name
+from cutdiff.models.editing import described as read_terms
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.settings import VERSION, Settings
@@ -46,8 +47,10 @@ def describe(
     height, width = (side * model.factor for side in settings.canvas_size(model.native_size, model.factor))
     seeds = list(getattr(draws, "seeds", ()))  # draws of one's own may have none
     added = {name: text for name, text in described_options(draws).items() if name not in vars(Draws(()))}
+    embeddings = [{**vars(embedding), "path": name_of(embedding.path)} for embedding in model.embeddings]
     return {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        **_changing(prompt, settings),
         **settings.described(),
         "height": height,
         "width": width,
@@ -55,6 +58,7 @@ def describe(
             "source": name_of(model.source),
             "sha256": model.hashes,
             "loras": [{**vars(lora), "path": name_of(lora.path)} for lora in model.loras],
+            **({"embeddings": embeddings} if embeddings else {}),
             "configuration": _digest(
                 [*map(_shape, (model.unet.config, model.vae.config)), model.text.layer, model.zeros_for_empty_negative]
             ),
@@ -71,6 +75,16 @@ def describe(
         "vae_dtype": dtype_name(model.vae_dtype),
         "versions": {"cutdiff": VERSION, **_versions(), "python": platform.python_version()},
     }
+
+
+def _changing(prompt: str | Sequence[str], settings: Settings) -> dict[str, Any]:
+    """The terms of those texts that change by step or are sums, by the names of their options."""
+    prompts = {"prompt": prompt} if isinstance(prompt, str) else {f"prompt {i}": text for i, text in enumerate(prompt)}
+    others = {name: getattr(settings, name) or "" for name in ("prompt_2", "negative_prompt", "negative_prompt_2")}
+    terms = {name: read_terms(text, settings.num_steps) for name, text in prompts.items()}
+    terms |= {name: read_terms(text, settings.num_steps, sums=False) for name, text in others.items()}
+    changing = {name: value for name, value in terms.items() if value is not None}
+    return {"prompt_terms": changing} if changing else {}
 
 
 def sources_of(settings: Settings, draws: Draws) -> dict[str, str]:
@@ -124,6 +138,8 @@ def _determining(described: dict[str, Any]) -> dict[str, Any]:
     model = described.get("model", {})
     loras = [(lora["sha256"], lora["scale"]) for lora in model.get("loras", ())]
     kept["model"] = {"sha256": model.get("sha256"), "loras": loras, "configuration": model.get("configuration")}
+    if embeddings := model.get("embeddings"):
+        kept["model"]["embeddings"] = [(embedding["sha256"], embedding["token"]) for embedding in embeddings]
     kept["cutdiff"] = kept.pop("versions", {}).get("cutdiff")
     return json.loads(json.dumps(kept, default=str))
 

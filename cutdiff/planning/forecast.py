@@ -30,7 +30,7 @@ from cutdiff.models.vae import VAE
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Prepared, prepare
 from cutdiff.planning.meter import Meter, Usage
-from cutdiff.sampling.denoiser import Denoiser, Inputs, Rows
+from cutdiff.sampling.denoiser import Denoiser, Inputs
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import Operator, items_of
@@ -178,10 +178,9 @@ class Rank(Denoiser):
         **_: Any,
     ) -> Tensor:
         """Count one step through the operator; the size conditioning and the picture shown change no cost."""
-        copies, (items, size) = self.copies_at(sigma, step), items_of(operator, canvas)
-        inputs = canvas.new_empty(items * copies, canvas.shape[1], *size, dtype=self.unet.conv_in.weight.dtype)
-        rows = Rows(step, sigma, operator, copies, self.positive if positive is None else positive)
-        self.trial.copies = copies
+        rows, (items, size) = self.rows_of(operator, sigma, step, positive), items_of(operator, canvas)
+        inputs = canvas.new_empty(items * rows.copies, canvas.shape[1], *size, dtype=self.unet.conv_in.weight.dtype)
+        self.trial.copies = rows.copies
         self.trial.by_row.clear()  # another step may meet another network
         self.predict(rows, inputs, canvas.new_empty(len(inputs), 6))
         return torch.empty_like(canvas)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from cutdiff.models.config import Size
 from cutdiff.models.layers import TextContext
-from cutdiff.models.text import TextStates
+from cutdiff.models.text import TextStates, TextSum
 from cutdiff.models.unet import Context, UNet
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.flags import Flags
-from cutdiff.sampling.guidance import Guidance, LinearGuidance
+from cutdiff.sampling.guidance import Guidance, LinearGuidance, is_off
 from cutdiff.sampling.operators import Operator, Patches, takes_flag, upload
 from cutdiff.sampling.preconditioning import Coefficients
 from cutdiff.sampling.stages import Step
@@ -28,11 +28,14 @@ GATHERED_BYTES = 256 << 20
 every call: those of 10 rows of SDXL in 16 bits. In larger calls the layers' work outweighs their gathers."""
 Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor]
 """The rows that the U-Net reads: latents, timesteps, context, pooled, size ids."""
+Text = TextStates | TextSum | Callable[[int], TextStates | TextSum]
+"""Text states of B rows, a sum of such, or a function that gives either for the number of a step. It gives the same
+object for the same text, which is then not read anew."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One pass of the network over some of the rows of a step; of a guidance pair, the negative row is first."""
+    """One pass of the network over some of the rows of a step; of an item's rows, the negative one is first."""
 
     step: int
     sigma: float
@@ -46,6 +49,8 @@ class Call:
     num_images: int
     copies: int
     """The rows of an item: 2 for a guidance pair."""
+    num_terms: int = 1
+    """The rows of an item that read the prompt, more than one for a sum of prompts."""
 
     @property
     def rows(self) -> Tensor:
@@ -65,7 +70,7 @@ class Call:
     @property
     def prompted(self) -> Tensor:
         """True for the rows that read the prompt, False for those that read the negative one, (n,) bool."""
-        return self.rows % self.copies == self.copies - 1
+        return self.rows % self.copies >= self.copies - self.num_terms
 
 
 Network = Callable[[Call], Tensor]
@@ -85,8 +90,8 @@ class Observer:
 class _Text(NamedTuple):
     """The text of the distinct rows, and what it was made from."""
 
-    sources: tuple[TextStates, TextStates, UNet]
-    """Positive and negative states, and the network."""
+    sources: tuple[TextStates | UNet, ...]
+    """The states of the negative prompt and of the terms, and the network."""
     context: Context
     pooled: Tensor
     by_rows: dict[tuple[int, ...], tuple[Context, Tensor]]
@@ -103,6 +108,8 @@ class Work:
     """The rows that this rank evaluated, a guidance pair counted as two; rows that every rank evaluates are counted
     once, by the first."""
     observers: list[Observer] = field(default_factory=list)
+    reads_negative: bool = False
+    """True once a step has read the negative prompt."""
     flags: Flags = field(default_factory=Flags, repr=False)
     """The flags that kernels set where an estimate of x0 is not finite."""
     texts: dict[int, _Text] = field(default_factory=dict, repr=False)
@@ -132,8 +139,9 @@ class Denoiser:
     """The timestep of a sigma, as `Schedule.timestep` has it."""
     coefficients: Callable[[float], Coefficients]
     """The preconditioning at a sigma, as the model's noise configuration has it."""
-    positive: TextStates
-    negative: TextStates
+    positive: Text
+    negative: Text
+    """As the positive one, but no sum."""
     guidance: Guidance
     factor: int
     """The pixels of an image for one latent, on each axis."""
@@ -161,12 +169,25 @@ class Denoiser:
         """The side, in latents, of the pictures that the network was trained on."""
         return self.unet.config.native_size
 
+    def text_at(self, step: int) -> StepText:
+        """The text that a step reads."""
+        positive, negative = (text(step) if callable(text) else text for text in (self.positive, self.negative))
+        if isinstance(negative, TextSum):
+            raise ValueError("negative is a sum of prompts, which only positive may be: give states of B rows")
+        if isinstance(positive, TextSum):
+            return StepText(negative, positive.terms, positive.weights)
+        return StepText(negative, (positive,))
+
     def copies_at(self, sigma: float, step: int) -> int:
-        """The rows of each item: two for a guidance pair, the positive one last, which a network that reads the scale
-        itself does not need."""
-        if not self.guided(sigma) or self.unet.config.guidance_dim:
-            return 1
-        return 1 if isinstance(self.guidance, LinearGuidance) and self.guidance.scale_at(sigma, step) == 1 else 2
+        """The rows of each item: two for a guidance pair, the positive one last, and for a sum of prompts one for each
+        term, after the negative one if that is needed. A network that reads the scale itself needs no pair."""
+        return self._copies(self.text_at(step), sigma, step)[0]
+
+    def _copies(self, text: StepText, sigma: float, step: int) -> tuple[int, bool]:
+        """The rows of each item, and whether guidance is on."""
+        is_guided = self.guided(sigma) and not is_off(self.guidance, sigma, step)
+        is_guided &= not self.unet.config.guidance_dim
+        return len(text.terms) + (is_guided or not text.is_mean), is_guided
 
     def __call__(
         self,
@@ -213,19 +234,26 @@ class Denoiser:
         part is taken from the canvas itself, and each way is one pass. Where `shown` (B, C, H, W) is given, the network
         reads that, and its prediction is used for the canvas. `positive` are text states in the place of the prompt's,
         B rows or one for each item of the operator. A guidance that is not linear gets both estimates of the canvas.
+
+        The estimate with a sum of prompts is unconditional + Σ weight · (conditional − unconditional), and guidance
+        takes it for the one with the prompt. Where guidance is off, it is the estimate itself, for which the negative
+        prompt is evaluated unless the weights add up to 1.
         """
-        copies, (c_in, c_skip, c_out) = self.copies_at(sigma, step), self.coefficients(sigma)
+        c_in, c_skip, c_out = self.coefficients(sigma)
         dtype = self.unet.conv_in.weight.dtype
         source = canvas if shown is None else shown
-        inputs = operator.gather(source, self.backend, c_in=c_in, dtype=dtype, copies=copies)
-        size_ids = _size_ids(inputs, copies, self.factor, crop_origins, original_size, target_size)
+        rows = self.rows_of(operator, sigma, step, positive)
+        inputs = operator.gather(source, self.backend, c_in=c_in, dtype=dtype, copies=rows.copies)
+        size_ids = _size_ids(inputs, rows.copies, self.factor, crop_origins, original_size, target_size)
         if self.unet.config.guidance_dim:
             guidance = self.guidance
             is_linear = isinstance(guidance, LinearGuidance)
             scale = guidance.scale_at(sigma, step) if is_linear and self.guided(sigma) else 1.0
             size_ids = torch.cat([size_ids, torch.full_like(size_ids[:, :1], scale)], dim=1)
-        rows = Rows(step, sigma, operator, copies, self.positive if positive is None else positive)
         prediction = self.predict(rows, inputs, size_ids)
+        copies = 2 if rows.is_guided else 1
+        if rows.text.weights:
+            prediction = _summed(prediction, rows, copies)
         back = {"canvas": canvas, "c_skip": c_skip, "c_out": c_out}
         if copies == 1 or isinstance(self.guidance, LinearGuidance):
             scale = self.guidance.scale_at(sigma, step) if isinstance(self.guidance, LinearGuidance) else 1.0
@@ -245,6 +273,16 @@ class Denoiser:
             raise ValueError(f"guidance={name} gave {what} where {tuple(canvas.shape)} is needed")
         return estimate.to(canvas.dtype)
 
+    def rows_of(self, operator: Operator, sigma: float, step: int, positive: TextStates | None = None) -> Rows:
+        """The properties of the rows of a step; `positive` as in `through`."""
+        text = self.text_at(step)
+        num_images = len(text.terms[0].context)
+        if positive is not None:
+            text = StepText(text.negative, (positive,), is_kept=False)
+        copies, is_guided = self._copies(text, sigma, step)
+        self.work.reads_negative |= copies > len(text.terms)
+        return Rows(step, sigma, operator, copies, is_guided, text, num_images)
+
     def evaluate(self, inputs: Inputs) -> Tensor:
         """One pass of the U-Net over the rows, which are counted."""
         prediction = (self.compiled or self.unet)(*inputs)
@@ -258,7 +296,7 @@ class Denoiser:
         Raises torch.OutOfMemoryError where memory does not suffice for a single item.
         """
         num_rows, copies = len(inputs), rows.copies
-        text = self._text(copies, rows.positive)
+        text, terms = self._text(copies, rows.text), len(rows.text.terms)
         timestep = torch.full((1,), self.timestep(rows.sigma), dtype=torch.float32, device=inputs.device)
         timestep = timestep.expand(num_rows)
         ranks = self.ranks if self.shares_rows else ALONE
@@ -272,7 +310,7 @@ class Denoiser:
                 context, pooled = self._of_rows(text, part, num_rows, copies)
                 taken = (inputs[part], timestep[part], context, pooled, size_ids[part])
                 call = Call(
-                    rows.step, rows.sigma, rows.operator, taken, start, num_rows, len(self.positive.context), copies
+                    rows.step, rows.sigma, rows.operator, taken, start, num_rows, rows.num_images, copies, terms
                 )
                 parts.append(self.evaluate(taken) if self.network is None else self.network(call))
             except torch.OutOfMemoryError:
@@ -303,18 +341,19 @@ class Denoiser:
             together = self.items_of_a_call * copies
         return [min(start * together, num_rows) for start in ranks.starts(math.ceil(num_rows / together))]
 
-    def _text(self, copies: int, positive: TextStates) -> _Text:
+    def _text(self, copies: int, read: StepText) -> _Text:
         """The text of each image, or of each item that has its own. What layers make of the prompt, which all items of
         an image share at every step, is kept; of a view's own states, it is not."""
-        sources = (positive, self.negative, self.unet)
+        sources = (read.negative, *read.terms, self.unet)
         text = self.work.texts.get(copies)
-        if text is None or not self.keeps_text or any(a is not b for a, b in zip(text.sources, sources, strict=True)):
-            negative = self.negative.repeat(len(positive.context) // len(self.negative.context))
-            states = [negative, positive][-copies:]
+        is_same = text is not None and [*map(id, text.sources)] == [*map(id, sources)]
+        if text is None or not self.keeps_text or not is_same:
+            negative = read.negative.repeat(len(read.terms[0].context) // len(read.negative.context))
+            states = [negative, *read.terms][-copies:]
             context = torch.stack([s.context for s in states], dim=1).flatten(0, 1)
             pooled = torch.stack([s.pooled for s in states], dim=1).flatten(0, 1)
             text = _Text(sources, context, pooled, {})
-            if self.keeps_text and positive is self.positive:
+            if self.keeps_text and read.is_kept:
                 text = self.work.texts[copies] = text._replace(context=self.unet.read(context))
         return text
 
@@ -339,6 +378,22 @@ class Denoiser:
         return context.gathered()
 
 
+class StepText(NamedTuple):
+    """The text that one step reads: the states of the negative prompt and of each term of the prompt."""
+
+    negative: TextStates
+    terms: tuple[TextStates, ...]
+    weights: tuple[tuple[float, ...], ...] = ()
+    """The weights of the terms for each image, where they are a sum."""
+    is_kept: bool = True
+    """True where other steps may read the same text."""
+
+    @property
+    def is_mean(self) -> bool:
+        """True where the weights of each image add up to 1, so that the negative estimate cancels out."""
+        return all(math.isclose(sum(weights), 1) for weights in self.weights)
+
+
 class Rows(NamedTuple):
     """The properties that all rows of a step have in common."""
 
@@ -346,7 +401,23 @@ class Rows(NamedTuple):
     sigma: float
     operator: Operator
     copies: int
-    positive: TextStates
+    is_guided: bool
+    """True where the guidance of the step is on."""
+    text: StepText
+    num_images: int
+
+
+def _summed(prediction: Tensor, rows: Rows, copies: int) -> Tensor:
+    """The network's output for all rows of a sum of prompts -> that of a guidance pair (items·2, C, h, w), or of the
+    sum alone (items, C, h, w), float32. The estimate of x0 is linear in it, so that sums of either are the same."""
+    weights = upload(torch.tensor(rows.text.weights), prediction.device)[:, None, :, None, None, None]  # (B, 1, T, …)
+    items = prediction.float().unflatten(0, (len(rows.text.weights), -1, rows.copies))
+    terms = items[:, :, -len(rows.text.terms) :]
+    if rows.copies == len(rows.text.terms):
+        return (weights * terms).sum(dim=2).flatten(0, 1)
+    negative = items[:, :, :1]
+    positive = negative + (weights * (terms - negative)).sum(dim=2, keepdim=True)
+    return torch.cat([negative, positive][-copies:], dim=2).flatten(0, 2)
 
 
 def _size_ids(

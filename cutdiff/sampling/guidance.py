@@ -1,8 +1,8 @@
 """Guidance: how the estimates of x0 with the prompt and without it become one, on the canvas.
 
 A guidance that is passed in is any function of (conditional, unconditional, sigma, step). One that is linear in the two
-says its scale with `scale_at`, so that the kernels apply it on the way, and no negative prompt is evaluated where the
-scale is 1.
+says its scale with `scale_at`, so that the kernels apply it on the way. A scale of at most 1 means that guidance is
+off: the prompt alone is evaluated, and no negative one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,16 @@ class LinearGuidance(Protocol):
     """A guidance that is unconditional + scale · (conditional − unconditional)."""
 
     def scale_at(self, sigma: float, step: int) -> float:
-        """The scale of a step; 1 evaluates the prompt alone."""
+        """The scale of a step; one of at most 1 evaluates the prompt alone."""
         ...
+
+
+def is_off(guidance: Guidance, sigma: float, step: int) -> bool:
+    """True where a guidance gives the estimate with the prompt as it is: a linear one by its scale, another where its
+    `is_off` says so."""
+    if isinstance(guidance, LinearGuidance):
+        return guidance.scale_at(sigma, step) <= 1
+    return getattr(guidance, "is_off", False)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class CFG(Options):
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
 
     guidance_scale: Scale = 7.5
-    """The scale of unconditional + scale·(conditional − unconditional); 1 is off."""
+    """The scale of unconditional + scale·(conditional − unconditional); 1 or less is off."""
 
     def scale_at(self, sigma: float, step: int) -> float:
         return self.guidance_scale
@@ -65,6 +73,10 @@ class Rescale(Options):
     phi: Share = 0.7
     """The share of the rescaled estimate; the rest is the plain one."""
 
+    @property
+    def is_off(self) -> bool:
+        return self.guidance_scale == 1
+
     def __call__(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
         guided = unconditional + self.guidance_scale * (conditional - unconditional)
         kept, reached = (x.std(dim=(1, 2, 3), keepdim=True) for x in (conditional, guided))
@@ -83,7 +95,7 @@ class ByBand(Options):
     """
 
     low_scale: Scale = 1.0
-    """The scale of the low band; 1 is the estimate with the prompt."""
+    """The scale of the low band; 1 or less is the estimate with the prompt."""
     guidance_scale: Scale = 7.5
     """The scale of the high band."""
     split: str | Split = "wavelet"
@@ -92,6 +104,10 @@ class ByBand(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "split", part("split", "split", self.split))
+
+    @property
+    def is_off(self) -> bool:
+        return self.low_scale == self.guidance_scale == 1
 
     def __call__(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
         difference = conditional - unconditional

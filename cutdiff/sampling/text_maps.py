@@ -54,8 +54,8 @@ class TextMaps:
     def blended(self, denoiser: Denoiser, size: Size, copies: int, weight: float) -> Denoiser:
         """The denoiser for steps of so many `copies` on a canvas of `size` latents, always the same one, in which these
         maps have that weight in the attention over the text; itself where its negative rows have no map."""
-        sizes, skipped = _level_sizes(denoiser.unet, size), self.copies // copies
-        if not skipped:
+        sizes = _level_sizes(denoiser.unet, size)
+        if copies > self.copies:
             return denoiser
 
         def network(call: Call) -> Tensor:
@@ -65,7 +65,8 @@ class TextMaps:
                 if positions not in self.large:
                     large = resized(self.maps, sizes[positions], self.axes).to(call.inputs[0].dtype)
                     self.large[positions] = large.flatten(2).mT.contiguous()
-                return self.large[positions][skipped - 1 :: skipped][rows]
+                each = self.large[positions].unflatten(0, (-1, self.copies))[:, -copies:]  # negative rows are first
+                return each.flatten(0, 1)[rows]
 
             with blended_attention(denoiser.unet, maps, weight):
                 return denoiser.evaluate(call.inputs)
