@@ -156,9 +156,6 @@ def _tell_model(model: Model, *, everything: bool) -> None:
             tell(f"LoRA {lora.path} times {lora.scale}")
         for embedding in model.embeddings:
             tell(f"{embedding.token} stands for the vectors of {embedding.path}")
-    for lora in model.loras:
-        if lora.embeddings:
-            tell(f"LoRA {lora.path} also holds textual inversions, which are left out: {', '.join(lora.embeddings)}")
     values = model.noise.described()
     for name, source in model.decided_by.items():
         if everything or source.startswith("default,"):

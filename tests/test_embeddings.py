@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import cutdiff
 from cutdiff.checkpoint import EmbeddingError
-from cutdiff.checkpoint.embeddings import add_embeddings
+from cutdiff.checkpoint.embeddings import add_embeddings, read_inversion
 from cutdiff.checkpoint.model import Model
 from cutdiff.models.text import TextEncoders
 from cutdiff.models.tokens import tokenize
@@ -74,7 +74,7 @@ def test_a_file_is_read_into_the_encoders(name: str, tmp_path: Path, tiny_model:
     tensors = {key: torch.randn(shape) for key, shape in FILES[name].items()}
     save_file(tensors, tmp_path / "style.safetensors")
     model = add_embeddings(
-        model_of(tiny_model, second=name == "SDXL"), [("My-Style", str(tmp_path / "style.safetensors"))]
+        model_of(tiny_model, second=name == "SDXL"), [read_inversion("My-Style", tmp_path / "style.safetensors")]
     )
     number = len(next(iter(tensors.values())).reshape(-1, 16 if name != "SDXL" else tensors["clip_l"].shape[1]))
     same = model_of(tiny_model, second=name == "SDXL")
@@ -92,7 +92,7 @@ def test_a_file_is_read_into_the_encoders(name: str, tmp_path: Path, tiny_model:
     (embedding,) = model.embeddings
     assert (embedding.token, embedding.path) == ("My-Style", str(tmp_path / "style.safetensors"))
     with pytest.raises(EmbeddingError, match="'My-Style' is a token of the model already: give another as TOKEN="):
-        add_embeddings(model, [("My-Style", tmp_path / "style.safetensors")])
+        add_embeddings(model, [read_inversion("My-Style", tmp_path / "style.safetensors")])
 
 
 def test_the_record_and_the_fingerprint_name_the_files(tmp_path: Path) -> None:

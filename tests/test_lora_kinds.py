@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from tiny import Tiny, assert_bit_equal, networks
 from torch import Tensor, nn
 
-from cutdiff.checkpoint import load
+from cutdiff.checkpoint import LoraError, load
 from cutdiff.checkpoint.lora.names import flat
 from cutdiff.checkpoint.lora.patterns import Pattern
-from cutdiff.sample import main
 
 NORM = "mid_block.attentions.0.transformer_blocks.1.norm1"
 
@@ -164,15 +163,21 @@ def test_names_of_modules(tiny: Tiny, folder: Path, tmp_path: Path, name: str) -
     assert_bit_equal(load(folder, loras=[(file, 1.0)]), load(folder, loras=[(plain, 1.0)]))
 
 
-def test_textual_inversions_inside_are_told_of(
-    quick_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tensors = {"lora_unet_conv_in.diff": torch.zeros(16, 4, 3, 3), "bundle_emb.cat.clip_l": torch.ones(2, 8)}
-    save_file({**tensors, "bundle_emb.cat.clip_g": torch.ones(2, 8)}, tmp_path / "lora.safetensors")
-    arguments = ["--steps", "1", "--width", "64", "--height", "64", "--out", str(tmp_path / "out")]
-    assert main(["--model", str(quick_folder), "--lora", str(tmp_path / "lora.safetensors"), *arguments]) == 0
-    expected = f"LoRA {tmp_path / 'lora.safetensors'} also holds textual inversions, which are left out: cat\n"
-    assert capsys.readouterr().err == f"cutdiff: {expected}"
+def test_prompts_know_the_textual_inversions_inside(quick_folder: Path, tmp_path: Path) -> None:
+    lora, alone = tmp_path / "lora.safetensors", tmp_path / "alone.safetensors"
+    widths = [encoder.config.hidden_size for encoder in load(quick_folder).text.encoders]
+    vectors = {key: torch.randn(2, width) for key, width in zip(("clip_l", "clip_g"), widths, strict=True)}
+    save_file(vectors, alone)
+    bundled = {f"bundle_emb.catty.{key}": values for key, values in vectors.items()}
+    save_file({"lora_unet_conv_in.diff": torch.zeros(16, 4, 3, 3), **bundled}, lora)
+    ours, theirs = load(quick_folder, loras=[(lora, 0.5)]), load(quick_folder, embeddings=[("catty", alone)])
+    states = [model.text.encode(["a catty"]).context for model in (ours, theirs, load(quick_folder, loras=[(lora, 0)]))]
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+    assert [embedding.token for embedding in ours.embeddings] == ["catty"]
+    save_file({**load_file(lora), "bundle_emb.cat.clip_g": torch.ones(1, 3)}, lora)
+    with pytest.raises(LoraError, match="has the keys clip_g, where this model needs clip_l and clip_g"):
+        load(quick_folder, loras=[(lora, 1.0)])
 
 
 MODULES = ["up_blocks.0.resnets.2.conv1", "conv_in", "encoder.layers.1.self_attn.q_proj", "attn2.to_out.0", "to_q"]

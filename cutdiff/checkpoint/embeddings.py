@@ -2,13 +2,14 @@
 
 A file has one tensor for a model with one text encoder, (width,) or (vectors, width), under `emb_params` (A1111, kohya)
 or the name of its token (diffusers); for SDXL it has two, `clip_l` and `clip_g`. The tokens of its vectors are named as
-in pipelines that diffusers saves: `cat`, `cat_1`, `cat_2` and so on.
+in pipelines that diffusers saves: `cat`, `cat_1`, `cat_2` and so on. A LoRA may bundle such tensors (OneTrainer,
+A1111).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +29,42 @@ class EmbeddingError(ValueError):
     """A file of textual inversion that does not fit the model."""
 
 
-def add_embeddings(model: Model, embeddings: Sequence[tuple[str, str | Path]]) -> Model:
-    """The model, whose prompts then know each token of `embeddings` for the vectors in its file: its tokenizers and
-    encoders are changed.
+@dataclass(frozen=True)
+class Inversion:
+    """The tensors of a textual inversion, by their keys in the file, and the token that is to stand for its vectors."""
 
-    Raises FileNotFoundError where a path is no file, and EmbeddingError where a file is damaged or made for another
-    model, or the model has the token already.
-    """
-    text, added = model.text, []
-    for token, path in embeddings:
-        vectors = _read(Path(path), [encoder.config.hidden_size for encoder in text.encoders])
-        for tokenizer, encoder, values in zip(text.tokenizers, text.encoders, vectors, strict=True):
-            _add(tokenizer, encoder, token, values, Path(path))
-        added.append(AddedEmbedding(str(path), token, sha256(Path(path))))
-    return replace(model, embeddings=(*model.embeddings, *added))
+    token: str
+    path: Path
+    tensors: Mapping[str, Tensor]
 
 
-def _read(path: Path, widths: list[int]) -> list[Tensor]:
-    """The vectors in a file for each encoder, (vectors, width)."""
+def read_inversion(token: str, path: Path) -> Inversion:
+    """A file of textual inversion. FileNotFoundError where there is none, EmbeddingError where it is damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file: pass a .safetensors file of textual inversion")
     try:
-        tensors = read_tensors(path)
+        return Inversion(token, path, read_tensors(path))
     except ValueError as error:
         raise EmbeddingError(str(error)) from None
+
+
+def add_embeddings(model: Model, inversions: Sequence[Inversion]) -> Model:
+    """The model, whose prompts then know the token of each inversion: its tokenizers and encoders are changed.
+
+    Raises EmbeddingError where one is made for another model, or the model has the token already.
+    """
+    text, added = model.text, []
+    for inversion in inversions:
+        vectors = _vectors(inversion, [encoder.config.hidden_size for encoder in text.encoders])
+        for tokenizer, encoder, values in zip(text.tokenizers, text.encoders, vectors, strict=True):
+            _add(tokenizer, encoder, inversion.token, values, inversion.path)
+        added.append(AddedEmbedding(str(inversion.path), inversion.token, sha256(inversion.path)))
+    return replace(model, embeddings=(*model.embeddings, *added))
+
+
+def _vectors(inversion: Inversion, widths: list[int]) -> list[Tensor]:
+    """The vectors for each encoder, (vectors, width)."""
+    path, tensors = inversion.path, inversion.tensors
     needed = SDXL_KEYS if len(widths) == 2 else tuple(tensors)
     if {*tensors} != {*needed} or len(needed) != len(widths):
         keys = " and ".join(SDXL_KEYS) if len(widths) == 2 else "one tensor, such as emb_params"
@@ -83,7 +96,9 @@ def _add(tokenizer: Any, encoder: Any, token: str, vectors: Tensor, path: Path) 
     names = [token, *(f"{token}_{i}" for i in range(1, len(vectors)))]
     vocabulary = tokenizer.get_vocab()
     if known := next((name for name in names if name in vocabulary or name.lower() in vocabulary), None):
-        raise EmbeddingError(f"{path}: {known!r} is a token of the model already: give another as TOKEN={path}")
+        raise EmbeddingError(
+            f"{path}: {known!r} is a token of the model already: give another as TOKEN={path}, or omit the file"
+        )
     tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in names])
     ids = [tokenizer.get_added_vocab()[name] for name in names]
     weight = encoder.get_input_embeddings().weight

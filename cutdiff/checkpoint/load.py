@@ -14,7 +14,7 @@ from torch import Tensor
 from cutdiff.checkpoint import edm, folder, lora, single
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks, build_model, check_inputs, empty_networks, model_of
-from cutdiff.checkpoint.embeddings import add_embeddings
+from cutdiff.checkpoint.embeddings import EmbeddingError, add_embeddings, read_inversion
 from cutdiff.checkpoint.families import Family, family_of
 from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.infer import infer_blueprint, unet_channels
@@ -91,7 +91,8 @@ def load(
     timestep_spacing: the rule by which a run picks its timesteps, "leading", "trailing" or "linspace"; None: as the
         scheduler says. Few-step models (Lightning, Turbo) are made for "trailing", which a single file does not say.
         For an EDM model this option and the one before are errors.
-    loras: LoRA files (LoRA, LoCon, LoHa, LoKr) that are merged into the weights, each times its scale.
+    loras: LoRA files (LoRA, LoCon, LoHa, LoKr) that are merged into the weights, each times its scale. Prompts know the
+        tokens of textual inversions that they bundle.
     embeddings: tokens and the files of textual inversion whose vectors they stand for in prompts.
     check_weights: read all weights now and raise ValueError where one is NaN or infinite, or where a file ends in
         matrices of zeros, as after a broken download. Without this, a run that meets a value that is not finite names
@@ -130,7 +131,7 @@ def load(
     if check_weights:
         for file in parts.files.values():
             check_end(file)
-    weights, merged = lora.merge(parts.weights, parts.networks, loras, dtype=dtype)
+    weights, merged, bundled = lora.merge(parts.weights, parts.networks, loras, dtype=dtype)
     model = build_model(
         parts.blueprint,
         parts.networks,
@@ -143,8 +144,11 @@ def load(
         loras=merged,
         sources=parts.sources,
     )
-    if embeddings:
-        model = add_embeddings(model, embeddings)
+    try:
+        model = add_embeddings(model, bundled)
+    except EmbeddingError as error:
+        raise lora.LoraError(str(error)) from None
+    model = add_embeddings(model, [read_inversion(token, Path(file)) for token, file in embeddings])
     if check_weights and (bad := model.bad_weights()):
         raise ValueError(f"{source}: {bad}")
     if fp8:

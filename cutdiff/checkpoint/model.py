@@ -32,13 +32,11 @@ class MergedLora:
     """The file or the folder, as it was given."""
     scale: float
     sha256: str
-    embeddings: tuple[str, ...] = ()
-    """The names of the textual inversions that the file holds beside the LoRA, which were left out."""
 
 
 @dataclass(frozen=True)
 class AddedEmbedding:
-    """A file of textual inversion whose vectors a token stands for."""
+    """A file of textual inversion, or a LoRA that bundles one, whose vectors a token stands for."""
 
     path: str
     token: str

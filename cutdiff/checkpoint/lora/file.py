@@ -82,8 +82,8 @@ class LoraFile:
     """The content of a LoRA file."""
 
     changes: dict[Target, Change]
-    embeddings: tuple[str, ...]
-    """The names of the textual inversions that are bundled with it."""
+    embeddings: dict[str, dict[str, Tensor]]
+    """The tensors of the textual inversions that are bundled with it, by token and key."""
 
 
 def read_lora(path: Path, table: Mapping[str, Target], context_dim: int) -> LoraFile:
@@ -98,8 +98,10 @@ def read_lora(path: Path, table: Mapping[str, Target], context_dim: int) -> Lora
         config = read_adapter_config(path, tensors, metadata)
     except ValueError as error:
         raise LoraError(str(error)) from None
-    embeddings = tuple(dict.fromkeys(key.split(".")[1] for key in tensors if key.startswith(BUNDLED)))
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLED)}
+    embeddings: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key in [key for key in tensors if key.startswith(BUNDLED)]:
+        token, _, rest = key.removeprefix(BUNDLED).partition(".")
+        embeddings[token][rest] = tensors.pop(key)
     if embeddings and not tensors:
         raise LoraError(f"{path} is no LoRA: it holds nothing but the textual inversions {listed(embeddings)}")
     if other := _other_family(tensors, context_dim):

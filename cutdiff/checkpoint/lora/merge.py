@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cutdiff.checkpoint.build import Networks
+from cutdiff.checkpoint.embeddings import Inversion
 from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.lora.file import Change, LoraError, read_lora
 from cutdiff.checkpoint.lora.metadata import ADAPTER
@@ -27,8 +28,9 @@ Weights = Mapping[str, Mapping[str, Tensor]]
 
 def merge(
     weights: Weights, networks: Networks, loras: Sequence[tuple[str | Path, float]], *, dtype: torch.dtype
-) -> tuple[Weights, tuple[MergedLora, ...]]:
-    """Merge LoRAs, given as (path, scale), into the weights; returns the weights and a record of each LoRA.
+) -> tuple[Weights, tuple[MergedLora, ...], list[Inversion]]:
+    """Merge LoRAs, given as (path, scale), into the weights; returns the weights, a record of each LoRA, and the
+    textual inversions that are bundled with those whose scale is not 0.
 
     Weights that a LoRA changes are new, in `dtype`; the others are those that were given. All files are read and
     checked before anything is merged. Raises FileNotFoundError where a path does not exist; ValueError for a scale
@@ -36,10 +38,11 @@ def merge(
     or holds what cannot be merged here.
     """
     if not loras:
-        return weights, ()
+        return weights, (), []
     table = targets(networks)
     changes: defaultdict[Target, list[tuple[float, Change]]] = defaultdict(list)
     merged: list[MergedLora] = []
+    inversions: list[Inversion] = []
     for path, scale in loras:
         path = Path(path)
         if not math.isfinite(scale):
@@ -49,14 +52,16 @@ def merge(
         for target, change in lora.changes.items():
             if scale:  # with a scale of 0 the weight stays where it lies in its mapped file
                 changes[target].append((scale, change))
-        merged.append(MergedLora(str(path), scale, sha256(file), lora.embeddings))
+        merged.append(MergedLora(str(path), scale, sha256(file)))
+        if scale:
+            inversions += (Inversion(token, file, tensors) for token, tensors in lora.embeddings.items())
     result = {network: dict(tensors) for network, tensors in weights.items()}
     for target, own in changes.items():
         weight = weights[target.network].get(target.key)
         if weight is None or weight.shape != target.shape or not weight.is_floating_point():
             continue  # the strict assignment will list it
         result[target.network][target.key] = _changed(weight, target, own, dtype)
-    return result, tuple(merged)
+    return result, tuple(merged), inversions
 
 
 def lora_file(path: Path) -> Path:
