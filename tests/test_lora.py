@@ -428,7 +428,7 @@ class TestCommandLine:
         assert plain != changed
         digest = sha256(file)
         assert records[0] == []
-        told = {"path": file.name, "sha256": digest, "embeddings": []}
+        told = {"path": file.name, "sha256": digest}
         assert records[2] == [{**told, "scale": scale} for scale in (-0.5, 1.0)]
         assert "Loras" not in text
         assert ', Loras: "style:2: -0.5, style:2: 1.0", ' in text_with_loras
