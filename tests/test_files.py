@@ -11,7 +11,7 @@ import pytest
 from fuzz_read import limits
 
 from cutdiff.checkpoint.header import read_header
-from cutdiff.checkpoint.lora.file import read_changes
+from cutdiff.checkpoint.lora.file import read_lora
 from cutdiff.checkpoint.model import sha256
 from cutdiff.checkpoint.read import read_json, read_text
 from cutdiff.cli.promptfile import read_lines
@@ -65,7 +65,7 @@ def references(path: Path) -> None:
 
 READ: dict[str, Callable[[Path], object]] = {
     "header": read_header,
-    "LoRA": lambda path: read_changes(path, {}, 64),
+    "LoRA": lambda path: read_lora(path, {}, 64),
     "configuration": read_json,
     "merges": read_text,
     "prompts": prompts,
