@@ -208,7 +208,7 @@ NAMES: dict[str, tuple[list[str], str]] = {
     },
     "model of two lines": (["--model", "a\nb"], "a b does not exist: pass a diffusers folder or a .safetensors file"),
     "configuration of a folder": (["--config", "nowhere"], "--config 'nowhere' is for single files"),
-    "LoRA": (["--lora", "x" * 900], f"argument --lora: {'x' * 900} is no file: give PATH or PATH:SCALE"),
+    "LoRA": (["--lora", "x" * 900], f"argument --lora: {'x' * 900} is no file or folder: give PATH or PATH:SCALE"),
     "a long LoRA": (["--lora", "x" * 5000], f"argument --lora: {'x' * 483} … xxx"),
 }
 REFUSED = {

@@ -379,7 +379,7 @@ class TestMerging:
         built = Networks(tiny.unet, tiny.vae, text.text_encoder, text.text_encoder_2)
         weights = {name: network.state_dict() for name, network in networks(tiny).items()}
         before = {name: {key: weight.clone() for key, weight in part.items()} for name, part in weights.items()}
-        merged, _ = merge(weights, built, [(file, 1.0)], dtype=torch.float32)
+        merged, *_ = merge(weights, built, [(file, 1.0)], dtype=torch.float32)
         changed = {key for name in weights for key in weights[name] if merged[name][key] is not weights[name][key]}
         assert {key.removeprefix("text_model.") for key in changed} == {
             f"{module.removeprefix('text_model.')}.weight" for module in (CROSS, FEED, CONVOLUTION, QUERY)

@@ -385,15 +385,15 @@ def test_damped_guidance_takes_the_direction_from_one_network_and_the_base_from_
     assert isinstance(stage, Stage)
     found = stage.denoise(x, sigma, 0)
 
-    def predicted(dilations: Dilations, guidance_scale: float) -> Tensor:
-        denoiser = replace(run.denoiser, guidance=CFG(guidance_scale))
+    def predicted(dilations: Dilations, text: TextStates) -> Tensor:
+        denoiser = replace(run.denoiser, guidance=CFG(1.0), positive=text)
         with redilated(run.denoiser.unet, dilations):
             return (x - denoiser(x, sigma, 0)) / sigma
 
     assert plan.base is not None
     wide, base = plan.dilations.shrunk(1), plan.base.shrunk(1)
-    positive, negative = predicted(wide, 1.0), predicted(wide, 0.0)
-    expected = predicted(base, 0.0) + GUIDANCE * (positive - negative)
+    positive, negative = (predicted(wide, text) for text in (run.denoiser.positive, run.denoiser.negative))
+    expected = predicted(base, run.denoiser.negative) + GUIDANCE * (positive - negative)
     torch.testing.assert_close((x - found) / sigma, expected, rtol=1e-4, atol=1e-4)
 
 
