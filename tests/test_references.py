@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from cutdiff.evaluate import main
 from cutdiff.evaluation import score
@@ -87,6 +87,20 @@ def test_references_of_any_size_are_fitted_to_the_pictures(tmp_path: Path, featu
     save_renders(tmp_path / "larger", 8, 128, 1)
     references = References.load(tmp_path / "larger", features, None)
     assert compare(ours, ["a scene"] * 8, references, native=64)["FID whole"].value < 1e-3
+
+
+@pytest.mark.parametrize("processor_saves", [False, True])
+def test_a_clip_model_is_read_as_transformers_does(clip: Path, processor_saves: bool) -> None:
+    theirs = CLIPProcessor.from_pretrained(clip)
+    if processor_saves:
+        (clip / "preprocessor_config.json").unlink()
+        theirs.save_pretrained(clip)
+    (clip / "special_tokens_map.json").write_text(json.dumps({"vocab_file": "/etc/passwd", "gguf_file": "/etc/passwd"}))
+    _, ours = _load_clip(clip, "cpu")
+    given = {"text": PROMPTS[:1], "images": Image.new("RGB", (50, 40), "red"), "return_tensors": "pt"}
+    mine, expected = ours(**given), theirs(**given)
+    assert torch.equal(mine["input_ids"], expected["input_ids"])
+    assert torch.equal(mine["pixel_values"], expected["pixel_values"])
 
 
 def test_the_clip_score_is_a_cosine_of_embeddings(tmp_path: Path, clip: Path) -> None:

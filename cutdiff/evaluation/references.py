@@ -22,6 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cutdiff.checkpoint.read import read_json
+from cutdiff.checkpoint.tokenizer import read_tokenizer
 from cutdiff.evaluation.score import Score, mean_score
 from cutdiff.files import opened, size_of
 
@@ -32,6 +34,11 @@ Size = tuple[int, int]
 """Width and height, in Pillow's order."""
 ZIP = b"PK\x03\x04"
 """The first bytes of a TorchScript file, which is a zip archive."""
+PREPARING = (
+    *("do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
+"""The fields of a CLIP model's files that say how a picture is prepared for it."""
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 CROPS = 10
 """Number of native-size crops of each picture, at random places, as in the papers (CutDiffusion, section 4.1)."""
@@ -181,11 +188,18 @@ def clip_scores(pictures: Sequence[Path], prompts: Sequence[str], model: CLIPMod
 
 
 def _load_clip(folder: Path, device: torch.device | str) -> tuple[CLIPModel, CLIPProcessor]:
-    from transformers import CLIPModel, CLIPProcessor
+    """The model and its processor. Only the model is read by transformers, which for the rest would open whatever the
+    files of the folder name."""
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True)
-        processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        text: Any = model.config.text_config
+        tokenizer = read_tokenizer(folder, text.max_position_embeddings)
+        file, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
+        fields = read_json(file) if file.exists() else read_json(nested).get("image_processor", {})
+        images = CLIPImageProcessor(**{name: fields[name] for name in PREPARING if name in fields})
+        processor = CLIPProcessor(images, tokenizer)
     except (OSError, ValueError) as error:
         raise ValueError(f"--clip {folder} is no CLIP model: {str(error).splitlines()[0]}") from None
     return model.to(device).eval(), processor  # pyright: ignore[reportArgumentType]  (transformers' own annotation)
