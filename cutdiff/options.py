@@ -240,7 +240,10 @@ def _fitted(value: Any, kind: Any) -> Any:
 def _number(value: Any, kind: type) -> Any:
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
         return MISSING
-    number = int(value) if kind is int else float(value)  # pyright: ignore[reportArgumentType]
+    try:
+        number = int(value) if kind is int else float(value)  # pyright: ignore[reportArgumentType]
+    except OverflowError:  # an integer that no float can hold
+        return MISSING
     return number if kind is int or abs(number) <= MAX_FLOAT32 else MISSING
 
 

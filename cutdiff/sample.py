@@ -60,7 +60,11 @@ def _run(argv: list[str] | None) -> None:
             if launch.group.leads:
                 from cutdiff.output.images import remove_parts
 
-                remove_parts(args.out, {picture.path.stem for picture in pictures})
+                try:
+                    remove_parts(args.out, {picture.path.stem for picture in pictures})
+                except OSError as error:
+                    where = f"{error.filename} stands where a picture is written ({error.strerror})"
+                    raise BadArgument(f"--out {args.out}: {where}: remove it, or choose another --out") from None
         failed, blank = draw_all(model, args, pictures, launch)
     with alike():
         lines = sorted({*(error.line for error in (*bad, *unfit)), *failed})

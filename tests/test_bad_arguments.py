@@ -113,6 +113,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     "steps 1001": (["--steps", "1001"], "--steps 1001 must be between 1 and the 1000 timesteps"),
     "steps many": (["--steps", "many"], "argument --steps: 'many' must be a whole number at least 1 (see --help)"),
     "guidance NaN": (["--guidance-scale", "nan"], "argument --guidance-scale: 'nan' must be a finite number"),
+    "guidance of 400 digits": (["--guidance-scale", "1" + "0" * 400], "argument --guidance-scale: "),
     "guidance inf": (["--guidance-scale", "inf"], "argument --guidance-scale: 'inf' must be a finite number"),
     "guidance past float32": (["--guidance-scale", "1e39"], "argument --guidance-scale: 1e+39 must be a finite number"),
     "guidance -inf": (["--guidance-scale=-inf"], "argument --guidance-scale: '-inf' must be a finite number"),

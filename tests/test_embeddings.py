@@ -95,6 +95,21 @@ def test_a_file_is_read_into_the_encoders(name: str, tmp_path: Path, tiny_model:
         add_embeddings(model, [read_inversion("My-Style", tmp_path / "style.safetensors")])
 
 
+@pytest.mark.parametrize(
+    "tokens", [("sty", "sty_1"), ("sty_1", "sty"), ("wide", "wide_2"), ("wide_2", "wide"), ("wide", "wide_1")]
+)
+def test_no_token_takes_the_vectors_of_another(tokens: tuple[str, str], tmp_path: Path) -> None:
+    def file(token: str) -> tuple[str, Path]:
+        num = 2 if token == "wide" else 1
+        save_file({"clip_l": torch.ones(num, WIDTH), "clip_g": torch.ones(num, WIDTH)}, tmp_path / token)
+        return token, (tmp_path / token).rename(tmp_path / f"{token}.safetensors")
+
+    with pytest.raises(EmbeddingError, match=r"would be read as the vectors of one|is a token of the model already"):
+        cutdiff.load(embeddings=[file(token) for token in tokens])
+    apart = [file(token) for token in ("sty", "sty_2", "wide", "wide_3")]
+    assert len(cutdiff.load(embeddings=apart).embeddings) == 4
+
+
 def test_the_record_and_the_fingerprint_name_the_files(tmp_path: Path) -> None:
     file = tmp_path / "style.safetensors"
     save_file({"clip_l": torch.zeros(2, WIDTH), "clip_g": torch.ones(2, WIDTH)}, file)

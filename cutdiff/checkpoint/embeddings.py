@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.model import AddedEmbedding, Model, sha256
 from cutdiff.checkpoint.read import read_tensors
+from cutdiff.models.tokens import added_tokens
 
 SDXL_KEYS = ("clip_l", "clip_g")
 """The keys of the vectors for the first encoder and the second."""
@@ -98,6 +99,12 @@ def _add(tokenizer: Any, encoder: Any, token: str, vectors: Tensor, path: Path) 
     if known := next((name for name in names if name in vocabulary or name.lower() in vocabulary), None):
         raise EmbeddingError(
             f"{path}: {known!r} is a token of the model already: give another as TOKEN={path}, or omit the file"
+        )
+    base, _, number = token.rpartition("_")
+    before = base if number == "1" else f"{base}_{int(number) - 1}" if number.isdecimal() and int(number) > 1 else ""
+    if before in added_tokens(tokenizer) or f"{token}_{len(names)}" in vocabulary:
+        raise EmbeddingError(
+            f"{path}: {token!r} and another token would be read as the vectors of one: give another as TOKEN={path}"
         )
     tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in names])
     ids = [tokenizer.get_added_vocab()[name] for name in names]

@@ -154,14 +154,22 @@ def _change(name: str, then: Any, now: Any) -> str:
         return f"another reading of its {name.removeprefix('prompt_terms ')}"
     if name.startswith("sources "):
         return f"another source of its {name.removeprefix('sources ')}"
-    if name in specs.TABLES and isinstance(then, str):
-        (old, before), (new, after) = (specs.parse(name, spec) for spec in (then, now))
+    if name in specs.TABLES and (parsed := _parsed(name, then)):
+        (old, before), (new, after) = parsed, specs.parse(name, now)
         if old != new:
             return f"{flag_of(name)} {old} (now {new})"
         options = [option for option in {**after, **before} if before.get(option) != after.get(option)]
         return ", ".join(f"{flag_of(o)} {before.get(o)} (now {after.get(o)})" for o in options)
     label = flag_of(name) if name in Settings.__dataclass_fields__ or name == "dtype" else name
     return f"{label} {reprlib.repr(then)} (now {reprlib.repr(now)})"
+
+
+def _parsed(name: str, spec: Any) -> tuple[str, dict[str, Any]] | None:
+    """The parts of a spec in a record; None where it is none."""
+    try:
+        return specs.parse(name, spec) if isinstance(spec, str) else None
+    except ValueError:
+        return None
 
 
 def _settings(prompt: str, args: argparse.Namespace, own: dict[str, Any]) -> Settings:

@@ -410,7 +410,8 @@ class Rows(NamedTuple):
 def _summed(prediction: Tensor, rows: Rows, copies: int) -> Tensor:
     """The network's output for all rows of a sum of prompts -> that of a guidance pair (items·2, C, h, w), or of the
     sum alone (items, C, h, w), float32. The estimate of x0 is linear in it, so that sums of either are the same."""
-    weights = upload(torch.tensor(rows.text.weights), prediction.device)[:, None, :, None, None, None]  # (B, 1, T, …)
+    weights = torch.tensor(rows.text.weights, dtype=torch.float32, device="cpu")  # (B, T)
+    weights = upload(weights, prediction.device)[:, None, :, None, None, None]
     items = prediction.float().unflatten(0, (len(rows.text.weights), -1, rows.copies))
     terms = items[:, :, -len(rows.text.terms) :]
     if rows.copies == len(rows.text.terms):
