@@ -83,7 +83,7 @@ def other_tensor(tensor: Tensor, rng: random.Random) -> Tensor:
     """The tensor in another shape or dtype, or with other values."""
     match rng.randrange(7):
         case 0:
-            return tensor.to(rng.choice(DTYPES))
+            return (tensor.real if tensor.is_complex() else tensor).to(rng.choice(DTYPES))
         case 1:
             return torch.full_like(tensor, rng.choice([float("nan"), float("inf"), 0.0, 1e38, -1.0]))
         case 2:
