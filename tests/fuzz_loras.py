@@ -85,7 +85,7 @@ def other_tensor(tensor: Tensor, rng: random.Random) -> Tensor:
         case 0:
             return (tensor.real if tensor.is_complex() else tensor).to(rng.choice(DTYPES))
         case 1:
-            return torch.full_like(tensor, rng.choice([float("nan"), float("inf"), 0.0, 1e38, -1.0]))
+            return torch.full(tensor.shape, rng.choice([float("nan"), float("inf"), 0.0, 1e38, -1.0]))
         case 2:
             return tensor.flatten()[: rng.randrange(4)]
         case 3:

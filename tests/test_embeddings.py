@@ -110,6 +110,15 @@ def test_no_token_takes_the_vectors_of_another(tokens: tuple[str, str], tmp_path
     assert len(cutdiff.load(embeddings=apart).embeddings) == 4
 
 
+@pytest.mark.parametrize("token", ["AND", "a AND b", "BREAK", "<lora:x:1>", "foo (1)", "[a]", r"a\(b"])
+def test_a_token_that_no_prompt_could_name(token: str, tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    save_file({"clip_l": torch.zeros(1, WIDTH), "clip_g": torch.zeros(1, WIDTH)}, file)
+    with pytest.raises(EmbeddingError, match="is no plain text of a prompt, which could not name it: give another as"):
+        cutdiff.load(embeddings=[(token, file)])
+    assert cutdiff.load(embeddings=[("a|b: c", file)]).embeddings
+
+
 def test_the_record_and_the_fingerprint_name_the_files(tmp_path: Path) -> None:
     file = tmp_path / "style.safetensors"
     save_file({"clip_l": torch.zeros(2, WIDTH), "clip_g": torch.ones(2, WIDTH)}, file)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.model import AddedEmbedding, Model, sha256
 from cutdiff.checkpoint.read import read_tensors
+from cutdiff.models import editing
+from cutdiff.models.prompts import LORA, parse_weights
 from cutdiff.models.tokens import added_tokens
 
 SDXL_KEYS = ("clip_l", "clip_g")
@@ -99,6 +101,10 @@ def _add(tokenizer: Any, encoder: Any, token: str, vectors: Tensor, path: Path) 
     if known := next((name for name in names if name in vocabulary or name.lower() in vocabulary), None):
         raise EmbeddingError(
             f"{path}: {known!r} is a token of the model already: give another as TOKEN={path}, or omit the file"
+        )
+    if editing.terms(token) != [(token, 1.0)] or parse_weights(token) != [[(token, 1.0)]] or LORA.search(token):
+        raise EmbeddingError(
+            f"{path}: {token!r} is no plain text of a prompt, which could not name it: give another as TOKEN={path}"
         )
     base, _, number = token.rpartition("_")
     before = base if number == "1" else f"{base}_{int(number) - 1}" if number.isdecimal() and int(number) > 1 else ""

@@ -30,7 +30,7 @@ ELSEWHERE = {
     *("do_not_save_samples", "do_not_save_grid"),
 }
 """The options of A1111's lines that mean nothing here."""
-OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
+OPTION = re.compile(r"(?:^|[ \t])--(?=[A-Za-z])")
 
 
 def read_lines(path: Path) -> list[tuple[int, bytes]]:
