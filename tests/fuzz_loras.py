@@ -12,12 +12,11 @@ import random
 import re
 import tempfile
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from fuzz_read import STRANGE, limits, mutate_bytes, mutate_json
+from fuzz_read import STRANGE, count_outcomes, limits, mutate_bytes, mutate_json
 from loras import SHAPES, Tensors, random_change
 from safetensors.torch import save
 from torch import Tensor
@@ -168,16 +167,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     warnings.simplefilter("error")
-    outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
-        for i in range(args.num):
-            try:
-                outcomes[read(write(Path(name), random.Random(f"{args.seed}/{i}")))] += 1
-            except BaseException as error:
-                error.add_note(f"case {i} of seed {args.seed}")
-                raise
-    for words, count in outcomes.most_common():
-        print(f"{count:8} {words}")
+        count_outcomes(args.num, args.seed, lambda _, rng: read(write(Path(name), rng)))
 
 
 if __name__ == "__main__":

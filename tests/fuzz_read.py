@@ -205,24 +205,29 @@ def outcome(target: Callable[[Path, random.Random], None], folder: Path, rng: ra
     return " ".join(re.sub(r"'.*?'|\d+", "·", message.removeprefix(str(folder))).split()[1:5])
 
 
+def count_outcomes(num: int, seed: int, case: Callable[[int, random.Random], str]) -> None:
+    """Print how often each outcome came of `num` cases; an error of one says which it was."""
+    outcomes: Counter[str] = Counter()
+    for i in range(num):
+        try:
+            outcomes[case(i, random.Random(f"{seed}/{i}"))] += 1
+        except BaseException as error:
+            error.add_note(f"case {i} of seed {seed}")
+            raise
+    for words, count in outcomes.most_common():
+        print(f"{count:8} {words}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_shards(folder)
-        for i in range(args.num):
-            target = read_index if i % 4 == 0 else read_file
-            try:
-                outcomes[outcome(target, folder, random.Random(f"{args.seed}/{i}"))] += 1
-            except BaseException as error:
-                error.add_note(f"case {i} of seed {args.seed}, {target.__name__}")
-                raise
-    for words, count in outcomes.most_common():
-        print(f"{count:8} {words}")
+        targets = (read_index, read_file, read_file, read_file)
+        count_outcomes(args.num, args.seed, lambda i, rng: outcome(targets[i % 4], folder, rng))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ SCALES, INPUT_SCALES = ("scale_weight", "weight_scale"), ("scale_input", "input_
 QUANTIZED = re.compile(r"(^|\.)(SCB|absmax|quant_map|nested_absmax|nested_quant_map|qweight|qzeros|weight_scale_2)$")
 """The ends of the keys beside weights of other formats: bitsandbytes, GPTQ and AWQ, and NVFP4."""
 WRAPPER = re.compile(r"^module\.|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, parallel training and checkpointing add to the names of a network's weights."""
+"""The parts that torch.compile, parallel training and checkpointing add to the names of a network's weights."""
 DOUBLED = re.compile(
     r"(?:^|(?<=\.))((?:model\.diffusion_model|diffusion_model|first_stage_model|cond_stage_model|conditioner|"
     r"text_model|unet|vae)\.)\1+|^(model\.)\2+"

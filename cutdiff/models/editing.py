@@ -76,7 +76,7 @@ class Bracket:
     """The indices of the colons and bars among the nodes."""
 
     def closed(self) -> Edit | Alternatives | Nodes | None:
-        """What the bracket is once it is closed; None where it is text."""
+        """The meaning of the bracket once it is closed; None where it is text."""
         colons = [i for i in self.marks if self.nodes[i] == ":"]
         if self.kind == "(":
             return ["(", *self.nodes, ")"] if len(colons) <= 1 else None

@@ -245,18 +245,16 @@ class Denoiser:
         rows = self.rows_of(operator, sigma, step, positive)
         inputs = operator.gather(source, self.backend, c_in=c_in, dtype=dtype, copies=rows.copies)
         size_ids = _size_ids(inputs, rows.copies, self.factor, crop_origins, original_size, target_size)
+        guidance = self.guidance
+        scale = guidance.scale_at(sigma, step) if isinstance(guidance, LinearGuidance) and self.guided(sigma) else 1.0
         if self.unet.config.guidance_dim:
-            guidance = self.guidance
-            is_linear = isinstance(guidance, LinearGuidance)
-            scale = guidance.scale_at(sigma, step) if is_linear and self.guided(sigma) else 1.0
             size_ids = torch.cat([size_ids, torch.full_like(size_ids[:, :1], scale)], dim=1)
         prediction = self.predict(rows, inputs, size_ids)
         copies = 2 if rows.is_guided else 1
         if rows.text.weights:
             prediction = _summed(prediction, rows, copies)
         back = {"canvas": canvas, "c_skip": c_skip, "c_out": c_out}
-        if copies == 1 or isinstance(self.guidance, LinearGuidance):
-            scale = self.guidance.scale_at(sigma, step) if isinstance(self.guidance, LinearGuidance) else 1.0
+        if copies == 1 or isinstance(guidance, LinearGuidance):
             how = back | {"copies": copies, "guidance_scale": scale}
             if not takes_flag(operator, self.backend, canvas.device):
                 return operator.scatter(prediction, self.backend, **how)

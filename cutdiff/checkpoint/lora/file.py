@@ -45,7 +45,7 @@ REMEDIES = {
     NOT_FINITE: AGAIN,
     NO_ALPHA: AGAIN,
 }
-"""What can be wrong with parts of a file, and what to do about it."""
+"""The remedies of all that can be wrong with parts of a file."""
 BUNDLED = "bundle_emb."
 """The beginning of the keys of textual inversions that some tools put into a LoRA's file; the name follows."""
 EXAMPLES = 3
