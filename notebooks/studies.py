@@ -65,6 +65,8 @@ SPACES = ("pixels", "latents")
 """The spaces in which study `spaces` enlarges pictures."""
 CFG, BY_BAND = "cfg,guidance_scale=4", "by_band,guidance_scale=4"
 """The guidances that study `bands` compares."""
+BEST = ("climb", "magnify", "diffusehigh", "upscale")
+"""The methods, besides CutDiffusion mended, that study `fifty` draws in fifty steps."""
 SHARES = tuple(i / 10 for i in range(10))
 """The shares of the steps that the details of study `entry` leave out: they begin at sigmas from 13 to 0.5."""
 
@@ -92,6 +94,10 @@ STUDIES: dict[str, list[Cell]] = {
     ],
     "overlaps": [cell(method, overlaps="swap") for method in ("multidiffusion", "cutdiffusion", "climb")],
     "entry": [cell("climb", structure_fraction=share) for share in SHARES],
+    "fifty": [
+        *(cell(method, size, num_steps=50) for size in (256, 512) for method in BEST),
+        *(cell(size=size, num_steps=50, **MENDED) for size in (256, 512)),
+    ],
     "told-native": [cell(told_native(resolve("method", name))) for name in WHOLE],
     "ablation": [
         cell(),
