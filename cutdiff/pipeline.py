@@ -31,9 +31,10 @@ from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.finite import explained
-from cutdiff.sampling.guidance import LinearGuidance
+from cutdiff.sampling.guidance import Changing, LinearGuidance
 from cutdiff.sampling.operators import check_backend
 from cutdiff.sampling.schedules import Schedule, make_schedule
+from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
 from cutdiff.settings import Settings
 from cutdiff.specs import name_of
@@ -262,14 +263,16 @@ def prepare(
     if model.unet.config.guidance_dim and not isinstance(settings.guidance, LinearGuidance):
         name = name_of("guidance", settings.guidance)
         raise ValueError(f"guidance={name} needs two estimates, and this model reads the scale itself: choose cfg")
-    begin = getattr(settings.guidance, "begin", None)
+    if isinstance(settings.guidance, Changing):
+        with settings.guidance.changed(model.unet):  # which says so where it cannot change this network
+            pass
     denoiser = make_denoiser(
         unet=model.unet,
         timestep=schedule.timestep,
         coefficients=model.noise.coefficients,
         positive=positive,
         negative=negative,
-        guidance=settings.guidance if begin is None else begin(schedule),
+        guidance=settings.guidance,
         guided=_guided(schedule, settings.guidance_interval),
         factor=model.factor,
         compiled=compiled(model.unet, cuda_graphs=settings.cuda_graphs) if settings.compile else None,
@@ -278,6 +281,12 @@ def prepare(
         backend=settings.backend,
         work=Work(first_view_batch_size(model, settings), observers=[] if observer is None else [observer]),
     )
+
+    def begin_guidance(schedule: Schedule) -> None:
+        own = schedule if isinstance(settings.solver, DDIM) else replace(schedule, targets=schedule.sigmas[1:])
+        denoiser.work.guidances.begin(own)
+
+    begin_guidance(schedule)
     run = Run(
         denoiser=denoiser,
         draws=checked_draws(draws, len(prompts)),
@@ -302,7 +311,7 @@ def prepare(
     shape = (len(prompts), model.unet.config.in_channels, *(first.size or size))
     noise = run.draws.noise(shape).to(model.device, torch.float32)
     x, flags = noise * _init_scale(first, schedule), denoiser.work.flags
-    steps = solve(stages, x, schedule, settings.solver, run.draws.noise, flags)
+    steps = solve(stages, x, schedule, settings.solver, run.draws.noise, flags, begin_guidance)
     steps = explained(steps, denoiser, model.why_not_finite)
     if observer is not None:
         steps = _observed(steps, observer)

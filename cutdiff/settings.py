@@ -93,14 +93,15 @@ class Settings(Options):
             raise ValueError(f"guidance_interval={self.guidance_interval} must be two shares, 0 ≤ from ≤ to ≤ 1")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} must lie in 0 … 2⁶⁴ − 1")
-        if self.compile and getattr(self.method, "changes_network", False):
-            raise ValueError(
-                f"compile={self.compile} is not for {self.method_name}, which changes the network on the way"
-            )
+        for kind in ("method", "guidance"):
+            if self.compile and getattr(thing := getattr(self, kind), "changes_network", False):
+                name = specs.name_of(kind, thing)
+                raise ValueError(f"compile={self.compile} is not for {name}, which changes the network on the way")
         if self.cuda_graphs and not self.compile:
             raise ValueError(f"cuda_graphs={self.cuda_graphs} goes with compile, and that is off: ask for both")
-        if callable(check := getattr(self.method, "check_settings", None)):
-            check(self)
+        for thing in (self.method, self.guidance):
+            if callable(check := getattr(thing, "check_settings", None)):
+                check(self)
 
     def described(self) -> dict[str, Any]:
         """All options as JSON can hold them: the four objects by their full specs."""

@@ -32,7 +32,8 @@ from cutdiff.models.dilated import dilated
 from cutdiff.models.inside import blocks
 from cutdiff.models.unet import DownLevel, MidBlock, UNet
 from cutdiff.options import Options
-from cutdiff.sampling.denoiser import Call, Denoiser, Inputs
+from cutdiff.sampling.denoiser import Call, Denoiser
+from cutdiff.sampling.rows import Inputs
 from cutdiff.sampling.stages import Stage
 
 
