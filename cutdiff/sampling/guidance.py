@@ -311,7 +311,12 @@ class PAG(Options):
     pag_scale: Annotated[float, Between(0, MAX_FLOAT32)] = 3.0
     """The scale of perturbed attention; 0 is off."""
     pag_layers: tuple[str, ...] = ("mid",)
-    """The beginnings of the names of the layers that are changed, as checkpoints have them: mid, up_blocks.1, ..."""
+    """The beginnings of the names of the layers that are changed, as checkpoints have them: mid, up_blocks.1, …"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.pag_layers:
+            raise ValueError("pag_layers=() changes nothing: name a layer, such as mid, or give pag_scale=0")
 
     def scale_at(self, sigma: float, step: int) -> float:
         return self.guidance_scale
@@ -326,7 +331,7 @@ class PAG(Options):
         for name in self.pag_layers:
             if not any(layer.startswith(name) for layer in layers):
                 known = ", ".join(dict.fromkeys(layer.partition(".attentions")[0] for layer in layers)) or "none"
-                raise ValueError(f"pag_layers={name!r} begins the name of no layer of self-attention; they are in {known}")
+                raise ValueError(f"pag_layers={name!r} begins no name of a self-attention layer: they are in {known}")
         with ExitStack() as changes:
             for name, attention in layers.items():
                 if name.startswith(self.pag_layers):
