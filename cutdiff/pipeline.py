@@ -36,7 +36,7 @@ from cutdiff.sampling.operators import check_backend
 from cutdiff.sampling.schedules import Schedule, make_schedule
 from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
-from cutdiff.settings import Settings
+from cutdiff.settings import Settings, left_to_model
 from cutdiff.specs import name_of
 
 CPU_VIEW_BATCH = 16
@@ -86,14 +86,15 @@ def denoise(
     observer: Observer | None = None,
     **options: Any,
 ) -> Iterator[Step]:
-    """Run step by step: yields a `Step` after each. Options are those of `Settings`, given as one or by name.
+    """Run step by step: yields a `Step` after each. Options are those of `Settings`, given as one or by name; without
+    `settings`, the model's own preferences take the place of defaults.
 
     A sequence of prompts makes one image each; `draws` replaces the draws that the seeds would make. Prompts of more
     than 75 tokens pad the shorter ones beside them with empty chunks, which these images show. `ranks` that share the
     work all call this with the same arguments, and get the same steps. `observer` hears of every step and every call of
     the network.
     """
-    return prepare(model, prompt, _with_options(settings, options), draws, ranks, observer).steps
+    return prepare(model, prompt, _with_options(model, settings, options), draws, ranks, observer).steps
 
 
 def generate(
@@ -113,7 +114,7 @@ def generate(
     Threads may draw with one model at the same time, but not beside one whose method changes the network: that one must
     have a model of its own.
     """
-    settings = _with_options(settings, options)
+    settings = _with_options(model, settings, options)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     prepared = prepare(model, prompt, settings, draws, ranks, observer)
@@ -143,9 +144,11 @@ def generate(
     return Result(images, latents, record)
 
 
-def _with_options(settings: Settings | None, options: dict[str, Any]) -> Settings:
-    """The settings with these options; the very same ones where there are none, whose sources stand as they were."""
-    settings = settings or Settings()
+def _with_options(model: Model, settings: Settings | None, options: dict[str, Any]) -> Settings:
+    """The settings with these options; the very same ones where there are none, whose sources stand as they were. Where
+    options alone are given, the model's preferences are taken for those that they leave open."""
+    if settings is None:
+        return Settings(**{**left_to_model(options, model.preferred), **options})
     return replace(settings, **options) if options else settings
 
 
