@@ -61,12 +61,13 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     settings = _settings(args)
     model = outline(args.model, args.dtype, args.config)
     if left := left_to_model(args.options, model.preferred):
-        say(as_taken(left))
         settings = Settings(**args.options, **left)
     with errors_by_flag():
         size = settings.canvas_size(model.native_size, model.factor)
         rank = walk(model, settings, args.devices, args.memory * 1e9)
         whole = rank if args.devices == 1 else walk(model, settings)
+    if left:
+        say(as_taken(left))
     decode = decoding(model, size)
     stages = []
     for stage, share in zip(whole.stages, rank.stages, strict=True):

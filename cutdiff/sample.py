@@ -55,11 +55,11 @@ def _run(argv: list[str] | None) -> None:
             tell_dtype(args.dtype, model.device, model.dtype)
             _tell_model(model, everything=args.verbose)
             requests, taken = take_preferred(model, args, requests)
-            if taken and process() == 0:
-                tell(as_taken(taken))
             requests, unfit = check_fit(model, args, requests)
             _leave_out(args, unfit, everything=not requests)
             pictures = plan_pictures(model, args, requests)
+            if taken and process() == 0:
+                tell(as_taken(taken))
             if launch.group.leads:
                 from cutdiff.output.images import remove_parts
 

@@ -54,7 +54,6 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         score.scenes(args.num, caption_seed)
     model = cutdiff.load(args.model, device=device, dtype=dtype_of(args.dtype, device))
     if left := left_to_model({**own, **options}, model.preferred):
-        say(as_taken(left))
         cells, base = [replace(cell, settings=replace(cell.settings, **left)) for cell in cells], replace(base, **left)
     native = model.native_size * model.factor
     if references is None and native < PIXELS:
@@ -66,6 +65,8 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         canvas_and_schedule(model, cell.settings)
         if cell.side < least:
             raise ValueError(f"--sizes {cell.side}: a picture smaller than {what} {least} px has no crops of that size")
+    if left:
+        say(as_taken(left))
     if references is None:
         base = replace(base, **shared)
         testbed = Testbed(model, base, args.num, args.out, args.batch, caption_seed, _named(NATIVE, shared))
