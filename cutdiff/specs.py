@@ -54,9 +54,9 @@ GUIDANCE = {
     "cfg": "cutdiff.sampling.guidance:CFG",
     "rescale": "cutdiff.sampling.guidance:Rescale",
     "by_band": "cutdiff.sampling.guidance:ByBand",
-    "apg": "cutdiff.sampling.guidance:APG",
+    "apg": "cutdiff.sampling.projected:APG",
     "cfg_plus_plus": "cutdiff.sampling.guidance:CFGPlusPlus",
-    "pag": "cutdiff.sampling.guidance:PAG",
+    "pag": "cutdiff.sampling.perturbed:PAG",
 }
 SPLITS = {
     "down_up": "cutdiff.sampling.split:DownUp",

@@ -25,7 +25,9 @@ from cutdiff.models.unet import UNet
 from cutdiff.pipeline import prepare
 from cutdiff.planning.forecast import walk
 from cutdiff.sampling.denoiser import Call, Observer
-from cutdiff.sampling.guidance import APG, CFG, PAG, CFGPlusPlus, Renoising
+from cutdiff.sampling.guidance import CFG, CFGPlusPlus, Renoising
+from cutdiff.sampling.perturbed import PAG
+from cutdiff.sampling.projected import APG
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.solvers import DDIM, Euler
 from cutdiff.scenes.vocabulary import WIDTH

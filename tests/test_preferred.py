@@ -16,7 +16,7 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.output.images import read_record
 from cutdiff.plan import main as plan
 from cutdiff.sample import main
-from cutdiff.sampling.guidance import APG
+from cutdiff.sampling.projected import APG
 from cutdiff.settings import Settings, left_to_model
 
 SAID = {"guidance_scale": 4.0, "num_steps": 2, "solver": "ddim", "schedule": "karras,rho=5"}

@@ -8,17 +8,14 @@ for it (`Changing`), and one that reads the schedule or remembers has `begin` (`
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from cutdiff.models.inside import replaced
-from cutdiff.models.unet import TransformerBlock, UNet
-from cutdiff.options import MAX_FLOAT32, Between, Options, Scale, Share
+from cutdiff.models.unet import UNet
+from cutdiff.options import Options, Scale, Share
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.solvers import DDIM, Euler, EulerAncestral
 from cutdiff.sampling.split import Split
@@ -26,9 +23,6 @@ from cutdiff.specs import name_of, part, resolve, spec_of
 
 if TYPE_CHECKING:
     from cutdiff.settings import Settings
-
-SDXL_SIDE = 128
-"""The side of SDXL's native pictures in latents."""
 
 
 class Guidance(Protocol):
@@ -182,74 +176,6 @@ class ByBand(Options):
 
 
 @dataclass(frozen=True)
-class APG(Options):
-    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416, algorithm 1): conditional + (scale − 1)·Δ.
-
-    Δ, which is conditional − unconditional, is in turn added to a momentum, cut to a norm, and has the share `eta` of
-    its part along the conditional estimate, the part that oversaturates. It takes estimates of x0, as the paper has it
-    (diffusers takes predictions). Norms and products are those of a whole image.
-
-    The k-th estimate of a step adds to the k-th of the last step before that was guided, so that with several
-    estimates in a step each momentum advances once; where a canvas has another size, it begins anew.
-    """
-
-    guidance_scale: Scale = 7.5
-    """The scale, as of classifier-free guidance; 1 or less is off."""
-    eta: Share = 0.0
-    """The share of the parallel part; 1 leaves Δ as it is."""
-    norm_threshold: Annotated[float, Between(0, MAX_FLOAT32)] | None = None
-    """The most that the norm of Δ may be; 0 is no limit. None: the paper's 15 for SDXL, on canvases that have more or
-    fewer than its 128×128 latents in proportion to the root of their number, as norms grow."""
-    momentum: Annotated[float, Between(-1, 1)] = -0.5
-    """The factor of the sum of the differences before, which is added to each; 0 is none."""
-
-    def begin(self, schedule: Schedule) -> Guidance:
-        return Averaging(self)
-
-    def guide(self, conditional: Tensor, unconditional: Tensor, update: Tensor) -> Tensor:
-        """The estimate for a Δ to which momentum was added, all (B, C, H, W)."""
-        difference, per_image = conditional - unconditional, {"dim": (1, 2, 3), "keepdim": True}
-        most = self.norm_threshold
-        if most is None:
-            most = 15 * math.sqrt(conditional.shape[2] * conditional.shape[3]) / SDXL_SIDE
-        if most:
-            update = update * (most / update.square().sum(**per_image).sqrt().clamp(min=most))
-        if self.eta != 1:
-            square = conditional.square().sum(**per_image).clamp(min=1e-24)
-            along = (update * conditional).sum(**per_image) / square
-            update = update - (1 - self.eta) * along * conditional
-        guided = unconditional + self.guidance_scale * difference
-        return guided + (self.guidance_scale - 1) * (update - difference)
-
-
-@dataclass
-class Averaging:
-    """Adaptive projected guidance in one stage."""
-
-    apg: APG
-    step: int | None = None
-    """The step under way."""
-    count: int = 0
-    """The estimates of it so far."""
-    sums: dict[int, Tensor] = field(default_factory=dict)
-    """The sum of the differences, by the number of the estimate in its step."""
-
-    @property
-    def is_off(self) -> bool:
-        return self.apg.guidance_scale == 1
-
-    def __call__(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
-        self.step, self.count = step, self.count + 1 if step == self.step else 0
-        update = conditional - unconditional
-        if self.apg.momentum:
-            before = self.sums.get(self.count)
-            if before is not None and before.shape == update.shape:
-                update = update + self.apg.momentum * before
-            self.sums[self.count] = update
-        return self.apg.guide(conditional, unconditional, update)
-
-
-@dataclass(frozen=True)
 class CFGPlusPlus(Options):
     """CFG++ (Chung et al. 2024, arXiv 2406.08070): x' = D_λ + σ'·(x − D_∅)/σ, with D_λ = D_∅ + λ·(D_c − D_∅).
 
@@ -294,52 +220,3 @@ class Renoising:
 
     def __call__(self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int) -> Tensor:
         return unconditional + self.scale_at(sigma, step) * (conditional - unconditional)
-
-
-@dataclass(frozen=True)
-class PAG(Options):
-    """Perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377) beside classifier-free guidance.
-
-    It adds pag_scale · (conditional − third), the third estimate being that of the prompt by a network in which some
-    layers of self-attention attend from each position to that alone. With guidance_scale=1 it stands alone.
-    """
-
-    changes_network: ClassVar[bool] = True
-
-    guidance_scale: Scale = 7.5
-    """The scale of classifier-free guidance; 1 or less is off."""
-    pag_scale: Annotated[float, Between(0, MAX_FLOAT32)] = 3.0
-    """The scale of perturbed attention; 0 is off."""
-    pag_layers: tuple[str, ...] = ("mid",)
-    """The beginnings of the names of the layers that are changed, as checkpoints have them: mid, up_blocks.1, …"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.pag_layers:
-            raise ValueError("pag_layers=() changes nothing: name a layer, such as mid, or give pag_scale=0")
-
-    def scale_at(self, sigma: float, step: int) -> float:
-        return self.guidance_scale
-
-    def change_scale_at(self, sigma: float, step: int) -> float:
-        return self.pag_scale
-
-    @contextmanager
-    def changed(self, unet: UNet) -> Iterator[None]:
-        """Let layers of self-attention give the values as they are. ValueError where a name is that of no layer."""
-        layers = {n: m.attn1 for n, m in unet.named_modules() if isinstance(m, TransformerBlock)}
-        for name in self.pag_layers:
-            if not any(layer.startswith(name) for layer in layers):
-                known = ", ".join(dict.fromkeys(layer.partition(".attentions")[0] for layer in layers)) or "none"
-                raise ValueError(f"pag_layers={name!r} begins no name of a self-attention layer: they are in {known}")
-        with ExitStack() as changes:
-            for name, attention in layers.items():
-                if name.startswith(self.pag_layers):
-                    changes.enter_context(replaced(attention, attend=lambda q, k, v: v))
-            yield
-
-    def __call__(
-        self, conditional: Tensor, unconditional: Tensor, sigma: float, step: int, third: Tensor | None = None
-    ) -> Tensor:
-        guided = unconditional + self.guidance_scale * (conditional - unconditional)
-        return guided if third is None else guided + self.pag_scale * (conditional - third)
