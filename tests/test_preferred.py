@@ -42,7 +42,6 @@ def preferring(quick_folder: Path, tmp_path: Path) -> Path:
         ({"guidance": APG()}, {n: v for n, v in SAID.items() if n != "guidance_scale"}),
         ({"guidance": lambda c, u, sigma, step: c}, {n: v for n, v in SAID.items() if n != "guidance_scale"}),
     ],
-    ids=str,
 )
 def test_what_options_leave_to_the_model(options: dict[str, Any], left: dict[str, Any]) -> None:
     assert left_to_model(options, SAID) == left
