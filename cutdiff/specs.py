@@ -54,6 +54,9 @@ GUIDANCE = {
     "cfg": "cutdiff.sampling.guidance:CFG",
     "rescale": "cutdiff.sampling.guidance:Rescale",
     "by_band": "cutdiff.sampling.guidance:ByBand",
+    "apg": "cutdiff.sampling.projected:APG",
+    "cfg_plus_plus": "cutdiff.sampling.guidance:CFGPlusPlus",
+    "pag": "cutdiff.sampling.perturbed:PAG",
 }
 SPLITS = {
     "down_up": "cutdiff.sampling.split:DownUp",
@@ -268,6 +271,8 @@ def _valued(options: dict[str, Any], known: dict[str, Option]) -> dict[str, Any]
 
 def _fits(kind: str, thing: Any) -> bool:
     attribute = {"method": "stages", "solver": "start", "schedule": "sigmas", "split": "low"}.get(kind, "")
+    if kind == "guidance" and callable(getattr(thing, "begin", None)):
+        return True
     return callable(getattr(thing, attribute, None)) or (kind in ("method", "guidance", "upscaler") and callable(thing))
 
 

@@ -28,10 +28,11 @@ from cutdiff.models.config import VAEConfig
 from cutdiff.models.layers import TextContext
 from cutdiff.models.vae import VAE
 from cutdiff.pipeline import prepare
-from cutdiff.sampling.denoiser import Call, Denoiser, Observer, Rows
+from cutdiff.sampling.denoiser import Call, Denoiser, Observer
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import Operator, Patches
+from cutdiff.sampling.rows import Rows
 from cutdiff.sampling.schedules import Schedule, euler_schedule
 from cutdiff.sampling.solvers import Noise, TakeStep, euler_step
 from cutdiff.sampling.stages import Phase, Stage

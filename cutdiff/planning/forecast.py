@@ -30,10 +30,11 @@ from cutdiff.models.vae import VAE
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Prepared, prepare
 from cutdiff.planning.meter import Meter, Usage
-from cutdiff.sampling.denoiser import Denoiser, Inputs
+from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import Operator, items_of
+from cutdiff.sampling.rows import Inputs, Rows
 from cutdiff.sampling.stages import Phase, Size, Stage
 from cutdiff.settings import Settings
 
@@ -127,7 +128,8 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
 
     for step in stage.steps:
         sigma = sigmas[(step - stage.steps.start) if stage.sigmas else step % run.schedule.num_steps]
-        kind = stage.cost and stage.cost(step), denoiser.guided(sigma), denoiser.copies_at(sigma, step)
+        guided = denoiser.guided(sigma), denoiser.copies_at(sigma, step), bool(denoiser.change_scale_at(sigma, step))
+        kind = stage.cost and stage.cost(step), guided
         key = kind, kind in known
         known.add(kind)
         if key not in costs:
@@ -180,10 +182,13 @@ class Rank(Denoiser):
         """Count one step through the operator; the size conditioning and the picture shown change no cost."""
         rows, (items, size) = self.rows_of(operator, sigma, step, positive), items_of(operator, canvas)
         inputs = canvas.new_empty(items * rows.copies, canvas.shape[1], *size, dtype=self.unet.conv_in.weight.dtype)
-        self.trial.copies = rows.copies
-        self.trial.by_row.clear()  # another step may meet another network
-        self.predict(rows, inputs, canvas.new_empty(len(inputs), 6))
+        self.predictions(rows, inputs, canvas.new_empty(len(inputs), 6))
         return torch.empty_like(canvas)
+
+    def predict(self, rows: Rows, inputs: Tensor, size_ids: Tensor) -> Tensor:
+        self.trial.copies = rows.copies
+        self.trial.by_row.clear()  # another step, or another estimate of it, may meet another network
+        return super().predict(rows, inputs, size_ids)
 
     def evaluate(self, inputs: Inputs) -> Tensor:
         rows = len(inputs[0])

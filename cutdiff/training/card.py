@@ -13,6 +13,8 @@ import torch
 from cutdiff.checkpoint import load
 
 HISTORY = "training.json"
+PREFERRED = {"guidance_scale": 4.0}
+"""The options of a run that the finished model says it prefers: the scale at which all was measured."""
 CARD = """# The embedded model
 
 A model of SDXL's architecture, small enough to live in the repository: native size {native} latents ({pixels} px),
