@@ -29,7 +29,7 @@ SCHEDULE_TYPES = {
     "align_your_steps": "Align Your Steps",
 }
 """A1111's names of schedules, and of the spacings of a model's own: the "trailing" one is its SGM Uniform to less than
-a timestep, and it has none for the "leading" one."""
+two timesteps, and it has none for the "leading" one."""
 OWN_TIMESTEPS = ("ddim", "lcm")
 """The solvers whose model's own schedule A1111 has as a part of the sampler."""
 
