@@ -65,24 +65,29 @@ from cutdiff.models.vae import VAE
 from cutdiff.sampling.noise import NoiseConfig
 
 CPU = torch.device("cpu")
-UP, MID = "reverse_transformer_layers_per_block", "mid_block_type"
+DOWN, UP, MID = "transformer_layers_per_block", "reverse_transformer_layers_per_block", "mid_block_type"
 DEPTHS: dict[str, dict[str, Any]] = {
-    "SSD-1B": {
-        "transformer_layers_per_block": [0, [1], [2]],
-        UP: [[1, 3], [2, 1], 1],
-        MID: "UNetMidBlock2D",
+    "SSD-1B": {"layers_per_block": 2, DOWN: [0, [2, 2], [4, 4]], UP: [[4, 4, 10], [2, 1, 1], 0], MID: "UNetMidBlock2D"},
+    "Segmind-Vega": {"layers_per_block": 2, DOWN: [0, 1, 2], UP: [2, [1, 1, 1], 0], MID: "UNetMidBlock2D"},
+    "KOALA-700M": {DOWN: [0, 2, 5], MID: None},
+    "KOALA-1B": {DOWN: [0, 2, 6], MID: "UNetMidBlock2DCrossAttn"},
+    "other depths within a level": {
+        "layers_per_block": 2,
+        DOWN: [0, [1, 2], [3, 2]],
+        UP: [[1, 3, 2], [2, 1, 1], 1],
+        MID: "UNetMidBlock2DCrossAttn",
     },
-    "Segmind-Vega": {"transformer_layers_per_block": [0, 1, 2], UP: [2, [1, 1], 0], MID: "UNetMidBlock2D"},
-    "KOALA": {"transformer_layers_per_block": [0, 2, 3], MID: "UNetMidBlock2DCrossAttn"},
+    "other depths on the way down only": {"layers_per_block": 2, DOWN: [1, [1, 3], 2], UP: [2, 1, 1]},
     "no attention in the last level": {
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-        "transformer_layers_per_block": [1, 2, 0],
+        DOWN: [1, [2], 0],
         UP: [0, [1, 2], 1],
         MID: "UNetMidBlock2D",
     },
 }
-"""Fields of U-Nets with other numbers of transformer blocks than SDXL's rule gives."""
+"""Fields of U-Nets with other numbers of transformer blocks than SDXL's rule gives. Those that have a name have the
+depths by which ComfyUI's `model_detection` knows them."""
 
 
 def another(value: Any) -> Any:
@@ -594,9 +599,38 @@ class TestConfigs:
         read = infer_unet(original, 64, replace(SDXL, num_heads=1), "epsilon")
         assert read == replace(config, native_size=read.native_size, num_heads=(1, 1, 1))
 
+    @pytest.mark.parametrize(
+        "value", [[[1], [1, 2], [2]], [1, [], 2], [1, [0], 2], [1, ["1"], 2], [1, [[1]], 2], [1, 1]]
+    )
+    def test_depths_within_a_level_that_do_not_fit(self, value: list[Any]) -> None:
+        with pytest.raises(ValueError, match=rf"^{DOWN}=.* is not supported"):
+            unet_config(unet_to_diffusers(UNET) | {DOWN: value, UP: [1, 1, 1]})
+
+    @pytest.mark.parametrize(
+        ("name", "millions"), [("SSD-1B", 1331), ("Segmind-Vega", 745), ("KOALA-700M", 782), ("KOALA-1B", 1161)]
+    )
+    def test_a_large_unet_has_the_weights_that_its_card_says(self, name: str, millions: int) -> None:
+        fields = {**public(unet_to_diffusers(replace(SDXL_UNET, layers_per_block=1))), **DEPTHS[name]}
+        with torch.device("meta"):
+            theirs, ours = UNet2DConditionModel(**fields), UNet(unet_config(fields))
+        assert shapes(ours) == shapes(theirs)
+        assert sum(shape.numel() for shape in shapes(ours).values()) // 10**6 == millions
+
     def test_unet_with_two_depths_cannot_be_saved(self) -> None:
         with pytest.raises(ValueError, match="mid_transformer_layers=5 must equal"):
             unet_to_diffusers(replace(UNET, mid_transformer_layers=5))
+
+    @pytest.mark.parametrize(
+        ("down", "up", "message"),
+        [
+            ((0, (1,), 2), None, "needs up_transformer_layers"),
+            ((0, (1, 1), 2), ((0, 0), (1, 1), (2, 2)), "must have one number for level 1, or 1,"),
+            ((0, 1, 2), ((0, 0), (1, 0), (2, 2)), "must have 2 numbers for level 1"),
+        ],
+    )
+    def test_depths_that_are_no_unets(self, down: Any, up: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            replace(UNET, transformer_layers=down, up_transformer_layers=up)
 
     def test_num_attention_heads_overrides(self) -> None:
         fields = unet_to_diffusers(UNET) | {"num_attention_heads": [2, 4, 8]}
@@ -614,12 +648,8 @@ class TestConfigs:
             ("cross_attention_dim", [1, 2, 1]),
             ("only_cross_attention", [True, False, False]),
             ("attention_head_dim", [1, 2]),
-            ("transformer_layers_per_block", [1, [1, 2], 3]),
-            ("transformer_layers_per_block", [1, [], 3]),
-            ("reverse_transformer_layers_per_block", 2),
-            ("reverse_transformer_layers_per_block", [1, [1, 2, 3], 1]),
-            ("reverse_transformer_layers_per_block", [1, 0, 1]),
-            ("mid_block_type", None),
+            *((DOWN, value) for value in (None, True, "1", [1, 2], [1, [1], 3], [1, 0, 3], [1, 2, []], [1, 2, "3"])),
+            *((UP, value) for value in (2, [1, 2], [1, [1, 2, 3], 1], [1, 0, 1])),
             ("time_cond_proj_dim", 7),
             ("time_cond_proj_dim", 2),
             ("time_cond_proj_dim", "many"),
