@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     any_number = number(1, MAX_PICTURES)
     parser.add_argument("--batch", type=any_number, default=8, metavar="B", help="pictures drawn at once")
     parser.add_argument("--model", metavar="PATH", help="none: the embedded one")
+    parser.add_argument("--variant", metavar="NAME", help="variant of a folder's weights, as bf16; none: plain weights")
     parser.add_argument(
         "--dtype", default=AUTO, choices=(AUTO, *DTYPES),
         help="of the networks; auto is bfloat16 where the machine multiplies it in hardware, else float32",

@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         references = References.load(args.references, args.features, args.clip, device)
     else:
         score.scenes(args.num, caption_seed)
-    model = cutdiff.load(args.model, device=device, dtype=dtype_of(args.dtype, device))
+    model = cutdiff.load(args.model, device=device, dtype=dtype_of(args.dtype, device), variant=args.variant)
     native = model.native_size * model.factor
     if references is None and native < PIXELS:
         raise ValueError(
