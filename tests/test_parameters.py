@@ -69,7 +69,7 @@ def test_a_name_that_is_no_text() -> None:
 
 
 def read_back(text: str, folder: Path) -> dict[str, object]:
-    """What sd-parsers reads from a picture with this text."""
+    """The values that sd-parsers reads from a picture with this text."""
     path = folder / "text.png"
     info = PngInfo()
     info.add_text("parameters", text)
@@ -78,7 +78,7 @@ def read_back(text: str, folder: Path) -> dict[str, object]:
 
 
 def parsed(path: Path) -> dict[str, object]:
-    """What sd-parsers reads from a picture."""
+    """The values that sd-parsers reads from a picture."""
     info = ParserManager().parse(path)
     assert info is not None
     (sampler,) = info.samplers

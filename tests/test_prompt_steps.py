@@ -230,7 +230,7 @@ def test_pictures_of_a_batch_may_have_other_numbers_of_terms(tiny_model: Model) 
 
 @pytest.mark.parametrize("method", ["cutdiffusion", "demofusion", "magnify", "frecas", "scalecrafter", "freescale"])
 def test_a_sum_of_one_prompt_with_itself_is_that_prompt(tiny_model: Model, method: str) -> None:
-    """In every method, whatever the number of items at once; the guidance of both halves is that of the whole."""
+    """This holds for any number of items at once; the guidance of both halves is that of the whole."""
     options = {"method": method, "num_steps": 3, "seed": 5, **SIZE}
     plain = cutdiff.generate(tiny_model, "a red tent", **options)
     for view_batch_size in (None, 1):
