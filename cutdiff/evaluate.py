@@ -88,9 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", nargs="+", type=int, default=[256], metavar="PX", help="sides of square pictures")
     several = number(2, MAX_PICTURES)
     parser.add_argument("--num", type=several, default=200, metavar="N", help="pictures of each method and size")
-    parser.add_argument("--steps", type=int, default=defaults["num_steps"].default, metavar="N", help="of each phase")
+    steps = f"of each phase; none: the model's, or {defaults['num_steps'].default}"
+    parser.add_argument("--steps", type=int, metavar="N", help=steps)
     parser.add_argument(
-        "--guidance-scale", type=float, metavar="G", help="1 or less is off; none: the guidance's own, 7.5"
+        "--guidance-scale", type=float, metavar="G", help="1 or less is off; none: the model's, or the guidance's own"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture")
     parser.add_argument(

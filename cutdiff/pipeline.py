@@ -28,18 +28,21 @@ from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.conditioning import Prompts, encode_prompts
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
-from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.finite import explained
-from cutdiff.sampling.guidance import LinearGuidance
+from cutdiff.sampling.guidance import Changing, LinearGuidance
 from cutdiff.sampling.operators import check_backend
-from cutdiff.sampling.schedules import Schedule, make_schedule
+from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
+from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
-from cutdiff.settings import Settings
+from cutdiff.settings import Settings, left_to_model
 from cutdiff.specs import name_of
 
 CPU_VIEW_BATCH = 16
 """The patches or views at once on a CPU where nobody says; more are not faster there."""
+SD15_CONTEXT = 768
+"""The width of the text that networks of SD 1.5 read."""
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2")
 """The options of a run that are texts for the encoders."""
 
@@ -85,14 +88,15 @@ def denoise(
     observer: Observer | None = None,
     **options: Any,
 ) -> Iterator[Step]:
-    """Run step by step: yields a `Step` after each. Options are those of `Settings`, given as one or by name.
+    """Run step by step: yields a `Step` after each. Options are those of `Settings`, given as one or by name; without
+    `settings`, the model's own preferences take the place of defaults.
 
     A sequence of prompts makes one image each; `draws` replaces the draws that the seeds would make. Prompts of more
     than 75 tokens pad the shorter ones beside them with empty chunks, which these images show. `ranks` that share the
     work all call this with the same arguments, and get the same steps. `observer` hears of every step and every call of
     the network.
     """
-    return prepare(model, prompt, _with_options(settings, options), draws, ranks, observer).steps
+    return prepare(model, prompt, _with_options(model, settings, options), draws, ranks, observer).steps
 
 
 def generate(
@@ -112,7 +116,7 @@ def generate(
     Threads may draw with one model at the same time, but not beside one whose method changes the network: that one must
     have a model of its own.
     """
-    settings = _with_options(settings, options)
+    settings = _with_options(model, settings, options)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     prepared = prepare(model, prompt, settings, draws, ranks, observer)
@@ -142,9 +146,11 @@ def generate(
     return Result(images, latents, record)
 
 
-def _with_options(settings: Settings | None, options: dict[str, Any]) -> Settings:
-    """The settings with these options; the very same ones where there are none, whose sources stand as they were."""
-    settings = settings or Settings()
+def _with_options(model: Model, settings: Settings | None, options: dict[str, Any]) -> Settings:
+    """The settings with these options; the very same ones where there are none, whose sources stand as they were. Where
+    options alone are given, the model's preferences are taken for those that they leave open."""
+    if settings is None:
+        return Settings(**{**left_to_model(options, model.preferred), **options})
     return replace(settings, **options) if options else settings
 
 
@@ -225,8 +231,23 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
             raise ValueError(f"{name}={getattr(settings, name)!r} is for a second text encoder, which only SDXL has")
     if callable(check := getattr(settings.method, "check_native", None)):
         check(model.native_size)
-    schedule = make_schedule(settings.schedule, settings.solver, model.noise, settings.num_steps)
+    schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, model.noise, settings.num_steps)
+    if callable(check := getattr(settings.solver, "check_schedule", None)):
+        check(schedule)
     return settings.canvas_size(model.native_size, model.factor), schedule
+
+
+def _of_family(schedule: Any, model: Model) -> Any:
+    """The schedule, with the table of the model's family where it is one of tables and none was chosen."""
+    if not isinstance(schedule, AlignYourSteps) or schedule.table is not None:
+        return schedule
+    unet = model.unet.config
+    if not unet.pooled_dim and unet.context_dim != SD15_CONTEXT:
+        raise ValueError(
+            "schedule=align_your_steps has tables for SD 1.5 and SDXL, and this model is neither: "
+            "give table=sd15 or sdxl"
+        )
+    return replace(schedule, table="sdxl" if unet.pooled_dim else "sd15")
 
 
 def prepare(
@@ -262,14 +283,16 @@ def prepare(
     if model.unet.config.guidance_dim and not isinstance(settings.guidance, LinearGuidance):
         name = name_of("guidance", settings.guidance)
         raise ValueError(f"guidance={name} needs two estimates, and this model reads the scale itself: choose cfg")
-    begin = getattr(settings.guidance, "begin", None)
+    if isinstance(settings.guidance, Changing):
+        with settings.guidance.changed(model.unet):  # which says so where it cannot change this network
+            pass
     denoiser = make_denoiser(
         unet=model.unet,
         timestep=schedule.timestep,
         coefficients=model.noise.coefficients,
         positive=positive,
         negative=negative,
-        guidance=settings.guidance if begin is None else begin(schedule),
+        guidance=settings.guidance,
         guided=_guided(schedule, settings.guidance_interval),
         factor=model.factor,
         compiled=compiled(model.unet, cuda_graphs=settings.cuda_graphs) if settings.compile else None,
@@ -278,6 +301,12 @@ def prepare(
         backend=settings.backend,
         work=Work(first_view_batch_size(model, settings), observers=[] if observer is None else [observer]),
     )
+
+    def begin_guidance(schedule: Schedule) -> None:
+        own = schedule if isinstance(settings.solver, DDIM) else replace(schedule, targets=schedule.sigmas[1:])
+        denoiser.work.guidances.begin(own)
+
+    begin_guidance(schedule)
     run = Run(
         denoiser=denoiser,
         draws=checked_draws(draws, len(prompts)),
@@ -302,7 +331,8 @@ def prepare(
     shape = (len(prompts), model.unet.config.in_channels, *(first.size or size))
     noise = run.draws.noise(shape).to(model.device, torch.float32)
     x, flags = noise * _init_scale(first, schedule), denoiser.work.flags
-    steps = solve(stages, x, schedule, settings.solver, run.draws.noise, flags)
+    noise_of_step = partial(solver_noise, run.draws)
+    steps = solve(stages, x, schedule, settings.solver, noise_of_step, flags, begin_guidance)
     steps = explained(steps, denoiser, model.why_not_finite)
     if observer is not None:
         steps = _observed(steps, observer)

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cutdiff.cli.arguments import BadArgument, of_flag, parse
+from cutdiff.cli.arguments import BadArgument, as_taken, of_flag, parse
 from cutdiff.cli.drawing import draw_all, leave_out, tell
 from cutdiff.cli.ending import Failure, exit_status
 from cutdiff.cli.output import check_output
 from cutdiff.cli.promptloras import take_loras
-from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests
+from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests, take_preferred
 from cutdiff.parallel import stopping
 from cutdiff.parallel.process import alike, num_processes, process
 
@@ -52,9 +52,12 @@ def _run(argv: list[str] | None) -> None:
             model = _load(args)
             tell_dtype(args.dtype, model.device, model.dtype)
             _tell_model(model, everything=args.verbose)
+            requests, taken = take_preferred(model, args, requests)
             requests, unfit = check_fit(model, args, requests)
             _leave_out(args, unfit, everything=not requests)
             pictures = plan_pictures(model, args, requests)
+            if taken and process() == 0:
+                tell(as_taken(taken))
             if launch.group.leads:
                 from cutdiff.output.images import remove_parts
 

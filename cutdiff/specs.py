@@ -42,19 +42,30 @@ SOLVERS = {
     "euler": "cutdiff.sampling.solvers:Euler",
     "ddim": "cutdiff.sampling.solvers:DDIM",
     "euler_ancestral": "cutdiff.sampling.solvers:EulerAncestral",
+    "heun": "cutdiff.sampling.solvers:Heun",
     "dpmpp_2m": "cutdiff.sampling.solvers:DPMpp2M",
+    "dpmpp_2m_sde": "cutdiff.sampling.solvers:DPMpp2MSDE",
+    "dpmpp_sde": "cutdiff.sampling.solvers:DPMppSDE",
+    "unipc": "cutdiff.sampling.solvers:UniPC",
+    "lcm": "cutdiff.sampling.solvers:LCM",
 }
 SCHEDULES = {
     "model": "cutdiff.sampling.schedules:ModelSchedule",
     "karras": "cutdiff.sampling.schedules:Karras",
     "exponential": "cutdiff.sampling.schedules:Exponential",
     "beta": "cutdiff.sampling.schedules:Beta",
+    "sgm_uniform": "cutdiff.sampling.schedules:SGMUniform",
+    "trailing": "cutdiff.sampling.schedules:Trailing",
+    "align_your_steps": "cutdiff.sampling.schedules:AlignYourSteps",
     "list": "cutdiff.sampling.schedules:Listed",
 }
 GUIDANCE = {
     "cfg": "cutdiff.sampling.guidance:CFG",
     "rescale": "cutdiff.sampling.guidance:Rescale",
     "by_band": "cutdiff.sampling.guidance:ByBand",
+    "apg": "cutdiff.sampling.projected:APG",
+    "cfg_plus_plus": "cutdiff.sampling.guidance:CFGPlusPlus",
+    "pag": "cutdiff.sampling.perturbed:PAG",
 }
 SPLITS = {
     "down_up": "cutdiff.sampling.split:DownUp",
@@ -269,7 +280,7 @@ def _valued(options: dict[str, Any], known: dict[str, Option]) -> dict[str, Any]
 
 def _fits(kind: str, thing: Any) -> bool:
     attribute = {"method": "stages", "solver": "start", "schedule": "sigmas", "split": "low"}.get(kind, "")
-    if callable(getattr(thing, attribute, None)):
+    if callable(getattr(thing, attribute, None)) or (kind == "guidance" and callable(getattr(thing, "begin", None))):
         return True
     return kind in ("method", "guidance", "upscaler") and callable(thing) and not inspect.isbuiltin(thing)
 

@@ -68,7 +68,7 @@ CFG, BY_BAND = "cfg,guidance_scale=4", "by_band,guidance_scale=4"
 BEST = ("climb", "magnify", "diffusehigh", "upscale")
 """The methods, besides CutDiffusion mended, that study `fifty` draws in fifty steps."""
 SHARES = tuple(i / 10 for i in range(10))
-"""The shares of the steps that the details of study `entry` leave out: they begin at sigmas from 13 to 0.5."""
+"""The shares of the steps that the details of study `entry` leave out: they begin at sigmas from 8.4 to 0.04."""
 
 
 STUDIES: dict[str, list[Cell]] = {
@@ -93,7 +93,10 @@ STUDIES: dict[str, list[Cell]] = {
         *(cell("climb", guidance=guidance, detail_guidance_scale=4.0) for guidance in (CFG, BY_BAND)),
     ],
     "overlaps": [cell(method, overlaps="swap") for method in ("multidiffusion", "cutdiffusion", "climb")],
-    "entry": [cell("climb", structure_fraction=share) for share in SHARES],
+    "entry": [
+        *(cell("climb", structure_fraction=share) for share in SHARES),
+        *(cell("climb", hold="none", structure_fraction=share) for share in SHARES[:5]),
+    ],
     "fifty": [
         *(cell(method, size, num_steps=50) for size in (256, 512) for method in BEST),
         *(cell(size=size, num_steps=50, **MENDED) for size in (256, 512)),

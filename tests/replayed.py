@@ -1,5 +1,6 @@
 """The parts that runs of published codes and ours share, on the same tiny networks: weights, text states and noise
-that no library's change of random streams can change, models of them, and the latents that the published codes ended in."""
+that no library's change of random streams can change, models of them, and the latents that the published codes
+ended in."""
 
 from __future__ import annotations
 

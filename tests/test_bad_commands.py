@@ -32,12 +32,7 @@ COMMANDS: dict[str, tuple[Main, list[str], int, str]] = {
     "evaluate: guidance": (evaluate.main, ["--guidance-scale", "nan"], 2, "--guidance-scale nan must be a finite num"),
     "evaluate: infinity": (evaluate.main, ["--guidance-scale", "1e400"], 2, "--guidance-scale inf must be a finite"),
     "evaluate: size": (evaluate.main, ["--sizes", "129"], 2, "--sizes 129 must be a multiple of 8; try 128"),
-    "evaluate: option": (
-        evaluate.main,
-        ["--set", "structure_fraction=2"],
-        2,
-        "--set structure_fraction=2 must",
-    ),
+    "evaluate: option": (evaluate.main, ["--set", "eta=2", "--set", "solver=ddim"], 2, "--set eta=2 must be a finite"),
     "evaluate: option of a method": (
         evaluate.main,
         ["--methods", "cutdiffusion,structure_fraction=2"],

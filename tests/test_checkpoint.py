@@ -63,7 +63,7 @@ from cutdiff.checkpoint.single import split
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.noise import NoiseConfig
+from cutdiff.sampling.noise import SPREAD_BY, NoiseConfig
 
 CPU = torch.device("cpu")
 DOWN, UP, MID = "transformer_layers_per_block", "reverse_transformer_layers_per_block", "mid_block_type"
@@ -695,8 +695,7 @@ class TestConfigs:
             ("_class_name", "FlowMatchEulerDiscreteScheduler"),
             ("trained_betas", [0.1, 0.2]),
             ("thresholding", True),
-            ("use_exponential_sigmas", True),
-            ("use_beta_sigmas", True),
+            ("use_lu_lambdas", True),
             ("final_sigmas_type", "sigma_min"),
             ("interpolation_type", "log_linear"),
             ("timestep_type", "continuous"),
@@ -706,6 +705,12 @@ class TestConfigs:
     def test_unsupported_scheduler_field(self, field: str, value: object) -> None:
         with pytest.raises(ValueError, match=rf"^{field}=.* is not supported"):
             noise_config(noise_to_diffusers(NOISE) | {field: value})
+
+    @pytest.mark.parametrize("names", [SPREAD_BY[:2], SPREAD_BY[1:], SPREAD_BY])
+    def test_sigmas_are_spread_by_one_rule(self, names: tuple[str, ...]) -> None:
+        fields = noise_to_diffusers(NoiseConfig()) | dict.fromkeys(names, True)
+        with pytest.raises(ValueError, match=f"^{' and '.join(names)} are True, and sigmas are spread by one rule"):
+            noise_config(fields)
 
     def test_sample_prediction(self) -> None:
         with pytest.raises(ValueError, match="prediction_type='sample'"):
@@ -720,7 +725,8 @@ class TestConfigs:
             noise_config({"_class_name": "DDIMScheduler"})
 
     def test_noise_round_trip(self) -> None:
-        for noise in (NoiseConfig(), NOISE, NoiseConfig(use_karras_sigmas=True, beta_schedule="linear")):
+        spread = [NoiseConfig(**{name: True}, beta_schedule="linear") for name in SPREAD_BY]
+        for noise in (NoiseConfig(), NOISE, *spread):
             assert noise_config(json.loads(json.dumps(noise_to_diffusers(noise)))) == noise
 
     @pytest.mark.parametrize("name", [*SCHEDULERS])

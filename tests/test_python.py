@@ -37,7 +37,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "number for a method": ({"method": 3}, "method=3 must be a dataclass with `stages(run)`"),
     "digits for a seed": ({"seed": 10**5000}, "seed=a number of thousands of digits must lie in 0 … 2⁶⁴ − 1"),
     "digits for a size": ({"height": 10**5000}, "height=a number of thousands of digits must be a positive multiple"),
-    "digits for steps": ({"num_steps": 10**5000}, "num_steps=a number of thousands of digits must be a whole number"),
     "digits for a scale": ({"guidance_scale": 10**5000}, "guidance_scale=a number of thousands of digits must be a"),
     "a long text for a seed": ({"seed": "x" * 10**6}, f"seed='{'x' * 99}…{'x' * 99}' must be a whole number"),
     "huge number": ({"height": 2**70}, f"height={2**70} must be a positive multiple of 8"),

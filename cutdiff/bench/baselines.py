@@ -22,11 +22,10 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from cutdiff.checkpoint.model import Model
-from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.models.config import Size, UNetConfig, VAEConfig
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.denoiser import Size
 from cutdiff.sampling.operators import grid_for
 
 GUIDANCE = 7.5

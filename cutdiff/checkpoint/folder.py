@@ -22,6 +22,7 @@ from cutdiff.checkpoint.tokenizer import read_tokenizer
 from cutdiff.checkpoint.weights import read_weights
 from cutdiff.models.config import SD_VAE, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.sampling.edm import AnyNoise
+from cutdiff.settings import check_preferred
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
@@ -38,6 +39,8 @@ PIPELINES = {
     "LatentConsistencyModelImg2ImgPipeline": False,
 }
 """The pipelines whose folders are read, and whether they have two text encoders. One model may be saved by any."""
+PREFERRED = "sampling.json"
+"""The file, which diffusers does not read, that says the preferred options of a run."""
 OLD_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
 OLD_SIZE = 64
 """The least native size, in latents, in a configuration that was written before release 0.9. Like OLD_SCHEDULER it
@@ -79,6 +82,22 @@ def read_blueprint(folder: Path, *, needs_vae: bool = True) -> Blueprint:
         noise=parse(folder / "scheduler" / "scheduler_config.json", noise_config if has_two else _repaired_noise),
         zeros_for_empty_negative=has_two and parse(index_path, _zeros_for_empty),
     )
+
+
+def read_preferred(folder: Path) -> dict[str, Any]:
+    """The options of a run that a folder prefers, in its `sampling.json`; none where it has no such file.
+
+    Raises ValueError where the file holds anything else.
+    """
+    path = folder / PREFERRED
+    if not path.exists():
+        return {}
+    preferred = dict(read_json(path))
+    try:
+        check_preferred(preferred)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return preferred
 
 
 def weight_files(folder: Path, names: Iterable[str], variant: str | None = None) -> dict[str, list[Path]]:

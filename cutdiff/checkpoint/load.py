@@ -116,6 +116,7 @@ def load(
     if fp8:
         check_fp8(device, dtype)
     options = NoiseOptions(prediction_type, zero_terminal_snr, timestep_spacing)
+    preferred = folder.read_preferred(source) if source.is_dir() else {}
     vae = None if vae is None else locate(vae, "vae")
     if source.is_dir():
         if config is not None:
@@ -155,7 +156,7 @@ def load(
         quantize_transformers(model.unet)
     if device.type == "cpu":
         keep_freed_memory()
-    return model
+    return replace(model, preferred=preferred)
 
 
 def load_outline(path: str | Path | None, *, dtype: torch.dtype, config: str | Path | None = None) -> Model:
@@ -171,7 +172,9 @@ def load_outline(path: str | Path | None, *, dtype: torch.dtype, config: str | P
     networks = parts.networks
     for network in networks.named().values():
         network.to(dtype).eval().requires_grad_(False)
-    return model_of(parts.blueprint, networks, source=str(source), files=parts.files, decided_by=parts.decided_by)
+    preferred = folder.read_preferred(source) if source.is_dir() else {}
+    origin = {"files": parts.files, "decided_by": parts.decided_by, "preferred": preferred}
+    return model_of(parts.blueprint, networks, source=str(source), **origin)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -60,6 +60,11 @@ def errors_by_flag() -> Iterator[None]:
 def flag_of(name: str) -> str:
     """The option of the command line for a setting."""
     return "--" + {"num_steps": "steps"}.get(name, name).replace("_", "-")
+
+
+def as_taken(preferred: Mapping[str, Any]) -> str:
+    """The line that tells of options which were taken from the model."""
+    return f"taken from the model: {', '.join(f'{flag_of(name)} {value}' for name, value in preferred.items())}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,7 +23,7 @@ from cutdiff.models.unet import UNet
 from cutdiff.output.images import save_json
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.scenes.vocabulary import make_text_encoders
-from cutdiff.training.card import phase, read_history, write_card
+from cutdiff.training.card import PREFERRED, phase, read_history, write_card
 from cutdiff.training.fit import COUNT
 from cutdiff.training.unet import CONFIG, NATIVE_PIXELS, WHOLE_SCENES, encode_scenes, train_unet
 from cutdiff.training.vae import CROP_PIXELS, train_vae
@@ -66,7 +66,9 @@ def _run(argv: list[str] | None) -> None:
     train_unet(
         unet, text, latents, args.work, steps=args.unet_steps, batch=args.unet_batch, device=device, bfloat16=bfloat16
     )
-    save_folder(args.out, unet=unet, vae=vae, text=text, noise=NoiseConfig(), zeros_for_empty_negative=True)
+    save_folder(
+        args.out, unet=unet, vae=vae, text=text, noise=NoiseConfig(), zeros_for_empty_negative=True, preferred=PREFERRED
+    )
     pictures = f"{args.num_scenes} pictures of {NATIVE_PIXELS} px, {args.whole_scenes:.0%} of them whole scenes"
     data = f"{args.unet_batch} of {pictures}"
     history.append(phase("U-Net and text encoders", "loss", args.work / "unet.jsonl", data=data, **conditions))

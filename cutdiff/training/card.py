@@ -14,6 +14,8 @@ from cutdiff.checkpoint import load
 from cutdiff.files import json_lines, json_of
 
 HISTORY = "training.json"
+PREFERRED = {"guidance_scale": 4.0}
+"""The options of a run that the finished model says it prefers: the scale at which all was measured."""
 CARD = """# The embedded model
 
 A model of SDXL's architecture, small enough to live in the repository: native size {native} latents ({pixels} px),
