@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from cutdiff import specs
-from cutdiff.options import Count, Options, Share, options_of
+from cutdiff.options import Count, Options, Share, options_of, short
 from cutdiff.sources import source_hash
 from cutdiff.specs import TABLES
 
@@ -115,11 +115,11 @@ class Settings(Options):
         for name in ("height", "width"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIDE:
-                raise ValueError(f"{name}={value} must be a positive multiple of 8, at most {MAX_SIDE}")
+                raise ValueError(f"{name}={short(value)} must be a positive multiple of 8, at most {MAX_SIDE}")
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval={self.guidance_interval} must be two shares, 0 ≤ from ≤ to ≤ 1")
         if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed={self.seed} must lie in 0 … 2⁶⁴ − 1")
+            raise ValueError(f"seed={short(self.seed)} must lie in 0 … 2⁶⁴ − 1")
         for kind in ("method", "guidance"):
             if self.compile and getattr(thing := getattr(self, kind), "changes_network", False):
                 name = specs.name_of(kind, thing)

@@ -7,6 +7,7 @@ itself. This module imports no torch; what a table names is imported when it is 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -279,9 +280,9 @@ def _valued(options: dict[str, Any], known: dict[str, Option]) -> dict[str, Any]
 
 def _fits(kind: str, thing: Any) -> bool:
     attribute = {"method": "stages", "solver": "start", "schedule": "sigmas", "split": "low"}.get(kind, "")
-    if kind == "guidance" and callable(getattr(thing, "begin", None)):
+    if callable(getattr(thing, attribute, None)) or (kind == "guidance" and callable(getattr(thing, "begin", None))):
         return True
-    return callable(getattr(thing, attribute, None)) or (kind in ("method", "guidance", "upscaler") and callable(thing))
+    return kind in ("method", "guidance", "upscaler") and callable(thing) and not inspect.isbuiltin(thing)
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:

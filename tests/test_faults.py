@@ -510,7 +510,7 @@ def loaded(quick_folder: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def fresh(quick_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What each method draws with that model in a process that has drawn nothing else."""
+    """The picture that each method draws with that model in a process that has drawn nothing else."""
     out = tmp_path_factory.mktemp("fresh")
     code = FRESH.format(prompt=PROMPT, options=REFERENCE)
     command = [sys.executable, "-c", code, str(torch.get_num_threads()), str(quick_folder), str(out), *VARIANTS]

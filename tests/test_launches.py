@@ -190,7 +190,7 @@ def test_text_that_memory_does_not_hold_halves_the_batch(tiny_model: Model, monk
 
 
 def test_a_kernel_tells_of_the_step_that_is_not_finite(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Triton's interpreter; the flag is that of the kernel, which nobody asks a second time."""
+    """Triton's interpreter runs it; the flag is that of the kernel, which nobody asks a second time."""
     unet, calls = tiny_model.unet, []
 
     def forward(x: Tensor, *conditions: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def test_a_name_that_is_no_text() -> None:
 
 
 def read_back(text: str, folder: Path) -> dict[str, Any]:
-    """What sd-parsers reads from a picture with this text."""
+    """The values that sd-parsers reads from a picture with this text."""
     path = folder / "text.png"
     info = PngInfo()
     info.add_text("parameters", text)
@@ -82,7 +82,7 @@ def read_back(text: str, folder: Path) -> dict[str, Any]:
 
 
 def parsed(path: Path) -> dict[str, Any]:
-    """What sd-parsers reads from a picture."""
+    """The values that sd-parsers reads from a picture."""
     info = ParserManager().parse(path)
     assert info is not None
     (sampler,) = info.samplers

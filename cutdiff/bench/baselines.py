@@ -223,7 +223,7 @@ def _relocated(patches: Tensor, grid: Size) -> Tensor:
 
 def published_unet(config: UNetConfig) -> UNet2DConditionModel:
     """diffusers' U-Net of the same shape, as its configuration files for SDXL spell it."""
-    attended = [layers > 0 for layers in config.transformer_layers]
+    attended = [any(layers) for layers in config.down_layers]
     shape: dict[str, Any] = {
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,

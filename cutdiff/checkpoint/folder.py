@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks
@@ -18,6 +17,7 @@ from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.keys import modern_vae
 from cutdiff.checkpoint.read import find_weights, read_json, variants
 from cutdiff.checkpoint.schedulers import noise_config
+from cutdiff.checkpoint.single import Parts
 from cutdiff.checkpoint.tokenizer import read_tokenizer
 from cutdiff.checkpoint.weights import read_weights
 from cutdiff.models.config import SD_VAE, SDXL_VAE, UNetConfig, VAEConfig
@@ -114,21 +114,22 @@ def weight_files(folder: Path, names: Iterable[str], variant: str | None = None)
     return {name: find_weights(folder / name, stem, variant) for name, stem in stems.items()}
 
 
-def read_folder(
-    files: Mapping[str, list[Path]], networks: Networks, dtype: torch.dtype
-) -> dict[str, dict[str, Tensor]]:
-    """Memory-mapped tensors of each network, under the network's own keys."""
-    weights: dict[str, dict[str, Tensor]] = {}
+def read_folder(files: Mapping[str, list[Path]], dtype: torch.dtype) -> Parts:
+    """Memory-mapped tensors of each network, under the keys of diffusers."""
+    weights: Parts = {}
     for name, shards in files.items():
-        tensors: dict[str, Tensor] = {}
-        for shard in shards:
-            tensors |= read_weights(shard, dtype)[0]
-        if name == "vae":
-            tensors = modern_vae(tensors)
-        elif name.startswith("text"):
-            tensors = clip.named_for(networks.named()[name], tensors)
-        weights[name] = tensors
+        tensors = {key: tensor for shard in shards for key, tensor in read_weights(shard, dtype)[0].items()}
+        weights[name] = modern_vae(tensors) if name == "vae" else tensors
     return weights
+
+
+def named_for(networks: Networks, weights: Parts) -> Parts:
+    """The same tensors under the networks' own keys, which those of text encoders are not in all releases."""
+    named = networks.named()
+    return {
+        name: clip.named_for(named[name], tensors) if name.startswith("text") else tensors
+        for name, tensors in weights.items()
+    }
 
 
 def _read_text(folder: Path, encoder: str, tokenizer: str) -> tuple[CLIPTextConfig, CLIPTokenizer]:

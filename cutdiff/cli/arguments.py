@@ -356,9 +356,9 @@ def _embedding(text: str) -> tuple[str, str]:
 def _lora(text: str) -> tuple[str, float]:
     """PATH[:SCALE]. What exists is PATH, even with a colon in its name."""
     path, _, scale = text.rpartition(":")
-    if text and os.path.exists(text):
+    if os.path.isfile(text) or os.path.isdir(text):
         return text, 1.0
-    if not os.path.exists(path):
+    if not (os.path.isfile(path) or os.path.isdir(path)):
         raise argparse.ArgumentTypeError(f"{text} is no file or folder: give PATH or PATH:SCALE")
     try:
         value = float(scale)

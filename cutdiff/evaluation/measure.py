@@ -52,7 +52,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         references = References.load(args.references, args.features, args.clip, device)
     else:
         score.scenes(args.num, caption_seed)
-    model = cutdiff.load(args.model, device=device, dtype=dtype_of(args.dtype, device))
+    model = cutdiff.load(args.model, device=device, dtype=dtype_of(args.dtype, device), variant=args.variant)
     if left := left_to_model({**own, **options}, model.preferred):
         cells, base = [replace(cell, settings=replace(cell.settings, **left)) for cell in cells], replace(base, **left)
     native = model.native_size * model.factor

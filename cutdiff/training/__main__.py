@@ -18,6 +18,7 @@ from cutdiff.checkpoint.read import read_json
 from cutdiff.cli.arguments import BadArgument, Parser, add_debug, number
 from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
+from cutdiff.cli.output import check_output
 from cutdiff.models.unet import UNet
 from cutdiff.output.images import save_json
 from cutdiff.sampling.noise import NoiseConfig
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
+    for flag in ("work", "out"):
+        check_output(f"--{flag}", getattr(args, flag))
     plan = {name: str(getattr(args, name)) for name in ("init", "vae", "whole_scenes", "num_scenes")}
     described = args.work / "plan.json"
     if described.exists() and read_json(described) != plan:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cutdiff.cli.arguments import number
+from cutdiff.files import json_lines
 from cutdiff.training.muon import Muon
 
 COUNT = number(1, 10**9)
@@ -61,8 +62,8 @@ def fit(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         average, start, seconds = state["average"], state["step"], state["seconds"]
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+        lines = json_lines(log) if log.exists() else []
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
 
     began = time.perf_counter() - seconds
     sums: dict[str, float] = {}
