@@ -28,6 +28,7 @@ import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.evaluation.score import scenes
 from cutdiff.evaluation.testbed import environment
+from cutdiff.models.config import Size
 from cutdiff.output.images import save_json
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import EULER_TERMINAL_ALPHA, NoiseConfig, noise_table
@@ -107,11 +108,11 @@ def sigmas_of(intervals: int) -> tuple[float, ...]:
 class StillDraws(OnePath):
     """Draws whose permutations and origins are the same in all steps as well."""
 
-    def permutation(self, step: int, *of: Any) -> Permutation:
-        return super().permutation(0, *of)
+    def permutation(self, step: int, grid: Size, shape: tuple[int, ...], grain: str) -> Permutation:
+        return super().permutation(0, grid, shape, grain)
 
-    def view_origins(self, step: int, *of: Any) -> Tensor:
-        return super().view_origins(0, *of)
+    def view_origins(self, step: int, size: Size, window: Size, stride: Size, jitter: Size) -> Tensor:
+        return super().view_origins(0, size, window, stride, jitter)
 
 
 def run(model: Model, variant: str, solver: str, intervals: int, args: argparse.Namespace) -> Tensor:
@@ -169,7 +170,7 @@ def slopes(errors: Mapping[str, list[float]], first: int = 0, draws: int = 2000)
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the order of the solvers.")
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"of {'; '.join(VARIANTS)} (all)")
-    parser.add_argument("--num", type=int, default=4, metavar="N", help="number of pictures (%(default)s)")
+    parser.add_argument("--num", type=int, default=2, metavar="N", help="number of pictures (%(default)s)")
     parser.add_argument("--height", type=int, default=128, help="in pixels (%(default)s)")
     parser.add_argument("--width", type=int, default=256, help="in pixels (%(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="(%(default)s, which is off)")

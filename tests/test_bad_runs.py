@@ -19,7 +19,7 @@ from cutdiff.cli.drawing import print_line, tell
 from cutdiff.parallel.lines import say
 from cutdiff.sample import main
 
-QUICK = ["--steps", "1", "--width", "128", "--height", "128", "--method", "direct"]
+QUICK = ["--steps", "1", "--width", "128", "--height", "128", "--method", "direct", "--guidance-scale", "4"]
 NAME = "direct-128x128-seed0"
 
 
