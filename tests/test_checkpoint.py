@@ -610,7 +610,7 @@ class TestConfigs:
     @pytest.mark.parametrize(
         ("name", "millions"), [("SSD-1B", 1331), ("Segmind-Vega", 745), ("KOALA-700M", 782), ("KOALA-1B", 1161)]
     )
-    def test_a_large_unet_has_the_weights_that_its_card_says(self, name: str, millions: int) -> None:
+    def test_a_large_unet_of_other_depths_has_the_weights_of_diffusers(self, name: str, millions: int) -> None:
         fields = {**public(unet_to_diffusers(replace(SDXL_UNET, layers_per_block=1))), **DEPTHS[name]}
         with torch.device("meta"):
             theirs, ours = UNet2DConditionModel(**fields), UNet(unet_config(fields))
