@@ -28,18 +28,20 @@ from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.conditioning import Prompts, encode_prompts
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
-from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.finite import explained
 from cutdiff.sampling.guidance import LinearGuidance
 from cutdiff.sampling.operators import check_backend
-from cutdiff.sampling.schedules import Schedule, make_schedule
+from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
 from cutdiff.settings import Settings
 from cutdiff.specs import name_of
 
 CPU_VIEW_BATCH = 16
 """The patches or views at once on a CPU where nobody says; more are not faster there."""
+SD15_CONTEXT = 768
+"""The width of the text that networks of SD 1.5 read."""
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2")
 """The options of a run that are texts for the encoders."""
 
@@ -225,8 +227,23 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
             raise ValueError(f"{name}={getattr(settings, name)!r} is for a second text encoder, which only SDXL has")
     if callable(check := getattr(settings.method, "check_native", None)):
         check(model.native_size)
-    schedule = make_schedule(settings.schedule, settings.solver, model.noise, settings.num_steps)
+    schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, model.noise, settings.num_steps)
+    if callable(check := getattr(settings.solver, "check_schedule", None)):
+        check(schedule)
     return settings.canvas_size(model.native_size, model.factor), schedule
+
+
+def _of_family(schedule: Any, model: Model) -> Any:
+    """The schedule, with the table of the model's family where it is one of tables and none was chosen."""
+    if not isinstance(schedule, AlignYourSteps) or schedule.table is not None:
+        return schedule
+    unet = model.unet.config
+    if not unet.pooled_dim and unet.context_dim != SD15_CONTEXT:
+        raise ValueError(
+            "schedule=align_your_steps has tables for SD 1.5 and SDXL, and this model is neither: "
+            "give table=sd15 or sdxl"
+        )
+    return replace(schedule, table="sdxl" if unet.pooled_dim else "sd15")
 
 
 def prepare(
@@ -302,7 +319,7 @@ def prepare(
     shape = (len(prompts), model.unet.config.in_channels, *(first.size or size))
     noise = run.draws.noise(shape).to(model.device, torch.float32)
     x, flags = noise * _init_scale(first, schedule), denoiser.work.flags
-    steps = solve(stages, x, schedule, settings.solver, run.draws.noise, flags)
+    steps = solve(stages, x, schedule, settings.solver, partial(solver_noise, run.draws), flags)
     steps = explained(steps, denoiser, model.why_not_finite)
     if observer is not None:
         steps = _observed(steps, observer)

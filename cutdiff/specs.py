@@ -41,13 +41,21 @@ SOLVERS = {
     "euler": "cutdiff.sampling.solvers:Euler",
     "ddim": "cutdiff.sampling.solvers:DDIM",
     "euler_ancestral": "cutdiff.sampling.solvers:EulerAncestral",
+    "heun": "cutdiff.sampling.solvers:Heun",
     "dpmpp_2m": "cutdiff.sampling.solvers:DPMpp2M",
+    "dpmpp_2m_sde": "cutdiff.sampling.solvers:DPMpp2MSDE",
+    "dpmpp_sde": "cutdiff.sampling.solvers:DPMppSDE",
+    "unipc": "cutdiff.sampling.solvers:UniPC",
+    "lcm": "cutdiff.sampling.solvers:LCM",
 }
 SCHEDULES = {
     "model": "cutdiff.sampling.schedules:ModelSchedule",
     "karras": "cutdiff.sampling.schedules:Karras",
     "exponential": "cutdiff.sampling.schedules:Exponential",
     "beta": "cutdiff.sampling.schedules:Beta",
+    "sgm_uniform": "cutdiff.sampling.schedules:SGMUniform",
+    "trailing": "cutdiff.sampling.schedules:Trailing",
+    "align_your_steps": "cutdiff.sampling.schedules:AlignYourSteps",
     "list": "cutdiff.sampling.schedules:Listed",
 }
 GUIDANCE = {

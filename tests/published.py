@@ -15,12 +15,18 @@ from diffusers.schedulers import (
     scheduling_edm_euler,
     scheduling_euler_ancestral_discrete,
     scheduling_euler_discrete,
+    scheduling_heun_discrete,
+    scheduling_lcm,
+    scheduling_unipc_multistep,
 )
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+from diffusers.schedulers.scheduling_lcm import LCMScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
 from cutdiff.sampling.edm import EDMConfig
@@ -33,6 +39,9 @@ MODULES = (
     scheduling_edm_euler,
     scheduling_dpmsolver_multistep,
     scheduling_euler_ancestral_discrete,
+    scheduling_heun_discrete,
+    scheduling_lcm,
+    scheduling_unipc_multistep,
 )
 
 
@@ -49,10 +58,33 @@ def published_edm(config: EDMConfig) -> EDMEulerScheduler:
     return EDMEulerScheduler(**asdict(config))
 
 
-def published_dpmpp_2m(config: NoiseConfig, schedule: Schedule) -> DPMSolverMultistepScheduler:
+def published_dpmpp_2m(
+    config: NoiseConfig, schedule: Schedule, kind: str = "dpmsolver++"
+) -> DPMSolverMultistepScheduler:
     """DPM-Solver++(2M) on the sigmas and timesteps of `schedule`: its own of equal names are other ones."""
-    options = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+    options = {"algorithm_type": kind, "solver_order": 2, "solver_type": "midpoint"}
     return _visiting(schedule, DPMSolverMultistepScheduler(**_shared_options(config), **options))
+
+
+def published_unipc(config: NoiseConfig, schedule: Schedule) -> UniPCMultistepScheduler:
+    """UniPC as it ships, on the sigmas and timesteps of `schedule`."""
+    return _visiting(schedule, UniPCMultistepScheduler(**_shared_options(config), final_sigmas_type="zero"))
+
+
+def published_lcm(config: NoiseConfig) -> LCMScheduler:
+    return LCMScheduler(**_shared_options(config), clip_sample=False)
+
+
+def published_heun(config: NoiseConfig, schedule: Schedule) -> HeunDiscreteScheduler:
+    """Heun's solver on the sigmas and timesteps of `schedule`, each but the first of which it reads twice."""
+    options = _shared_options(config)
+    del options["rescale_betas_zero_snr"]  # the only difference that makes are the sigmas, which are replaced
+    scheduler = _visiting(schedule, HeunDiscreteScheduler(**options))
+    first, *twice = scheduler.timesteps
+    scheduler.timesteps = torch.stack([first, *(t for t in twice for _ in range(2))])
+    first, *twice, last = scheduler.sigmas
+    scheduler.sigmas = torch.stack([first, *(sigma for sigma in twice for _ in range(2)), last])
+    return scheduler
 
 
 def published_ancestral(config: NoiseConfig, schedule: Schedule) -> EulerAncestralDiscreteScheduler:
@@ -70,13 +102,16 @@ def _visiting(schedule: Schedule, scheduler: Any) -> Any:
 
 @contextmanager
 def drawing(fresh: Tensor) -> Iterator[None]:
-    """Let the ancestral scheduler draw the rows of `fresh` one after another."""
+    """Let the schedulers with fresh noise draw the rows of `fresh` one after another."""
     rows = iter(fresh)
 
     def randn_tensor(*_: Any, dtype: torch.dtype, **__: Any) -> Tensor:
         return next(rows).to(dtype)
 
-    with patch.object(scheduling_euler_ancestral_discrete, "randn_tensor", randn_tensor):
+    modules = (scheduling_euler_ancestral_discrete, scheduling_dpmsolver_multistep, scheduling_lcm)
+    with ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(patch.object(module, "randn_tensor", randn_tensor))
         yield
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
@@ -33,7 +33,7 @@ from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import Operator, Patches
 from cutdiff.sampling.schedules import Schedule, euler_schedule
-from cutdiff.sampling.solvers import Noise, TakeStep, euler_step
+from cutdiff.sampling.solvers import Estimating, Noise, TakeStep, euler_step, finished
 from cutdiff.sampling.stages import Phase, Stage
 from cutdiff.settings import Settings
 from cutdiff.specs import METHODS, SOLVERS, options_of, resolve
@@ -75,6 +75,13 @@ class Taken(NamedTuple):
     i: int
     """Its number in the schedule that the solver was started on."""
     out: Tensor
+    further: tuple[Tensor, ...]
+    """The estimates that it asked for in the step after the first one."""
+
+    def again(self, take: TakeStep) -> Tensor:
+        """The state after the same step, taken by another function from the same estimates."""
+        further = iter(self.further)
+        return finished(take(self.x, self.denoised, self.i), lambda x, sigma: next(further))
 
 
 @dataclass
@@ -98,12 +105,25 @@ class Spy:
         take, start = self.solver.start(schedule, noise), Start(schedule, noise)
         self.starts.append(start)
 
-        def step(x: Tensor, denoised: Tensor, i: int) -> Tensor:
-            out = take(x, denoised, i)
-            start.taken.append(Taken(x.clone(), denoised.clone(), i, out.clone()))
+        def step(x: Tensor, denoised: Tensor, i: int) -> Estimating:
+            out, further = take(x, denoised, i), []
+            if isinstance(out, Generator):
+                out = yield from noted(out, further)
+            start.taken.append(Taken(x.clone(), denoised.clone(), i, out.clone(), tuple(further)))
             return out
 
         return step
+
+
+def noted(step: Estimating, further: list[Tensor]) -> Estimating:
+    """The same step, whose estimates are kept."""
+    try:
+        asked = next(step)
+        while True:
+            further.append((yield asked))
+            asked = step.send(further[-1])
+    except StopIteration as end:
+        return end.value
 
 
 class Begun(NamedTuple):
@@ -539,11 +559,16 @@ def test_a_process_that_has_drawn_much_draws_as_a_fresh_one(
 def fresh_noise(solver: Any, schedule: Schedule, i: int) -> float:
     """The noise that a solver adds in its step i, alone on a canvas of one pixel, where 1 is drawn."""
     pixel = torch.zeros(1, 1, 1, 1)
-    takes = [solver.start(schedule, lambda shape, _, one=one: torch.full(shape, one)) for one in (1.0, 0.0)]
-    return (takes[0](pixel, pixel, i) - takes[1](pixel, pixel, i)).item()
+    takes = [solver.start(schedule, lambda shape, *_, one=one: torch.full(shape, one)) for one in (1.0, 0.0)]
+    one, none = (finished(take(pixel, pixel, i), lambda x, sigma: pixel) for take in takes)
+    return (one - none).item()
 
 
-@pytest.mark.parametrize("solver", [spec for spec in NOISIEST if fresh_noise(resolve("solver", spec), THREE_STEPS, 1)])
+ADDING = [spec for spec in NOISIEST if fresh_noise(resolve("solver", spec), THREE_STEPS, 1) and spec[:9] != "dpmpp_sde"]
+"""The solvers that add noise, but the one whose second estimate sees some of it."""
+
+
+@pytest.mark.parametrize("solver", ADDING)
 @pytest.mark.parametrize("method", VARIANTS)
 def test_the_noise_of_a_step_is_drawn_once_on_the_canvas(tiny_model: Model, method: str, solver: str) -> None:
     """Without the noise of one step the canvas after it lacks that noise, as a pixel alone would, everywhere alike."""
@@ -615,4 +640,4 @@ def test_a_solver_takes_the_steps_of_each_canvas_alone(tiny_model: Model, solver
         pass
     for start in reversed(spy.starts):
         take = spy.solver.start(start.schedule, start.noise)
-        assert all(torch.equal(take(x, denoised, i), out) for x, denoised, i, out in start.taken)
+        assert all(torch.equal(one.again(take), one.out) for one in start.taken)

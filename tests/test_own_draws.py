@@ -34,6 +34,7 @@ def on_torus_shifts(run: Run) -> list[Stage]:
 
 METHODS = {
     "noise": "direct",
+    "second_noise": "direct",
     "phase_noise": "magnify",
     "permutation": "cutdiffusion",
     "view_origins": "multidiffusion",
@@ -46,6 +47,11 @@ METHODS = {
 """A method that asks for each draw."""
 
 
+def options_for(draw: str) -> dict[str, Any]:
+    """The options of a run that asks for a draw."""
+    return {"method": METHODS[draw], "solver": "dpmpp_sde" if draw == "second_noise" else "euler", **SIZE}
+
+
 def of(name: str, draw: Callable[..., Any]) -> Any:
     """Draws of two images, of which one is replaced."""
     return type("Own", (Draws,), {name: lambda self, *args: draw(getattr(Draws, name)(self, *args), *args)})((0, 1))
@@ -56,6 +62,7 @@ def larger(value: Tensor, *_: Any) -> Tensor:
 
 
 WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
+    "second noise of three images": ("second_noise", larger, r"draws\.second_noise gave \(3, 4, 16, 16\) .*where \(2,"),
     "noise of three images": ("noise", larger, r"draws\.noise gave \(3, 4, 16, 16\) .*where \(2, 4, 16, 16\) is ne"),
     "noise without images": ("noise", lambda x, *_: x[0], r"draws\.noise gave \(4, 16, 16\) .*where \(2, 4, 16, 16\)"),
     "noise that is none": ("noise", lambda *_: None, r"draws\.noise gave NoneType where \(2, 4, 16, 16\) is needed"),
@@ -144,7 +151,7 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
 def test_a_draw_of_another_shape_is_named(name: str, tiny_model: Model) -> None:
     draw, make, message = WRONG[name]
     with pytest.raises(ValueError, match=message) as error:
-        cutdiff.generate(tiny_model, ["a", "b"], method=METHODS[draw], draws=of(draw, make), **SIZE)
+        cutdiff.generate(tiny_model, ["a", "b"], draws=of(draw, make), **options_for(draw))
     assert "\n" not in str(error.value)
 
 
@@ -156,7 +163,7 @@ def test_the_same_draws_of_another_class_draw_the_same(draw: str, tiny_model: Mo
         asked.append(draw)
         return value
 
-    options = {"method": METHODS[draw], **SIZE}
+    options = options_for(draw)
     ours = cutdiff.generate(tiny_model, ["a", "b"], draws=of(draw, same), **options)
     assert torch.equal(ours.latents, cutdiff.generate(tiny_model, ["a", "b"], **options).latents)
     assert asked

@@ -29,7 +29,17 @@ from cutdiff.sampling.schedules import (
     euler_schedule,
     make_schedule,
 )
-from cutdiff.sampling.solvers import DDIM, DPMpp2M, Euler, EulerAncestral, Solver, euler_step, noise_scale, noisy_step
+from cutdiff.sampling.solvers import (
+    DDIM,
+    DPMpp2M,
+    Euler,
+    EulerAncestral,
+    Solver,
+    euler_step,
+    finished,
+    noise_scale,
+    noisy_step,
+)
 from cutdiff.sampling.stages import Phase, Stage, Step, solve
 from cutdiff.settings import Settings
 from cutdiff.specs import SOLVERS, resolve
@@ -77,7 +87,7 @@ def solve_ours(
     schedule = make_schedule(sigmas, solver, config, num_steps)
 
     def denoise(x: Tensor, sigma: float, i: int) -> Tensor:
-        return estimate(x, sigma, schedule.timesteps[i], config.prediction_type)
+        return estimate(x, sigma, schedule.timestep(sigma), config.prediction_type)
 
     stages = [Stage("all", range(num_steps), denoise)]
     return schedule, list(solve(stages, NOISE * schedule.init_scale, schedule, solver, lambda shape, i: fresh[i]))
@@ -355,9 +365,9 @@ def test_a_step_changes_none_of_its_arguments() -> None:
     x, denoised, noise = tensors
     schedule = make_schedule(resolve("schedule", [2.0, 1.0, 0.0]), Euler(), NoiseConfig(), 2)
     for solver in (*(resolve("solver", name) for name in SOLVERS), DDIM(0.7)):
-        take = solver.start(schedule, lambda shape, step: noise)
+        take = solver.start(schedule, lambda shape, step, part=0: noise)
         for i in range(2):
-            take(x, denoised, i)
+            finished(take(x, denoised, i), lambda x, sigma: denoised)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
@@ -377,15 +387,17 @@ def test_noise_is_asked_only_for_what_is_needed() -> None:
     """Neither a solver without fresh noise nor a step to sigma 0 draws any."""
     x, denoised = (tensor.float() for tensor in randn(0, 2))
     schedule = make_schedule(resolve("schedule", [2.0, 1.0, 0.0]), Euler(), NoiseConfig(), 2)
-    for solver in ("euler", "ddim", "dpmpp_2m", "euler_ancestral,eta=0"):
+    noisy = {"ddim,eta=0.5", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "lcm"}
+    quiet = {name for name in SOLVERS if name not in noisy}
+    for solver in quiet | {"euler_ancestral,eta=0", "dpmpp_2m_sde,eta=0", "dpmpp_sde,eta=0"}:
         take = resolve("solver", solver).start(schedule, no_noise)
         for i in range(2):
-            take(x, denoised, i)
-    for solver in ("ddim,eta=0.5", "euler_ancestral"):
+            finished(take(x, denoised, i), lambda x, sigma: denoised)
+    for solver in noisy:
         take = resolve("solver", solver).start(schedule, no_noise)
-        assert torch.equal(take(x, denoised, 1), denoised)
+        assert torch.equal(finished(take(x, denoised, 1), lambda x, sigma: x), denoised)
         with pytest.raises(AssertionError, match="was asked for"):
-            take(x, denoised, 0)
+            finished(take(x, denoised, 0), lambda x, sigma: denoised)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(sum), st.sampled_from([0.0, 0.5]))
@@ -464,17 +476,22 @@ def test_a_phase_begins_from_what_came_before_and_goes_through_the_schedule_agai
         )
 
     stages = [Stage("small", range(3), denoise), Phase(range(3, 6), (10, 6), begin)]
-    steps = list(solve(stages, NOISE, schedule, solver, lambda shape, i: torch.zeros(shape)))
+
+    def zeros(shape: tuple[int, ...], *_: int) -> Tensor:
+        return torch.zeros(shape)
+
+    steps = list(solve(stages, NOISE, schedule, solver, zeros))
 
     small, large = (2, 4, 5, 3), (2, 4, 10, 6)
-    assert seen == [(large if i >= 3 else small, schedule.sigmas[i % 3], i) for i in range(6)]
+    first = [call for k, call in enumerate(seen) if not k or call[2] != seen[k - 1][2]]
+    assert first == [(large if i >= 3 else small, schedule.sigmas[i % 3], i) for i in range(6)]
     assert [step.index for step in steps] == list(range(6))
     assert [step.stage for step in steps] == ["small"] * 3 + ["large"] * 3
     x = steps[2].latents.repeat(1, 1, 2, 2) + 1
-    take = solver.start(schedule, lambda shape, step: torch.zeros(shape))
+    take = solver.start(schedule, zeros)
     for i in range(3):
         x = x + schedule.sigmas[i]
-        x = take(x, 0.5 * x, i)
+        x = finished(take(x, 0.5 * x, i), lambda x, sigma: 0.5 * x)
         expected = x if i < 2 else x - steps[2].latents.repeat(1, 1, 2, 2)
         torch.testing.assert_close(steps[3 + i].latents, expected)
 
@@ -559,22 +576,29 @@ def test_dpmpp_2m_forgets_what_it_estimated_on_another_canvas(first: int) -> Non
 # ---- Fresh noise
 
 
+@pytest.mark.parametrize("solver", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "lcm"])
 @pytest.mark.parametrize("method", ["direct", "cutdiffusion", "multidiffusion", "magnify", "demofusion"])
-def test_ancestral_noise_is_drawn_on_the_canvas_once_a_step(tiny_model: Model, method: str) -> None:
-    """The last step of each canvas goes to sigma 0 and draws none."""
+def test_fresh_noise_is_drawn_on_the_canvas_once_a_step(tiny_model: Model, method: str, solver: str) -> None:
+    """The last step of each canvas goes to sigma 0 and draws none. One solver draws two that differ."""
     asked: list[tuple[tuple[int, ...], int | None]] = []
+    second: list[tuple[tuple[int, ...], int | None]] = []
 
     class Recorded(Draws):
         def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
             asked.append((shape, step))
             return super().noise(shape, step)
 
-    options = {"method": method, "solver": "euler_ancestral", "num_steps": 3, "height": 96, "width": 128}
+        def second_noise(self, shape: tuple[int, ...], step: int) -> Tensor:
+            second.append((shape, step))
+            return super().second_noise(shape, step)
+
+    options = {"method": method, "solver": solver, "num_steps": 3, "height": 96, "width": 128}
     prompts = ["a red house", "a blue tree"]
     steps = list(cutdiff.denoise(tiny_model, prompts, draws=Recorded((0, 1)), **options))
     canvases = [tuple(step.latents.shape) for step in steps]
     added = [(shape, step.index) for shape, step in zip(canvases, steps, strict=True) if step.index % 3 < 2]
     assert asked == [(canvases[0], None), *added]
+    assert second == (added if solver == "dpmpp_sde" else [])
     other = list(cutdiff.denoise(tiny_model, prompts, draws=Recorded((0, 2)), **options))[-1].latents
     torch.testing.assert_close(other[0], steps[-1].latents[0], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(other[1], steps[-1].latents[1], rtol=0.1)

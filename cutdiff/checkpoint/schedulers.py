@@ -17,8 +17,6 @@ from cutdiff.sampling.noise import NoiseConfig
 NOISE_FIXED: dict[str, Any] = {
     "trained_betas": None,
     "thresholding": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
     "use_flow_sigmas": False,
     "use_lu_lambdas": False,
     "use_dynamic_shifting": False,
@@ -39,6 +37,8 @@ NOISE_DEFAULTS: dict[str, Any] = {
     "timestep_spacing": "linspace",
     "steps_offset": 0,
     "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
     "rescale_betas_zero_snr": False,
     "set_alpha_to_one": True,
     "clip_sample": False,

@@ -93,13 +93,13 @@ class AccDiffusion(Cascade):
 
 @dataclass(frozen=True)
 class WordMaps:
-    """The first phase's legacy to those after it: a map (B, tokens, h, w) for every step."""
+    """The first phase's legacy to those after it: a map (B, tokens, h, w) for every step, of its first estimate."""
 
-    steps: list[Tensor] = field(default_factory=list)
+    steps: dict[int, Tensor] = field(default_factory=dict)
 
     def masks(self) -> Tensor:
         """A mask for each token, 1 where the picture shows it: (B, tokens, h, w)."""
-        return responsive(torch.stack(self.steps).mean(dim=0))
+        return responsive(torch.stack([*self.steps.values()]).mean(dim=0))
 
 
 def record(draw: Callable[[Run], CanvasDenoiser], run: Run, maps: WordMaps) -> CanvasDenoiser:
@@ -114,7 +114,7 @@ def record(draw: Callable[[Run], CanvasDenoiser], run: Run, maps: WordMaps) -> C
             denoised = denoise_whole(latents, sigma, step)
         copies = denoiser.copies_at(sigma, step)
         prompted = recorded.mean()[copies - 1 :: copies]  # (B, h·w, tokens)
-        maps.steps.append(prompted.mT.unflatten(2, (height, width)))
+        maps.steps.setdefault(step, prompted.mT.unflatten(2, (height, width)))
         return denoised
 
     return denoise

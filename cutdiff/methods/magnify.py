@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor
 
 from cutdiff.methods.shared import Run, Space, Stages, enlarge, fade, falling, phase_sizes, step_at, with_guidance_scale
@@ -132,15 +131,15 @@ class Magnify(Tiled):
 
         return denoise_towards
 
-    def towards_trajectory(self, run: Run, before: Trajectory, steps: range, denoise: CanvasDenoiser) -> CanvasDenoiser:
-        """Move the low band of the estimate of `denoise` to that of the estimate before, at the same sigma,
+    def towards_trajectory(self, run: Run, before: Trajectory, steps: range, denoise: Trajectory) -> CanvasDenoiser:
+        """Move the low band of each estimate of `denoise` to that of the same one before, of the same step and sigma,
         enlarged in latents, by a share of 1 at the first of `steps` that falls by equal parts."""
 
         split, share = resolve("split", self.hold_split or "butterworth"), falling(1.0, steps)
 
         def denoise_towards(x: Tensor, sigma: float, step: int) -> Tensor:
             denoised = denoise(x, sigma, step)
-            reference = resize(before.estimates[step % run.num_steps], run.size)
+            reference = resize(before.estimates[denoise.order(sigma, step)][step % run.num_steps], run.size)
             return denoised + share(sigma, step) * split.low(reference - denoised)
 
         return denoise_towards
@@ -164,18 +163,29 @@ class Climb(Magnify):
 
 
 class Trajectory:
-    """A canvas denoiser that keeps, if it is to, its estimates of x0 by the number of their step in the schedule."""
+    """A canvas denoiser that keeps, if it is to, its estimates of x0 by their order in a step and its number in the
+    schedule."""
 
     def __init__(self, denoise: CanvasDenoiser, num_steps: int, keeps: bool) -> None:
         self.denoise, self.num_steps, self.keeps = denoise, num_steps, keeps
-        self.estimates = torch.empty(0)
-        """The estimates of all steps of the schedule, (steps, B, C, H, W); those of steps that were not taken hold
-        nothing."""
+        self.estimates: list[Tensor] = []
+        """The first estimates of all steps of the schedule, (steps, B, C, H, W), then their second ones, and so on;
+        those that were not taken hold nothing."""
+        self.step, self.sigmas = -1, list[float]()
 
     def __call__(self, latents: Tensor, sigma: float, step: int) -> Tensor:
         estimate = self.denoise(latents, sigma, step)
         if self.keeps:
-            if not len(self.estimates):
-                self.estimates = estimate.new_empty(self.num_steps, *estimate.shape)
-            self.estimates[step % self.num_steps] = estimate
+            order = self.order(sigma, step)
+            if order == len(self.estimates):
+                self.estimates.append(estimate.new_empty(self.num_steps, *estimate.shape))
+            self.estimates[order][step % self.num_steps] = estimate
         return estimate
+
+    def order(self, sigma: float, step: int) -> int:
+        """The number, from 0 on, of the estimate at a sigma among those of the last step, which is this one."""
+        if step != self.step:
+            self.step, self.sigmas = step, []
+        if sigma not in self.sigmas:
+            self.sigmas.append(sigma)
+        return self.sigmas.index(sigma)

@@ -22,8 +22,8 @@ from cutdiff.settings import VERSION, Settings
 from cutdiff.sources import source_hash
 from cutdiff.specs import described_options
 
-LATER = ("up_transformer_layers", "guidance_dim")
-"""The fields of configurations that old records do not know, in which networks had the defaults."""
+LATER = ("up_transformer_layers", "guidance_dim", "use_exponential_sigmas", "use_beta_sigmas")
+"""The fields of configurations that old records do not know, in which models had the defaults."""
 NO_RECORD = (AttributeError, KeyError, TypeError)
 """The errors of `comparable`."""
 ROUNDING = ("view_batch_size", "backend", "compile", "cuda_graphs", "device")
@@ -65,7 +65,7 @@ def describe(
             "decided_by": model.decided_by,
         },
         **model.noise.described(),
-        "noise": {"class": type(model.noise).__name__, **vars(model.noise), "schedule": schedule.digest},
+        "noise": {"class": type(model.noise).__name__, **_shape(model.noise), "schedule": schedule.digest},
         "sources": sources_of(settings, draws) if sources is None else sources,
         "seed": seeds[0] if seeds else None,
         "draws": {"class": type(draws).__qualname__, "seeds": seeds} | added,
@@ -94,7 +94,7 @@ def sources_of(settings: Settings, draws: Draws) -> dict[str, str]:
 
 
 def _shape(config: Any) -> dict[str, Any]:
-    """The fields of a network's configuration, without those of `LATER` that have their defaults."""
+    """The fields of a configuration, without those of `LATER` that have their defaults."""
     shape = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
     return {name: value for name, (value, default) in shape.items() if name not in LATER or value != default}
 

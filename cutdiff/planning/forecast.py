@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import isgeneratorfunction
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -31,10 +32,11 @@ from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Prepared, prepare
 from cutdiff.planning.meter import Meter, Usage
 from cutdiff.sampling.denoiser import Denoiser, Inputs
-from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import Operator, items_of
-from cutdiff.sampling.stages import Phase, Size, Stage
+from cutdiff.sampling.solvers import TakeStep, finished
+from cutdiff.sampling.stages import Phase, Size, Stage, standing
 from cutdiff.settings import Settings
 
 T = TypeVar("T")
@@ -115,25 +117,37 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
     is counted by itself: it may be the one that reads the prompts.
     """
     denoiser, costs = run.denoiser, cast(dict[Hashable, Cost], {})
-    sigmas = stage.sigmas or run.schedule.sigmas[:-1]
+    schedule, first = standing(stage, run.schedule)
+    take = run.settings.solver.start(schedule, partial(solver_noise, run.draws))
     steps: list[Cost] = []
     known: set[Hashable] = set()
 
-    def cost(step: int, sigma: float) -> Cost:
-        before, state = Cost(), x
+    def cost(step: int, sigmas: list[float]) -> Cost:
+        total, state = Cost(), x
         if stage.before is not None:
-            state, before = _counted(run, meter, stage.before, x, sigma, step)
-        return _sum(before, _counted(run, meter, stage.denoise, state, sigma, step)[1])
+            state, total = _counted(run, meter, stage.before, x, sigmas[0], step)
+        for sigma in sigmas:
+            total = _sum(total, _counted(run, meter, stage.denoise, state, sigma, step)[1])
+        return total
 
     for step in stage.steps:
-        sigma = sigmas[(step - stage.steps.start) if stage.sigmas else step % run.schedule.num_steps]
-        kind = stage.cost and stage.cost(step), denoiser.guided(sigma), denoiser.copies_at(sigma, step)
+        sigmas = [schedule.sigmas[step - first], *_further(take, x, step - first)]
+        rows = tuple((denoiser.guided(sigma), denoiser.copies_at(sigma, step)) for sigma in sigmas)
+        kind = stage.cost and stage.cost(step), rows
         key = kind, kind in known
         known.add(kind)
         if key not in costs:
-            costs[key] = cost(step, sigma)
+            costs[key] = cost(step, sigmas)
         steps.append(costs[key])
     return steps
+
+
+def _further(take: TakeStep, x: Tensor, i: int) -> list[float]:
+    """The sigmas of the estimates that a solver asks for in step i, after the first one."""
+    sigmas: list[float] = []
+    if isgeneratorfunction(take):
+        finished(take(x, x, i), lambda x, sigma: sigmas.append(sigma) or x)
+    return sigmas
 
 
 def _counted(run: Prepared, meter: Meter, call: Callable[..., T], *args: Any) -> tuple[T, Cost]:
@@ -242,6 +256,9 @@ class SizedDraws(Draws):
     """Draws whose noise has a size but no values."""
 
     def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
+        return torch.empty(shape, device=self.device)
+
+    def second_noise(self, shape: tuple[int, ...], step: int) -> Tensor:
         return torch.empty(shape, device=self.device)
 
     def phase_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cutdiff.sampling.operators import Permutation, SeededPermutation, view_grid
 
-NOISE, ORIGINS, SHIFTS, PHASE_NOISE, ENCODER_NOISE, TORUS_SHIFTS, BLURS = 1, 2, 3, 4, 5, 6, 7
+NOISE, ORIGINS, SHIFTS, PHASE_NOISE, ENCODER_NOISE, TORUS_SHIFTS, BLURS, SECOND_NOISE = 1, 2, 3, 4, 5, 6, 7, 8
 """The purposes of streams of random numbers: no two of them share numbers of a seed."""
 LAYER_STEPS = 1 << 20
 """The steps between the origins of one layer and those of the next."""
@@ -37,6 +37,10 @@ class Draws:
         """Standard normal noise (B, C, H, W) in canvas layout: the initial noise, or that which a solver adds at
         `step`. A phase that diffuses its start takes `phase_noise`."""
         return self._normal(shape, NOISE, 0 if step is None else 1 + step)
+
+    def second_noise(self, shape: tuple[int, ...], step: int) -> Tensor:
+        """Standard normal noise (B, C, H, W) for a solver that adds noise twice at `step`."""
+        return self._normal(shape, SECOND_NOISE, 1 + step)
 
     def phase_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
         """Standard normal noise (B, C, H, W) that a phase of a cascade, counted from 1, diffuses its start with."""
@@ -116,6 +120,11 @@ class Draws:
         return torch.from_numpy(np.stack(images)).to(self.device)
 
 
+def solver_noise(draws: Draws, shape: tuple[int, ...], step: int, part: int = 0) -> Tensor:
+    """The noise (B, C, H, W) that a solver adds at `step`, the first time or, as `part` 1, the second."""
+    return draws.second_noise(shape, step) if part else draws.noise(shape, step)
+
+
 def checked(draws: Any, num_images: int) -> Draws:
     """The same draws, of any class; ValueError, which names the draw, where one has not the shape that a run needs."""
     return cast(Draws, _Checked(draws, num_images))
@@ -130,6 +139,9 @@ class _Checked:
 
     def noise(self, shape: tuple[int, ...], step: int | None = None) -> Tensor:
         return _shaped("noise", self.draws.noise(shape, step), shape)
+
+    def second_noise(self, shape: tuple[int, ...], step: int) -> Tensor:
+        return _shaped("second_noise", self.draws.second_noise(shape, step), shape)
 
     def phase_noise(self, shape: tuple[int, ...], phase: int) -> Tensor:
         return _shaped("phase_noise", self.draws.phase_noise(shape, phase), shape)

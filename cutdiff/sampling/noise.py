@@ -17,6 +17,8 @@ from cutdiff.settings import PREDICTION_TYPES, SPACINGS
 
 EULER_TERMINAL_ALPHA = 2.0**-24
 """Zero terminal SNR has an infinite sigma; Euler takes this alpha instead (sigma 4096), as the published one does."""
+SPREAD_BY = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""The fields that say by which rule sigmas lie between the first and the last."""
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 LEAST, MOST = 1e-6, 1e6
@@ -38,6 +40,10 @@ class NoiseConfig:
     steps_offset: int = 1
     use_karras_sigmas: bool = False
     """The model's own schedule has the sigmas of Karras et al. 2022, except with DDIM."""
+    use_exponential_sigmas: bool = False
+    """Likewise, even steps of log sigma."""
+    use_beta_sigmas: bool = False
+    """Likewise, the quantiles of a beta distribution (Lee et al. 2024)."""
     rescale_betas_zero_snr: bool = False
     set_alpha_to_one: bool = False
     """DDIM's last step goes to sigma 0; otherwise to the sigma of timestep 0."""
@@ -50,6 +56,8 @@ class NoiseConfig:
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+        if len(asked := [name for name in SPREAD_BY if getattr(self, name)]) > 1:
+            raise ValueError(f"{' and '.join(asked)} are both True, and sigmas are spread by one: keep one of them")
         for name in ("beta_start", "beta_end"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < 1:

@@ -5,7 +5,8 @@ of a run of them. The model's own is that of the published scheduler of the solv
 with one there step by step.
 
 Sources: Karras et al. 2022 (2206.00364), equation 5; the exponential one is k-diffusion's (it has no paper); Lee et al.
-2024 (2407.12173) for the one of a beta distribution.
+2024 (2407.12173) for the one of a beta distribution; Sabour et al. 2024 (2404.14507) for Align Your Steps; Lin et al.
+2023 (2305.08891), section 3.3, for steps that begin at the last timestep.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,8 +29,17 @@ from cutdiff.specs import name_of
 DDIM_TERMINAL_ALPHA = 2.0**-44
 """DDIM's own formula has no singularity there; with this alpha (sigma 4·10⁶) sigma space agrees to float32 rounding."""
 KARRAS_RHO = 7.0
+BETA_SHAPE = 0.6
 MAX_STEPS = 1000
 """The most steps on an EDM model: as many as models with timesteps have of them."""
+
+ALIGNED = {
+    "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+}
+"""The sigmas of ten steps, and the last one that was trained on, by which Align Your Steps is published."""
+DISTILLED_STEPS = 50
+"""The steps of the solver that consistency models were distilled from, as the published LCMScheduler has it."""
 
 
 @dataclass(frozen=True)
@@ -136,25 +146,73 @@ class Exponential(Options):
     """Even steps of sigma's logarithm between the model's own first and last sigma."""
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
-        high, low = np.log(_ends(model_noise, num_steps))
-        return [*np.exp(np.linspace(high, low, num_steps)).tolist(), 0.0]
+        return [*exponential_sigmas(*_ends(model_noise, num_steps), num_steps), 0.0]
 
 
 @dataclass(frozen=True)
 class Beta(Options):
     """Quantiles of a beta distribution, at even steps, between the model's own ends (Lee et al. 2024, 2407.12173)."""
 
-    alpha: Annotated[float, Between(1e-3, 1e3)] = 0.6
+    alpha: Annotated[float, Between(1e-3, 1e3)] = BETA_SHAPE
     """The distribution's first shape: below 1, many steps are near the first sigma."""
-    beta: Annotated[float, Between(1e-3, 1e3)] = 0.6
+    beta: Annotated[float, Between(1e-3, 1e3)] = BETA_SHAPE
     """The distribution's second shape: below 1, many steps are near the last sigma."""
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
-        from scipy.stats import beta
+        return [*beta_sigmas(*_ends(model_noise, num_steps), num_steps, self.alpha, self.beta), 0.0]
 
-        high, low = _ends(model_noise, num_steps)
-        shares = beta.ppf(1 - np.linspace(0, 1, num_steps), self.alpha, self.beta)
-        return [*(low + shares * (high - low)).tolist(), 0.0]
+
+@dataclass(frozen=True)
+class SGMUniform(Options):
+    """Even steps of the timestep from the training's last one, so that one more would be its first: `sgm_uniform` of
+    ComfyUI and A1111. Timesteps are not rounded, and log sigma is linear between whole ones.
+
+    It differs from `trailing` by less than a timestep. On EDM models its steps are even ones of log sigma.
+    """
+
+    def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
+        if isinstance(model_noise, EDMConfig):
+            low, high = np.log([model_noise.sigma_min, model_noise.sigma_max])
+            return [*np.exp(np.linspace(high, low, num_steps + 1)[:-1]).tolist(), 0.0]
+        logs = np.log(noise_table(model_noise, EULER_TERMINAL_ALPHA).sigmas)
+        timesteps = np.linspace(len(logs) - 1, 0, num_steps + 1)[:-1]
+        return [*np.exp(np.interp(timesteps, np.arange(len(logs)), logs)).tolist(), 0.0]
+
+
+@dataclass(frozen=True)
+class Trailing(Options):
+    """Even whole timesteps of which the first is the training's last (Lin et al. 2023): diffusers' spacing "trailing",
+    on a model whose own is another."""
+
+    def spaced(self, model_noise: AnyNoise) -> NoiseConfig:
+        """The model's noise with this spacing. ValueError where it has no timesteps."""
+        if isinstance(model_noise, EDMConfig):
+            raise ValueError("schedule=trailing goes by timesteps, which an EDM model has not: choose sgm_uniform")
+        return replace(model_noise, timestep_spacing="trailing", **dict.fromkeys(SPREADS, False))
+
+    def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
+        return euler_schedule(self.spaced(model_noise), num_steps).sigmas
+
+
+@dataclass(frozen=True)
+class AlignYourSteps(Options):
+    """The sigmas that were optimised for a family of models (Sabour et al. 2024), in ten steps as published, in any
+    other number interpolated in log sigma over all eleven numbers, of which the last is then 0, as ComfyUI does.
+
+    A1111 interpolates to num_steps numbers and adds the 0.
+    """
+
+    table: Literal["sd15", "sdxl"] | None = None
+    """The family whose table it is; None: the model's own."""
+
+    def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
+        if isinstance(model_noise, EDMConfig):
+            raise ValueError("schedule=align_your_steps has no table for EDM models: choose karras or sgm_uniform")
+        if self.table is None:
+            raise ValueError("schedule=align_your_steps needs a table: give table=sd15 or sdxl")
+        logs = np.log(ALIGNED[self.table])
+        places = np.linspace(0, len(logs) - 1, num_steps + 1)[:-1]
+        return [*np.exp(np.interp(places, np.arange(len(logs)), logs)).tolist(), 0.0]
 
 
 @dataclass(frozen=True)
@@ -178,6 +236,8 @@ def make_schedule(schedule: SigmaSchedule, solver: Any, noise: AnyNoise, num_ste
     if isinstance(schedule, ModelSchedule):
         return getattr(solver, "model_schedule", model_schedule)(noise, num_steps)
     _check_num_steps(noise, num_steps)
+    if isinstance(schedule, Trailing):
+        noise = schedule.spaced(noise)
     sigmas = [float(sigma) for sigma in schedule.sigmas(noise, num_steps)]
     name = name_of("schedule", schedule)
     if len(sigmas) != num_steps + 1:
@@ -205,8 +265,8 @@ def euler_schedule(config: NoiseConfig, num_steps: int) -> Schedule:
     table = noise_table(config, EULER_TERMINAL_ALPHA)
     timesteps = _spaced_timesteps(config, num_steps)
     sigmas = [table.sigma(t) for t in timesteps]
-    if config.use_karras_sigmas:
-        sigmas = karras_sigmas(sigmas[0], sigmas[-1], num_steps)
+    if spread := next((make for name, make in SPREADS.items() if getattr(config, name)), None):
+        sigmas = spread(sigmas[0], sigmas[-1], num_steps)
         timesteps = [table.timestep(s) for s in sigmas]
     return Schedule(tuple(timesteps), (*sigmas, 0.0), (*sigmas[1:], 0.0), _init_scale(config, sigmas), table)
 
@@ -220,6 +280,26 @@ def ddim_schedule(config: NoiseConfig, num_steps: int) -> Schedule:
     last = 0.0 if config.set_alpha_to_one else table.sigmas[0]
     targets = [table.sigma(t - stride) if t >= stride else last for t in timesteps]
     return Schedule(tuple(timesteps), (*sigmas, 0.0), tuple(targets), math.hypot(sigmas[0], 1), table)
+
+
+def lcm_model_schedule(noise: AnyNoise, num_steps: int) -> Schedule:
+    """The model's own sigmas, as the published LCMScheduler picks them; EDM models have one schedule for all."""
+    return edm_schedule(noise, num_steps) if isinstance(noise, EDMConfig) else lcm_schedule(noise, num_steps)
+
+
+def lcm_schedule(config: NoiseConfig, num_steps: int) -> Schedule:
+    """Sigmas and timesteps as the published LCMScheduler picks them, from the last of 50 even ones downwards."""
+    stride = config.num_train_timesteps // DISTILLED_STEPS
+    if not 1 <= num_steps <= DISTILLED_STEPS or not stride:
+        raise ValueError(
+            f"num_steps={num_steps} must be between 1 and the {DISTILLED_STEPS} of the {config.num_train_timesteps} "
+            "timesteps that solver=lcm picks from: give another number, or another schedule"
+        )
+    table = noise_table(config, DDIM_TERMINAL_ALPHA)
+    picked = np.floor(np.linspace(0, DISTILLED_STEPS, num_steps, endpoint=False))
+    timesteps = [float((DISTILLED_STEPS - k) * stride - 1) for k in picked]
+    sigmas = [*map(table.sigma, timesteps), 0.0]
+    return Schedule(tuple(timesteps), tuple(sigmas), tuple(sigmas[1:]), math.hypot(sigmas[0], 1), table)
 
 
 def edm_schedule(config: EDMConfig, num_steps: int) -> Schedule:
@@ -236,6 +316,29 @@ def karras_sigmas(high: float, low: float, num_steps: int, rho: float = KARRAS_R
     sigmas = [float(s) for s in (first + ramp * (last - first)) ** rho]
     sigmas[-1], sigmas[0] = low, high
     return sigmas
+
+
+def exponential_sigmas(high: float, low: float, num_steps: int) -> list[float]:
+    """Even steps of log sigma from `high` to `low`."""
+    return np.exp(np.linspace(math.log(high), math.log(low), num_steps)).tolist()
+
+
+def beta_sigmas(
+    high: float, low: float, num_steps: int, alpha: float = BETA_SHAPE, beta: float = BETA_SHAPE
+) -> list[float]:
+    """Quantiles of a beta distribution at even steps, from `high` to `low`."""
+    from scipy.stats import beta as distribution
+
+    shares = distribution.ppf(1 - np.linspace(0, 1, num_steps), alpha, beta)
+    return (low + shares * (high - low)).tolist()
+
+
+SPREADS = {
+    "use_karras_sigmas": karras_sigmas,
+    "use_exponential_sigmas": exponential_sigmas,
+    "use_beta_sigmas": beta_sigmas,
+}
+"""The sigmas between the first and the last one, by the field of a model's noise that asks for them."""
 
 
 def _visiting(sigmas: list[float], noise: Timesteps, init_scale: float) -> Schedule:

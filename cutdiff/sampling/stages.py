@@ -14,10 +14,11 @@ from torch import Tensor
 from cutdiff.models.config import Size
 from cutdiff.sampling.flags import Flags
 from cutdiff.sampling.schedules import Schedule
-from cutdiff.sampling.solvers import Noise, Solver, TakeStep
+from cutdiff.sampling.solvers import Noise, Solver, TakeStep, finished
 
 CanvasDenoiser = Callable[[Tensor, float, int], Tensor]
-"""(latents (B, C, H, W), sigma, step) -> the estimate of x0 (B, C, H, W)."""
+"""(latents (B, C, H, W), sigma, step) -> the estimate of x0 (B, C, H, W). A solver may ask for several in one step, at
+other sigmas than the step's own."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ class Step:
     index: int
     stage: str
     sigma: float
-    """The sigma at which the network was evaluated."""
+    """The sigma that the step was taken from."""
     latents: Tensor
     """The canvas after the step, (B, C, H, W), float32."""
     denoised: Tensor
-    """The estimate of x0 that the step was taken with, (B, C, H, W), float32."""
+    """The estimate of x0 at that sigma, (B, C, H, W), float32, the first one that the step was taken with."""
 
 
 class NotFinite(FloatingPointError):
@@ -164,9 +165,7 @@ def _steps(
             flags.end()
             x, stage = _begun(part, x, schedule.num_steps, is_last=part is stages[-1])
         assert isinstance(stage, Stage)
-        start, sigmas = stage.steps.start, stage.sigmas
-        first = start // schedule.num_steps * schedule.num_steps if sigmas is None else start
-        own = schedule if sigmas is None else schedule.visiting(sigmas, stage.targets)
+        own, first = standing(stage, schedule)
         if take is None or isinstance(part, Phase) or started != (own, first):
             take, started = solver.start(own, partial(_counted, noise, first)), (own, first)
         shape = x.shape
@@ -174,14 +173,29 @@ def _steps(
             sigma = own.sigmas[i - first]
             if stage.before is not None:
                 x = _of_shape(stage.before(x, sigma, i), shape, f"stage {stage.name}, before step {i},")
-            flags.begin(x.device)
-            denoised = _of_shape(stage.denoise(x, sigma, i), shape, f"stage {stage.name}")
-            flags.check(denoised, partial(_not_finite, stage, x, sigma, i))
-            x = _of_shape(take(x, denoised, i - first), shape, "the solver").to(denoised.dtype)
+            denoised = _estimate(stage, flags, i, shape, x, sigma)
+            taken = finished(take(x, denoised, i - first), partial(_estimate, stage, flags, i, shape))
+            x = _of_shape(taken, shape, "the solver").to(denoised.dtype)
             if stage.end is not None and i == stage.steps[-1]:
                 flags.end()
                 x = _of_shape(stage.end(x), shape, f"stage {stage.name} at its end")
             yield Step(i, stage.name, sigma, x, denoised)
+
+
+def standing(stage: Stage, schedule: Schedule) -> tuple[Schedule, int]:
+    """The schedule that the steps of a stage go through, and the number of the step that is its first."""
+    start, sigmas = stage.steps.start, stage.sigmas
+    if sigmas is None:
+        return schedule, start // schedule.num_steps * schedule.num_steps
+    return schedule.visiting(sigmas, stage.targets), start
+
+
+def _estimate(stage: Stage, flags: Flags, step: int, shape: tuple[int, ...], x: Tensor, sigma: float) -> Tensor:
+    """The stage's estimate of x0 for a state of that shape, which must be finite."""
+    flags.begin(_of_shape(x, shape, "the solver").device)
+    denoised = _of_shape(stage.denoise(x, sigma, step), shape, f"stage {stage.name}")
+    flags.check(denoised, partial(_not_finite, stage, x, sigma, step))
+    return denoised
 
 
 def _not_finite(stage: Stage, latents: Tensor, sigma: float, step: int) -> FloatingPointError:
@@ -215,6 +229,6 @@ def _of_shape(value: Tensor, shape: tuple[int, ...], giver: str) -> Tensor:
     return value
 
 
-def _counted(noise: Noise, first: int, shape: tuple[int, ...], step: int) -> Tensor:
+def _counted(noise: Noise, first: int, shape: tuple[int, ...], step: int, *part: int) -> Tensor:
     """The noise of a step that is counted from the first of a schedule, by its number in the run."""
-    return noise(shape, first + step)
+    return noise(shape, first + step, *part)
