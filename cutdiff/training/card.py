@@ -51,7 +51,7 @@ LORA_CARD = """# A LoRA of the embedded model for few steps without guidance
 1 to 8 steps of `--solver lcm` at `--guidance-scale 1`:
 
 ```
-python -m cutdiff.sample --lora {shown} --solver lcm --num-steps 4 --guidance-scale 1
+python -m cutdiff.sample --lora {shown} --solver lcm --steps 4 --guidance-scale 1
 ```
 
 It was made by `python -m cutdiff.training.consistency`, by consistency distillation (Luo et al. 2023, arXiv 2310.04378

@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, default, text in (
         ("num-scenes", 8192, "pictures to encode"),
-        ("steps", 1500, "steps of the training"),
+        ("steps", 900, "steps of the training"),
         ("batch", 32, "latents in each of them"),
         ("rank", 16, "rank of every weight's change"),
     ):
