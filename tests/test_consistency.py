@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,9 @@ def train(folder: Path, model: Path, steps: int) -> bytes:
 
 
 def test_the_loss_is_that_of_the_paper(tmp_path: Path, quick_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is computed here on the VP state, with DDIM's step and the boundary condition as the paper has them."""
-    model, batch = cutdiff.load(quick_folder), 8
+    """It is computed here on the VP state, with DDIM's step and the boundary condition as the paper has them, at every
+    place of the grid."""
+    model, batch = cutdiff.load(quick_folder), 50
     latents = encode_scenes(model.vae, 64, tmp_path, model.device)
     losses: list[Callable[[torch.Generator], dict[str, Tensor]]] = []
     monkeypatch.setattr(consistency, "fit", lambda _name, _module, loss, *_others: losses.append(loss))
@@ -50,7 +50,7 @@ def test_the_loss_is_that_of_the_paper(tmp_path: Path, quick_folder: Path, monke
     clean = latents.mean[index] + latents.std[index] * posterior
     kept = torch.rand(batch, 3, generator=generator) >= 0.1
     text = model.text.encode(world.captions(latents.choices[index], kept))
-    step = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * 50).long()
+    step = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * 50).long().clamp(max=49)
     upper = 20 * step + 19
     lower = (upper - 20).clamp(min=0)
     alphas = torch.tensor(alphas_cumprod(NoiseConfig())).float()
@@ -72,13 +72,13 @@ def test_the_loss_is_that_of_the_paper(tmp_path: Path, quick_folder: Path, monke
     x0, eps = predict(x, upper, 4.0)
     down = shares[lower].sqrt() * x0 + (1 - shares[lower]).sqrt() * eps
     error = estimate(x, upper) - estimate(down, lower)
-    torch.testing.assert_close(given.detach(), ((error**2 + 1e-6).sqrt() - 1e-3).mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(given.detach(), ((error**2 + 1e-6).sqrt() - 1e-3).mean(), rtol=1e-5, atol=0)
 
 
 def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
     tmp_path: Path, quick_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(consistency, "Plan", partial(Plan, checkpoint_every=2))
+    monkeypatch.setattr(consistency, "Plan", lambda *steps, **rates: Plan(*steps, **{**rates, "checkpoint_every": 2}))
     whole = train(tmp_path / "whole", quick_folder, 5)
     captions, calls = world.captions, []
 

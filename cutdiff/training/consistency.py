@@ -137,7 +137,15 @@ def distil(
         huber = (error.square() + HUBER**2).sqrt() - HUBER
         return {"loss": huber.mean(), "mse": error.detach().square().mean()}
 
-    plan = Plan(steps, learning_rate=1e-3, muon_learning_rate=None, warmup=20, ema_decay=0.99, log_every=min(50, steps))
+    plan = Plan(
+        steps,
+        learning_rate=1e-3,
+        muon_learning_rate=None,
+        warmup=20,
+        ema_decay=0.99,
+        checkpoint_every=50,
+        log_every=min(50, steps),
+    )
     fit("consistency", changes, loss, plan, folder, device)
     return changes
 
