@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from renders import scenes
 from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.sampling.noise import NoiseConfig, alphas_cumprod
 from cutdiff.scenes import world
+from cutdiff.scenes.read import read
 from cutdiff.training import consistency
 from cutdiff.training.fit import Plan
 from cutdiff.training.lora import LowRank, add_lora, save_lora
@@ -148,3 +150,14 @@ def test_the_embedded_lora_is_small_and_of_the_embedded_model(model: Model) -> N
     name = "unet/diffusion_pytorch_model.safetensors"
     assert f"{model.hashes[name]}  weights/scenes/{name}" in card
     cutdiff.load(loras=[(LORA, 1.0)])
+
+
+@pytest.mark.parametrize(("steps", "share"), [(4, 0.9), (2, 0.75)])
+def test_the_embedded_lora_draws_what_captions_name_in_few_steps(steps: int, share: float) -> None:
+    """Without the LoRA, two steps do so in about half of the pictures."""
+    model = cutdiff.load(loras=[(LORA, 1.0)])
+    choices = scenes(48, seed=500).choices
+    options: dict[str, Any] = {"method": "direct", "height": 128, "width": 128, "view_batch_size": 48}
+    options |= {"solver": "lcm", "num_steps": steps, "guidance_scale": 1.0}
+    images = cutdiff.generate(model, world.captions(choices), **options).images
+    assert read(images).matches(choices).float().mean() >= share
