@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from cutdiff import specs
-from cutdiff.cli.arguments import AUTO, DTYPES, MAX_PICTURES, BadArgument, Parser, add_debug, number
+from cutdiff.cli.arguments import AUTO, DTYPES, MAX_PICTURES, BadArgument, Parser, add_debug, flag_of, number
 from cutdiff.cli.ending import exit_status
+from cutdiff.cli.output import check_output
 from cutdiff.options import options_of, read
 from cutdiff.parallel.lines import write_line
 from cutdiff.settings import Settings
 
 OWN = ("method", "height", "width", "num_steps", "seed")
 """Options of a run that have arguments of their own here."""
+FLAGS = {"method": "--methods", "height": "--sizes", "width": "--sizes", "num_steps": "--steps"}
+"""The arguments of options that have another name here."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,10 +37,25 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> None:
     args = _parse(argv)
+    check_output("--out", args.out)
     from cutdiff.evaluation.measure import measure
 
     command = ["python", "-m", "cutdiff.evaluate", *(sys.argv[1:] if argv is None else argv)]
-    write_line(measure(args, command), sys.stdout)
+    try:
+        table = measure(args, command)
+    except ValueError as error:
+        raise BadArgument(_by_flag(str(error), args)) from error
+    write_line(table, sys.stdout)
+
+
+def _by_flag(message: str, args: argparse.Namespace) -> str:
+    """The message of an error, which names an option as this command line does."""
+    name, _, rest = message.partition("=")
+    if name in dict(args.set):
+        return f"--set {message}"
+    if name in FLAGS or name in vars(args):
+        return f"{FLAGS.get(name) or flag_of(name)} {rest}"
+    return f"--methods: {message}" if name.isidentifier() and rest else message
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -70,9 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", nargs="+", type=int, default=[256], metavar="PX", help="sides of square pictures")
     several = number(2, MAX_PICTURES)
     parser.add_argument("--num", type=several, default=200, metavar="N", help="pictures of each method and size")
-    parser.add_argument("--steps", type=int, default=defaults["num_steps"].default, metavar="N", help="of each phase")
+    steps = f"of each phase; none: the model's, or {defaults['num_steps'].default}"
+    parser.add_argument("--steps", type=int, metavar="N", help=steps)
     parser.add_argument(
-        "--guidance-scale", type=float, metavar="G", help="1 or less is off; none: the guidance's own, 7.5"
+        "--guidance-scale", type=float, metavar="G", help="1 or less is off; none: the model's, or the guidance's own"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture")
     parser.add_argument(
@@ -83,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     any_number = number(1, MAX_PICTURES)
     parser.add_argument("--batch", type=any_number, default=8, metavar="B", help="pictures drawn at once")
     parser.add_argument("--model", metavar="PATH", help="none: the embedded one")
+    parser.add_argument("--variant", metavar="NAME", help="variant of a folder's weights, as bf16; none: plain weights")
     parser.add_argument(
         "--dtype", default=AUTO, choices=(AUTO, *DTYPES),
         help="of the networks; auto is bfloat16 where the machine multiplies it in hardware, else float32",

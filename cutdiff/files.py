@@ -6,12 +6,17 @@ This module imports no torch.
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
+
+MAX_LOG = 1 << 28
+"""The most bytes of a log, of which a long run writes some megabytes."""
 
 
 @contextmanager
@@ -46,3 +51,27 @@ def contents(path: Path, most: int, remedy: str = "which are all that is read: g
         if size > most:
             raise ValueError(f"{path} has {size} bytes, more than {most}, {remedy}")
         return file.read(size)
+
+
+def json_of(path: Path, most: int = MAX_LOG) -> Any:
+    """The JSON value in a file that this package wrote. The errors are those of `contents`, and ValueError where the
+    file is no JSON."""
+    return _parsed(path, contents(path, most), "")
+
+
+def json_lines(path: Path, most: int = MAX_LOG) -> list[dict[str, Any]]:
+    """The JSON objects in a log, one on each line that has an end. The errors are those of `json_of`."""
+    lines = [
+        _parsed(path, line, f", line {number}")
+        for number, line in enumerate(contents(path, most).split(b"\n")[:-1], start=1)
+    ]
+    if any(not isinstance(line, dict) for line in lines):
+        raise ValueError(f"{path} is no log: a line of it is no JSON object: remove it")
+    return lines
+
+
+def _parsed(path: Path, text: bytes, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}{place} is damaged ({error}): remove it") from None

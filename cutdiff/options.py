@@ -25,6 +25,8 @@ _TOKEN = r"""(?:^|(?<=[=(\[{,:\s]))(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|."""
 """A text in quotes where a value may begin, or a single character."""
 _PARSING = Lock()
 """One thread parses at a time: in Python 3.11 one that is interrupted as it makes a tree may end with a SystemError."""
+LONGEST = 200
+"""The most characters of a value that an error shows."""
 MAX_FLOAT32 = 2.0**128 * (1 - 2**-24)
 """The largest number that tensors can be multiplied by."""
 
@@ -136,10 +138,19 @@ def words(kind: Any) -> str:
     return names.get(kind) or f"a {getattr(kind, '__name__', kind)}"
 
 
+def short(value: object) -> str:
+    """A value as an error shows it: the middle of a long one is left out, and of a huge number its length is told."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes integers of some thousand digits only
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
+
+
 def not_one_of(value: object, known: Iterable[object]) -> str:
     """An error's words for a name that is not known."""
     names = [*map(str, known)]
-    return f"{value!r} is not one of {', '.join(names)}{nearest(value, names)}"
+    return f"{short(value)} is not one of {', '.join(names)}{nearest(value, names)}"
 
 
 def nearest(value: object, known: Iterable[str]) -> str:
@@ -208,7 +219,7 @@ def _not_a(value: Any, kind: Any) -> str:
     literals = get_args(kind) if get_origin(kind) is Literal else ()
     if literals and isinstance(value, str):
         return not_one_of(value, literals)
-    return f"{value!r} must be {words(kind)}"
+    return f"{short(value)} must be {words(kind)}"
 
 
 def _fitted(value: Any, kind: Any) -> Any:

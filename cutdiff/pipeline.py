@@ -31,11 +31,12 @@ from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.finite import explained
-from cutdiff.sampling.guidance import LinearGuidance
+from cutdiff.sampling.guidance import Changing, LinearGuidance
 from cutdiff.sampling.operators import check_backend
 from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
+from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
-from cutdiff.settings import Settings
+from cutdiff.settings import Settings, left_to_model
 from cutdiff.specs import name_of
 
 CPU_VIEW_BATCH = 16
@@ -87,14 +88,15 @@ def denoise(
     observer: Observer | None = None,
     **options: Any,
 ) -> Iterator[Step]:
-    """Run step by step: yields a `Step` after each. Options are those of `Settings`, given as one or by name.
+    """Run step by step: yields a `Step` after each. Options are those of `Settings`, given as one or by name; without
+    `settings`, the model's own preferences take the place of defaults.
 
     A sequence of prompts makes one image each; `draws` replaces the draws that the seeds would make. Prompts of more
     than 75 tokens pad the shorter ones beside them with empty chunks, which these images show. `ranks` that share the
     work all call this with the same arguments, and get the same steps. `observer` hears of every step and every call of
     the network.
     """
-    return prepare(model, prompt, _with_options(settings, options), draws, ranks, observer).steps
+    return prepare(model, prompt, _with_options(model, settings, options), draws, ranks, observer).steps
 
 
 def generate(
@@ -114,7 +116,7 @@ def generate(
     Threads may draw with one model at the same time, but not beside one whose method changes the network: that one must
     have a model of its own.
     """
-    settings = _with_options(settings, options)
+    settings = _with_options(model, settings, options)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     prepared = prepare(model, prompt, settings, draws, ranks, observer)
@@ -144,9 +146,11 @@ def generate(
     return Result(images, latents, record)
 
 
-def _with_options(settings: Settings | None, options: dict[str, Any]) -> Settings:
-    """The settings with these options; the very same ones where there are none, whose sources stand as they were."""
-    settings = settings or Settings()
+def _with_options(model: Model, settings: Settings | None, options: dict[str, Any]) -> Settings:
+    """The settings with these options; the very same ones where there are none, whose sources stand as they were. Where
+    options alone are given, the model's preferences are taken for those that they leave open."""
+    if settings is None:
+        return Settings(**{**left_to_model(options, model.preferred), **options})
     return replace(settings, **options) if options else settings
 
 
@@ -279,14 +283,16 @@ def prepare(
     if model.unet.config.guidance_dim and not isinstance(settings.guidance, LinearGuidance):
         name = name_of("guidance", settings.guidance)
         raise ValueError(f"guidance={name} needs two estimates, and this model reads the scale itself: choose cfg")
-    begin = getattr(settings.guidance, "begin", None)
+    if isinstance(settings.guidance, Changing):
+        with settings.guidance.changed(model.unet):  # which says so where it cannot change this network
+            pass
     denoiser = make_denoiser(
         unet=model.unet,
         timestep=schedule.timestep,
         coefficients=model.noise.coefficients,
         positive=positive,
         negative=negative,
-        guidance=settings.guidance if begin is None else begin(schedule),
+        guidance=settings.guidance,
         guided=_guided(schedule, settings.guidance_interval),
         factor=model.factor,
         compiled=compiled(model.unet, cuda_graphs=settings.cuda_graphs) if settings.compile else None,
@@ -295,6 +301,12 @@ def prepare(
         backend=settings.backend,
         work=Work(first_view_batch_size(model, settings), observers=[] if observer is None else [observer]),
     )
+
+    def begin_guidance(schedule: Schedule) -> None:
+        own = schedule if isinstance(settings.solver, DDIM) else replace(schedule, targets=schedule.sigmas[1:])
+        denoiser.work.guidances.begin(own)
+
+    begin_guidance(schedule)
     run = Run(
         denoiser=denoiser,
         draws=checked_draws(draws, len(prompts)),
@@ -319,7 +331,8 @@ def prepare(
     shape = (len(prompts), model.unet.config.in_channels, *(first.size or size))
     noise = run.draws.noise(shape).to(model.device, torch.float32)
     x, flags = noise * _init_scale(first, schedule), denoiser.work.flags
-    steps = solve(stages, x, schedule, settings.solver, partial(solver_noise, run.draws), flags)
+    noise_of_step = partial(solver_noise, run.draws)
+    steps = solve(stages, x, schedule, settings.solver, noise_of_step, flags, begin_guidance)
     steps = explained(steps, denoiser, model.why_not_finite)
     if observer is not None:
         steps = _observed(steps, observer)

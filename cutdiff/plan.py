@@ -15,11 +15,21 @@ import math
 import sys
 from typing import Any
 
-from cutdiff.cli.arguments import DTYPES, BadArgument, Parser, add_debug, add_how, add_option, errors_by_flag, number
+from cutdiff.cli.arguments import (
+    DTYPES,
+    BadArgument,
+    Parser,
+    add_debug,
+    add_how,
+    add_option,
+    as_taken,
+    errors_by_flag,
+    number,
+)
 from cutdiff.cli.ending import exit_status
 from cutdiff.options import options_of
-from cutdiff.parallel.lines import write_line
-from cutdiff.settings import Settings
+from cutdiff.parallel.lines import say, write_line
+from cutdiff.settings import Settings, left_to_model
 
 TFLOPS = 790.0
 """The rate of a plain bfloat16 product of large matrices on an H200."""
@@ -50,10 +60,14 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
 
     settings = _settings(args)
     model = outline(args.model, args.dtype, args.config)
+    if left := left_to_model(args.options, model.preferred):
+        settings = Settings(**args.options, **left)
     with errors_by_flag():
         size = settings.canvas_size(model.native_size, model.factor)
         rank = walk(model, settings, args.devices, args.memory * 1e9)
         whole = rank if args.devices == 1 else walk(model, settings)
+    if left:
+        say(as_taken(left))
     decode = decoding(model, size)
     stages = []
     for stage, share in zip(whole.stages, rank.stages, strict=True):

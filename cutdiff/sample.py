@@ -8,19 +8,17 @@ that --help answers at once. Of several processes one says what concerns all of 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cutdiff.cli.arguments import BadArgument, of_flag, parse
+from cutdiff.cli.arguments import BadArgument, as_taken, of_flag, parse
 from cutdiff.cli.drawing import draw_all, leave_out, tell
 from cutdiff.cli.ending import Failure, exit_status
+from cutdiff.cli.output import check_output
 from cutdiff.cli.promptloras import take_loras
-from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests
+from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests, take_preferred
 from cutdiff.parallel import stopping
 from cutdiff.parallel.process import alike, num_processes, process
 
@@ -50,13 +48,16 @@ def _run(argv: list[str] | None) -> None:
             bad = sorted([*bad, *unnamed], key=lambda error: error.line)
             _leave_out(args, bad, everything=not requests)
             if launch.group.leads:
-                _check_output(args.out)
+                check_output("--out", args.out)
             model = _load(args)
             tell_dtype(args.dtype, model.device, model.dtype)
             _tell_model(model, everything=args.verbose)
+            requests, taken = take_preferred(model, args, requests)
             requests, unfit = check_fit(model, args, requests)
             _leave_out(args, unfit, everything=not requests)
             pictures = plan_pictures(model, args, requests)
+            if taken and process() == 0:
+                tell(as_taken(taken))
             if launch.group.leads:
                 from cutdiff.output.images import remove_parts
 
@@ -96,17 +97,6 @@ def _leave_out(args: argparse.Namespace, bad: list[BadLine], *, everything: bool
     for error in bad:
         if process() == 0:
             leave_out(args, error)
-
-
-def _check_output(folder: Path) -> None:
-    """Raise BadArgument where the output folder cannot be made or written to, before a long run."""
-    try:
-        place = next(path for path in (folder, *folder.parents) if path.is_symlink() or path.exists())
-        # The modes of a folder do not tell root, nor of a disk that is only read. A picture's file will be locked, too.
-        with tempfile.TemporaryFile(dir=place) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        raise BadArgument(f"--out {folder} cannot be written to ({error.strerror}): choose another folder") from None
 
 
 def _load(args: argparse.Namespace) -> Model:

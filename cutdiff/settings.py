@@ -5,11 +5,12 @@ This module imports no torch; what the objects need is imported where `Settings`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from cutdiff import specs
-from cutdiff.options import Count, Options, Share, options_of
+from cutdiff.options import Count, Options, Share, options_of, short
 from cutdiff.sources import source_hash
 from cutdiff.specs import TABLES
 
@@ -19,8 +20,34 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 Backend = Literal["auto", "triton", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+PREFERENCES = ("num_steps", "guidance_scale", "solver", "schedule")
+"""The options that a model may say a preference of."""
 MAX_SIDE = 32768
 """The longest side of a picture in pixels: its latents then take a quarter of a gigabyte, and its pixels 12."""
+
+
+def left_to_model(options: Mapping[str, Any], preferred: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a model's preferences that these options of a run leave open: a guidance scale where the guidance has
+    one, and neither its spec nor an object that is given says which."""
+    left = {name: value for name, value in preferred.items() if name not in options}
+    guidance = options.get("guidance", Settings.guidance)
+    if "guidance_scale" in left:
+        thing = specs.named("guidance", guidance)
+        in_spec = isinstance(guidance, str) and "guidance_scale" in specs.parse("guidance", guidance)[1]
+        if in_spec or not isinstance(thing, type) or "guidance_scale" not in options_of(thing):
+            del left["guidance_scale"]
+    return left
+
+
+def check_preferred(preferred: Mapping[str, Any]) -> None:
+    """ValueError where a model's preferences are none that a run can have. A solver and a schedule are names of what
+    ships, so that a model never names code of its own."""
+    for name, value in preferred.items():
+        if name not in PREFERENCES:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(PREFERENCES)}")
+        if name in TABLES and (not isinstance(value, str) or specs.parse(name, value)[0] not in TABLES[name]):
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(TABLES[name])}")
+    Settings(**preferred)
 
 
 @dataclass(frozen=True, init=False)
@@ -88,19 +115,20 @@ class Settings(Options):
         for name in ("height", "width"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIDE:
-                raise ValueError(f"{name}={value} must be a positive multiple of 8, at most {MAX_SIDE}")
+                raise ValueError(f"{name}={short(value)} must be a positive multiple of 8, at most {MAX_SIDE}")
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval={self.guidance_interval} must be two shares, 0 ≤ from ≤ to ≤ 1")
         if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed={self.seed} must lie in 0 … 2⁶⁴ − 1")
-        if self.compile and getattr(self.method, "changes_network", False):
-            raise ValueError(
-                f"compile={self.compile} is not for {self.method_name}, which changes the network on the way"
-            )
+            raise ValueError(f"seed={short(self.seed)} must lie in 0 … 2⁶⁴ − 1")
+        for kind in ("method", "guidance"):
+            if self.compile and getattr(thing := getattr(self, kind), "changes_network", False):
+                name = specs.name_of(kind, thing)
+                raise ValueError(f"compile={self.compile} is not for {name}, which changes the network on the way")
         if self.cuda_graphs and not self.compile:
             raise ValueError(f"cuda_graphs={self.cuda_graphs} goes with compile, and that is off: ask for both")
-        if callable(check := getattr(self.method, "check_settings", None)):
-            check(self)
+        for thing in (self.method, self.guidance):
+            if callable(check := getattr(thing, "check_settings", None)):
+                check(self)
 
     def described(self) -> dict[str, Any]:
         """All options as JSON can hold them: the four objects by their full specs."""

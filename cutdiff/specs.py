@@ -7,6 +7,7 @@ itself. This module imports no torch; what a table names is imported when it is 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -62,6 +63,9 @@ GUIDANCE = {
     "cfg": "cutdiff.sampling.guidance:CFG",
     "rescale": "cutdiff.sampling.guidance:Rescale",
     "by_band": "cutdiff.sampling.guidance:ByBand",
+    "apg": "cutdiff.sampling.projected:APG",
+    "cfg_plus_plus": "cutdiff.sampling.guidance:CFGPlusPlus",
+    "pag": "cutdiff.sampling.perturbed:PAG",
 }
 SPLITS = {
     "down_up": "cutdiff.sampling.split:DownUp",
@@ -276,7 +280,9 @@ def _valued(options: dict[str, Any], known: dict[str, Option]) -> dict[str, Any]
 
 def _fits(kind: str, thing: Any) -> bool:
     attribute = {"method": "stages", "solver": "start", "schedule": "sigmas", "split": "low"}.get(kind, "")
-    return callable(getattr(thing, attribute, None)) or (kind in ("method", "guidance", "upscaler") and callable(thing))
+    if callable(getattr(thing, attribute, None)) or (kind == "guidance" and callable(getattr(thing, "begin", None))):
+        return True
+    return kind in ("method", "guidance", "upscaler") and callable(thing) and not inspect.isbuiltin(thing)
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:

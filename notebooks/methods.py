@@ -24,10 +24,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PICTURE, metavar="PNG", help="(%(default)s)")
     out = parser.parse_args().out
     model = cutdiff.load()
-    native = cutdiff.generate(model, [PROMPT] * SEEDS, method="direct", height=128, width=128).images
+    options = {"guidance_scale": 7.5, "num_steps": 50}
+    native = cutdiff.generate(model, [PROMPT] * SEEDS, method="direct", height=128, width=128, **options).images
     rows = [F.interpolate(native, scale_factor=2, mode="nearest")]
     for method in METHODS:
-        rows.append(cutdiff.generate(model, [PROMPT] * SEEDS, method=method, height=256, width=256).images)
+        drawn = cutdiff.generate(model, [PROMPT] * SEEDS, method=method, height=256, width=256, **options)
+        rows.append(drawn.images)
     to_pil(tile(torch.stack(rows))).save(out, optimize=True)
 
 

@@ -73,7 +73,7 @@ FEW = {"solver": "lcm", "guidance_scale": 1.0}
 LORA = Path(__file__).parents[1] / "weights" / "scenes-lcm.safetensors"
 """The LoRA of study `few-steps`, whose results have a folder of their own."""
 SHARES = tuple(i / 10 for i in range(10))
-"""The shares of the steps that the details of study `entry` leave out: they begin at sigmas from 13 to 0.5."""
+"""The shares of the steps that the details of study `entry` leave out: they begin at sigmas from 8.4 to 0.04."""
 
 
 STUDIES: dict[str, list[Cell]] = {
@@ -98,7 +98,10 @@ STUDIES: dict[str, list[Cell]] = {
         *(cell("climb", guidance=guidance, detail_guidance_scale=4.0) for guidance in (CFG, BY_BAND)),
     ],
     "overlaps": [cell(method, overlaps="swap") for method in ("multidiffusion", "cutdiffusion", "climb")],
-    "entry": [cell("climb", structure_fraction=share) for share in SHARES],
+    "entry": [
+        *(cell("climb", structure_fraction=share) for share in SHARES),
+        *(cell("climb", hold="none", structure_fraction=share) for share in SHARES[:5]),
+    ],
     "fifty": [
         *(cell(method, size, num_steps=50) for size in (256, 512) for method in BEST),
         *(cell(size=size, num_steps=50, **MENDED) for size in (256, 512)),

@@ -24,7 +24,7 @@ class PublishedRun(NamedTuple):
     native: int
     num_steps: int
     arguments: dict[str, object]
-    """What the published pipeline was called with besides."""
+    """The other arguments of the published pipeline's call."""
 
 
 RUNS = {

@@ -51,8 +51,9 @@ def draw_all(model: Path, folder: Path) -> None:
         settings = Settings(height=64, width=64, num_steps=1)
         result = cutdiff.generate(overflowing, "a", settings, ranks=launch.group)
         results["overflow"] = result.images, result.record["decoded_in"]
-        for method in METHODS:
-            settings = Settings(method=method, height=128, width=96, num_steps=2)
+        for method in (*METHODS, "pag"):
+            own = {"guidance": "pag"} if method == "pag" else {"method": method}
+            settings = Settings(**own, height=128, width=96, num_steps=2)
             narrow = {"stride": 2, "detail": "views"}
             settings = replace(settings, **{name: value for name, value in narrow.items() if settings.has(name)})
             for items in VIEW_BATCHES:

@@ -1,5 +1,6 @@
-"""What runs of published codes and ours on the same tiny networks share: weights, text states and noise that no
-library's change of random streams can change, models of them, and the latents that the published codes ended in."""
+"""The parts that runs of published codes and ours share, on the same tiny networks: weights, text states and noise
+that no library's change of random streams can change, models of them, and the latents that the published codes
+ended in."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ VAE_CONFIG = replace(QUICK_VAE, latent_channels=CONFIG.in_channels)
 
 
 def published_latents(method: str, run: str) -> Tensor:
-    """What a run of the published code of a method ended in, from the file that lies beside this one."""
+    """The latents that a run of a method's published code ended in, from the file that lies beside this one."""
     with np.load(Path(__file__).with_name(f"published_{method}.npz")) as stored:
         return torch.from_numpy(stored[run])
 

@@ -140,12 +140,20 @@ FOLDERS: dict[str, tuple[str, bytes | None, str]] = {
     "broken configuration": ("vae/config.json", b"{", "vae/config.json is not JSON"),
     "list for a configuration": ("vae/config.json", b"[]", "vae/config.json holds a list where a JSON object belongs"),
     "deep configuration": ("unet/config.json", b'{"a":' * DEEP, "unet/config.json nests more than 64 levels"),
-    "1000 layers": ("unet/config.json", written("unet", layers_per_block=1000), "of unet asks for more than 5000 ten"),
-    "1000 transformers": (
-        "unet/config.json",
-        written("unet", transformer_layers_per_block=1000),
-        "the configuration of unet asks for more than 5000 tensors",
-    ),
+    **{
+        f"1000 {field} in {name}": (
+            f"{name}/config.json",
+            written(name, **{field: 1000}),
+            f"the configuration of {name} asks for more than {2 * num} tensors, and its file has {num}: take the conf",
+        )
+        for name, field, num in (
+            ("unet", "layers_per_block", 330),
+            ("unet", "transformer_layers_per_block", 330),
+            ("vae", "layers_per_block", 184),
+            ("text_encoder", "num_hidden_layers", 52),
+            ("text_encoder_2", "num_hidden_layers", 53),
+        )
+    },
     "key twice in a configuration": ("unet/config.json", b'{"a":1,"a":2}', "(the key 'a' stands twice)"),
     "pointer for a vocabulary": ("tokenizer/vocab.json", LFS, "tokenizer/vocab.json is a Git LFS pointer"),
     "deep tokenizer": ("tokenizer_2/tokenizer_config.json", b"[" * DEEP, "tokenizer_config.json nests more than 64"),

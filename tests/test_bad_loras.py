@@ -223,6 +223,13 @@ CONFIGS: dict[str, tuple[dict[str, object] | None, str]] = {
     "none": (None, "was written by PEFT, which keeps alpha in adapter_config.json, and {beside} does not exist: put"),
     "without alpha": ({"r": 4}, "{beside} has no lora_alpha and no alpha, so no strength: take the adapter's own"),
     "alpha NaN": ({"lora_alpha": NAN}, "{beside} has lora_alpha=nan: nan is no finite number"),
+    **{
+        f"of kind {kind}": (
+            {"peft_type": kind, "r": 2},
+            f"{{beside}} has peft_type={kind!r}, which is not supported, only LORA, LOHA, LOKR: let PEFT merge it into",
+        )
+        for kind in ("OFT", "IA3", "VERA", "ADALORA")
+    },
     "rank 0": ({"alpha": 8, "r": 0, "peft_type": "LOKR"}, "{beside} has r=0: a rank is at least 1"),
     "ranks by something else": (
         {"alpha": 8, "r": 2, "peft_type": "LOKR", "rank_pattern": {"conv[": 4}},
@@ -275,6 +282,7 @@ def test_argument(name: str, expected: str, tmp_path: Path, command_line: Comman
 FOLDERS: dict[str, tuple[list[str], str]] = {
     "empty": ([], "pass the folder of an adapter, or a file"),
     "files of other names": (["b.safetensors", "a.safetensors"], "name one of its files, a.safetensors, b.safetensors"),
+    "an adapter in a folder": (["unet/adapter_model.safetensors"], "name one of its files, unet/adapter_model.safeten"),
     "pickled": (["adapter_model.bin"], "it has pickled files, which could run code as they are opened: convert them"),
 }
 
@@ -284,6 +292,7 @@ def test_folder(name: str, tmp_path: Path, command_line: CommandLine) -> None:
     files, expected = FOLDERS[name]
     (tmp_path / "style").mkdir()
     for file in files:
+        (tmp_path / "style" / file).parent.mkdir(exist_ok=True)
         (tmp_path / "style" / file).write_bytes(b"")
     path = tmp_path / "style"
     line = command_line.refuses(["--lora", f"{path}:0.5"], 1, expected)

@@ -81,7 +81,7 @@ def test_what_was_planned_is_what_is_measured(
 
 
 def test_all_are_counted_once_and_then_draw_in_turns(drawn: list[tuple[str, int | None, bool]]) -> None:
-    """What is timed is not slowed by the counting."""
+    """The counting does not slow the runs that are timed."""
     assert command.main([*SMALLEST, "--methods", "direct", "multidiffusion"]) == 0
     turn = [(method, batch) for method in ("direct", "multidiffusion") for batch in (1, None)]
     assert drawn == [(*run, counted) for counted in (True, False, False) for run in turn]

@@ -50,7 +50,7 @@ def test_equal_scales_are_plain_guidance_to_the_bit(u: Tensor, scale: float) -> 
 
 @pytest.mark.parametrize("wavelet", [Wavelet("db4"), Wavelet("sym4")])
 def test_hiwave_takes_ll_from_the_estimate_with_the_prompt(wavelet: Wavelet) -> None:
-    """In the bands themselves: LL of the conditional estimate, the others guided."""
+    """The bands themselves are compared: LL is of the conditional estimate, and the others are guided."""
     generator = torch.Generator().manual_seed(0)
     c, u = (torch.randn(2, 4, 13, 18, generator=generator, dtype=torch.float64) for _ in range(2))
     ll, *details = (v + 7.5 * (w - v) for w, v in zip(wavelet.bands(c), wavelet.bands(u), strict=True))

@@ -56,33 +56,39 @@ from cutdiff.checkpoint.families import SDXL
 from cutdiff.checkpoint.files import LISTED
 from cutdiff.checkpoint.infer import infer_blueprint, infer_unet
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
+from cutdiff.checkpoint.load import load_outline
 from cutdiff.checkpoint.model import sha256
 from cutdiff.checkpoint.schedulers import NOISE_DEFAULTS, SCHEDULERS, noise_config, noise_to_diffusers
 from cutdiff.checkpoint.single import split
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.noise import NoiseConfig
+from cutdiff.sampling.noise import SPREAD_BY, NoiseConfig
 
 CPU = torch.device("cpu")
-UP, MID = "reverse_transformer_layers_per_block", "mid_block_type"
+DOWN, UP, MID = "transformer_layers_per_block", "reverse_transformer_layers_per_block", "mid_block_type"
 DEPTHS: dict[str, dict[str, Any]] = {
-    "SSD-1B": {
-        "transformer_layers_per_block": [0, [1], [2]],
-        UP: [[1, 3], [2, 1], 1],
-        MID: "UNetMidBlock2D",
+    "SSD-1B": {"layers_per_block": 2, DOWN: [0, [2, 2], [4, 4]], UP: [[4, 4, 10], [2, 1, 1], 0], MID: "UNetMidBlock2D"},
+    "Segmind-Vega": {"layers_per_block": 2, DOWN: [0, 1, 2], UP: [2, [1, 1, 1], 0], MID: "UNetMidBlock2D"},
+    "KOALA-700M": {DOWN: [0, 2, 5], MID: None},
+    "KOALA-1B": {DOWN: [0, 2, 6], MID: "UNetMidBlock2DCrossAttn"},
+    "other depths within a level": {
+        "layers_per_block": 2,
+        DOWN: [0, [1, 2], [3, 2]],
+        UP: [[1, 3, 2], [2, 1, 1], 1],
+        MID: "UNetMidBlock2DCrossAttn",
     },
-    "Segmind-Vega": {"transformer_layers_per_block": [0, 1, 2], UP: [2, [1, 1], 0], MID: "UNetMidBlock2D"},
-    "KOALA": {"transformer_layers_per_block": [0, 2, 3], MID: "UNetMidBlock2DCrossAttn"},
+    "other depths on the way down only": {"layers_per_block": 2, DOWN: [1, [1, 3], 2], UP: [2, 1, 1]},
     "no attention in the last level": {
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-        "transformer_layers_per_block": [1, 2, 0],
+        DOWN: [1, [2], 0],
         UP: [0, [1, 2], 1],
         MID: "UNetMidBlock2D",
     },
 }
-"""Fields of U-Nets with other numbers of transformer blocks than SDXL's rule gives."""
+"""Fields of U-Nets with other numbers of transformer blocks than SDXL's rule gives. Those that have a name have the
+depths by which ComfyUI's `model_detection` knows them."""
 
 
 def another(value: Any) -> Any:
@@ -424,11 +430,11 @@ class TestWrongParts:
             ("tokenizer/tokenizer_config.json", "model_max_length", 9, "different lengths, 9 and 16"),
             ("unet/config.json", "act_fn", "gelu", "unet/config.json: act_fn='gelu' is not supported"),
             ("unet/config.json", "layers_per_block", 10**7, "layers_per_block=10000000 is not supported"),
-            ("unet/config.json", "layers_per_block", 1000, "of unet asks for more than 5000 tensors, which no"),
-            ("unet/config.json", "transformer_layers_per_block", 1000, "of unet asks for more than 5000 tensors"),
-            ("vae/config.json", "layers_per_block", 1000, "the configuration of vae asks for more than 5000 tensors"),
-            ("text_encoder/config.json", "num_hidden_layers", 1000, "of text_encoder asks for more than 5000 tensors"),
-            ("text_encoder_2/config.json", "num_hidden_layers", 999, "of text_encoder_2 asks for more than 5000"),
+            ("unet/config.json", "layers_per_block", 1000, "of unet asks for more than "),
+            ("unet/config.json", "transformer_layers_per_block", 1000, "of unet asks for more than "),
+            ("vae/config.json", "layers_per_block", 1000, "the configuration of vae asks for more than "),
+            ("text_encoder/config.json", "num_hidden_layers", 1000, "of text_encoder asks for more than "),
+            ("text_encoder_2/config.json", "num_hidden_layers", 999, "of text_encoder_2 asks for more than "),
             ("unet/config.json", "norm_num_groups", 0, "unet/config.json: norm_num_groups=0 is not supported"),
             ("unet/config.json", "attention_head_dim", 0, "unet/config.json: attention_head_dim=0 is not supported"),
             ("unet/config.json", "block_out_channels", [32] * 17, "block_out_channels=.* a list of 1 to 16"),
@@ -594,9 +600,43 @@ class TestConfigs:
         read = infer_unet(original, 64, replace(SDXL, num_heads=1), "epsilon")
         assert read == replace(config, native_size=read.native_size, num_heads=(1, 1, 1))
 
+    @pytest.mark.parametrize(
+        "value", [[[1], [1, 2], [2]], [1, [], 2], [1, [0], 2], [1, ["1"], 2], [1, [[1]], 2], [1, 1]]
+    )
+    def test_depths_within_a_level_that_do_not_fit(self, value: list[Any]) -> None:
+        with pytest.raises(ValueError, match=rf"^{DOWN}=.* is not supported"):
+            unet_config(unet_to_diffusers(UNET) | {DOWN: value, UP: [1, 1, 1]})
+
+    @pytest.mark.parametrize(
+        ("name", "millions"), [("SSD-1B", 1331), ("Segmind-Vega", 745), ("KOALA-700M", 782), ("KOALA-1B", 1161)]
+    )
+    def test_a_large_unet_has_the_weights_that_its_card_says(self, name: str, millions: int) -> None:
+        fields = {**public(unet_to_diffusers(replace(SDXL_UNET, layers_per_block=1))), **DEPTHS[name]}
+        with torch.device("meta"):
+            theirs, ours = UNet2DConditionModel(**fields), UNet(unet_config(fields))
+        assert shapes(ours) == shapes(theirs)
+        assert sum(shape.numel() for shape in shapes(ours).values()) // 10**6 == millions
+
+    def test_a_configuration_without_weights_is_bounded(self, copy: Path) -> None:
+        edit_json(copy / "unet/config.json", layers_per_block=1000)
+        with pytest.raises(ValueError, match="unet asks for more than 5000 tensors, which no model of these"):
+            load_outline(copy, dtype=torch.float32)
+
     def test_unet_with_two_depths_cannot_be_saved(self) -> None:
         with pytest.raises(ValueError, match="mid_transformer_layers=5 must equal"):
             unet_to_diffusers(replace(UNET, mid_transformer_layers=5))
+
+    @pytest.mark.parametrize(
+        ("down", "up", "message"),
+        [
+            ((0, (1,), 2), None, "needs up_transformer_layers"),
+            ((0, (1, 1), 2), ((0, 0), (1, 1), (2, 2)), "must have one number for level 1, or 1,"),
+            ((0, 1, 2), ((0, 0), (1, 0), (2, 2)), "must have 2 numbers for level 1"),
+        ],
+    )
+    def test_depths_that_are_no_unets(self, down: Any, up: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            replace(UNET, transformer_layers=down, up_transformer_layers=up)
 
     def test_num_attention_heads_overrides(self) -> None:
         fields = unet_to_diffusers(UNET) | {"num_attention_heads": [2, 4, 8]}
@@ -614,12 +654,8 @@ class TestConfigs:
             ("cross_attention_dim", [1, 2, 1]),
             ("only_cross_attention", [True, False, False]),
             ("attention_head_dim", [1, 2]),
-            ("transformer_layers_per_block", [1, [1, 2], 3]),
-            ("transformer_layers_per_block", [1, [], 3]),
-            ("reverse_transformer_layers_per_block", 2),
-            ("reverse_transformer_layers_per_block", [1, [1, 2, 3], 1]),
-            ("reverse_transformer_layers_per_block", [1, 0, 1]),
-            ("mid_block_type", None),
+            *((DOWN, value) for value in (None, True, "1", [1, 2], [1, [1], 3], [1, 0, 3], [1, 2, []], [1, 2, "3"])),
+            *((UP, value) for value in (2, [1, 2], [1, [1, 2, 3], 1], [1, 0, 1])),
             ("time_cond_proj_dim", 7),
             ("time_cond_proj_dim", 2),
             ("time_cond_proj_dim", "many"),
@@ -659,8 +695,7 @@ class TestConfigs:
             ("_class_name", "FlowMatchEulerDiscreteScheduler"),
             ("trained_betas", [0.1, 0.2]),
             ("thresholding", True),
-            ("use_exponential_sigmas", True),
-            ("use_beta_sigmas", True),
+            ("use_lu_lambdas", True),
             ("final_sigmas_type", "sigma_min"),
             ("interpolation_type", "log_linear"),
             ("timestep_type", "continuous"),
@@ -670,6 +705,12 @@ class TestConfigs:
     def test_unsupported_scheduler_field(self, field: str, value: object) -> None:
         with pytest.raises(ValueError, match=rf"^{field}=.* is not supported"):
             noise_config(noise_to_diffusers(NOISE) | {field: value})
+
+    @pytest.mark.parametrize("names", [SPREAD_BY[:2], SPREAD_BY[1:], SPREAD_BY])
+    def test_sigmas_are_spread_by_one_rule(self, names: tuple[str, ...]) -> None:
+        fields = noise_to_diffusers(NoiseConfig()) | dict.fromkeys(names, True)
+        with pytest.raises(ValueError, match=f"^{' and '.join(names)} are True, and sigmas are spread by one rule"):
+            noise_config(fields)
 
     def test_sample_prediction(self) -> None:
         with pytest.raises(ValueError, match="prediction_type='sample'"):
@@ -684,7 +725,8 @@ class TestConfigs:
             noise_config({"_class_name": "DDIMScheduler"})
 
     def test_noise_round_trip(self) -> None:
-        for noise in (NoiseConfig(), NOISE, NoiseConfig(use_karras_sigmas=True, beta_schedule="linear")):
+        spread = [NoiseConfig(**{name: True}, beta_schedule="linear") for name in SPREAD_BY]
+        for noise in (NoiseConfig(), NOISE, *spread):
             assert noise_config(json.loads(json.dumps(noise_to_diffusers(noise)))) == noise
 
     @pytest.mark.parametrize("name", [*SCHEDULERS])

@@ -69,7 +69,7 @@ def test_pictures_that_were_drawn_otherwise_are_not_mixed_in(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sizes", "250"], "height=250"),
+        (["--sizes", "250"], "--sizes 250 must"),
         (["--set", "interaction=some"], "interaction='some'"),
         (["--set", "steps=3"], "steps='3' is no option of method direct (none), solver euler (none)"),
         (["--set", "steps"], "'steps' is not NAME=VALUE"),
@@ -79,7 +79,7 @@ def test_pictures_that_were_drawn_otherwise_are_not_mixed_in(
         (["--num", "1"], "argument --num: 1 must be a whole number in 2 … 100000"),
         (["--batch", "0"], "argument --batch: 0 must be a whole number in 1 … 100000"),
         (["--set", "height=256"], "'height=256': height has an argument of its own here (see --help)"),
-        (["--caption-seed", "2000"], "caption_seed=2000"),
+        (["--caption-seed", "2000"], "--caption-seed 2000"),
         (["--device", "nowhere"], "--device nowhere is not available"),
         (["--model", "nowhere"], "nowhere"),
         (["--methods", "cutdifusion"], "did you mean 'cutdiffusion'? (see --help)"),

@@ -73,7 +73,7 @@ class TestRealFiles:
         parts = split(tensors, family)
         blueprint = infer_blueprint(parts, family, NoiseConfig())
         assert (blueprint.unet, blueprint.vae) == (unet, vae)
-        built = empty_networks(blueprint)
+        built = empty_networks(blueprint, parts)
         for name, part in convert(parts, built).items():
             expected = shapes(built.named()[name])
             found = {key: tensor.shape for key, tensor in part.items() if key in expected or not is_harmless(key)}

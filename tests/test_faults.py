@@ -28,10 +28,11 @@ from cutdiff.models.config import VAEConfig
 from cutdiff.models.layers import TextContext
 from cutdiff.models.vae import VAE
 from cutdiff.pipeline import prepare
-from cutdiff.sampling.denoiser import Call, Denoiser, Observer, Rows
+from cutdiff.sampling.denoiser import Call, Denoiser, Observer
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import Operator, Patches
+from cutdiff.sampling.rows import Rows
 from cutdiff.sampling.schedules import Schedule, euler_schedule
 from cutdiff.sampling.solvers import Estimating, Noise, TakeStep, euler_step, finished
 from cutdiff.sampling.stages import Phase, Stage
@@ -509,7 +510,7 @@ def loaded(quick_folder: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def fresh(quick_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What each method draws with that model in a process that has drawn nothing else."""
+    """The picture that each method draws with that model in a process that has drawn nothing else."""
     out = tmp_path_factory.mktemp("fresh")
     code = FRESH.format(prompt=PROMPT, options=REFERENCE)
     command = [sys.executable, "-c", code, str(torch.get_num_threads()), str(quick_folder), str(out), *VARIANTS]

@@ -321,7 +321,7 @@ def test_low_frequencies_are_local_and_high_ones_of_the_whole() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(128, 128), (96, 200), (8, 80)])
 def test_windows_are_native_and_move_by_half_and_an_eighth(tiny_model: Model, height: int, width: int) -> None:
-    """At 1.5 times the native size too, where the published code takes the whole picture for a window."""
+    """This holds at 1.5 times the native size too, where the published code takes the whole picture for a window."""
     asked: dict[Any, set[Any]] = {}
 
     class Spy(Draws):

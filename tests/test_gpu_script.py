@@ -210,7 +210,7 @@ def where(path: Path) -> Where:
 
 
 def test_a_wrong_kernel_is_named_and_the_others_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the interpreter and at a small native size, where one kernel is given another scale."""
+    """The kernels run under the interpreter and at a small native size, and one of them is given another scale."""
     for name, value in (("SIZES", (256,)), ("WINDOW", 16), ("STRIDE", 8)):
         monkeypatch.setattr(operators, name, value)
     kernels = operators.Inputs.kernels
@@ -272,7 +272,7 @@ def test_a_variant_that_fails_does_not_keep_others_from_being_timed(
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # as every cache, so that a first call compiles
 def test_blocks_and_the_whole_are_compiled_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As dynamo captures them, whatever a backend makes of that."""
+    """They are compiled as dynamo captures them, whatever a backend makes of that."""
     torch.compiler.reset()
     monkeypatch.setattr("cutdiff.models.compiled.BACKEND", "aot_eager")
     monkeypatch.setattr("torch._inductor.config.force_disable_caches", False)

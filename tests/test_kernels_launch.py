@@ -1,4 +1,4 @@
-"""What launches compile: the same for every step, and ahead of time what a launch would compile."""
+"""Launches compile the same for every step, and can be compiled for ahead of time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def steps(device: str) -> Iterator[None]:
 
 
 def test_a_new_step_compiles_nothing() -> None:
-    """What Triton keeps a compiled kernel under is the same for every step."""
+    """Triton keeps a compiled kernel under a key that is the same for every step."""
     result = run("""
 import json
 from cutdiff_kernels.compile import TARGETS, recorded

@@ -1,4 +1,4 @@
-"""What the kernels do at their edges: masks, ties, the order of copies, and addresses past 2³¹ elements.
+"""The kernels are right at their edges: masks, ties, the order of copies, and addresses past 2³¹ elements.
 
 The same checks fail, by an assertion and not by a crash, for the kernels' own code with one error in it.
 """

@@ -19,7 +19,7 @@ from cutdiff.checkpoint.random_model import random_model
 from cutdiff.models.inside import replaced
 from cutdiff.models.layers import TextContext
 from cutdiff.planning.forecast import SizedDraws, sized
-from cutdiff.sampling import denoiser, flags, operators
+from cutdiff.sampling import flags, operators, rows
 from cutdiff.sampling.flags import Flags
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.schedules import euler_schedule
@@ -130,7 +130,7 @@ def test_the_text_of_a_small_call_is_gathered_once(
     row_bytes = tiny_model.unet.read(torch.zeros(1, 77, tiny_model.unet.config.context_dim)).row_bytes
     latents, gathers = [], []
     for most in (0, 8, 1000):
-        monkeypatch.setattr(denoiser, "GATHERED_BYTES", most * row_bytes)
+        monkeypatch.setattr(rows, "GATHERED_BYTES", most * row_bytes)
         with Indexed() as indexed:
             *_, last = cutdiff.denoise(tiny_model, prompts, **options)
         latents.append(last.latents)
@@ -190,7 +190,7 @@ def test_text_that_memory_does_not_hold_halves_the_batch(tiny_model: Model, monk
 
 
 def test_a_kernel_tells_of_the_step_that_is_not_finite(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Triton's interpreter; the flag is that of the kernel, which nobody asks a second time."""
+    """Triton's interpreter runs it; the flag is that of the kernel, which nobody asks a second time."""
     unet, calls = tiny_model.unet, []
 
     def forward(x: Tensor, *conditions: Tensor) -> Tensor:

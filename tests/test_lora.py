@@ -33,13 +33,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import Tiny, assert_bit_equal, networks, random_model, tiny_text
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from cutdiff.checkpoint import LoraError, load
 from cutdiff.checkpoint.build import Networks
 from cutdiff.checkpoint.families import SD15
 from cutdiff.checkpoint.keys import unet_keys
 from cutdiff.checkpoint.lora import merge
-from cutdiff.checkpoint.lora.file import read_lora
+from cutdiff.checkpoint.lora.file import ENCODERS, read_lora
 from cutdiff.checkpoint.lora.names import Target, flat, split_key, targets
 from cutdiff.checkpoint.model import MergedLora, Model, sha256
 from cutdiff.models.config import SD15_UNET, SDXL_UNET, SDXL_VAE
@@ -333,6 +334,38 @@ class TestAgainstDiffusers:
         theirs = adapted.merge_and_unload().state_dict()
         for key, weight in model.unet.state_dict().items():
             assert_near(weight, theirs[key])
+
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of PEFT 0.21
+    @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
+    def test_a_text_encoder_alone_in_a_folder(self, tiny: Tiny, folder: Path, tmp_path: Path, name: str) -> None:
+        kind = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
+        config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "fc1"], alpha_pattern={"fc1": 2})
+        adapted: Any = get_peft_model(kind.from_pretrained(folder / name), config)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        adapted.save_pretrained(tmp_path)
+        theirs = {**networks(tiny), name: adapted.merge_and_unload()}
+        for network, ours in networks(load(folder, loras=[(tmp_path, 1.0)])).items():
+            for key, weight in theirs[network].state_dict().items():
+                assert_near(ours.state_dict()[key], weight)
+
+    @pytest.mark.parametrize("kind", ["CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", None])
+    def test_a_text_encoder_alone_that_fits_both(self, tmp_path: Path, kind: str | None) -> None:
+        prefix = "base_model.model.text_model.layer"
+        factors = {f"{prefix}.lora_A.weight": torch.ones(1, 2), f"{prefix}.lora_B.weight": torch.ones(2, 1)}
+        save_file(factors, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps({"lora_alpha": 2, "auto_mapping": kind and {"base_model_class": kind}})
+        )
+        encoders = [Target(name, "text_model.layer.weight", torch.Size((2, 2))) for name in ENCODERS.values()]
+        table = {f"{target.network}_text_model_layer": target for target in encoders}
+        if kind in ENCODERS:
+            (target,) = read_lora(tmp_path / "adapter_model.safetensors", table, 0).changes
+            assert target.network == ENCODERS[kind]
+        else:
+            with pytest.raises(LoraError, match="fits both text encoders, and no auto_mapping of its adapter_config"):
+                read_lora(tmp_path / "adapter_model.safetensors", table, 0)
 
 
 @pytest.fixture

@@ -100,17 +100,20 @@ def test_a_solver_a_guidance_and_a_schedule(draw: Callable[..., tuple[str, dict[
 
 
 SAMPLERS = {
-    ("euler", "model"): "Euler",
-    ("euler", "karras"): "Euler Karras",
-    ("euler_ancestral", "model"): "Euler a",
-    ("euler_ancestral", "exponential"): "Euler a Exponential",
-    ("ddim", "model"): "DDIM",
-    ("dpmpp_2m", "model"): "DPM++ 2M",
-    ("dpmpp_2m", "karras,rho=6"): "DPM++ 2M Karras",
-    ("dpmpp_2m", "beta"): "DPM++ 2M Beta",
-    ("dpmpp_2m", "2,1,0"): "DPM++ 2M",
-    ("dpmpp_2m", "mine:Even"): "DPM++ 2M",
-    ("mine:Halfway", "karras"): "Halfway",
+    ("euler", "model"): ("Euler", None),
+    ("euler", "karras"): ("Euler", "Karras"),
+    ("euler_ancestral", "exponential"): ("Euler a", "Exponential"),
+    ("ddim", "model"): ("DDIM", None),
+    ("heun", "sgm_uniform"): ("Heun", "SGM Uniform"),
+    ("dpmpp_2m", "karras,rho=6"): ("DPM++ 2M", "Karras"),
+    ("dpmpp_2m", "beta"): ("DPM++ 2M", "Beta"),
+    ("dpmpp_2m", "2,1,0"): ("DPM++ 2M", None),
+    ("dpmpp_2m", "mine:Even"): ("DPM++ 2M", None),
+    ("dpmpp_2m_sde", "model"): ("DPM++ 2M SDE", None),
+    ("dpmpp_sde", "align_your_steps,table=sdxl"): ("DPM++ SDE", "Align Your Steps"),
+    ("unipc", "trailing"): ("UniPC", "SGM Uniform"),
+    ("lcm", "model"): ("LCM", None),
+    ("mine:Halfway", "karras"): ("Halfway", "Karras"),
 }
 """A1111's names of solvers and schedules."""
 
@@ -120,7 +123,9 @@ def test_samplers_have_the_names_of_a1111(
     solver: str, schedule: str, draw: Callable[..., tuple[str, dict[str, Any]]]
 ) -> None:
     text, record = draw("--solver", solver, "--schedule", schedule, "--method", "direct")
-    assert f"Steps: 2, Sampler: {SAMPLERS[solver, schedule]}, CFG scale: 7.5, " in text
+    sampler, kind = SAMPLERS[solver, schedule]
+    type_of = "" if kind is None else f"Schedule type: {kind}, "
+    assert f"Steps: 2, Sampler: {sampler}, {type_of}CFG scale: 7.5, " in text
     if ":" not in solver + schedule:
         assert specs.resolve("solver", record["solver"]) == specs.resolve("solver", solver)
         assert specs.resolve("schedule", record["schedule"]) == specs.resolve("schedule", schedule)

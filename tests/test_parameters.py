@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,6 +15,9 @@ from test_own_objects import record_of
 from cutdiff.checkpoint.locate import name_of
 from cutdiff.output.parameters import parameters_text
 from cutdiff.sample import main
+from cutdiff.sampling.edm import AnyNoise, EDMConfig
+from cutdiff.sampling.noise import NoiseConfig
+from cutdiff.specs import SCHEDULES, SOLVERS
 
 NAMES = {
     "models/stable-diffusion-xl-base-1.0": "stable-diffusion-xl-base-1.0",
@@ -68,8 +72,8 @@ def test_a_name_that_is_no_text() -> None:
     assert "Model: caf\\udce9," in parameters_text(record)
 
 
-def read_back(text: str, folder: Path) -> dict[str, object]:
-    """What sd-parsers reads from a picture with this text."""
+def read_back(text: str, folder: Path) -> dict[str, Any]:
+    """The values that sd-parsers reads from a picture with this text."""
     path = folder / "text.png"
     info = PngInfo()
     info.add_text("parameters", text)
@@ -77,8 +81,8 @@ def read_back(text: str, folder: Path) -> dict[str, object]:
     return parsed(path)
 
 
-def parsed(path: Path) -> dict[str, object]:
-    """What sd-parsers reads from a picture."""
+def parsed(path: Path) -> dict[str, Any]:
+    """The values that sd-parsers reads from a picture."""
     info = ParserManager().parse(path)
     assert info is not None
     (sampler,) = info.samplers
@@ -103,7 +107,64 @@ def test_a_picture_that_was_drawn(quick_folder: Path, tmp_path: Path, capsys: py
     assert parsed(path) == {
         "prompts": ["a (red:1.2) tent, at night"],
         "negative": ["a moon, été"],
-        "sampler": ("DPM++ 2M Karras", {"cfg_scale": "7.5", "seed": "7", "steps": "2"}),
+        "sampler": ("DPM++ 2M", {"cfg_scale": "7.5", "scheduler": "Karras", "seed": "7", "steps": "2"}),
         "model": ("my-model-1.0", hashes["unet/diffusion_pytorch_model.safetensors"][:10]),
         "size": "64x64",
     }
+
+
+# A1111's names, as the lists of its samplers and schedulers have them (modules/sd_samplers_*.py, sd_schedulers.py)
+NAMES_OF_SOLVERS = {
+    "euler": "Euler",
+    "ddim": "DDIM",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
+NAMES_OF_SCHEDULES = {
+    "model": None,
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+    "sgm_uniform": "SGM Uniform",
+    "trailing": "SGM Uniform",
+    "align_your_steps": "Align Your Steps",
+    "list,values=(2,1,0)": None,
+}
+NAMES_OF_MODELS: list[tuple[AnyNoise, str | None]] = [
+    (NoiseConfig(), None),
+    (NoiseConfig(timestep_spacing="trailing"), "SGM Uniform"),
+    (NoiseConfig(timestep_spacing="linspace"), "Uniform"),
+    (NoiseConfig(use_karras_sigmas=True), "Karras"),
+    (NoiseConfig(use_exponential_sigmas=True, timestep_spacing="trailing"), "Exponential"),
+    (NoiseConfig(use_beta_sigmas=True), "Beta"),
+    (EDMConfig(), "Karras"),
+    (EDMConfig(sigma_schedule="exponential"), "Exponential"),
+]
+"""The names of the own schedules of models."""
+
+
+def sampler_of(tmp_path: Path, solver: str, schedule: str, noise: AnyNoise) -> tuple[object, object]:
+    """The sampler and the schedule that sd-parsers reads."""
+    text = parameters_text(record_of(solver=solver, schedule=schedule, noise=vars(noise)))
+    name, options = read_back(text, tmp_path)["sampler"]
+    return name, options.get("scheduler")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_and_schedule_is_read_back_by_the_name_of_a1111(solver: str, tmp_path: Path) -> None:
+    assert {schedule.partition(",")[0] for schedule in NAMES_OF_SCHEDULES} == {*SCHEDULES}
+    for schedule, name in NAMES_OF_SCHEDULES.items():
+        assert sampler_of(tmp_path, solver, schedule, NoiseConfig()) == (NAMES_OF_SOLVERS[solver], name)
+
+
+@pytest.mark.parametrize(("noise", "name"), NAMES_OF_MODELS)
+def test_a_models_own_schedule_has_the_name_of_its_spacing(noise: AnyNoise, name: str | None, tmp_path: Path) -> None:
+    for solver in ("euler", "unipc"):
+        assert sampler_of(tmp_path, solver, "model", noise)[1] == name
+    for solver in ("ddim", "lcm"):
+        assert sampler_of(tmp_path, solver, "model", noise) == (NAMES_OF_SOLVERS[solver], None)

@@ -22,7 +22,7 @@ from cutdiff.plan import main
 from cutdiff.planning.forecast import decoding, outline, sized, walk, weight_bytes
 from cutdiff.planning.meter import Meter
 from cutdiff.settings import Settings
-from cutdiff.specs import METHODS
+from cutdiff.specs import METHODS, SOLVERS
 
 UNET = replace(
     QUICK_UNET, channels=(16, 32, 32), transformer_layers=(0, 1, 3), mid_transformer_layers=2, num_heads=(2, 4, 4)
@@ -91,6 +91,28 @@ def test_evaluations_are_those_of_a_run_with_prompts(options: dict[str, Any], ti
     record = cutdiff.generate(tiny_model, "a red house at night", settings).record
     planned = walk(sizes_of(tiny_model), settings)
     assert sum(stage.total.evaluations for stage in planned.stages) == record["network_evaluations"]
+
+
+@pytest.mark.parametrize(
+    ("method", "solver"),
+    [
+        *(("direct", name) for name in SOLVERS),
+        ("cutdiffusion", "heun"),
+        ("magnify,hold=trajectory", "heun"),
+        ("frecas", "dpmpp_sde"),
+    ],
+)
+def test_every_solver_evaluates_the_network_as_often_as_planned(tiny_model: Model, method: str, solver: str) -> None:
+    """Those too that take two estimates in a step, of which the guidance may be on for one alone."""
+    options = {"method": method, "solver": solver, "num_steps": 5, "height": 128, "width": 96}
+    for more in ({}, {"guidance_interval": (0.2, 0.6)}):
+        settings = Settings(**options, **more)
+        record = cutdiff.generate(tiny_model, "a red house", settings).record
+        planned = sum(stage.total.evaluations for stage in walk(sizes_of(tiny_model), settings).stages)
+        assert planned == record["network_evaluations"]
+    twice = {"heun", "dpmpp_sde"}
+    if method == "direct":
+        assert record["network_evaluations"] == {True: 4 + 5 + 2 + 2, False: 2 + 5}[solver in twice]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
-from cutdiff.models.editing import schedule, terms, texts
+from cutdiff.models.editing import described, schedule, terms, texts
 from cutdiff.models.prompts import named_loras, parse_weights
 from cutdiff.pipeline import prepare
 from cutdiff.sampling.denoiser import Call, Observer
@@ -130,6 +130,7 @@ LONG: dict[str, Callable[[int], str]] = {
     "brackets": lambda n: "(" * n,
     "square brackets": lambda n: "[" * (n // 2) + "]" * (n // 2),
     "edits": lambda n: "[a:" * (n // 6) + "b:2]" * (n // 6),
+    "alternatives": lambda n: "[a|b]" * (n // 5),
 }
 
 
@@ -137,10 +138,11 @@ LONG: dict[str, Callable[[int], str]] = {
 def test_a_long_prompt_is_read_in_linear_time(name: str) -> None:
     """A quadratic reading of a megabyte takes hours."""
     prompt, began = LONG[name](MEGABYTE), time.process_time()
+    described(prompt, 50)
     for text, _ in terms(named_loras(prompt)[0]):
-        for part in {*texts(text, 2)}:
+        for part in {*texts(text, 50)}:
             parse_weights(part)
-    assert time.process_time() - began < 60
+    assert time.process_time() - began < 20, "an idle core takes 1 to 3 s"
 
 
 # ---- What a run reads
@@ -228,7 +230,7 @@ def test_pictures_of_a_batch_may_have_other_numbers_of_terms(tiny_model: Model) 
 
 @pytest.mark.parametrize("method", ["cutdiffusion", "demofusion", "magnify", "frecas", "scalecrafter", "freescale"])
 def test_a_sum_of_one_prompt_with_itself_is_that_prompt(tiny_model: Model, method: str) -> None:
-    """In every method, whatever the number of items at once; the guidance of both halves is that of the whole."""
+    """This holds for any number of items at once; the guidance of both halves is that of the whole."""
     options = {"method": method, "num_steps": 3, "seed": 5, **SIZE}
     plain = cutdiff.generate(tiny_model, "a red tent", **options)
     for view_batch_size in (None, 1):

@@ -392,6 +392,12 @@ SIZE = {"width": 136, "height": 128}
         ("a tent --guidance-interval 0.2 1", "a tent", {"guidance_interval": (0.2, 1.0)}),
         ('a tent --sampler_name "Euler a"', "a tent", {"solver": "euler_ancestral"}),
         ("a tent --sampler_name DPM++ 2M Karras", "a tent", {"solver": "dpmpp_2m", "schedule": "karras"}),
+        (
+            "a tent --sampler_name dpm++ 2m sde exponential",
+            "a tent",
+            {"solver": "dpmpp_2m_sde", "schedule": "exponential"},
+        ),
+        ("a tent --sampler_name Euler SGM Uniform", "a tent", {"solver": "euler", "schedule": "sgm_uniform"}),
         ("a tent --method magnify,structure_fraction=0.4", "a tent", {"method": "magnify,structure_fraction=0.4"}),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a program passes to `load` and `generate`, and what torch takes where nothing is said."""
+"""The arguments that a program passes to `load` and `generate`, and torch's defaults for what it does not pass."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "bytes for a text": ({"prompt_2": b"x"}, "prompt_2=b'x' must be a text or None"),
     "number for a backend": ({"backend": 3}, "backend=3 must be one of auto, triton, reference"),
     "number for a method": ({"method": 3}, "method=3 must be a dataclass with `stages(run)`"),
+    "digits for a seed": ({"seed": 10**5000}, "seed=a number of thousands of digits must lie in 0 … 2⁶⁴ − 1"),
+    "digits for a size": ({"height": 10**5000}, "height=a number of thousands of digits must be a positive multiple"),
+    "digits for a scale": ({"guidance_scale": 10**5000}, "guidance_scale=a number of thousands of digits must be a"),
+    "a long text for a seed": ({"seed": "x" * 10**6}, f"seed='{'x' * 99}…{'x' * 99}' must be a whole number"),
     "huge number": ({"height": 2**70}, f"height={2**70} must be a positive multiple of 8"),
 }
 LOADED: dict[str, tuple[dict[str, Any], str]] = {

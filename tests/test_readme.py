@@ -17,7 +17,7 @@ READMES = [path for path in ROOT.rglob("README.md") if not {".ci", "venv", ".ven
 
 
 def test_its_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands there, but with two steps and at native size."""
+    """It runs as it stands there, but with two steps and at native size."""
     options = {"num_steps": 2}
     monkeypatch.setattr(cutdiff, "generate", partial(generate, **options), raising=False)
     monkeypatch.setattr(cutdiff, "denoise", partial(denoise, **options), raising=False)

@@ -114,6 +114,12 @@ def test_old_records_are_understood(
     assert main(run) == 0
     assert capsys.readouterr().err == "cutdiff: 2 of 2 pictures are finished already\n"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    damaged = min(before)
+    damaged = damaged.with_suffix(".png")
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert main(run) == 0, "it is drawn again, and its record is new"
+    assert capsys.readouterr().err == "cutdiff: 1 of 2 pictures are finished already\n"
+    assert "pixels_sha256" in json.loads(damaged.with_suffix(".json").read_text())
     assert main([*run, "--steps", "2"]) == 2
     assert "was drawn with --steps 1 (now 2): pass --overwrite" in capsys.readouterr().err
 

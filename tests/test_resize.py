@@ -96,7 +96,7 @@ def test_what_a_smaller_canvas_cannot_hold_is_smoothed_away(kind: Resampling) ->
 
 @given(x=canvases())
 def test_up_is_torchs_without_smoothing(x: Tensor) -> None:
-    """As all published codes of this field enlarge; torch smooths with another cubic, which must not come in."""
+    """All published codes of this field enlarge so; torch smooths with another cubic, which must not come in."""
     size = (x.shape[2] + 3, 2 * x.shape[3])
     assert torch.equal(resize(x, size), F.interpolate(x, size, mode="bicubic"))
 

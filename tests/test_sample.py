@@ -63,6 +63,7 @@ def test_with_no_arguments_it_draws_and_says_where(tmp_path: Path) -> None:
 def test_the_picture_carries_its_parameters_and_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "a blue tree over a lake"
     arguments = [prompt, "--negative-prompt", "a tent", "--seed", "7", "--solver", "ddim", "--eta", "0.5", *QUICK]
+    arguments += ["--guidance-scale", "7.5"]
     assert main([*arguments, "--out", str(tmp_path), "--method", "direct"]) == 0
     path = Path(capsys.readouterr().out.strip())
     assert path == tmp_path / "direct-128x128-seed7.png"

@@ -164,7 +164,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], State]] = {
     "no record": (lambda path: path.with_suffix(".json").unlink(), State.OTHER),
     "a record that is none": (lambda path: path.with_suffix(".json").write_text('{"model": 3}'), State.OTHER),
 }
-"""What may be done to a picture, and its state then."""
+"""The changes that people make to a picture, and its state after each."""
 LATER = {"another picture"}
 """The changes that a record of an earlier version, which does not hold the pixels' digest, cannot show."""
 

@@ -89,5 +89,6 @@ def test_direct_at_native_size_is_what_diffusers_draws(model: Model) -> None:
     options = {"guidance_scale": 7.5, "num_inference_steps": 20, "height": 128, "width": 128}
     noise = Draws((3,)).noise((1, 4, 16, 16))
     expected: Any = pipe(prompt, latents=noise, output_type="pt", **options).images
-    ours = cutdiff.generate(model, prompt, method="direct", height=128, width=128, num_steps=20, seed=3).images
+    same = {"guidance_scale": 7.5, "num_steps": 20, "height": 128, "width": 128}
+    ours = cutdiff.generate(model, prompt, method="direct", **same, seed=3).images
     assert (ours - expected).abs().mean() <= 1 / 255

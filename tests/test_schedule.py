@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers.schedulers.scheduling_utils import AysSchedules
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from published import in_float64, published_ddim, published_edm, published_euler
@@ -17,10 +19,11 @@ from published import in_float64, published_ddim, published_edm, published_euler
 import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.models.inside import replaced
+from cutdiff.pipeline import canvas_and_schedule
 from cutdiff.sampling.edm import AnyNoise, EDMConfig
 from cutdiff.sampling.noise import BETA_SCHEDULES, NoiseConfig, NoiseTable, alphas_cumprod
-from cutdiff.sampling.schedules import Karras, Schedule, ddim_schedule, euler_schedule, make_schedule
-from cutdiff.sampling.solvers import Euler
+from cutdiff.sampling.schedules import ALIGNED, Karras, Schedule, ddim_schedule, euler_schedule, make_schedule
+from cutdiff.sampling.solvers import DDIM, LCM, Euler
 from cutdiff.settings import SPACINGS, Settings
 from cutdiff.specs import SCHEDULES, SOLVERS, resolve
 
@@ -202,6 +205,13 @@ ON_SIGMAS = ("karras", "exponential", "beta")
 EDM = EDMConfig(sigma_min=0.01, sigma_max=50.0)
 
 
+NOT_FOR_EDM = {
+    "trailing": "^schedule=trailing goes by timesteps, which an EDM model has not: choose sgm_uniform$",
+    "align_your_steps": "^schedule=align_your_steps has no table for EDM models: choose karras or sgm_uniform$",
+}
+"""The schedules that EDM models have not, and what is said of them."""
+
+
 def made(spec: Any, noise: AnyNoise, num_steps: int) -> Schedule:
     return make_schedule(resolve("schedule", spec), Euler(), noise, num_steps)
 
@@ -277,9 +287,92 @@ def test_every_solver_draws_on_every_schedule(tiny_model: Model, noise: AnyNoise
     model = replace(tiny_model, noise=noise)
     for solver in SOLVERS:
         options = {"method": "direct", "num_steps": 3, "height": 64, "width": 64}
+        if noise == EDM and schedule in NOT_FOR_EDM:
+            with pytest.raises(ValueError, match=NOT_FOR_EDM[schedule]):
+                cutdiff.denoise(model, "a red house", schedule=schedule, solver=solver, **options)
+            continue
         steps = list(cutdiff.denoise(model, "a red house", schedule=schedule, solver=solver, **options))
         assert [step.sigma for step in steps][1:] == sorted([step.sigma for step in steps][1:], reverse=True)
         assert steps[-1].latents.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ON_SIGMAS)
+@settings(max_examples=10)
+@given(config=noise_configs(), data=st.data())
+def test_a_model_may_ask_for_the_schedule_of_a_name(name: str, config: NoiseConfig, data: st.DataObject) -> None:
+    """With DDIM and LCM it has none, as there."""
+    num_steps = data.draw(st.integers(1, min(50, config.num_train_timesteps // 2)))
+    plain = replace(config, use_karras_sigmas=False)
+    asked = replace(plain, **{f"use_{name}_sigmas": True})
+    assert euler_schedule(asked, num_steps).sigmas == pytest.approx(made(name, plain, num_steps).sigmas, rel=1e-12)
+    assert made("karras", asked, num_steps) == made("karras", plain, num_steps)
+    for solver in (DDIM(), LCM()):
+        if solver == DDIM() or config.num_train_timesteps >= 50:
+            own, without = (make_schedule(resolve("schedule", "model"), solver, c, num_steps) for c in (asked, plain))
+            assert own == without
+
+
+@pytest.mark.parametrize("base", [NoiseConfig(), NoiseConfig(timestep_spacing="linspace", use_beta_sigmas=True)])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_trailing_is_the_published_spacing(base: NoiseConfig, zero_snr: bool) -> None:
+    config = replace(base, rescale_betas_zero_snr=zero_snr)
+    for num_steps in (1, 2, 3, 4, 7, 8, 30, 48):
+        with in_float64():
+            published = published_euler(replace(config, timestep_spacing="trailing"))
+            published.set_timesteps(num_steps)
+        ours = made("trailing", config, num_steps)
+        np.testing.assert_allclose(ours.sigmas, published.sigmas.numpy(), rtol=1e-6)
+        np.testing.assert_array_equal(ours.timesteps, published.timesteps.numpy())
+        assert ours.init_scale == pytest.approx(float(published.init_noise_sigma))
+
+
+def test_sgm_uniform_is_that_of_k_diffusion() -> None:
+    """Even timesteps down to where another step would be at 0, by k-diffusion's t_to_sigma."""
+    logs = torch.tensor(euler_schedule(NoiseConfig(), 1).noise.sigmas, dtype=torch.float64).log()
+    for num_steps in (1, 2, 4, 7, 30):
+        timesteps = torch.linspace(999, 0, num_steps + 1, dtype=torch.float64)[:-1]
+        low, high, share = timesteps.floor().long(), timesteps.ceil().long(), timesteps.frac()
+        expected = ((1 - share) * logs[low] + share * logs[high]).exp()
+        ours, trailing = (made(name, NoiseConfig(), num_steps) for name in ("sgm_uniform", "trailing"))
+        np.testing.assert_allclose(ours.sigmas[:-1], expected.numpy(), rtol=1e-12)
+        np.testing.assert_allclose(ours.timesteps, timesteps.numpy(), atol=1e-9)
+        assert all(abs(a - b) < 2 for a, b in zip(ours.timesteps, trailing.timesteps, strict=True))
+    edm = made("sgm_uniform", EDM, 4)
+    steps = np.diff(np.log([*edm.sigmas[:-1], EDM.sigma_min]))
+    np.testing.assert_allclose(steps, math.log(EDM.sigma_min / EDM.sigma_max) / 4)
+
+
+@pytest.mark.parametrize(("table", "published"), [("sdxl", "StableDiffusionXL"), ("sd15", "StableDiffusion")])
+def test_align_your_steps_is_as_published(table: str, published: str) -> None:
+    """In ten steps; in others, as ComfyUI, which halves and doubles the steps of log sigma."""
+    ours = made(f"align_your_steps,table={table}", NoiseConfig(), 10)
+    np.testing.assert_allclose(ours.sigmas, AysSchedules[f"{published}Sigmas"], rtol=1e-12)
+    np.testing.assert_allclose(ours.timesteps, AysSchedules[f"{published}Timesteps"], atol=2)
+    double, half = (made(f"align_your_steps,table={table}", NoiseConfig(), n) for n in (20, 5))
+    assert double.sigmas[:-1:2] == pytest.approx(ours.sigmas[:-1])
+    assert half.sigmas[:-1] == pytest.approx(ours.sigmas[:-1:2])
+    assert double.sigmas[1] == pytest.approx(math.sqrt(ours.sigmas[0] * ours.sigmas[1]))
+    assert double.sigmas[-2] == pytest.approx(math.sqrt(ours.sigmas[-2] * 0.029))
+
+
+def test_the_table_is_that_of_the_models_family(tiny_model: Model) -> None:
+    options: Any = {"schedule": "align_your_steps", "num_steps": 10, "method": "direct"}
+
+    def sigmas(context_dim: int, pooled_dim: int, **more: Any) -> list[float]:
+        unet = replace(tiny_model.unet.config, context_dim=context_dim, pooled_dim=pooled_dim)
+        with replaced(tiny_model.unet, config=unet):
+            return [*canvas_and_schedule(tiny_model, Settings(**options, **more))[1].sigmas[:-1]]
+
+    sdxl, sd15 = (pytest.approx(ALIGNED[table][:-1]) for table in ("sdxl", "sd15"))
+    assert sigmas(2048, 1280) == sdxl
+    assert sigmas(768, 0, table="sdxl") == sdxl
+    assert sigmas(768, 0) == sd15
+    assert sigmas(2048, 1280, table="sd15") == sd15
+    assert sigmas(1024, 0, table="sd15") == sd15
+    with pytest.raises(ValueError, match=r"^schedule=align_your_steps has tables for SD 1\.5 and SDXL, and this"):
+        sigmas(1024, 0)
+    with pytest.raises(ValueError, match=r"^schedule=align_your_steps needs a table: give"):
+        made("align_your_steps", NoiseConfig(), 10)
 
 
 def test_the_shapes_of_a_schedule_are_its_options() -> None:
@@ -321,6 +414,7 @@ class Given:
         (Given(math.inf, 2.0, 1.0, 0.0), r"schedule=\w+ gives the sigmas \[inf, 2.0, 1.0, 0.0\]: they must fall"),
         (Given(), r"schedule=\w+ gives 0 sigmas, which is no run of 3 steps: give num_steps=1, or 4 sigmas"),
         ("karras,rho=0.5", "rho=0.5 must be a finite number in 1 … 1000"),
+        ("align_your_steps,table=sd3", "table='sd3' must be one of sd15, sdxl or None"),
         ("beta,alpha=0", "alpha=0 must be a finite number in 0.001 … 1000"),
         ("karas", "schedule='karas' is not one of model, karras, .*did you mean 'karras'"),
         (5, "schedule=5 must be an object with `sigmas"),

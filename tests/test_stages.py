@@ -142,7 +142,7 @@ def test_a_run_with_sigmas_of_its_own_begins_with_noise_of_the_first(tiny_model:
 
 @pytest.mark.parametrize("sigmas", [None, (4.0, 2.0, 1.0, 0.5, 0.25, 0.0)])
 def test_a_second_pass_through_the_schedule_counts_its_draws_on(sigmas: tuple[float, ...] | None) -> None:
-    """On the same canvas too, so that no two steps add the same noise."""
+    """The draws are counted on where the canvas is the same, so that no two steps add the same noise."""
     asked: list[int] = []
 
     def counted(shape: tuple[int, ...], step: int) -> Tensor:

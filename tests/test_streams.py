@@ -80,11 +80,18 @@ def test_standard_error_on_a_full_disk(run: list[str], tmp_path: Path, monkeypat
     assert drawn(tmp_path / "out") == ALL
 
 
-def test_streams_that_are_closed(run: list[str], tmp_path: Path) -> None:
-    """Files that are opened later must not get their numbers."""
-    script = 'exec "$0" -m cutdiff.sample "$@" <&- >&- 2>&-'
-    done = subprocess.run(["sh", "-c", script, sys.executable, *run], env=ENVIRONMENT, check=False)
-    assert done.returncode == 0
+LOST = "cutdiff: standard output cannot be written (Bad file descriptor), so no more of it is\n"
+
+
+@pytest.mark.parametrize(
+    ("closed", "status", "message"), [("<&- >&- 2>&-", 1, ""), (">&-", 1, LOST), ("<&- 2>&-", 0, "")]
+)
+def test_streams_that_are_closed(closed: str, status: int, message: str, run: list[str], tmp_path: Path) -> None:
+    """Files that are opened later must not get their numbers, and paths that nobody gets are told of."""
+    script = f'exec "$0" -m cutdiff.sample "$@" {closed}'
+    command = ["sh", "-c", script, sys.executable, *run]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, message)
     assert drawn(tmp_path / "out") == ALL
 
 

@@ -162,7 +162,7 @@ def test_evaluations_of_an_interval_are_those_of_the_plan(tiny_model: Model, int
 
 
 def test_the_picture_is_guided_where_the_step_is(tiny_model: Model) -> None:
-    """Not where a step of the run stands at the sigma of the picture."""
+    """A step of the run that stands at the sigma of the picture does not count."""
     ear = Ear()
     options = {"method": "upsample_guidance,guided_share=1", "num_steps": 8, "guidance_interval": (0.25, 0.5)}
     cutdiff.generate(tiny_model, PROMPT, height=128, width=128, observer=ear, **options)

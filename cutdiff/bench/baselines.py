@@ -22,11 +22,10 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from cutdiff.checkpoint.model import Model
-from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.models.config import Size, UNetConfig, VAEConfig
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
-from cutdiff.sampling.denoiser import Size
 from cutdiff.sampling.operators import grid_for
 
 GUIDANCE = 7.5
@@ -224,7 +223,7 @@ def _relocated(patches: Tensor, grid: Size) -> Tensor:
 
 def published_unet(config: UNetConfig) -> UNet2DConditionModel:
     """diffusers' U-Net of the same shape, as its configuration files for SDXL spell it."""
-    attended = [layers > 0 for layers in config.transformer_layers]
+    attended = [any(layers) for layers in config.down_layers]
     shape: dict[str, Any] = {
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,

@@ -46,7 +46,7 @@ from cutdiff.models import fp8
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig
 from cutdiff.pipeline import now
-from cutdiff.sampling.denoiser import GATHERED_BYTES
+from cutdiff.sampling.rows import GATHERED_BYTES
 from cutdiff.settings import Settings
 
 ROWS = (2, 8, 18)

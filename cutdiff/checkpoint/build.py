@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import count
@@ -39,6 +39,17 @@ OTHER_INPUTS = {
 
 MAX_PARAMETERS = 5000
 """The most tensors of a network; SDXL's U-Net has 1,680."""
+FAR_MORE = 2
+"""The multiple of its file's tensors beyond which a configuration is of another network, and not a file incomplete."""
+FIRST = {
+    "unet": ("conv_in.weight", "input_blocks.0.0.weight"),
+    "vae": ("encoder.conv_in.weight",),
+    **dict.fromkeys(
+        ("text_encoder", "text_encoder_2"),
+        (f"{clip.PREFIX}embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
+    ),
+}
+"""Names of which the weights of a network have one; other files than a network's do not have them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,11 @@ class Blueprint:
     """The layer of the text encoders that is read, counted from the end: 1 is the last."""
     noise: AnyNoise
     zeros_for_empty_negative: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the model's networks, as in `Networks`."""
+        return NETWORKS if self.text_encoder_2 else NETWORKS[:-1]
 
     def __post_init__(self) -> None:
         """Raise ValueError where the parts do not fit each other, naming both numbers."""
@@ -114,32 +130,36 @@ class Networks:
 NETWORKS = tuple(field.name for field in fields(Networks))
 
 
-def empty_networks(blueprint: Blueprint) -> Networks:
-    """The networks on the meta device, which have keys and shapes but take no memory."""
+def empty_networks(blueprint: Blueprint, keys: Mapping[str, Collection[str]]) -> Networks:
+    """The networks on the meta device, which have keys and shapes but take no memory. `keys` has the names in the files
+    of those that are read. The errors are those of `outlined`."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    with outlined("unet"):
+    with outlined("unet", keys.get("unet")):
         unet = UNet(blueprint.unet)
-    with outlined("vae"):
+    with outlined("vae", keys.get("vae")):
         vae = VAE(blueprint.vae)
-    with outlined("text_encoder"):
+    with outlined("text_encoder", keys.get("text_encoder")):
         first = CLIPTextModel(blueprint.text_encoder)
-    with outlined("text_encoder_2"):
+    with outlined("text_encoder_2", keys.get("text_encoder_2")):
         second = CLIPTextModelWithProjection(blueprint.text_encoder_2) if blueprint.text_encoder_2 else None
     return Networks(unet, vae, first, second)
 
 
 @contextmanager
-def outlined(name: str) -> Iterator[None]:
-    """Make the network `name` on the meta device. ValueError as soon as it has more than MAX_PARAMETERS, each of which
-    takes time: a few digits of a configuration may ask for millions."""
-    thread, numbers = get_ident(), count(1)
+def outlined(name: str, keys: Collection[str] | None = None) -> Iterator[None]:
+    """Make the network `name` on the meta device. ValueError as soon as it has far more parameters than `keys`, the
+    names in its file, or more than MAX_PARAMETERS: a few digits of a configuration may ask for millions."""
+    thread, numbers, most = get_ident(), count(1), MAX_PARAMETERS
+    limit = f"more than {most} tensors, which no model of these families has"
+    if keys is not None and not {*FIRST[name]}.isdisjoint(keys):
+        most = FAR_MORE * len(keys)
+        limit = f"more than {most} tensors, and its file has {len(keys)}"
 
     def counted(*_: object) -> None:
-        if get_ident() == thread and next(numbers) > MAX_PARAMETERS:
+        if get_ident() == thread and next(numbers) > most:
             raise ValueError(
-                f"the configuration of {name} asks for more than {MAX_PARAMETERS} tensors, which no model of these "
-                "families has: take the configuration and the weights from one model"
+                f"the configuration of {name} asks for {limit}: take the configuration and the weights from one model"
             )
 
     handle = register_module_parameter_registration_hook(counted)

@@ -19,7 +19,6 @@ from cutdiff.checkpoint.fields import (
     refuse_unknown,
     require,
     sequence,
-    uniform,
     unsupported,
     widths,
 )
@@ -30,7 +29,9 @@ ADDED = "text_time"
 ATTENTION, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 """The blocks of a level with and without attention, on the way down and on the way up."""
 MID = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
-"""A middle block of a single resnet, and one with a transformer between two."""
+"""A middle block of a single resnet, and one with a transformer between two; null is none."""
+DOWN, UP = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+"""The depths of transformers on the way down from the finest level on, and on the way up from the coarsest on."""
 
 UNET_FIXED: dict[str, Any] = {
     "center_input_sample": False,
@@ -70,8 +71,8 @@ UNET_DEFAULTS: dict[str, Any] = {
     "layers_per_block": 2,
     "norm_num_groups": 32,
     "cross_attention_dim": 1280,
-    "transformer_layers_per_block": 1,
-    "reverse_transformer_layers_per_block": None,
+    DOWN: 1,
+    UP: None,
     "mid_block_type": MID[1],
     "time_cond_proj_dim": None,
     "attention_head_dim": 8,
@@ -115,9 +116,8 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
     fields = {**UNET_DEFAULTS, **config}
     channels = widths(fields)
     has_attention = _attention_levels(fields, len(channels))
-    layers = _depths(fields, has_attention)
-    if fields["mid_block_type"] not in MID:
-        unsupported("mid_block_type", fields["mid_block_type"], " or ".join(map(repr, MID)))
+    mid = _mid_depth(fields, len(channels))
+    layers = _down_depths(fields, has_attention)
     # diffusers reads `attention_head_dim` as the number of heads, a misnomer that its checkpoints keep.
     heads = "attention_head_dim" if fields["num_attention_heads"] is None else "num_attention_heads"
     pooled_dim, size_dim = _added_dims(fields)
@@ -126,9 +126,9 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
         out_channels=integer(fields, "out_channels"),
         channels=channels,
         layers_per_block=integer(fields, "layers_per_block"),
-        transformer_layers=tuple(n if has else 0 for n, has in zip(layers, has_attention, strict=True)),
-        mid_transformer_layers=layers[-1] if fields["mid_block_type"] == MID[1] else 0,
-        up_transformer_layers=_up_depths(fields, has_attention, layers),
+        transformer_layers=layers,
+        mid_transformer_layers=mid,
+        up_transformer_layers=_up_depths(fields, layers),
         guidance_dim=_guidance_dim(fields),
         num_heads=per_level(fields, heads, len(channels)),
         context_dim=integer(fields, "cross_attention_dim"),
@@ -145,13 +145,14 @@ def unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
 
     Raises ValueError where the last level and the middle block have different depths, which diffusers cannot say.
     """
-    layers, mid = list(config.transformer_layers), config.mid_transformer_layers
-    if mid and layers[-1] not in (0, mid):
+    layers, mid = [n or 1 for n in config.transformer_layers], config.mid_transformer_layers
+    last = config.down_layers[-1][0]
+    if mid and last not in (0, mid):
         raise ValueError(
             f"mid_transformer_layers={config.mid_transformer_layers} must equal the last of transformer_layers="
             f"{config.transformer_layers} to be saved: the diffusers layout has one number for both"
         )
-    layers[-1] = mid or layers[-1]
+    layers[-1] = layers[-1] if last else mid or 1
     up = config.up_transformer_layers
     added = {
         "addition_embed_type": ADDED,
@@ -171,9 +172,9 @@ def unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         "layers_per_block": config.layers_per_block,
         "norm_num_groups": config.norm_groups,
         "cross_attention_dim": config.context_dim,
-        "transformer_layers_per_block": [n or 1 for n in layers],
-        "reverse_transformer_layers_per_block": up and [[n or 1 for n in level] for level in reversed(up)],
-        "mid_block_type": MID[mid > 0],
+        DOWN: layers,
+        UP: up and [[n or 1 for n in level] for level in reversed(up)],
+        "mid_block_type": None if mid is None else MID[mid > 0],
         "time_cond_proj_dim": config.guidance_dim or None,
         "attention_head_dim": list(config.num_heads),
         "num_attention_heads": None,
@@ -248,33 +249,51 @@ def _guidance_dim(fields: Mapping[str, Any]) -> int:
     return dim
 
 
-def _depths(fields: Mapping[str, Any], has_attention: Sequence[bool]) -> tuple[int, ...]:
-    """The depth of the transformers of each level on the way down; a level's layers have one depth."""
-    name, levels = "transformer_layers_per_block", len(has_attention)
-    entries = sequence(fields, name) if isinstance(fields[name], list | tuple) else [fields[name]] * levels
-    if len(entries) == levels:
-        # An entry that no transformer takes may be 0; the middle block takes the last one.
-        taken = [*has_attention[:-1], has_attention[-1] or fields["mid_block_type"] == MID[1]]
-        entries = [uniform(entry) if is_taken else 1 for entry, is_taken in zip(entries, taken, strict=True)]
-    return per_level({name: entries}, name, levels)
+def _entries(fields: Mapping[str, Any], name: str, levels: int) -> list[Any]:
+    """The entry of each level in the depths `name`."""
+    value = fields[name]
+    entries = [value] * levels if name == DOWN and type(value) is int else value
+    if not isinstance(entries, list | tuple) or len(entries) != levels:
+        unsupported(name, value, f"an entry for each of the {levels} levels")
+    return list(entries)
+
+
+def _mid_depth(fields: Mapping[str, Any], levels: int) -> int | None:
+    """The depth of the transformer in the middle, 0 where there is none, or None where there is no middle block."""
+    kind, name = fields["mid_block_type"], DOWN
+    if kind not in (*MID, None):
+        unsupported("mid_block_type", kind, f"{' or '.join(map(repr, MID))}, or null")
+    if kind != MID[1]:
+        return None if kind is None else 0
+    last = _entries(fields, name, levels)[-1]  # the middle block takes the first number of the last level
+    return per_level({name: last[:1] if isinstance(last, list | tuple) else last}, name, 1)[0]
+
+
+def _down_depths(fields: Mapping[str, Any], has_attention: Sequence[bool]) -> tuple[int | tuple[int, ...], ...]:
+    """The depths of each level on the way down, 0 without attention: one number, or one for each layer."""
+    resnets = integer(fields, "layers_per_block")
+    entries = _entries(fields, DOWN, len(has_attention))
+    if fields[UP] is None and any(isinstance(entry, list | tuple) for entry in entries):
+        unsupported(DOWN, fields[DOWN], f"a number for each level where there is no {UP}")
+    depths = [
+        per_level({DOWN: entry}, DOWN, resnets) if has else (0,)
+        for entry, has in zip(entries, has_attention, strict=True)
+    ]
+    return tuple(level[0] if len({*level}) == 1 else level for level in depths)
 
 
 def _up_depths(
-    fields: Mapping[str, Any], has_attention: Sequence[bool], layers: Sequence[int]
+    fields: Mapping[str, Any], layers: Sequence[int | tuple[int, ...]]
 ) -> tuple[tuple[int, ...], ...] | None:
     """The depth of each transformer on the way up, from the finest level on; None where that is as on the way down."""
-    name, resnets = "reverse_transformer_layers_per_block", integer(fields, "layers_per_block") + 1
-    entries = fields[name]
-    if entries is None:
+    if fields[UP] is None:
         return None
-    if not isinstance(entries, list | tuple) or len(entries) != len(has_attention):
-        unsupported(name, entries, f"an entry for each of the {len(has_attention)} levels, from the coarsest on")
+    resnets = integer(fields, "layers_per_block") + 1
     depths = tuple(
-        per_level({name: entry}, name, resnets) if has else (0,) * resnets
-        for entry, has in zip(reversed(entries), has_attention, strict=True)
+        per_level({UP: entry}, UP, resnets) if down else (0,) * resnets
+        for entry, down in zip(reversed(_entries(fields, UP, len(layers))), layers, strict=True)
     )
-    mirrored = tuple((n * has,) * resnets for n, has in zip(layers, has_attention, strict=True))
-    return None if depths == mirrored else depths
+    return None if depths == tuple((down,) * resnets for down in layers) else depths
 
 
 def _attention_levels(fields: Mapping[str, Any], levels: int) -> list[bool]:

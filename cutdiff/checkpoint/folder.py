@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks
@@ -18,10 +17,12 @@ from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.keys import modern_vae
 from cutdiff.checkpoint.read import find_weights, read_json, variants
 from cutdiff.checkpoint.schedulers import noise_config
+from cutdiff.checkpoint.single import Parts
 from cutdiff.checkpoint.tokenizer import read_tokenizer
 from cutdiff.checkpoint.weights import read_weights
 from cutdiff.models.config import SD_VAE, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.sampling.edm import AnyNoise
+from cutdiff.settings import check_preferred
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
@@ -38,6 +39,8 @@ PIPELINES = {
     "LatentConsistencyModelImg2ImgPipeline": False,
 }
 """The pipelines whose folders are read, and whether they have two text encoders. One model may be saved by any."""
+PREFERRED = "sampling.json"
+"""The file, which diffusers does not read, that says the preferred options of a run."""
 OLD_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
 OLD_SIZE = 64
 """The least native size, in latents, in a configuration that was written before release 0.9. Like OLD_SCHEDULER it
@@ -81,6 +84,22 @@ def read_blueprint(folder: Path, *, needs_vae: bool = True) -> Blueprint:
     )
 
 
+def read_preferred(folder: Path) -> dict[str, Any]:
+    """The options of a run that a folder prefers, in its `sampling.json`; none where it has no such file.
+
+    Raises ValueError where the file holds anything else.
+    """
+    path = folder / PREFERRED
+    if not path.exists():
+        return {}
+    preferred = dict(read_json(path))
+    try:
+        check_preferred(preferred)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return preferred
+
+
 def weight_files(folder: Path, names: Iterable[str], variant: str | None = None) -> dict[str, list[Path]]:
     """The weight files of each of the networks in `names`, of the variant where there is one.
 
@@ -95,21 +114,22 @@ def weight_files(folder: Path, names: Iterable[str], variant: str | None = None)
     return {name: find_weights(folder / name, stem, variant) for name, stem in stems.items()}
 
 
-def read_folder(
-    files: Mapping[str, list[Path]], networks: Networks, dtype: torch.dtype
-) -> dict[str, dict[str, Tensor]]:
-    """Memory-mapped tensors of each network, under the network's own keys."""
-    weights: dict[str, dict[str, Tensor]] = {}
+def read_folder(files: Mapping[str, list[Path]], dtype: torch.dtype) -> Parts:
+    """Memory-mapped tensors of each network, under the keys of diffusers."""
+    weights: Parts = {}
     for name, shards in files.items():
-        tensors: dict[str, Tensor] = {}
-        for shard in shards:
-            tensors |= read_weights(shard, dtype)[0]
-        if name == "vae":
-            tensors = modern_vae(tensors)
-        elif name.startswith("text"):
-            tensors = clip.named_for(networks.named()[name], tensors)
-        weights[name] = tensors
+        tensors = {key: tensor for shard in shards for key, tensor in read_weights(shard, dtype)[0].items()}
+        weights[name] = modern_vae(tensors) if name == "vae" else tensors
     return weights
+
+
+def named_for(networks: Networks, weights: Parts) -> Parts:
+    """The same tensors under the networks' own keys, which those of text encoders are not in all releases."""
+    named = networks.named()
+    return {
+        name: clip.named_for(named[name], tensors) if name.startswith("text") else tensors
+        for name, tensors in weights.items()
+    }
 
 
 def _read_text(folder: Path, encoder: str, tokenizer: str) -> tuple[CLIPTextConfig, CLIPTokenizer]:

@@ -92,13 +92,13 @@ def infer_unet(tensors: Mapping[str, Tensor], pooled_dim: int, family: Family, p
             continue
         channels[-1] = shapes.of(f"input_blocks.{i}.0.in_layers.2.weight")[0]
         layers[-1].append(shapes.count(f"input_blocks.{i}.1.transformer_blocks."))
-    depths = tuple(_one("transformer blocks in a level on the way down", set(level)) for level in layers)
+    depths = tuple(level[0] if len({*level}) == 1 else tuple(level) for level in layers)
     resnets = _one("layers in a level", {len(level) for level in layers})
     up = [
         tuple(shapes.count(f"output_blocks.{i * (resnets + 1) + j}.1.transformer_blocks.") for j in range(resnets + 1))
         for i in reversed(range(len(channels)))
     ]
-    mid = shapes.count("middle_block.1.transformer_blocks.")
+    mid = shapes.count("middle_block.1.transformer_blocks.") if shapes.count("middle_block.") else None
     attended = [key for key in shapes.tensors if key.endswith(".1.transformer_blocks.0.attn2.to_k.weight")]
     if not attended:
         raise ValueError("no layer of the file's U-Net attends to the text, so it is no text-to-image model")

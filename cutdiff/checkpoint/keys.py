@@ -47,7 +47,7 @@ def unet_keys(unet: UNet) -> dict[str, str]:
             down, up = f"input_blocks.{i * stride + j + 1}", f"output_blocks.{i * stride + j}"
             resnets |= {f"down_blocks.{i}.resnets.{j}": f"{down}.0", f"up_blocks.{i}.resnets.{j}": f"{up}.0"}
             modules |= {f"down_blocks.{i}.attentions.{j}": f"{down}.1", f"up_blocks.{i}.attentions.{j}": f"{up}.1"}
-        has_attention = config.transformer_layers[::-1][i] > 0
+        has_attention = any(config.up_layers[-1 - i])
         modules[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * stride}.0.op"
         modules[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{(i + 1) * stride - 1}.{2 if has_attention else 1}"
     for ours, theirs in resnets.items():

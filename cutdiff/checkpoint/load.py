@@ -116,6 +116,7 @@ def load(
     if fp8:
         check_fp8(device, dtype)
     options = NoiseOptions(prediction_type, zero_terminal_snr, timestep_spacing)
+    preferred = folder.read_preferred(source) if source.is_dir() else {}
     vae = None if vae is None else locate(vae, "vae")
     if source.is_dir():
         if config is not None:
@@ -155,7 +156,7 @@ def load(
         quantize_transformers(model.unet)
     if device.type == "cpu":
         keep_freed_memory()
-    return model
+    return replace(model, preferred=preferred)
 
 
 def load_outline(path: str | Path | None, *, dtype: torch.dtype, config: str | Path | None = None) -> Model:
@@ -165,13 +166,15 @@ def load_outline(path: str | Path | None, *, dtype: torch.dtype, config: str | P
         blueprint = folder.read_blueprint(source)
         noise, decided_by = decide_noise(NoiseOptions(), blueprint.noise)
         blueprint = replace(blueprint, noise=noise)
-        parts = _Parts(blueprint, empty_networks(blueprint), {}, {}, decided_by)
+        parts = _Parts(blueprint, empty_networks(blueprint, {}), {}, {}, decided_by)
     else:
         parts = _read_single(source, None, NoiseOptions(), None if config is None else locate(config, "config"), dtype)
     networks = parts.networks
     for network in networks.named().values():
         network.to(dtype).eval().requires_grad_(False)
-    return model_of(parts.blueprint, networks, source=str(source), files=parts.files, decided_by=parts.decided_by)
+    preferred = folder.read_preferred(source) if source.is_dir() else {}
+    origin = {"files": parts.files, "decided_by": parts.decided_by, "preferred": preferred}
+    return model_of(parts.blueprint, networks, source=str(source), **origin)
 
 
 @dataclass(frozen=True)
@@ -197,14 +200,15 @@ def _read_folder(
     if other is not None:
         with _named(vae):
             blueprint = replace(blueprint, vae=other.config)
-    with _named(source):
-        networks = empty_networks(blueprint)
-    shards = folder.weight_files(source, [name for name in networks.named() if name != "vae" or other is None], variant)
-    weights = folder.read_folder(shards, networks, dtype)
+    shards = folder.weight_files(source, [name for name in blueprint.names if name != "vae" or other is None], variant)
+    weights = folder.read_folder(shards, dtype)
     files = {str(file.relative_to(source)): file for some in shards.values() for file in some}
     if other is not None:
         weights["vae"] = other.tensors
         files |= _named_files(vae, other)
+    with _named(source):
+        networks = empty_networks(blueprint, weights)
+    weights = folder.named_for(networks, weights)
     return _Parts(blueprint, networks, weights, files, decided_by, {} if vae is None else {"vae": str(vae)})
 
 
@@ -263,7 +267,7 @@ def _read_single(
                 depth = blueprint.text_encoder.num_hidden_layers
                 parts["text_encoder"] = clip.cut_to_depth(parts["text_encoder"], depth)
     with _named(source):
-        networks = empty_networks(blueprint)
+        networks = empty_networks(blueprint, parts if other is None else {**parts, "vae": other.tensors})
     weights = single.convert(parts, networks)
     files = {source.name: source}
     if other is not None:

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -65,6 +65,8 @@ class Model:
     "metadata …", "scheduler" or "default"."""
     loras: tuple[MergedLora, ...] = ()
     embeddings: tuple[AddedEmbedding, ...] = ()
+    preferred: dict[str, Any] = field(default_factory=dict)
+    """The options that a run has where nobody says otherwise, of `settings.PREFERENCES`."""
 
     @cached_property
     def hashes(self) -> dict[str, str]:

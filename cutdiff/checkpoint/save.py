@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.configs import unet_to_diffusers, vae_to_diffusers
 from cutdiff.checkpoint.fields import DIFFUSERS_VERSION
+from cutdiff.checkpoint.folder import PREFERRED
 from cutdiff.checkpoint.schedulers import noise_to_diffusers
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.sampling.edm import AnyNoise
+from cutdiff.settings import check_preferred
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,14 +40,19 @@ def save_folder(
     noise: AnyNoise,
     zeros_for_empty_negative: bool,
     dtype: torch.dtype = torch.float16,
+    preferred: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write a model, with its weights in `dtype`, so that `load` and diffusers' pipeline of its family can read it.
+
+    `preferred` are options of a run, of `settings.PREFERENCES`, that `generate` and the command lines then take where
+    nobody says otherwise.
 
     Every file appears whole or not at all, and replaces one of the same name. Raises ValueError for a weight that is
     not finite in `dtype` or has 8 bits, a U-Net or a layer of text states that the layout cannot express, or a
     tokenizer with tokens beside its vocabulary.
     """
     folder = Path(folder)
+    check_preferred(preferred)
     unet_fields = unet_to_diffusers(unet.config)
     layer = len(text.encoders)
     if text.layer != layer:
@@ -77,6 +85,8 @@ def save_folder(
         _write_network(folder / f"text_encoder{suffix}", "model", tensors, _clip_fields(encoder), dtype)
         _write_tokenizer(folder / f"tokenizer{suffix}", tokenizer)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_fields)
+    if preferred:
+        _write_json(folder / PREFERRED, preferred)
     _write_json(folder / "model_index.json", index)
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -60,6 +60,11 @@ def errors_by_flag() -> Iterator[None]:
 def flag_of(name: str) -> str:
     """The option of the command line for a setting."""
     return "--" + {"num_steps": "steps"}.get(name, name).replace("_", "-")
+
+
+def as_taken(preferred: Mapping[str, Any]) -> str:
+    """The line that tells of options which were taken from the model."""
+    return f"taken from the model: {', '.join(f'{flag_of(name)} {value}' for name, value in preferred.items())}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -351,9 +356,9 @@ def _embedding(text: str) -> tuple[str, str]:
 def _lora(text: str) -> tuple[str, float]:
     """PATH[:SCALE]. What exists is PATH, even with a colon in its name."""
     path, _, scale = text.rpartition(":")
-    if text and os.path.exists(text):
+    if os.path.isfile(text) or os.path.isdir(text):
         return text, 1.0
-    if not os.path.exists(path):
+    if not (os.path.isfile(path) or os.path.isdir(path)):
         raise argparse.ArgumentTypeError(f"{text} is no file or folder: give PATH or PATH:SCALE")
     try:
         value = float(scale)

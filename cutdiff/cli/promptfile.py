@@ -131,13 +131,14 @@ def _read(name: str, text: str) -> Any:
 
 
 def _sampler(name: str) -> dict[str, str]:
-    """The solver, and the schedule where the name has one, of A1111's name of a sampler."""
-    from cutdiff.output.parameters import SAMPLERS, SPACINGS
+    """The solver, and the schedule where the name has one as A1111's once had, of A1111's name of a sampler."""
+    from cutdiff.output.parameters import SAMPLERS, SCHEDULE_TYPES
 
-    solvers = {label: solver for solver, label in SAMPLERS.items() if solver in specs.SOLVERS}
+    solvers = {label: solver for solver, label in SAMPLERS.items()}
+    spacings = {SCHEDULE_TYPES[key]: key for key in reversed(SCHEDULE_TYPES) if key in specs.SCHEDULES}
     known = {label.lower(): {"solver": solver} for label, solver in solvers.items()}
     for label, solver in solvers.items():
-        known |= {f"{label}{end}".lower(): {"solver": solver, "schedule": key} for key, end in SPACINGS.items()}
+        known |= {f"{label} {end}".lower(): {"solver": solver, "schedule": key} for end, key in spacings.items()}
     if name.lower() not in known:
         raise ValueError(f"--sampler_name {name!r} is not one of {', '.join(solvers)}{nearest(name, solvers)}")
     return known[name.lower()]

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cutdiff import specs
 from cutdiff.cli.arguments import DEMO_PROMPT, MAX_PICTURES, BadArgument, errors_by_flag, flag_of
 from cutdiff.cli.promptfile import parse_line, read_lines
-from cutdiff.settings import Settings
+from cutdiff.settings import Settings, left_to_model
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
@@ -30,6 +32,8 @@ class Request(NamedTuple):
     settings: Settings
     line: int = 0
     """The number of its line in the file of prompts, counted from 1; 0 if there is no file."""
+    own: Mapping[str, Any] = MappingProxyType({})
+    """The options that its line has of its own."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,24 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
         try:
             with errors_by_flag():
                 prompt, own = parse_line(line)
-            requests.append(Request(prompt, _settings(prompt, args, own), number))
+            requests.append(Request(prompt, _settings(prompt, args, own), number, own))
         except (ValueError, BadArgument) as error:
             bad.append(BadLine(args.prompts, number, error))
     return requests, bad
+
+
+def take_preferred(
+    model: Model, args: argparse.Namespace, requests: list[Request]
+) -> tuple[list[Request], dict[str, Any]]:
+    """The requests with those of the model's preferences that they leave open, and these preferences."""
+    taken: dict[str, Any] = {}
+    given: list[Request] = []
+    for request in requests:
+        left = left_to_model({**args.options, **request.own}, model.preferred)
+        with errors_by_flag():
+            given.append(request._replace(settings=replace(request.settings, **left)) if left else request)
+        taken |= left
+    return given, taken
 
 
 def check_fit(model: Model, args: argparse.Namespace, requests: list[Request]) -> tuple[list[Request], list[BadLine]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cutdiff.checkpoint.model import Model, dtype_name
+from cutdiff.cli.arguments import DTYPES
+from cutdiff.files import MAX_LOG, contents, json_lines, json_of
 from cutdiff.output.images import State, check_pixels, pixels_sha256, save_json, to_pil, write_atomically
 from cutdiff.output.record import describe, fingerprint
 from cutdiff.parallel.lines import say
@@ -30,6 +33,9 @@ from cutdiff.settings import Settings
 
 LOG = "batches.jsonl"
 """The name of a cell's log."""
+LINE = {"first": int, "captions": list, "evaluations": int}
+COST = {"seconds", "flops", "peak_memory_bytes"}
+"""The fields that every line of a log has, the former of one type."""
 MAX_NAME = 200
 """The most bytes of a folder's name."""
 
@@ -92,21 +98,24 @@ def draw(
 def _locked(folder: Path) -> Iterator[TextIO]:
     """Keep other processes from writing to a cell until the block ends, or this process does; yields the log, to which
     lines are added. A line that a full disk has cut is removed from it."""
+    if os.path.lexists(folder / LOG):
+        contents(folder / LOG, MAX_LOG)  # which refuses what could not be opened to write, as a pipe
     with (folder / LOG).open("a+", encoding="utf-8") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        log.seek(0)
-        text = log.read()
-        whole = text[: text.rfind("\n") + 1]
+        text = contents(folder / LOG, MAX_LOG)
+        whole = text[: text.rfind(b"\n") + 1]
         if whole != text:
-            log.truncate(len(whole.encode()))
+            log.truncate(len(whole))
         yield log
 
 
 def _finished(folder: Path, plan: dict[str, Any], captions: Sequence[str]) -> dict[int, dict[str, Any]]:
     """The lines of a cell's log by the numbers of their first pictures; ValueError if it holds other pictures."""
-    before = json.loads((folder / "cell.json").read_text())
-    if before["dtype"] != plan["dtype"]:
-        raise ValueError(f"{folder} was drawn in {before['dtype']}: pass --dtype {before['dtype']}, or another --out")
+    before = json_of(folder / "cell.json")
+    if not isinstance(before, dict):
+        raise ValueError(f"{folder / 'cell.json'} is no cell's: remove the folder, or take another --out")
+    if (dtype := before.get("dtype")) in DTYPES and dtype != plan["dtype"]:
+        raise ValueError(f"{folder} was drawn in {dtype}: pass --dtype {dtype}, or another --out")
     finished = {line["first"]: line for line in _lines(folder)}
     known = all(a == b for i, line in finished.items() for a, b in zip(line["captions"], captions[i:], strict=False))
     if before != plan or not known:
@@ -200,4 +209,7 @@ def _batch_paths(folder: Path, first: int, num: int) -> list[Path]:
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of a cell's log, but for one that is being written."""
-    return [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").split("\n")[:-1]]
+    lines = json_lines(folder / LOG)
+    if any({name: type(line.get(name)) for name in LINE} != LINE or not line.keys() >= COST for line in lines):
+        raise ValueError(f"{folder / LOG} has a line that is no batch's: remove the folder, or take another --out")
+    return lines

@@ -13,6 +13,7 @@ from tqdm import tqdm
 import cutdiff
 from cutdiff.checkpoint.locate import name_of
 from cutdiff.checkpoint.model import Model
+from cutdiff.cli.arguments import as_taken
 from cutdiff.cli.device import device_of, dtype_of, tell_dtype
 from cutdiff.cli.promptfile import MAX_BYTES
 from cutdiff.evaluation import score
@@ -24,8 +25,9 @@ from cutdiff.evaluation.testbed import NATIVE, Testbed, environment, row_of
 from cutdiff.files import contents
 from cutdiff.options import options_of, written
 from cutdiff.output.images import save_json
+from cutdiff.parallel.lines import say
 from cutdiff.pipeline import canvas_and_schedule
-from cutdiff.settings import Settings
+from cutdiff.settings import Settings, left_to_model
 
 
 def measure(args: argparse.Namespace, command: list[str]) -> str:
@@ -33,7 +35,8 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
     options, own = dict(args.set), {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     if "guidance_scale" in options and own:
         raise ValueError("--set guidance_scale goes in the place of --guidance-scale: give one of them")
-    base = Settings(num_steps=args.steps, seed=args.seed)
+    own |= {} if args.steps is None else {"num_steps": args.steps}
+    base = Settings(seed=args.seed)
     cells = [
         Cell(_named(method, options), replace(base, method=method, height=size, width=size, **own, **options))
         for size in args.sizes
@@ -49,7 +52,9 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         references = References.load(args.references, args.features, args.clip, device)
     else:
         score.scenes(args.num, caption_seed)
-    model = cutdiff.load(args.model, device=device, dtype=dtype_of(args.dtype, device))
+    model = cutdiff.load(args.model, device=device, dtype=dtype_of(args.dtype, device), variant=args.variant)
+    if left := left_to_model({**own, **options}, model.preferred):
+        cells, base = [replace(cell, settings=replace(cell.settings, **left)) for cell in cells], replace(base, **left)
     native = model.native_size * model.factor
     if references is None and native < PIXELS:
         raise ValueError(
@@ -60,6 +65,8 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         canvas_and_schedule(model, cell.settings)
         if cell.side < least:
             raise ValueError(f"--sizes {cell.side}: a picture smaller than {what} {least} px has no crops of that size")
+    if left:
+        say(as_taken(left))
     if references is None:
         base = replace(base, **shared)
         testbed = Testbed(model, base, args.num, args.out, args.batch, caption_seed, _named(NATIVE, shared))

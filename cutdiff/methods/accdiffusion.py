@@ -113,7 +113,7 @@ def record(draw: Callable[[Run], CanvasDenoiser], run: Run, maps: WordMaps) -> C
         with recorded_attention(denoiser.unet) as recorded:
             denoised = denoise_whole(latents, sigma, step)
         copies = denoiser.copies_at(sigma, step)
-        prompted = recorded.mean()[copies - 1 :: copies]  # (B, h·w, tokens)
+        prompted = recorded.mean(copies * len(latents))[copies - 1 :: copies]  # (B, h·w, tokens)
         maps.steps.setdefault(step, prompted.mT.unflatten(2, (height, width)))
         return denoised
 

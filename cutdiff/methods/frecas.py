@@ -57,8 +57,9 @@ class FreCaS(Options):
     """The last noise of each stage but the last, as a share of the training's; None: 0.2, or 0.4 and then 0.2 each."""
     gamma: Annotated[float, Between(0, 100)] | None = None
     """The power of f by which a stage's noise grows, γ; None: 1.5, from three stages on 2."""
-    high_guidance_scale: Scale = 35.0
-    """The guidance scale of the high band in stages after the first; the low band has that of the run."""
+    high_guidance_scale: Scale | None = 35.0
+    """The guidance scale of the high band in stages after the first; the low band has that of the run. None: these
+    stages have the guidance of the run, of any kind."""
     map_weight: Share = 0.6
     """The weight of M̄ in the attention over the text."""
     map_resize: Axes = "planes"
@@ -95,14 +96,16 @@ class FreCaS(Options):
     def phase(self, run: Run, sizes: list[Size], k: int, steps: range, part: Schedule, maps: list[TextMaps]) -> Phase:
         """Stage k, counted from 0; `maps` are those that each stage leaves to the next one."""
         run, is_last = replace(run, size=sizes[k]), k == len(sizes) - 1
-        denoiser = guided_by_band(run, self.high_guidance_scale, sizes[k - 1]) if k else run.denoiser
+        denoiser, scale = run.denoiser, self.high_guidance_scale
+        if k and scale is not None:
+            denoiser = guided_by_band(run, scale, sizes[k - 1])
         size = (run.native_size, run.native_size) if self.size_conditioning == "native" else None
 
         def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
             changed, copies = denoiser, denoiser.copies_at(sigma, step)
             with ExitStack() as changes:
                 if self.map_weight and step == steps[-1] and not is_last:
-                    changed = changes.enter_context(maps[k].recorded(changed, run.size, copies))
+                    changed = changes.enter_context(maps[k].recorded(changed, run.size, copies, len(x)))
                 if self.map_weight and k:
                     changed = maps[k - 1].blended(changed, run.size, copies, self.map_weight)
                 return changed(x, sigma, step, original_size=size, target_size=size)

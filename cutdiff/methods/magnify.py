@@ -139,7 +139,8 @@ class Magnify(Tiled):
 
         def denoise_towards(x: Tensor, sigma: float, step: int) -> Tensor:
             denoised = denoise(x, sigma, step)
-            reference = resize(before.estimates[denoise.order(sigma, step)][step % run.num_steps], run.size)
+            order = min(denoise.order(sigma, step), len(before.estimates) - 1)
+            reference = resize(before.estimates[order][step % run.num_steps], run.size)
             return denoised + share(sigma, step) * split.low(reference - denoised)
 
         return denoise_towards

@@ -32,8 +32,11 @@ from cutdiff.models.dilated import dilated
 from cutdiff.models.inside import blocks
 from cutdiff.models.unet import DownLevel, MidBlock, UNet
 from cutdiff.options import Options
-from cutdiff.sampling.denoiser import Call, Denoiser, Inputs
+from cutdiff.sampling.denoiser import Call, Denoiser
+from cutdiff.sampling.guidance import Changing
+from cutdiff.sampling.rows import Inputs
 from cutdiff.sampling.stages import Stage
+from cutdiff.specs import name_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class ScaleCrafter(Options):
         if scale <= 1:
             return [Stage("direct", range(run.num_steps), run.denoiser)]
         plan = plan_for(scale)
+        if plan.base is not None and isinstance(run.denoiser.guidance, Changing):
+            raise ValueError(
+                f"guidance={name_of('guidance', run.denoiser.guidance)} needs the estimate with the prompt, which past "
+                "three times the native size noise-damped guidance does not give: choose cfg, or another method"
+            )
         until = step_at(plan.share, run.num_steps)
         changed = partial(redilated_step, run.denoiser, plan, until)
         return [

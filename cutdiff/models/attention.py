@@ -47,13 +47,14 @@ class AttentionMaps:
                 self._recorded[positions].append(total / count)
             self._pending.clear()
 
-    def means(self) -> dict[int, Tensor]:
-        """By the number of positions: (items, positions, tokens), float32, items in the order in which they came."""
-        return {positions: torch.cat(batches) for positions, batches in self._recorded.items()}
+    def means(self, rows: int | None = None) -> dict[int, Tensor]:
+        """By the number of positions: (items, positions, tokens), float32, items in the order in which they came; all,
+        or the first `rows`."""
+        return {positions: torch.cat(batches)[:rows] for positions, batches in self._recorded.items()}
 
-    def mean(self) -> Tensor:
+    def mean(self, rows: int | None = None) -> Tensor:
         """The only one of `means`, where all layers have as many positions."""
-        (mean,) = self.means().values()
+        (mean,) = self.means(rows).values()
         return mean
 
 

@@ -14,7 +14,8 @@ class UNetConfig:
     """The shape of a U-Net of the Stable Diffusion families. Levels are listed from the finest to the coarsest.
 
     `transformer_layers[i]` is the number of transformer blocks after each resnet of level i, 0 for a level without
-    attention. The middle block takes `mid_transformer_layers`; with 0 it is a single resnet, as in SSD-1B.
+    attention; a tuple has a number for each resnet. The middle block takes `mid_transformer_layers`; with 0 it is a
+    single resnet, as in SSD-1B, and with None there is none, as in KOALA-700M.
     `num_heads[i]` splits the channels of level i.
     """
 
@@ -22,8 +23,8 @@ class UNetConfig:
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280)
     layers_per_block: int = 2
-    transformer_layers: tuple[int, ...] = (0, 2, 10)
-    mid_transformer_layers: int = 10
+    transformer_layers: tuple[int | tuple[int, ...], ...] = (0, 2, 10)
+    mid_transformer_layers: int | None = 10
     num_heads: tuple[int, ...] = (5, 10, 20)
     context_dim: int = 2048
     pooled_dim: int = 1280
@@ -47,8 +48,15 @@ class UNetConfig:
         for name in ("transformer_layers", "num_heads", "up_layers"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"{name}={getattr(self, name)} must have one entry for each of the {levels} levels")
-        for level, layers in enumerate(self.up_layers):
-            attended = len({*map(bool, layers)}) < 2 and any(layers) == bool(self.transformer_layers[level])
+        if self.up_transformer_layers is None and any(isinstance(n, tuple) for n in self.transformer_layers):
+            raise ValueError(f"transformer_layers={self.transformer_layers} needs up_transformer_layers: pass both")
+        for level, (down, layers) in enumerate(zip(self.down_layers, self.up_layers, strict=True)):
+            if len(down) != self.layers_per_block or len({*map(bool, down)}) > 1:
+                raise ValueError(
+                    f"transformer_layers={self.transformer_layers} must have one number for level {level}, or "
+                    f"{self.layers_per_block}, of which all or none are 0"
+                )
+            attended = len({*map(bool, layers)}) < 2 and any(layers) == any(down)
             if len(layers) != self.layers_per_block + 1 or not attended:
                 raise ValueError(
                     f"up_transformer_layers={self.up_transformer_layers} must have {self.layers_per_block + 1} numbers "
@@ -61,11 +69,17 @@ class UNetConfig:
                 )
 
     @property
+    def down_layers(self) -> tuple[tuple[int, ...], ...]:
+        """The number of transformer blocks after each resnet of each level on the way down."""
+        layers = self.layers_per_block
+        return tuple(depth if isinstance(depth, tuple) else (depth,) * layers for depth in self.transformer_layers)
+
+    @property
     def up_layers(self) -> tuple[tuple[int, ...], ...]:
         """The number of transformer blocks after each resnet of each level on the way up, from the finest level on."""
         if self.up_transformer_layers is not None:
             return self.up_transformer_layers
-        return tuple((layers,) * (self.layers_per_block + 1) for layers in self.transformer_layers)
+        return tuple((*layers, layers[0]) for layers in self.down_layers)
 
     @property
     def added_dim(self) -> int:

@@ -21,9 +21,12 @@ up on all steps in the prompt.
 
 from __future__ import annotations
 
+import math
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 
 from cutdiff.models.prompts import limited
@@ -101,10 +104,19 @@ def schedule(prompt: str, num_steps: int) -> list[tuple[int, str]]:
     nodes, changing = _parsed(prompt)
     if not changing:
         return [(num_steps, prompt)]
-    ends = {num_steps, *(node.last_step(num_steps) for node in changing if isinstance(node, Edit))}
-    if any(isinstance(node, Alternatives) for node in changing):
-        ends = {*range(1, num_steps + 1)}
-    return [(end, _text(nodes, end, num_steps)) for end in sorted(ends) if end >= 1]
+    period = math.lcm(*(len(node.options) for node in changing if isinstance(node, Alternatives)))
+    edits = [0, *_ends([node for node in changing if isinstance(node, Edit)], num_steps)]
+
+    @cache
+    def text(step: int) -> str:
+        return _text(nodes, step, num_steps)
+
+    def alike(step: int) -> int:
+        """The first step that has the same text because of the same edits and alternatives."""
+        start = edits[bisect_left(edits, step) - 1] + 1
+        return start + (step - start) % period
+
+    return [(end, text(alike(end))) for end in _ends(changing, num_steps)]
 
 
 def texts(prompt: str, num_steps: int) -> list[str]:
@@ -131,14 +143,25 @@ def described(prompt: str, num_steps: int, *, sums: bool = True) -> list[dict[st
     """The terms of a prompt as a record has them, each with its weight and the steps after which its text changes; None
     for a prompt that is read as it is. Without `sums` AND is a word."""
     parts = terms(prompt) if sums else [(prompt, 1.0)]
-    changes = [[end for end, _ in schedule(text, num_steps)[:-1]] for text, _ in parts]
-    if len(parts) == 1 and not _parsed(prompt)[1]:
+    changing = [_parsed(text)[1] for text, _ in parts]
+    if len(parts) == 1 and not changing[0]:
         return None
-    return [{"weight": weight, "changes_after": ends} for (_, weight), ends in zip(parts, changes, strict=True)]
+    ends = [_ends(nodes, num_steps) for nodes in changing]
+    return [{"weight": weight, "changes_after": own[:-1]} for (_, weight), own in zip(parts, ends, strict=True)]
+
+
+def _ends(changing: Sequence[Edit | Alternatives], num_steps: int) -> list[int]:
+    """The last steps of the texts that a prompt with these nodes has one after another."""
+    if any(isinstance(node, Alternatives) for node in changing):
+        return [*range(1, num_steps + 1)]
+    ends = {num_steps, *(node.last_step(num_steps) for node in changing if isinstance(node, Edit))}
+    return [end for end in sorted(ends) if end >= 1]
 
 
 def _parsed(prompt: str) -> tuple[Nodes, list[Edit | Alternatives]]:
     """The nodes of a prompt, and those of all depths that change."""
+    if "[" not in prompt:
+        return [prompt], []
     root: list[str | Edit | Alternatives | Nodes] = []
     open_brackets: list[Bracket] = []
     changing: list[Edit | Alternatives] = []

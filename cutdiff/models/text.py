@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cutdiff.models.tokens import COMMA_WINDOW, Tokens, frame, tokenize, words
+from cutdiff.options import short
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
@@ -109,7 +110,9 @@ class TextEncoders:
         depth = min(encoder.config.num_hidden_layers for encoder in self.encoders)
         left_out = int(depth == CUT_DEPTH)
         if not 1 <= clip_skip - left_out <= depth:
-            raise ValueError(f"clip_skip={clip_skip} must lie in {1 + left_out} … {depth + left_out} for this model")
+            raise ValueError(
+                f"clip_skip={short(clip_skip)} must lie in {1 + left_out} … {depth + left_out} for this model"
+            )
         return replace(self, layer=clip_skip - left_out)
 
     def length(self, prompt: str) -> int:

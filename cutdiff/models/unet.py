@@ -161,19 +161,20 @@ class UpLevel(Level):
 
 
 class MidBlock(nn.Module):
-    """A transformer between two resnets, or a single resnet, at the coarsest resolution: (B, C, h, w) -> itself."""
+    """A transformer between two resnets, a single resnet, or nothing, at the coarsest resolution: (B, C, h, w) -> its
+    like."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         width = config.channels[-1]
         level, depth = len(config.channels) - 1, config.mid_transformer_layers
-        self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(2 if depth else 1))
+        resnets = 0 if depth is None else 2 if depth else 1
+        self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(resnets))
         self.attentions = nn.ModuleList([Transformer(config, level, depth)] if depth else [])
 
     def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
-        x = self.resnets[0](x, time)
-        for transformer, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = resnet(transformer(x, context), time)
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(self.attentions[i - 1](x, context) if i else x, time)
         return x
 
 
@@ -194,7 +195,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(channels):
             widths = [(channels[max(i - 1, 0)] if j == 0 else width, width) for j in range(layers)]
-            level = DownLevel(config, i, widths, [config.transformer_layers[i]] * layers)
+            level = DownLevel(config, i, widths, config.down_layers[i])
             skips += [width] * layers
             if i < last:
                 level.downsamplers.append(Downsample(width))

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from cutdiff.files import contents
 from cutdiff.output.parameters import parameters_text
-from cutdiff.output.record import NO_RECORD, comparable
+from cutdiff.output.record import NO_RECORD, comparable, is_alike
 
 SIGNATURE, END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 """The first and the last bytes of every PNG."""
@@ -74,7 +75,7 @@ def save_image(
     sidecar = json.dumps({**record, "pixels_sha256": pixels_sha256(picture)}, indent=2).encode() + b"\n"
     for path in numbered(folder, stem):
         with reserved(path) as part:
-            state = state_of(path, lambda other: other.get("fingerprint") == record["fingerprint"])
+            state = state_of(path, partial(is_alike, record))
             if state is State.FINISHED:
                 return path
             if state is State.OTHER and not overwrite:

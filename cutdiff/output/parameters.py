@@ -11,14 +11,27 @@ SAMPLERS = {
     "euler": "Euler",
     "euler_ancestral": "Euler a",
     "ddim": "DDIM",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_sde": "DPM++ SDE",
     "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "unipc": "UniPC",
     "lcm": "LCM",
 }
 """A1111's names of solvers."""
-SPACINGS = {"karras": " Karras", "exponential": " Exponential", "beta": " Beta"}
-"""The words that A1111 adds to them for the spacing of the sigmas."""
+SCHEDULE_TYPES = {
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+    "sgm_uniform": "SGM Uniform",
+    "trailing": "SGM Uniform",
+    "linspace": "Uniform",
+    "align_your_steps": "Align Your Steps",
+}
+"""A1111's names of schedules, and of the spacings of a model's own: the "trailing" one is its SGM Uniform to less than
+two timesteps, and it has none for the "leading" one."""
+OWN_TIMESTEPS = ("ddim", "lcm")
+"""The solvers whose model's own schedule A1111 has as a part of the sampler."""
 
 
 def parameters_text(record: dict[str, Any]) -> str:
@@ -31,6 +44,7 @@ def parameters_text(record: dict[str, Any]) -> str:
     pairs = {
         "Steps": record["num_steps"],
         "Sampler": _sampler(record),
+        "Schedule type": _schedule_type(record),
         "CFG scale": guidance.get("guidance_scale"),
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",
@@ -49,13 +63,21 @@ def parameters_text(record: dict[str, Any]) -> str:
 
 
 def _sampler(record: dict[str, Any]) -> str:
-    """A1111's name of the solver and of the spacing of its sigmas; of another solver than those, its own name."""
+    """A1111's name of the solver; of another solver than those that ship, its own name."""
+    solver = specs.parse("solver", record["solver"])[0]
+    return SAMPLERS.get(solver, solver)
+
+
+def _schedule_type(record: dict[str, Any]) -> str | None:
+    """A1111's name of the schedule; None where it has none for it, or it is part of the sampler."""
     solver, schedule = (specs.parse(kind, record[kind])[0] for kind in ("solver", "schedule"))
-    if solver not in SAMPLERS:
-        return solver
-    if schedule == "model" and record["noise"].get("use_karras_sigmas") and solver != "ddim":
-        schedule = "karras"
-    return f"{SAMPLERS[solver]}{SPACINGS.get(schedule, '')}"
+    if schedule != "model":
+        return SCHEDULE_TYPES.get(schedule)
+    if solver in OWN_TIMESTEPS:
+        return None
+    noise = record["noise"]
+    spread = (name for name in SCHEDULE_TYPES if noise.get(f"use_{name}_sigmas") or noise.get("sigma_schedule") == name)
+    return SCHEDULE_TYPES.get(next(spread, noise.get("timestep_spacing", "")))
 
 
 def _stem(name: str) -> str:

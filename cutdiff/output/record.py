@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import version
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -108,6 +109,14 @@ def is_of(described: dict[str, Any], record: dict[str, Any]) -> bool:
     """True if a record is of the picture that is described. The fingerprint of an old one may name a VAE's file by its
     path, which determines nothing."""
     return record.get("fingerprint") == fingerprint(described) or not changes(described, record)
+
+
+def is_alike(record: dict[str, Any], other: dict[str, Any]) -> bool:
+    """True if a record is of the same picture as that of one which was just drawn."""
+    if record["fingerprint"] == other.get("fingerprint"):
+        return True
+    described = dict(takewhile(lambda item: item[0] != "fingerprint", record.items()))  # what follows is its cost
+    return is_of(described, other)
 
 
 def changes(described: dict[str, Any], record: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

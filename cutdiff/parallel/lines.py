@@ -23,7 +23,9 @@ def open_streams() -> None:
     codecs.register_error("cutdiff", _as_bytes_or_escaped)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # else the next file that is opened would get its number
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+            # What is written to standard output fails, as on a full disk.
+            flags = os.O_RDONLY if name == "stdout" else os.O_RDWR
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
     if callable(reconfigure := getattr(sys.stdout, "reconfigure", None)):
         reconfigure(errors="cutdiff")
 

@@ -31,10 +31,11 @@ from cutdiff.models.vae import VAE
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Prepared, prepare
 from cutdiff.planning.meter import Meter, Usage
-from cutdiff.sampling.denoiser import Denoiser, Inputs
+from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import Operator, items_of
+from cutdiff.sampling.rows import Inputs, Rows
 from cutdiff.sampling.solvers import TakeStep, finished
 from cutdiff.sampling.stages import Phase, Size, Stage, standing
 from cutdiff.settings import Settings
@@ -132,7 +133,10 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
 
     for step in stage.steps:
         sigmas = [schedule.sigmas[step - first], *_further(take, x, step - first)]
-        rows = tuple((denoiser.guided(sigma), denoiser.copies_at(sigma, step)) for sigma in sigmas)
+        rows = tuple(
+            (denoiser.guided(sigma), denoiser.copies_at(sigma, step), bool(denoiser.change_scale_at(sigma, step)))
+            for sigma in sigmas
+        )
         kind = stage.cost and stage.cost(step), rows
         key = kind, kind in known
         known.add(kind)
@@ -194,10 +198,13 @@ class Rank(Denoiser):
         """Count one step through the operator; the size conditioning and the picture shown change no cost."""
         rows, (items, size) = self.rows_of(operator, sigma, step, positive), items_of(operator, canvas)
         inputs = canvas.new_empty(items * rows.copies, canvas.shape[1], *size, dtype=self.unet.conv_in.weight.dtype)
-        self.trial.copies = rows.copies
-        self.trial.by_row.clear()  # another step may meet another network
-        self.predict(rows, inputs, canvas.new_empty(len(inputs), 6))
+        self.predictions(rows, inputs, canvas.new_empty(len(inputs), 6))
         return torch.empty_like(canvas)
+
+    def predict(self, rows: Rows, inputs: Tensor, size_ids: Tensor) -> Tensor:
+        self.trial.copies = rows.copies
+        self.trial.by_row.clear()  # another step, or another estimate of it, may meet another network
+        return super().predict(rows, inputs, size_ids)
 
     def evaluate(self, inputs: Inputs) -> Tensor:
         rows = len(inputs[0])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from cutdiff.models import editing
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders, TextStates, TextSum
-from cutdiff.sampling.denoiser import Text
+from cutdiff.sampling.rows import Text
 
 Batch = tuple[str, ...]
 """A text for each picture."""

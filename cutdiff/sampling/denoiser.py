@@ -6,31 +6,22 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cutdiff.models.config import Size
 from cutdiff.models.layers import TextContext
-from cutdiff.models.text import TextStates, TextSum
-from cutdiff.models.unet import Context, UNet
+from cutdiff.models.text import TextStates
+from cutdiff.models.unet import UNet
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.flags import Flags
-from cutdiff.sampling.guidance import Guidance, LinearGuidance, is_off
-from cutdiff.sampling.operators import Operator, Patches, takes_flag, upload
+from cutdiff.sampling.guidance import Begun, Changing, Guidance, LinearGuidance, change_scale, is_off
+from cutdiff.sampling.operators import Operator, Patches, takes_flag
 from cutdiff.sampling.preconditioning import Coefficients
+from cutdiff.sampling.rows import Inputs, Rows, StepText, Text, Texts, size_ids_of
 from cutdiff.sampling.stages import Step
 from cutdiff.specs import name_of
-
-GATHERED_BYTES = 256 << 20
-"""The most bytes of the text's keys and values that are kept for the rows of calls, and not gathered by every layer in
-every call: those of 10 rows of SDXL in 16 bits. In larger calls the layers' work outweighs their gathers."""
-Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor]
-"""The rows that the U-Net reads: latents, timesteps, context, pooled, size ids."""
-Text = TextStates | TextSum | Callable[[int], TextStates | TextSum]
-"""Text states of B rows, a sum of such, or a function that gives either for the number of a step. It gives the same
-object for the same text, which is then not read anew."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +42,8 @@ class Call:
     """The rows of an item: 2 for a guidance pair."""
     num_terms: int = 1
     """The rows of an item that read the prompt, more than one for a sum of prompts."""
+    is_changed: bool = False
+    """True where the guidance has changed the network, for a third estimate; then all rows read the prompt."""
 
     @property
     def rows(self) -> Tensor:
@@ -87,17 +80,6 @@ class Observer:
         """A step was taken."""
 
 
-class _Text(NamedTuple):
-    """The text of the distinct rows, and what it was made from."""
-
-    sources: tuple[TextStates | UNet, ...]
-    """The states of the negative prompt and of the terms, and the network."""
-    context: Context
-    pooled: Tensor
-    by_rows: dict[tuple[int, ...], tuple[Context, Tensor]]
-    """The text of each row of the last kinds of calls, by the numbers of their rows' texts."""
-
-
 @dataclass
 class Work:
     """The state that all denoisers of a run share: a count, the batch that memory holds, observers, flags, texts."""
@@ -112,8 +94,8 @@ class Work:
     """True once a step has read the negative prompt."""
     flags: Flags = field(default_factory=Flags, repr=False)
     """The flags that kernels set where an estimate of x0 is not finite."""
-    texts: dict[int, _Text] = field(default_factory=dict, repr=False)
-    """The text by the number of copies."""
+    texts: Texts = field(default_factory=Texts, repr=False)
+    guidances: Begun = field(default_factory=Begun, repr=False)
 
     @contextmanager
     def heard_by(self, observer: Observer) -> Iterator[None]:
@@ -147,6 +129,8 @@ class Denoiser:
     """The pixels of an image for one latent, on each axis."""
     guided: Callable[[float], bool] = lambda sigma: True
     """Tells for a sigma whether guidance is on; where it is off, the prompt alone is evaluated."""
+    guidance_sigma: float | None = None
+    """The sigma that guidance is told; None: that of the estimate. For an estimate beside the one of a step."""
     network: Network | None = None
     """A method's own network in the place of one pass of the U-Net, made of calls of `evaluate`."""
     shares_rows: bool = True
@@ -171,22 +155,27 @@ class Denoiser:
 
     def text_at(self, step: int) -> StepText:
         """The text that a step reads."""
-        positive, negative = (text(step) if callable(text) else text for text in (self.positive, self.negative))
-        if isinstance(negative, TextSum):
-            raise ValueError("negative is a sum of prompts, which only positive may be: give states of B rows")
-        if isinstance(positive, TextSum):
-            return StepText(negative, positive.terms, positive.weights)
-        return StepText(negative, (positive,))
+        return StepText.of(self.positive, self.negative, step)
+
+    def guidance_at(self, sigma: float) -> tuple[Guidance, float] | None:
+        """The guidance of the stage under way, and the sigma that it is told; None where it is off."""
+        sigma = sigma if self.guidance_sigma is None else self.guidance_sigma
+        return (self.work.guidances.of(self.guidance), sigma) if self.guided(sigma) else None
 
     def copies_at(self, sigma: float, step: int) -> int:
         """The rows of each item: two for a guidance pair, the positive one last, and for a sum of prompts one for each
         term, after the negative one if that is needed. A network that reads the scale itself needs no pair."""
         return self._copies(self.text_at(step), sigma, step)[0]
 
+    def change_scale_at(self, sigma: float, step: int) -> float:
+        """The scale of the third estimate, as `guidance.change_scale` has it."""
+        guided = self.guidance_at(sigma)
+        return change_scale(*guided, step) if guided else 0.0
+
     def _copies(self, text: StepText, sigma: float, step: int) -> tuple[int, bool]:
         """The rows of each item, and whether guidance is on."""
-        is_guided = self.guided(sigma) and not is_off(self.guidance, sigma, step)
-        is_guided &= not self.unet.config.guidance_dim
+        guided = self.guidance_at(sigma)
+        is_guided = guided is not None and not is_off(*guided, step) and not self.unet.config.guidance_dim
         return len(text.terms) + (is_guided or not text.is_mean), is_guided
 
     def __call__(
@@ -244,32 +233,50 @@ class Denoiser:
         source = canvas if shown is None else shown
         rows = self.rows_of(operator, sigma, step, positive)
         inputs = operator.gather(source, self.backend, c_in=c_in, dtype=dtype, copies=rows.copies)
-        size_ids = _size_ids(inputs, rows.copies, self.factor, crop_origins, original_size, target_size)
-        guidance = self.guidance
-        scale = guidance.scale_at(sigma, step) if isinstance(guidance, LinearGuidance) and self.guided(sigma) else 1.0
+        size_ids = size_ids_of(inputs, rows.copies, self.factor, crop_origins, original_size, target_size)
+        guidance, own_sigma = self.guidance_at(sigma) or (None, sigma)
+        scale = guidance.scale_at(own_sigma, step) if isinstance(guidance, LinearGuidance) else 1.0
         if self.unet.config.guidance_dim:
             size_ids = torch.cat([size_ids, torch.full_like(size_ids[:, :1], scale)], dim=1)
-        prediction = self.predict(rows, inputs, size_ids)
-        copies = 2 if rows.is_guided else 1
-        if rows.text.weights:
-            prediction = _summed(prediction, rows, copies)
+        predictions, copies = self.predictions(rows, inputs, size_ids), 2 if rows.is_guided else 1
         back = {"canvas": canvas, "c_skip": c_skip, "c_out": c_out}
-        if copies == 1 or isinstance(guidance, LinearGuidance):
-            how = back | {"copies": copies, "guidance_scale": scale}
-            if not takes_flag(operator, self.backend, canvas.device):
-                return operator.scatter(prediction, self.backend, **how)
-            flag = self.work.flags.new()
-            denoised = operator.flagged(flag, prediction, self.backend, **how)
-            if flag is not None:
-                self.work.flags.written(denoised, flag)
-            return denoised
-        unconditional, conditional = (operator.scatter(prediction[half::2], self.backend, **back) for half in (0, 1))
-        estimate = self.guidance(conditional, unconditional, sigma, step)
-        if not isinstance(estimate, Tensor) or estimate.shape != canvas.shape:
-            what = tuple(estimate.shape) if isinstance(estimate, Tensor) else type(estimate).__name__
-            name = name_of("guidance", self.guidance)
-            raise ValueError(f"guidance={name} gave {what} where {tuple(canvas.shape)} is needed")
-        return estimate.to(canvas.dtype)
+        if copies > 1 and not isinstance(guidance, LinearGuidance):
+            assert guidance is not None
+            unconditional, conditional = (predictions[0][half::2] for half in (0, 1))
+            parts = [conditional, unconditional, *(each[1::2] for each in predictions[1:])]
+            first, second, *third = (operator.scatter(part, self.backend, **back) for part in parts)
+            estimate = guidance(first, second, own_sigma, step, *third)
+            if not isinstance(estimate, Tensor) or estimate.shape != canvas.shape:
+                what = tuple(estimate.shape) if isinstance(estimate, Tensor) else type(estimate).__name__
+                name = name_of("guidance", self.guidance)
+                raise ValueError(f"guidance={name} gave {what} where {tuple(canvas.shape)} is needed")
+            return estimate.to(canvas.dtype)
+        prediction, *third = predictions
+        if third:  # one scatter for all three, which are linear
+            (pair, changed), copies = (each.float().unflatten(0, (-1, copies)) for each in predictions), 1
+            guided = pair[:, 0] + scale * (pair[:, -1] - pair[:, 0])
+            prediction = guided + self.change_scale_at(sigma, step) * (pair[:, -1] - changed[:, -1])
+        how = back | {"copies": copies, "guidance_scale": scale}
+        if not takes_flag(operator, self.backend, canvas.device):
+            return operator.scatter(prediction, self.backend, **how)
+        flag = self.work.flags.new()
+        denoised = operator.flagged(flag, prediction, self.backend, **how)
+        if flag is not None:
+            self.work.flags.written(denoised, flag)
+        return denoised
+
+    def predictions(self, rows: Rows, inputs: Tensor, size_ids: Tensor) -> list[Tensor]:
+        """The network's output for all rows, joined to that of a guidance pair or of one row an item, and where
+        guidance needs a third estimate, the same with that in the place of the one with the prompt."""
+        prediction = self.predict(rows, inputs, size_ids)
+        if not self.change_scale_at(rows.sigma, rows.step):
+            return [rows.joined(prediction)]
+        guidance = self.work.guidances.of(self.guidance)
+        assert isinstance(guidance, Changing)
+        prompted = rows._replace(copies=len(rows.text.terms), is_changed=True)
+        with guidance.changed(self.unet):
+            third = self.predict(prompted, rows.of_prompt(inputs), rows.of_prompt(size_ids))
+        return [rows.joined(prediction), rows.joined(rows.with_prompt(prediction, third))]
 
     def rows_of(self, operator: Operator, sigma: float, step: int, positive: TextStates | None = None) -> Rows:
         """The properties of the rows of a step; `positive` as in `through`."""
@@ -294,7 +301,7 @@ class Denoiser:
         Raises torch.OutOfMemoryError where memory does not suffice for a single item.
         """
         num_rows, copies = len(inputs), rows.copies
-        text, terms = self._text(copies, rows.text), len(rows.text.terms)
+        text = self.work.texts.read(self.unet, rows.text, copies, keeps=self.keeps_text)
         timestep = torch.full((1,), self.timestep(rows.sigma), dtype=torch.float32, device=inputs.device)
         timestep = timestep.expand(num_rows)
         ranks = self.ranks if self.shares_rows else ALONE
@@ -305,11 +312,10 @@ class Denoiser:
             part = slice(start, min(start + (self.work.view_batch_size or num_rows) * copies, end))
             kept = len(text.by_rows)
             try:
-                context, pooled = self._of_rows(text, part, num_rows, copies)
+                context, pooled = Texts.of_rows(text, part, num_rows, copies, self.gathered)
                 taken = (inputs[part], timestep[part], context, pooled, size_ids[part])
-                call = Call(
-                    rows.step, rows.sigma, rows.operator, taken, start, num_rows, rows.num_images, copies, terms
-                )
+                counts = num_rows, rows.num_images, copies, len(rows.text.terms)
+                call = Call(rows.step, rows.sigma, rows.operator, taken, start, *counts, rows.is_changed)
                 parts.append(self.evaluate(taken) if self.network is None else self.network(call))
             except torch.OutOfMemoryError:
                 text.by_rows.clear()
@@ -339,93 +345,6 @@ class Denoiser:
             together = self.items_of_a_call * copies
         return [min(start * together, num_rows) for start in ranks.starts(math.ceil(num_rows / together))]
 
-    def _text(self, copies: int, read: StepText) -> _Text:
-        """The text of each image, or of each item that has its own. What layers make of the prompt, which all items of
-        an image share at every step, is kept; of a view's own states, it is not."""
-        sources = (read.negative, *read.terms, self.unet)
-        text = self.work.texts.get(copies)
-        is_same = text is not None and [*map(id, text.sources)] == [*map(id, sources)]
-        if text is None or not self.keeps_text or not is_same:
-            negative = read.negative.repeat(len(read.terms[0].context) // len(read.negative.context))
-            states = [negative, *read.terms][-copies:]
-            context = torch.stack([s.context for s in states], dim=1).flatten(0, 1)
-            pooled = torch.stack([s.pooled for s in states], dim=1).flatten(0, 1)
-            text = _Text(sources, context, pooled, {})
-            if self.keeps_text and read.is_kept:
-                text = self.work.texts[copies] = text._replace(context=self.unet.read(context))
-        return text
-
-    def _of_rows(self, text: _Text, part: slice, num_rows: int, copies: int) -> tuple[Context, Tensor]:
-        """Context and pooled states of a part of all rows, which is kept for calls with the same texts."""
-        shared_by = num_rows // (len(text.pooled) // copies)
-        rows = tuple(row // shared_by * copies + row % copies for row in range(part.start, part.stop))
-        if rows not in text.by_rows:
-            index = upload(torch.tensor(rows, device="cpu"), text.pooled.device)
-            context, pooled = text.context[index], text.pooled[index]
-            if isinstance(context, TextContext):
-                most = GATHERED_BYTES // max(context.row_bytes, 1)  # no layer may read the text
-                if len(rows) + sum(len(kind) for kind in text.by_rows if len(kind) <= most) > most:
-                    text.by_rows.clear()
-                if len(rows) <= most:
-                    context = self.gathered(context)
-            text.by_rows[rows] = context, pooled
-        return text.by_rows[rows]
-
     def gathered(self, context: TextContext) -> TextContext:
         """The context with a row of its own for each item."""
         return context.gathered()
-
-
-class StepText(NamedTuple):
-    """The text that one step reads: the states of the negative prompt and of each term of the prompt."""
-
-    negative: TextStates
-    terms: tuple[TextStates, ...]
-    weights: tuple[tuple[float, ...], ...] = ()
-    """The weights of the terms for each image, where they are a sum."""
-    is_kept: bool = True
-    """True where other steps may read the same text."""
-
-    @property
-    def is_mean(self) -> bool:
-        """True where the weights of each image add up to 1, so that the negative estimate cancels out."""
-        return all(math.isclose(sum(weights), 1) for weights in self.weights)
-
-
-class Rows(NamedTuple):
-    """The properties that all rows of a step have in common."""
-
-    step: int
-    sigma: float
-    operator: Operator
-    copies: int
-    is_guided: bool
-    """True where the guidance of the step is on."""
-    text: StepText
-    num_images: int
-
-
-def _summed(prediction: Tensor, rows: Rows, copies: int) -> Tensor:
-    """The network's output for all rows of a sum of prompts -> that of a guidance pair (items·2, C, h, w), or of the
-    sum alone (items, C, h, w), float32. The estimate of x0 is linear in it, so that sums of either are the same."""
-    weights = torch.tensor(rows.text.weights, dtype=torch.float32, device="cpu")  # (B, T)
-    weights = upload(weights, prediction.device)[:, None, :, None, None, None]
-    items = prediction.float().unflatten(0, (len(rows.text.weights), -1, rows.copies))
-    terms = items[:, :, -len(rows.text.terms) :]
-    if rows.copies == len(rows.text.terms):
-        return (weights * terms).sum(dim=2).flatten(0, 1)
-    negative = items[:, :, :1]
-    positive = negative + (weights * (terms - negative)).sum(dim=2, keepdim=True)
-    return torch.cat([negative, positive][-copies:], dim=2).flatten(0, 2)
-
-
-def _size_ids(
-    inputs: Tensor, copies: int, factor: int, crop_origins: Tensor | None, original: Size | None, target: Size | None
-) -> Tensor:
-    """The size conditioning of each row: (items·copies, 6), original size, crop corner, target size in pixels."""
-    num_items, own = len(inputs) // copies, (inputs.shape[2], inputs.shape[3])
-    whole = torch.zeros(num_items, 2, dtype=torch.float32, device="cpu")
-    crops = whole if crop_origins is None else crop_origins.cpu().float()
-    sizes = torch.tensor([*(original or own), *(target or own)], dtype=torch.float32, device="cpu").expand(num_items, 4)
-    ids = torch.cat([sizes[:, :2], crops, sizes[:, 2:]], dim=1) * factor
-    return upload(ids.repeat_interleave(copies, dim=0), inputs.device)

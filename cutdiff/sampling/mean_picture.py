@@ -51,8 +51,7 @@ class MeanPicture:
 
     def denoise(self, canvas: Tensor, sigma: float, step: int) -> Tensor:
         """D(pool(x); σ / √n), of the picture's size. The prompt is guided where the step is, at the run's sigma."""
-        guided = self.denoiser.guided(sigma)
-        return replace(self.denoiser, guided=lambda _: guided)(
+        return replace(self.denoiser, guidance_sigma=sigma)(
             self.pool(canvas),
             sigma / math.sqrt(math.prod(self.grid)),
             step,

@@ -57,7 +57,7 @@ class NoiseConfig:
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
         if len(asked := [name for name in SPREAD_BY if getattr(self, name)]) > 1:
-            raise ValueError(f"{' and '.join(asked)} are both True, and sigmas are spread by one: keep one of them")
+            raise ValueError(f"{' and '.join(asked)} are True, and sigmas are spread by one rule: keep one")
         for name in ("beta_start", "beta_end"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < 1:

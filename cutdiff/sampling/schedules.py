@@ -167,7 +167,7 @@ class SGMUniform(Options):
     """Even steps of the timestep from the training's last one, so that one more would be its first: `sgm_uniform` of
     ComfyUI and A1111. Timesteps are not rounded, and log sigma is linear between whole ones.
 
-    It differs from `trailing` by less than a timestep. On EDM models its steps are even ones of log sigma.
+    It differs from `trailing` by less than two timesteps. On EDM models its steps are even ones of log sigma.
     """
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:

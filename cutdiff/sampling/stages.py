@@ -137,24 +137,31 @@ def solve(
     solver: Solver,
     noise: Noise,
     flags: Flags | None = None,
+    on_start: Callable[[Schedule], None] = lambda schedule: None,
 ) -> Iterator[Step]:
     """Run the stages one after another from x (B, C, H, W), float32, and yield every step.
 
     Raises NotFinite where an estimate of x0 is not, FloatingPointError where a solver makes it so, and ValueError where
     a stage or the solver gives another canvas than it says. On a GPU the first two come one step late, but before a
     phase begins and before a stage's `end`. `flags` are
-    those that the stages' denoisers set, if any do.
+    those that the stages' denoisers set, if any do. `on_start` hears of each schedule that the solver is started on.
     """
     flags = flags or Flags()
     try:
-        yield from _steps(stages, x, schedule, solver, noise, flags)
+        yield from _steps(stages, x, schedule, solver, noise, flags, on_start)
         flags.end()
     finally:
         flags.abandon()
 
 
 def _steps(
-    stages: Sequence[Stage | Phase], x: Tensor, schedule: Schedule, solver: Solver, noise: Noise, flags: Flags
+    stages: Sequence[Stage | Phase],
+    x: Tensor,
+    schedule: Schedule,
+    solver: Solver,
+    noise: Noise,
+    flags: Flags,
+    on_start: Callable[[Schedule], None],
 ) -> Iterator[Step]:
     """The steps of `solve`."""
     take: TakeStep | None = None
@@ -168,6 +175,7 @@ def _steps(
         own, first = standing(stage, schedule)
         if take is None or isinstance(part, Phase) or started != (own, first):
             take, started = solver.start(own, partial(_counted, noise, first)), (own, first)
+            on_start(own)
         shape = x.shape
         for i in stage.steps:
             sigma = own.sigmas[i - first]

@@ -41,11 +41,12 @@ class TextMaps:
     """The maps as the layers of the larger canvas take them, (rows, positions, tokens), by their positions."""
 
     @contextmanager
-    def recorded(self, denoiser: Denoiser, size: Size, copies: int) -> Iterator[Denoiser]:
-        """A denoiser for the one step inside the block, on a canvas of `size` latents, whose maps these become."""
+    def recorded(self, denoiser: Denoiser, size: Size, copies: int, num_images: int) -> Iterator[Denoiser]:
+        """A denoiser for the one step inside the block, on a canvas of `size` latents, whose maps these become: those
+        of the guidance pairs, and none of a third estimate."""
         with recorded_attention(denoiser.unet, everywhere=True) as recording:
             yield replace(denoiser, shares_rows=False)  # every rank needs the maps of all rows
-        sizes, means = _level_sizes(denoiser.unet, size), recording.means()
+        sizes, means = _level_sizes(denoiser.unet, size), recording.means(num_images * copies)
         planes = [mean.mT.unflatten(2, sizes[positions]) for positions, mean in means.items()]
         finest = sizes[max(means)]
         self.maps = torch.stack([resized(plane, finest, self.axes) for plane in planes]).mean(dim=0)
@@ -65,7 +66,7 @@ class TextMaps:
                 if positions not in self.large:
                     large = resized(self.maps, sizes[positions], self.axes).to(call.inputs[0].dtype)
                     self.large[positions] = large.flatten(2).mT.contiguous()
-                each = self.large[positions].unflatten(0, (-1, self.copies))[:, -copies:]  # negative rows are first
+                each = self.large[positions].unflatten(0, (-1, self.copies))[:, -call.copies :]  # negative rows first
                 return each.flatten(0, 1)[rows]
 
             with blended_attention(denoiser.unet, maps, weight):

@@ -17,11 +17,12 @@ from cutdiff.checkpoint import load, save_folder
 from cutdiff.cli.arguments import Parser, add_debug, number
 from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
+from cutdiff.cli.output import check_output
 from cutdiff.models.unet import UNet
 from cutdiff.output.images import save_json
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.scenes.vocabulary import make_text_encoders
-from cutdiff.training.card import phase, read_history, write_card
+from cutdiff.training.card import PREFERRED, phase, read_history, write_card
 from cutdiff.training.fit import COUNT, PLAN, check_plan
 from cutdiff.training.unet import CONFIG, NATIVE_PIXELS, WHOLE_SCENES, encode_scenes, train_unet
 from cutdiff.training.vae import CROP_PIXELS, train_vae
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
+    for flag in ("work", "out"):
+        check_output(f"--{flag}", getattr(args, flag))
     plan = {name: str(getattr(args, name)) for name in ("init", "vae", "whole_scenes", "num_scenes")}
     check_plan(args.work, plan)
     device = device_of(args.device)
@@ -60,7 +63,9 @@ def _run(argv: list[str] | None) -> None:
     train_unet(
         unet, text, latents, args.work, steps=args.unet_steps, batch=args.unet_batch, device=device, bfloat16=bfloat16
     )
-    save_folder(args.out, unet=unet, vae=vae, text=text, noise=NoiseConfig(), zeros_for_empty_negative=True)
+    save_folder(
+        args.out, unet=unet, vae=vae, text=text, noise=NoiseConfig(), zeros_for_empty_negative=True, preferred=PREFERRED
+    )
     pictures = f"{args.num_scenes} pictures of {NATIVE_PIXELS} px, {args.whole_scenes:.0%} of them whole scenes"
     data = f"{args.unet_batch} of {pictures}"
     history.append(phase("U-Net and text encoders", "loss", args.work / "unet.jsonl", data=data, **conditions))

@@ -13,8 +13,11 @@ import torch
 from cutdiff.checkpoint import load
 from cutdiff.checkpoint.locate import name_of
 from cutdiff.checkpoint.model import Model, sha256
+from cutdiff.files import json_lines, json_of
 
 HISTORY = "training.json"
+PREFERRED = {"guidance_scale": 4.0}
+"""The options of a run that the finished model says it prefers: the scale at which all was measured."""
 CARD = """# The embedded model
 
 A model of SDXL's architecture, small enough to live in the repository: native size {native} latents ({pixels} px),
@@ -74,7 +77,9 @@ The seconds include whatever else the machine did, but not the encoding of the p
 
 def phase(name: str, quantity: str, log: Path, *, data: str, device: torch.device, dtype: str) -> dict[str, Any]:
     """Describe a finished phase of training from its log: its data, its cost, and `quantity` over its steps."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = json_lines(log)
+    if not lines:
+        raise ValueError(f"{log} is empty, so it tells nothing of a training: start it again with another --work")
     points = lines[:: max(1, len(lines) // 12)]
     points = points if points[-1] is lines[-1] else [*points, lines[-1]]
     return {
@@ -92,7 +97,7 @@ def phase(name: str, quantity: str, log: Path, *, data: str, device: torch.devic
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """The phases that made the model in `folder`."""
-    return json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+    return json_of(folder / HISTORY)
 
 
 def write_card(folder: Path, history: list[dict[str, Any]]) -> None:

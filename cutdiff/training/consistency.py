@@ -25,6 +25,7 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.cli.arguments import BadArgument, Parser, add_debug
 from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
+from cutdiff.cli.output import check_output
 from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
@@ -57,6 +58,8 @@ def _run(argv: list[str] | None) -> None:
     check_plan(args.work, plan)
     if args.out.suffix != ".safetensors":
         raise BadArgument(f"--out {args.out} must end in .safetensors")
+    for flag, folder in (("--work", args.work), ("--out", args.out.parent)):
+        check_output(flag, folder)
     model = load(args.model, device=device_of(args.device))
     noise_of(model)
     args.work.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from cutdiff.evaluation.features import DIM, PIXELS, FeatureNet, blur, crop_features, load_features, whole_features
 from cutdiff.evaluation.metrics import frechet_distance, kernel_distance
+from cutdiff.files import json_lines
 from cutdiff.scenes import world
 from cutdiff.scenes.render import render
 
@@ -54,7 +54,7 @@ down to {pixels} px, and as crops of {pixels} px.
 def write_card(folder: Path, log: Path, *, batch: int, size: int) -> None:
     """Measure the weights in `folder` on sets of `size` pictures and write `folder`/README.md."""
     network = load_features(folder)
-    entry = json.loads(log.read_text().splitlines()[-1])
+    entry = json_lines(log)[-1]
     text = CARD.format(
         parameters=sum(p.numel() for p in network.parameters()) / 1e6,
         pixels=PIXELS,

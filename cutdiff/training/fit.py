@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from cutdiff.checkpoint.read import read_json
 from cutdiff.cli.arguments import BadArgument, number
+from cutdiff.files import json_lines
 from cutdiff.training.muon import Muon
 
 COUNT = number(1, 10**9)
@@ -73,8 +74,8 @@ def fit(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         average, start, seconds = state["average"], state["step"], state["seconds"]
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+        lines = json_lines(log) if log.exists() else []
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
 
     began = time.perf_counter() - seconds
     sums: dict[str, float] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.lora import formulas
-from cutdiff.checkpoint.lora.metadata import read_adapter_config
+from cutdiff.checkpoint.lora.metadata import AdapterConfig, read_adapter_config
 from cutdiff.checkpoint.lora.names import BIAS, Target, flat, split_key, unsupported
 from cutdiff.checkpoint.read import read_tensors_and_metadata
 
@@ -24,6 +24,8 @@ WIDE = ("lora_down", "hada_w1_b", "diff")
 """The parts whose second dimension is that of the module's input."""
 DIFFERENCES = {"diff": "diff", "diff_b": "diff"}
 """The parts that are whole differences, of a module's weight and of its bias."""
+ENCODERS = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}
+"""The text encoder that each of transformers' classes usually is."""
 NO_MODULE = "keys of no module of this model"
 NOT_SUPPORTED, REPEATED = "keys of what is not supported", "keys that repeat another"
 NO_BIAS = "biases of modules that have none"
@@ -106,6 +108,47 @@ def read_lora(path: Path, table: Mapping[str, Target], context_dim: int) -> Lora
         raise LoraError(f"{path} is no LoRA: it holds nothing but the textual inversions {listed(embeddings)}")
     if other := _other_family(tensors, context_dim):
         raise LoraError(f"{path} {other}")
+    encoders = _lone_encoders(tensors, table)
+    if not encoders:
+        return LoraFile(_changes(path, tensors, table, config), embeddings)
+    return LoraFile(_changes_of_encoder(path, tensors, table, config, encoders), embeddings)
+
+
+def _lone_encoders(tensors: Mapping[str, Tensor], table: Mapping[str, Target]) -> list[str]:
+    """The text encoders that have modules of the file's names, where these do not say of which network they are, as in
+    the adapter of a text encoder that was saved by itself."""
+    modules = {flat(split_key(key)[0]) for key in tensors}
+    if any(module in table for module in modules):
+        return []
+    return [name for name in ENCODERS.values() if any(f"{name}_{module}" in table for module in modules)]
+
+
+def _changes_of_encoder(
+    path: Path, tensors: Mapping[str, Tensor], table: Mapping[str, Target], config: AdapterConfig, encoders: list[str]
+) -> dict[Target, Change]:
+    """The changes of the text encoder that the file fits, or which its configuration names where it fits both."""
+    own = ENCODERS.get(config.base_class)
+    fitting: dict[str, dict[Target, Change]] = {}
+    errors: dict[str, LoraError] = {}
+    for encoder in encoders:
+        try:
+            fitting[encoder] = _changes(path, {f"{encoder}.{key}": t for key, t in tensors.items()}, table, config)
+        except LoraError as error:
+            errors[encoder] = error
+    if not fitting:
+        raise errors.get(own or "", errors[encoders[0]])
+    if len(fitting) > 1 and own is None:
+        raise LoraError(
+            f"{path} fits both text encoders, and no auto_mapping of its adapter_config.json says of which it is: let "
+            f"its keys begin with {encoders[0]}. or {encoders[1]}."
+        )
+    return fitting[own if own in fitting else next(iter(fitting))]
+
+
+def _changes(
+    path: Path, tensors: Mapping[str, Tensor], table: Mapping[str, Target], config: AdapterConfig
+) -> dict[Target, Change]:
+    """The changes that the tensors make. LoraError where any of them cannot be merged."""
     placed, problems = _place(tensors, table)
     if len(problems.get(NO_MODULE, ())) == len(tensors):
         raise LoraError(f"{path} {_no_match(tensors, table)}")
@@ -125,7 +168,7 @@ def read_lora(path: Path, table: Mapping[str, Target], context_dim: int) -> Lora
     if problems:
         kinds = (f"{len(where)} {kind}: {listed(where)}: {REMEDIES[kind]}" for kind, where in problems.items())
         raise LoraError(f"{path} cannot be merged into this model: {'; '.join(kinds)}")
-    return LoraFile(changes, embeddings)
+    return changes
 
 
 def _place(

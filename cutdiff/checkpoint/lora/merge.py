@@ -73,7 +73,7 @@ def lora_file(path: Path) -> Path:
         for name in FOLDER_FILES:
             if (path / name).is_file():
                 return path / name
-        others = sorted(file.name for file in path.glob("*.safetensors"))
+        others = sorted(str(f.relative_to(path)) for name in ("*.safetensors", f"*/{ADAPTER}") for f in path.glob(name))
         remedy = "pass the folder of an adapter, or a file"
         if any(path.glob("*.bin")):
             remedy = "it has pickled files, which could run code as they are opened: convert them to safetensors"

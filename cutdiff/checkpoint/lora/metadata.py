@@ -35,6 +35,8 @@ OTHER_RULE = (
     "use_bdlora",
 )
 """Fields of adapters that are something else than one change of the model's weights for every input."""
+TYPES = ("LORA", "LOHA", "LOKR")
+"""The kinds of adapters that can be merged here, as PEFT names them."""
 PATTERNS = ("alpha_pattern", "rank_pattern")
 """The fields with numbers for some modules, by regular expressions for the ends of their names."""
 
@@ -59,6 +61,11 @@ class AdapterConfig:
                     f"{name}={quoted(value)}, so it changes other weights than the model's: let PEFT convert it to a "
                     "LoRA (path_initial_model_for_weight_conversion)"
                 )
+            if kind == "peft_type" and str(value).upper() not in TYPES:
+                raise ValueError(
+                    f"{name}={quoted(value)}, which is not supported, only {', '.join(TYPES)}: let PEFT merge it into "
+                    "a checkpoint"
+                )
             pattern = value or {} if kind in PATTERNS else {}
             if not isinstance(pattern, dict):
                 raise ValueError(f"{name}={quoted(value)} is no object of numbers by the names of modules")
@@ -71,6 +78,12 @@ class AdapterConfig:
                     raise ValueError(f"{name}={quoted(value)}: {quoted(number)} is no finite number")
                 if kind in ("r", "rank_pattern") and number < 1:
                     raise ValueError(f"{name}={quoted(value)}: a rank is at least 1")
+
+    @property
+    def base_class(self) -> str:
+        """The class of the network that the adapter was trained for, in an adapter saved by itself; else empty."""
+        mapping = self.fields.get("auto_mapping")
+        return str(mapping.get("base_model_class", "")) if isinstance(mapping, Mapping) else ""
 
     def strength(self, target: Target, rank: int | None) -> float:
         """alpha / rank, or alpha / √rank for rsLoRA (arXiv 2312.03732); 1 where no alpha is given.
@@ -123,13 +136,16 @@ def read_adapter_config(path: Path, keys: Collection[str], metadata: Mapping[str
 
 def _read_beside(path: Path) -> AdapterConfig:
     fields = read_json(path)
-    fields["lora_alpha"] = fields.get("lora_alpha", fields.pop("alpha", None))  # LoHa and LoKr have `alpha`
-    if fields["lora_alpha"] is None:
-        raise ValueError(f"{path} has no lora_alpha and no alpha, so no strength: take the adapter's own")
+    alpha = fields.get("lora_alpha", fields.pop("alpha", None))  # LoHa and LoKr have `alpha`
+    if alpha is not None:
+        fields["lora_alpha"] = alpha
     try:
-        return AdapterConfig(fields if fields.get("peft_type") == "LOKR" else _without_ranks(fields))
+        config = AdapterConfig(fields if fields.get("peft_type") == "LOKR" else _without_ranks(fields))
     except ValueError as error:
         raise ValueError(f"{path} has {error}") from None
+    if alpha is None:
+        raise ValueError(f"{path} has no lora_alpha and no alpha, so no strength: take the adapter's own")
+    return config
 
 
 def _without_ranks(fields: Mapping[str, Any]) -> dict[str, Any]:
