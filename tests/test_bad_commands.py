@@ -81,7 +81,12 @@ COMMANDS: dict[str, tuple[Main, list[str], int, str]] = {
     "training: option": (training.main, ["--vea", "x"], 2, "--vea is no option: did you mean '--vae'?"),
     "features: steps": (features.main, ["--steps", "many"], 2, "argument --steps: 'many' must be a whole number in 1 "),
     "features: device": (features.main, ["--device", "abacus"], 2, "--device abacus is not available here"),
-    "consistency: rank": (consistency.main, ["--rank", "0"], 2, f"argument --rank: 0 {COUNTS}"),
+    "consistency: rank": (
+        consistency.main,
+        ["--rank", HUGE],
+        2,
+        f"argument --rank: {HUGE} must be a whole number in 1 … 512",
+    ),
     "consistency: file": (consistency.main, ["--out", "lora.pt"], 2, "--out lora.pt must end in .safetensors"),
     "consistency: model": (consistency.main, ["--model", "nowhere"], 1, "nowhere does not exist: pass a diffusers fol"),
     "sample: pictures": (

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cutdiff.checkpoint import load
 from cutdiff.checkpoint.model import Model
-from cutdiff.cli.arguments import BadArgument, Parser, add_debug
+from cutdiff.cli.arguments import BadArgument, Parser, add_debug, number
 from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
 from cutdiff.cli.output import check_output
@@ -168,9 +168,11 @@ def _parser() -> argparse.ArgumentParser:
         ("num-scenes", 8192, "pictures to encode"),
         ("steps", 900, "steps of the training"),
         ("batch", 32, "latents in each of them"),
-        ("rank", 16, "rank of every weight's change"),
     ):
         parser.add_argument(f"--{name}", type=COUNT, default=default, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument(
+        "--rank", type=number(1, 512), default=16, metavar="N", help="rank of every weight's change (%(default)s)"
+    )
     add_debug(parser)
     return parser
 
