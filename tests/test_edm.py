@@ -174,7 +174,7 @@ class TestMethods:
             other = cutdiff.generate(model, PROMPT, solver=solver, **options).latents
             assert other.isfinite().all()
             # A second step that goes to sigma 0, as that of a short stage, is of first order.
-            assert solver == "dpmpp_2m" or not torch.allclose(other, drawn.latents, rtol=0.1)
+            assert solver in ("dpmpp_2m", "unipc") or not torch.allclose(other, drawn.latents, rtol=0.1)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_at_native_size_they_are_direct(self, tiny_model: Model, method: str) -> None:

@@ -189,7 +189,8 @@ def test_the_share_of_the_trajectory_by_step(run: Run) -> None:
         structure(torch.zeros(1, 4, 8, 8), 1.0, step)
     nothing = torch.zeros(1, 4, 16, 16)
     method, detail = Magnify(hold="trajectory", hold_split=Everything()), range(5, 8)
-    towards = method.towards_trajectory(run, structure, detail, lambda x, sigma, step: nothing)
+    views = Trajectory(lambda x, sigma, step: nothing, 4, keeps=True)
+    towards = method.towards_trajectory(run, structure, detail, views)
     for step, share in zip(detail, (1, 2 / 3, 1 / 3), strict=True):
         estimate = share * (step % 4 + 1)
         torch.testing.assert_close(towards(nothing, 1.0, step), torch.full_like(nothing, estimate))

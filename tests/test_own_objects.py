@@ -157,7 +157,7 @@ def test_the_text_of_a_record() -> None:
         'Method: direct, Solver: euler, Schedule: model, Guidance: "cfg,guidance_scale=7.5", Version: cutdiff 1'
     )
     noise = {"use_karras_sigmas": True}
-    assert "Sampler: Euler Karras, " in parameters_text(record_of(noise=noise))
+    assert "Sampler: Euler, Schedule type: Karras, " in parameters_text(record_of(noise=noise))
     assert "Sampler: DDIM, " in parameters_text(record_of(noise=noise, solver="ddim,eta=0.0"))
     assert "Sampler: Euler, " in parameters_text(record_of(noise={"sigma_max": 80}))
     assert parameters_text(record_of(clip_skip=2)).endswith(", Version: cutdiff 1, Clip skip: 2")
@@ -177,6 +177,7 @@ def test_a_value_that_would_break_the_line_is_in_quotes(name: str) -> None:
 def test_objects_of_ones_own_that_fail_are_one_line(own: OwnModules, command_line: CommandLine) -> None:
     own.write("mine", "import torch\n\n\nclass Solver:\n    def start(self, schedule, noise):\n        return 1 / 0\n")
     arguments = ["--solver", "mine:Solver", "--steps", "1", "--width", "128", "--height", "128", "--method", "direct"]
+    arguments += ["--guidance-scale", "4"]  # not to be told that it is the model's
     command_line.refuses(arguments, 1, "the run failed: ZeroDivisionError: division by zero")
 
 

@@ -310,7 +310,7 @@ def test_an_option_that_a_method_lacks_in_python() -> None:
         Settings(method="direct", stride=4)
     with pytest.raises(ValueError, match="did you mean 'num_steps'"):
         Settings(num_step=4)
-    with pytest.raises(ValueError, match=r"^eta=0\.5 is no option of .*, but of ddim, .*, dpmpp_sde$"):
+    with pytest.raises(ValueError, match=r"^eta=0\.5 is no option of .*, but of ddim, .*, dpmpp_sde, apg$"):
         replace(Settings(), eta=0.5)
 
 

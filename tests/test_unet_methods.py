@@ -106,7 +106,7 @@ def make_run(
 def latents(method: str, run: Run, *, solver: str = "ddim", start: Tensor | None = None) -> Tensor:
     schedule = schedule_for(solver, run.num_steps)
     x = (noise(run.size) if start is None else start) * schedule.init_scale
-    steps = solve(stages_of(method, run), x, schedule, resolve("solver", solver), lambda shape, step: x)
+    steps = solve(stages_of(method, run), x, schedule, resolve("solver", solver), lambda shape, step, *_: x)
     return list(steps)[-1].latents
 
 
@@ -170,7 +170,7 @@ def test_runs_that_take_turns_do_not_touch_each_other(method: str) -> None:
     schedule = schedule_for("ddim", 3)
     x = noise((16, 16)) * schedule.init_scale
     both = (
-        solve(stages_of(name, run), x, schedule, resolve("solver", "ddim"), lambda shape, step: x)
+        solve(stages_of(name, run), x, schedule, resolve("solver", "ddim"), lambda shape, step, *_: x)
         for name, run in ((method, changing), ("direct", plain))
     )
     last = list(zip(*both, strict=True))[-1]

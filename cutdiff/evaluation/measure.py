@@ -65,16 +65,15 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         canvas_and_schedule(model, cell.settings)
         if cell.side < least:
             raise ValueError(f"--sizes {cell.side}: a picture smaller than {what} {least} px has no crops of that size")
+    base = replace(base, **shared)
+    testbed = Testbed(model, base, args.num, args.out, args.batch, caption_seed, _named(NATIVE, shared))
+    tell_dtype(args.dtype, model.device, model.dtype)
     if left:
         say(as_taken(left))
     if references is None:
-        base = replace(base, **shared)
-        testbed = Testbed(model, base, args.num, args.out, args.batch, caption_seed, _named(NATIVE, shared))
-        tell_dtype(args.dtype, model.device, model.dtype)
         rows, cells = measure_scenes(testbed, cells), [testbed.native_cell, *cells]
         drawn = {"batch": args.batch, "caption_seed": caption_seed}
     else:
-        tell_dtype(args.dtype, model.device, model.dtype)
         rows = measure_prompts(model, cells, prompts, references, args.out, batch=args.batch)
         drawn = {"batch": args.batch, "prompts": prompts}
     result = {"cells": rows, "command": command, **drawn, **environment(model), "source": name_of(model.source)}
