@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ CFG, BY_BAND = "cfg,guidance_scale=4", "by_band,guidance_scale=4"
 """The guidances that study `bands` compares."""
 BEST = ("climb", "magnify", "diffusehigh", "upscale")
 """The methods, besides CutDiffusion mended, that study `fifty` draws in fifty steps."""
+FEW = {"solver": "lcm", "guidance_scale": 1.0}
+"""The options of study `few-steps`, which are those that its LoRA was made for."""
+LORA = Path(__file__).parents[1] / "weights" / "scenes-lcm.safetensors"
+"""The LoRA of study `few-steps`, whose results have a folder of their own."""
 SHARES = tuple(i / 10 for i in range(10))
 """The shares of the steps that the details of study `entry` leave out: they begin at sigmas from 8.4 to 0.04."""
 
@@ -100,6 +105,14 @@ STUDIES: dict[str, list[Cell]] = {
     "fifty": [
         *(cell(method, size, num_steps=50) for size in (256, 512) for method in BEST),
         *(cell(size=size, num_steps=50, **MENDED) for size in (256, 512)),
+    ],
+    "few-steps": [
+        *(cell("direct", 128, num_steps=steps, **FEW) for steps in (1, 2, 4, 8)),
+        *(cell(method, num_steps=steps, **FEW) for steps in (4, 8) for method in METHODS),
+    ],
+    "undistilled": [
+        *(cell("direct", 128, num_steps=steps, **FEW) for steps in (1, 2, 4, 8)),
+        *(cell("direct", 128, num_steps=steps) for steps in (1, 2, 4, 8)),
     ],
     "told-native": [cell(told_native(resolve("method", name))) for name in WHOLE],
     "ablation": [
@@ -256,17 +269,22 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> None:
     part, parts = args.part
     device = device_of(args.device)
-    model = cutdiff.load(args.model, device=device, dtype=dtype_of(args.dtype, device))
+    loaded = partial(cutdiff.load, args.model, device=device, dtype=dtype_of(args.dtype, device))
+    model = loaded()
     tell_dtype(args.dtype, model.device, model.dtype)
     judged = Testbed(model, BASE, args.num, args.out, args.batch)
-    chosen_by = Testbed(model, replace(BASE, **CHOICE), args.num, args.out / "choice", args.batch, CHOICE_SEED)
     for study in args.studies:
-        mine = STUDIES[study][part - 1 :: parts]
-        testbed = chosen_by if study == "choice" else judged
-        measure(mine, testbed, args.results)
+        mine, testbed, results = STUDIES[study][part - 1 :: parts], judged, args.results
+        if study == "choice":
+            base = replace(BASE, **CHOICE)
+            testbed = replace(judged, base=base, folder=args.out / study, caption_seed=CHOICE_SEED)
+        elif study == "few-steps":
+            base, results = replace(BASE, num_steps=8, **FEW), results / study
+            testbed = replace(judged, model=loaded(loras=[(LORA, 1.0)]), base=base, folder=args.out / study)
+        measure(mine, testbed, results)
         for side in dict.fromkeys(cell.side for cell in mine):
-            measure_floor(side, judged, args.results)
-        save_sheets(study, testbed, args.results)
+            measure_floor(side, replace(judged, model=testbed.model), results)
+        save_sheets(study, testbed, results)
 
 
 def _part(text: str) -> tuple[int, int]:

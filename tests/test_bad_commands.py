@@ -11,7 +11,7 @@ from cutdiff import evaluate, plan, sample
 from cutdiff.bench import __main__ as bench
 from cutdiff.bench import scaling
 from cutdiff.training import __main__ as training
-from cutdiff.training import features
+from cutdiff.training import consistency, features
 
 HUGE = str(10**18)
 NO_NUMBER = "is no number of a process: start with torchrun, or unset the variable"
@@ -81,6 +81,14 @@ COMMANDS: dict[str, tuple[Main, list[str], int, str]] = {
     "training: option": (training.main, ["--vea", "x"], 2, "--vea is no option: did you mean '--vae'?"),
     "features: steps": (features.main, ["--steps", "many"], 2, "argument --steps: 'many' must be a whole number in 1 "),
     "features: device": (features.main, ["--device", "abacus"], 2, "--device abacus is not available here"),
+    "consistency: rank": (
+        consistency.main,
+        ["--rank", HUGE],
+        2,
+        f"argument --rank: {HUGE} must be a whole number in 1 … 512",
+    ),
+    "consistency: file": (consistency.main, ["--out", "lora.pt"], 2, "--out lora.pt must end in .safetensors"),
+    "consistency: model": (consistency.main, ["--model", "nowhere"], 1, "nowhere does not exist: pass a diffusers fol"),
     "sample: pictures": (
         sample.main,
         ["--num-images", HUGE],

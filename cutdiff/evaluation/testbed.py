@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import cutdiff
+from cutdiff.checkpoint.locate import name_of
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.evaluation import score
 from cutdiff.evaluation.cells import Cell, cost, draw_cells, folder_of, pictures
@@ -113,8 +114,9 @@ def row_of(
 def environment(model: Model) -> dict[str, Any]:
     """The model and the machine that it runs on, for the results."""
     on_gpu = model.device.type == "cuda"
+    loras = [{**vars(lora), "path": name_of(lora.path)} for lora in model.loras]
     return {
-        "model": {"sha256": model.hashes},
+        "model": {"sha256": model.hashes, **({"loras": loras} if loras else {})},
         "device": torch.cuda.get_device_name() if on_gpu else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "dtype": dtype_name(model.dtype),

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from cutdiff.checkpoint import load, save_folder
-from cutdiff.checkpoint.read import read_json
-from cutdiff.cli.arguments import BadArgument, Parser, add_debug, number
+from cutdiff.cli.arguments import Parser, add_debug, number
 from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
 from cutdiff.cli.output import check_output
@@ -24,7 +23,7 @@ from cutdiff.output.images import save_json
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.scenes.vocabulary import make_text_encoders
 from cutdiff.training.card import PREFERRED, phase, read_history, write_card
-from cutdiff.training.fit import COUNT
+from cutdiff.training.fit import COUNT, PLAN, check_plan
 from cutdiff.training.unet import CONFIG, NATIVE_PIXELS, WHOLE_SCENES, encode_scenes, train_unet
 from cutdiff.training.vae import CROP_PIXELS, train_vae
 
@@ -39,13 +38,11 @@ def _run(argv: list[str] | None) -> None:
     for flag in ("work", "out"):
         check_output(f"--{flag}", getattr(args, flag))
     plan = {name: str(getattr(args, name)) for name in ("init", "vae", "whole_scenes", "num_scenes")}
-    described = args.work / "plan.json"
-    if described.exists() and read_json(described) != plan:
-        raise BadArgument(f"--work {args.work} holds another training ({described}): take another folder")
+    check_plan(args.work, plan)
     device = device_of(args.device)
     start = None if (given := args.init or args.vae) is None else load(given, device=device)
     args.work.mkdir(parents=True, exist_ok=True)
-    save_json(described, plan)
+    save_json(args.work / PLAN, plan)
     tell_dtype(args.dtype, device, getattr(torch, args.dtype))
     bfloat16 = args.dtype == "bfloat16"
     conditions: Any = {"device": device, "dtype": args.dtype}

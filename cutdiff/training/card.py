@@ -1,4 +1,4 @@
-"""The README that stands beside the embedded weights and says how they were trained and what their hashes are."""
+"""The cards beside the embedded weights, which say how these were trained and what their hashes are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from cutdiff.checkpoint import load
+from cutdiff.checkpoint.locate import name_of
+from cutdiff.checkpoint.model import Model, sha256
 from cutdiff.files import json_lines, json_of
 
 HISTORY = "training.json"
@@ -38,6 +40,32 @@ A tenth of the captions is dropped.
 ## Curves
 
 {curves}
+
+## SHA-256
+
+```
+{hashes}
+```
+"""
+
+LORA_CARD = """# A LoRA of the embedded model for few steps without guidance
+
+`{name}` changes all linear layers and convolutions of the U-Net, by rank {rank}, in float16. With it the model draws in
+1 to 8 steps of `--solver lcm` at `--guidance-scale 1`:
+
+```
+python -m cutdiff.sample --lora {shown} --solver lcm --steps 4 --guidance-scale 1
+```
+
+It was made by `python -m cutdiff.training.consistency`, by consistency distillation (Luo et al. 2023, arXiv 2310.04378
+and 2311.05556) of the same U-Net at guidance {guidance_scale:g}, on a grid of {grid} steps. It has seen nothing but the
+scenes that `cutdiff/scenes` renders, and is licensed as the code is, under Apache-2.0.
+
+{phases}
+
+The seconds include whatever else the machine did, but not the encoding of the pictures.
+
+{curve}
 
 ## SHA-256
 
@@ -75,23 +103,45 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 def write_card(folder: Path, history: list[dict[str, Any]]) -> None:
     """Write README.md and the history of its phases beside the finished model in `folder`."""
     model = load(folder)
-    phases = [
-        f"- {p['name']}: {p['steps']} steps of {p['data']} in {p['seconds']} s, on {p['hardware']}, "
-        f"torch {p['torch']}, arithmetic in {p['dtype']}; {p['quantity']} at the end {p['curve'][-1][1]:.4g}"
-        for p in history
-    ]
     text = CARD.format(
         native=model.native_size,
         pixels=model.native_size * model.factor,
         unet=_millions(model.unet),
         vae=_millions(model.vae),
         text=_millions(model.text.text_encoder),
-        phases="\n".join(phases),
+        phases="\n".join(map(_line, history)),
         curves="\n\n".join(_curve(p) for p in history),
         hashes="\n".join(f"{digest}  {name}" for name, digest in sorted(model.hashes.items())),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / HISTORY).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+
+
+def write_lora_card(
+    path: Path, model: Model, made: dict[str, Any], *, rank: int, guidance_scale: float, grid: int
+) -> None:
+    """Write the card of the LoRA `path` of a model's U-Net beside it, with the ending .md."""
+    unet = {name: digest for name, digest in model.hashes.items() if name.startswith("unet/")}
+    hashes = {path.name: sha256(path), **{f"{name_of(model.source)}/{name}": digest for name, digest in unet.items()}}
+    text = LORA_CARD.format(
+        name=path.name,
+        shown=path,
+        rank=rank,
+        guidance_scale=guidance_scale,
+        grid=grid,
+        phases=_line(made),
+        curve=_curve(made),
+        hashes="\n".join(f"{digest}  {name}" for name, digest in hashes.items()),
+    )
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def _line(phase: dict[str, Any]) -> str:
+    return (
+        f"- {phase['name']}: {phase['steps']} steps of {phase['data']} in {phase['seconds']} s, on {phase['hardware']}"
+        f", torch {phase['torch']}, arithmetic in {phase['dtype']}; {phase['quantity']} at the end "
+        f"{phase['curve'][-1][1]:.4g}"
+    )
 
 
 def _curve(phase: dict[str, Any]) -> str:

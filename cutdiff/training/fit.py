@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cutdiff.cli.arguments import number
+from cutdiff.checkpoint.read import read_json
+from cutdiff.cli.arguments import BadArgument, number
 from cutdiff.files import json_lines
 from cutdiff.training.muon import Muon
 
 COUNT = number(1, 10**9)
 """The type of an argument that counts steps or pictures."""
+
+PLAN = "plan.json"
+"""The file in a folder of checkpoints with the options that must not change while a training goes on."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,20 @@ class Plan:
 
     steps: int
     learning_rate: float
-    """The rate of AdamW, which trains everything but the hidden matrices."""
-    muon_learning_rate: float
+    """The rate of AdamW, which trains what Muon does not."""
+    muon_learning_rate: float | None
+    """The rate of Muon; None where AdamW trains everything."""
     warmup: int = 100
     ema_decay: float = 0.999
     checkpoint_every: int = 250
     log_every: int = 50
     seed: int = 0
+
+
+def check_plan(folder: Path, options: Mapping[str, str]) -> None:
+    """Raise BadArgument where `folder` has the checkpoints of a training with other options."""
+    if (described := folder / PLAN).exists() and read_json(described) != options:
+        raise BadArgument(f"--work {folder} holds another training ({described}): take another folder")
 
 
 def fit(
@@ -105,13 +117,15 @@ def fit(
 
 def _optimizers(module: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     """Make Muon for the hidden matrices, and AdamW for embeddings, biases, norms and the layers at either end."""
+    adamw = partial(torch.optim.AdamW, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    if plan.muon_learning_rate is None:
+        return [adamw(module.parameters())]
     ends = ("conv_in", "conv_out", "quant_conv", "embed", "text_projection", "heads")
     named = list(module.named_parameters())
     hidden = [p for name, p in named if p.ndim >= 2 and not any(end in name for end in ends)]
     chosen = {id(p) for p in hidden}
     rest = [p for _, p in named if id(p) not in chosen]
-    adam = torch.optim.AdamW(rest, plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    return [Muon(hidden, plan.muon_learning_rate), adam]
+    return [Muon(hidden, plan.muon_learning_rate), adamw(rest)]
 
 
 def _rate(step: int, plan: Plan) -> float:

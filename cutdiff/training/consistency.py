@@ -1,0 +1,181 @@
+"""Distil the embedded model for few steps without guidance, as a LoRA: `python -m cutdiff.training.consistency`.
+
+The student learns to estimate at every point of a guided path of the teacher what it estimates one step further down,
+so that all points of a path come to have the picture at its end. Checkpoints and the log go to --work, the LoRA in
+float16 to --out, with a card beside it that says how it was made. A training that was stopped goes on.
+
+Sources: Luo et al. 2023 (arXiv 2310.04378, algorithm 1), and for LoRAs Luo et al. 2023 (arXiv 2311.05556), in whose
+published training the student itself gives the estimate further down, not a moving average of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cutdiff.checkpoint import load
+from cutdiff.checkpoint.model import Model
+from cutdiff.cli.arguments import BadArgument, Parser, add_debug, number
+from cutdiff.cli.device import device_of, tell_dtype
+from cutdiff.cli.ending import exit_status
+from cutdiff.cli.output import check_output
+from cutdiff.models.layers import channels_last
+from cutdiff.models.text import TextStates
+from cutdiff.models.unet import UNet
+from cutdiff.output.images import save_json
+from cutdiff.sampling.noise import NoiseConfig
+from cutdiff.scenes import world
+from cutdiff.training.card import phase, write_lora_card
+from cutdiff.training.fit import COUNT, PLAN, Plan, check_plan, fit
+from cutdiff.training.lora import add_lora, save_lora
+from cutdiff.training.unet import DROPPED_CLAUSE, WHOLE_SCENES, Latents, encode_scenes
+
+GUIDANCE_SCALE = 4.0
+"""The guidance of the teacher, which the student does without."""
+GRID = 50
+"""The number of the teacher's steps from noise to picture."""
+HUBER = 0.001
+"""The difference at which the loss turns from squared to absolute."""
+DATA_DEVIATION, TIME_SCALE = 0.5, 10.0
+"""The constants of the boundary condition, by which the estimate at timestep 0 is the state itself."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return exit_status(lambda: _run(argv), argv, failures=(ValueError, OSError, FloatingPointError))
+
+
+def _run(argv: list[str] | None) -> None:
+    args = _parser().parse_args(argv)
+    plan = {name: str(getattr(args, name)) for name in ("model", "num_scenes", "rank")}
+    check_plan(args.work, plan)
+    if args.out.suffix != ".safetensors":
+        raise BadArgument(f"--out {args.out} must end in .safetensors")
+    for flag, folder in (("--work", args.work), ("--out", args.out.parent)):
+        check_output(flag, folder)
+    model = load(args.model, device=device_of(args.device))
+    noise_of(model)
+    args.work.mkdir(parents=True, exist_ok=True)
+    save_json(args.work / PLAN, plan)
+    tell_dtype(args.dtype, model.device, getattr(torch, args.dtype))
+    latents = encode_scenes(model.vae, args.num_scenes, args.work, model.device)
+    changes = distil(
+        model, latents, args.work, rank=args.rank, steps=args.steps, batch=args.batch,
+        bfloat16=args.dtype == "bfloat16",
+    )  # fmt: skip
+    save_lora(args.out, changes)
+    data = f"{args.batch} of {args.num_scenes} pictures, {WHOLE_SCENES:.0%} of them whole scenes"
+    made: dict[str, Any] = phase(
+        "Distillation", "loss", args.work / "consistency.jsonl", data=data, device=model.device, dtype=args.dtype
+    )
+    write_lora_card(args.out, model, made, guidance_scale=GUIDANCE_SCALE, grid=GRID, rank=args.rank)
+    print(f"wrote {args.out}")
+
+
+def noise_of(model: Model) -> NoiseConfig:
+    """The noise of a model that can be distilled; ValueError where its network does not predict that."""
+    if isinstance(model.noise, NoiseConfig) and model.noise.prediction_type == "epsilon":
+        return model.noise
+    raise ValueError(f"{model.source} does not predict the noise (epsilon): distil a model that does")
+
+
+def distil(
+    model: Model, latents: Latents, folder: Path, *, rank: int, steps: int, batch: int, bfloat16: bool
+) -> nn.ModuleDict:
+    """Train a LoRA of the model's U-Net and return its changes, as `add_lora` names them; resumable, see `fit`."""
+    noise, device, teacher = noise_of(model), model.device, model.unet
+    channels_last(teacher)
+    student = deepcopy(teacher)
+    torch.manual_seed(0)  # initial factors; every other draw comes from the generator of its step
+    changes = add_lora(student, rank)
+    stride = noise.num_train_timesteps // GRID
+    steps_down = [0, *range(stride - 1, GRID * stride, stride)]
+    timesteps = torch.tensor(steps_down, device=device)
+    sigmas = torch.tensor([noise.sigma(t) for t in steps_down], device=device)
+
+    def denoised(unet: UNet, x: Tensor, place: Tensor, *conditions: Tensor) -> Tensor:
+        """The network's estimate of x0 at x = x0 + sigma·noise, on the places (B,) of the grid."""
+        sigma = sigmas[place][:, None, None, None]
+        state = (x / (1 + sigma.square()).sqrt()).contiguous(memory_format=torch.channels_last)
+        return x - sigma * unet(state, timesteps[place], *conditions).float()
+
+    def consistent(x: Tensor, place: Tensor, *conditions: Tensor) -> Tensor:
+        """The student's estimate, which is the state itself at timestep 0."""
+        scaled, sigma = (part[place][:, None, None, None] for part in (TIME_SCALE * timesteps, sigmas))
+        root = (scaled.square() + DATA_DEVIATION**2).sqrt()
+        state = x / (1 + sigma.square()).sqrt()
+        return (DATA_DEVIATION / root).square() * state + scaled / root * denoised(student, x, place, *conditions)
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)  # noqa: E731
+        index = torch.randint(len(latents.mean), (batch,), generator=generator, device=device)
+        normal = torch.randn(2, batch, *latents.mean.shape[1:], generator=generator, device=device)
+        clean = latents.mean[index].float() + latents.std[index].float() * normal[0]
+        captions = world.captions(latents.choices[index], rand(batch, 3) >= DROPPED_CLAUSE)
+        text, sizes = model.text.encode(captions), latents.size_ids[index]
+        empty = TextStates.zeros_like(text)
+
+        # One place from each of `batch` equal strata.
+        upper = 1 + ((torch.arange(batch, device=device) + rand(batch)) / batch * GRID).long().clamp(max=GRID - 1)
+        lower = upper - 1
+        sigma = sigmas[:, None, None, None]
+        x = clean + sigma[upper] * normal[1]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            with torch.no_grad():
+                conditional, unconditional = (
+                    denoised(teacher, x, upper, states.context, states.pooled, sizes) for states in (text, empty)
+                )
+                guided = torch.lerp(unconditional, conditional, GUIDANCE_SCALE)
+                down = torch.lerp(guided, x, sigma[lower] / sigma[upper])
+                wanted = consistent(down, lower, text.context, text.pooled, sizes)
+            with sdpa_kernel(SDPBackend.MATH):
+                error = consistent(x, upper, text.context, text.pooled, sizes) - wanted
+        huber = (error.square() + HUBER**2).sqrt() - HUBER
+        return {"loss": huber.mean(), "mse": error.detach().square().mean()}
+
+    plan = Plan(
+        steps,
+        learning_rate=1e-3,
+        muon_learning_rate=None,
+        warmup=20,
+        ema_decay=0.99,
+        checkpoint_every=50,
+        log_every=min(50, steps),
+    )
+    fit("consistency", changes, loss, plan, folder, device)
+    return changes
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m cutdiff.training.consistency", description=__doc__)
+    parser.add_argument("--model", type=Path, help="the teacher, a model of the scenes; none: the embedded model")
+    parser.add_argument("--work", type=Path, default=Path("runs/consistency"), help="checkpoints, log (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("weights/scenes-lcm.safetensors"), help="the LoRA (%(default)s)"
+    )
+    parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the arithmetic (%(default)s)"
+    )
+    for name, default, text in (
+        ("num-scenes", 8192, "pictures to encode"),
+        ("steps", 900, "steps of the training"),
+        ("batch", 32, "latents in each of them"),
+    ):
+        parser.add_argument(f"--{name}", type=COUNT, default=default, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument(
+        "--rank", type=number(1, 512), default=16, metavar="N", help="rank of every weight's change (%(default)s)"
+    )
+    add_debug(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
