@@ -231,6 +231,12 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
             raise ValueError(f"{name}={getattr(settings, name)!r} is for a second text encoder, which only SDXL has")
     if callable(check := getattr(settings.method, "check_native", None)):
         check(model.native_size)
+    if model.unet.config.guidance_dim and not isinstance(settings.guidance, LinearGuidance):
+        name = name_of("guidance", settings.guidance)
+        raise ValueError(f"guidance={name} needs two estimates, and this model reads the scale itself: choose cfg")
+    if isinstance(settings.guidance, Changing):
+        with settings.guidance.changed(model.unet):  # which says so where it cannot change this network
+            pass
     schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, model.noise, settings.num_steps)
     if callable(check := getattr(settings.solver, "check_schedule", None)):
         check(schedule)
@@ -280,12 +286,6 @@ def prepare(
         settings.num_steps,
         zeros_for_empty_negative=model.zeros_for_empty_negative,
     )
-    if model.unet.config.guidance_dim and not isinstance(settings.guidance, LinearGuidance):
-        name = name_of("guidance", settings.guidance)
-        raise ValueError(f"guidance={name} needs two estimates, and this model reads the scale itself: choose cfg")
-    if isinstance(settings.guidance, Changing):
-        with settings.guidance.changed(model.unet):  # which says so where it cannot change this network
-            pass
     denoiser = make_denoiser(
         unet=model.unet,
         timestep=schedule.timestep,
