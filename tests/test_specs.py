@@ -325,7 +325,7 @@ def test_an_option_that_a_method_lacks_on_command_lines(tmp_path: Path, command_
 def test_an_option_that_a_method_lacks_in_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert evaluate(["--methods", "magnify", "direct", "--set", "stride=8", "--out", str(out)]) == 2
-    assert capsys.readouterr().err == (f"cutdiff: stride='8' is no option of {DIRECT}, but of {WITH_STRIDE}\n")
+    assert capsys.readouterr().err == (f"cutdiff: --set stride='8' is no option of {DIRECT}, but of {WITH_STRIDE}\n")
     assert not out.exists()
 
 
