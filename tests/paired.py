@@ -40,7 +40,7 @@ def evaluation(model: str, folder: Path, captions: Sequence[str], scale: float) 
         try:
             cutdiff.evaluation.cells.draw(cutdiff.load(model), Cell("a", settings), captions, folder, batch=2)
         except ValueError as error:
-            print(error)
+            print(error, flush=True)
             sys.exit(1)
         sys.exit(0)
 
