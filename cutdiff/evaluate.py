@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from cutdiff import specs
-from cutdiff.cli.arguments import AUTO, DTYPES, MAX_PICTURES, BadArgument, Parser, add_debug, flag_of, number
+from cutdiff.cli.arguments import (
+    AUTO,
+    DTYPES,
+    MAX_PICTURES,
+    BadArgument,
+    Parser,
+    add_debug,
+    add_device,
+    flag_of,
+    number,
+)
 from cutdiff.cli.ending import exit_status
 from cutdiff.cli.output import check_output
 from cutdiff.options import options_of, read
@@ -107,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", default=AUTO, choices=(AUTO, *DTYPES),
         help="of the networks; auto is bfloat16 where the machine multiplies it in hardware, else float32",
     )  # fmt: skip
-    parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+    add_device(parser)
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), metavar="DIR", help="the output")
     parser.add_argument(
         "--caption-seed", type=number(0, 2**63), metavar="S",

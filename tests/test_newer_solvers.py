@@ -26,9 +26,9 @@ from test_solvers import (
     estimate,
     fresh_noise,
     in_vp,
-    network,
     no_noise,
     solve_ours,
+    walked,
 )
 from torch import Tensor
 
@@ -63,13 +63,8 @@ def test_heun_goes_where_the_published_one_goes(prediction_type: str, zero_snr: 
         schedule, steps = solve_ours(config, Heun(), num_steps, NOISE[:0], sigmas)
         start = NOISE * schedule.init_scale
         with in_float64():
-            scheduler = published_heun(config, schedule)
-            x, latents = start.double(), []
-            for number, t in enumerate(scheduler.timesteps):
-                prediction = network(scheduler.scale_model_input(x, t), t.item())
-                x = scheduler.step(prediction, t, x, return_dict=False)[0]
-                if number % 2 or number == len(scheduler.timesteps) - 1:
-                    latents.append(x)
+            states = walked(published_heun(config, schedule), start.double())
+        latents = [*states[1:-1:2], states[-1]]  # it counts both halves of a step, of which the last has one
         assert_same(
             Trajectory(start, [step.latents for step in steps]), Trajectory(start, latents), (config, num_steps)
         )
@@ -85,10 +80,7 @@ def test_unipc_goes_where_the_published_one_goes(prediction_type: str, zero_snr:
         with in_float64():
             scheduler = published_unipc(config, schedule)
             assert (scheduler.config.solver_order, scheduler.config.solver_type) == (2, "bh2")
-            x, latents = ours.start.double(), []
-            for t in scheduler.timesteps:
-                x = scheduler.step(network(x, t.item()), t, x, return_dict=False)[0]
-                latents.append(x)
+            latents = walked(scheduler, ours.start.double())
         assert_same(ours, Trajectory(ours.start, latents), (config, num_steps))
 
 
@@ -103,11 +95,7 @@ def test_dpmpp_2m_sde_goes_where_the_published_one_goes(
         schedule, steps = solve_ours(config, DPMpp2MSDE(), num_steps, fresh, sigmas)
         ours = in_vp(schedule, steps)
         with in_float64(), drawing(fresh):
-            scheduler = published_dpmpp_2m(config, schedule, "sde-dpmsolver++")
-            x, latents = ours.start.double(), []
-            for t in scheduler.timesteps:
-                x = scheduler.step(network(x, t.item()), t, x, return_dict=False)[0]
-                latents.append(x)
+            latents = walked(published_dpmpp_2m(config, schedule, "sde-dpmsolver++"), ours.start.double())
         assert_same(ours, Trajectory(ours.start, latents), (config, num_steps))
 
 
@@ -129,10 +117,7 @@ def test_lcm_goes_where_the_published_one_goes(prediction_type: str, zero_snr: b
         scheduler = published_lcm(config)
         scheduler.set_timesteps(num_steps)
         assert scheduler.timesteps.tolist() == [*schedule.timesteps]
-        x, latents = NOISE.double() * scheduler.init_noise_sigma, []
-        for t in scheduler.timesteps:
-            x = scheduler.step(network(x, t.item()), t, x, return_dict=False)[0]
-            latents.append(x)
+        latents = walked(scheduler, NOISE.double() * scheduler.init_noise_sigma)
     assert_same(ours, Trajectory(NOISE, latents), num_steps)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -101,13 +101,18 @@ def ours_euler(config: NoiseConfig, num_steps: int) -> Trajectory:
 def theirs_euler(config: NoiseConfig, num_steps: int, dtype: torch.dtype) -> Trajectory:
     scheduler = published_euler(config)
     scheduler.set_timesteps(num_steps)
-    x = start = NOISE.to(dtype) * scheduler.init_noise_sigma
-    latents = []
+    start = NOISE.to(dtype) * scheduler.init_noise_sigma
+    return Trajectory(start, walked(scheduler, start, num_steps))
+
+
+def walked(scheduler: Any, start: Tensor, num_steps: int | None = None) -> list[Tensor]:
+    """The states after each of the steps of a published scheduler, all of them or the first."""
+    x, latents = start, []
     for t in scheduler.timesteps[:num_steps]:
         prediction = network(scheduler.scale_model_input(x, t), t.item())
         x = scheduler.step(prediction, t, x, return_dict=False)[0]
         latents.append(x)
-    return Trajectory(start, latents)
+    return latents
 
 
 def in_vp(schedule: Schedule, steps: list[Step]) -> Trajectory:
@@ -210,12 +215,7 @@ def test_dpmpp_2m_goes_where_the_published_one_goes(
         schedule, steps = solve_ours(config, DPMpp2M(), num_steps, NOISE[:0], sigmas)
         ours = in_vp(schedule, steps)
         with in_float64():
-            scheduler = published_dpmpp_2m(config, schedule)
-            x = ours.start.double()
-            latents = []
-            for t in scheduler.timesteps:
-                x = scheduler.step(network(x, t.item()), t, x, return_dict=False)[0]
-                latents.append(x)
+            latents = walked(published_dpmpp_2m(config, schedule), ours.start.double())
         assert_same(ours, Trajectory(ours.start, latents), (config, num_steps))
 
 
@@ -232,12 +232,8 @@ def test_the_ancestral_solver_goes_where_the_published_one_goes(
         schedule, steps = solve_ours(config, EulerAncestral(), num_steps, fresh, sigmas)
         with in_float64(), drawing(fresh):
             scheduler = published_ancestral(config, schedule)
-            x = NOISE.double() * scheduler.init_noise_sigma
-            start, latents = x, []
-            for t in scheduler.timesteps:
-                prediction = network(scheduler.scale_model_input(x, t), t.item())
-                x = scheduler.step(prediction, t, x, return_dict=False)[0]
-                latents.append(x)
+            start = NOISE.double() * scheduler.init_noise_sigma
+            latents = walked(scheduler, start)
         ours = Trajectory(NOISE * schedule.init_scale, [step.latents for step in steps])
         assert_same(ours, Trajectory(start, latents), (config, num_steps))
 

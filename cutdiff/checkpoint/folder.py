@@ -85,7 +85,8 @@ def read_blueprint(folder: Path, *, needs_vae: bool = True) -> Blueprint:
 
 
 def read_preferred(folder: Path) -> dict[str, Any]:
-    """The options of a run that a folder prefers, in its `sampling.json`; none where it has no such file.
+    """The options of a run that a folder prefers, in its `sampling.json`; none where it has no such file, as
+    a single file has none.
 
     Raises ValueError where the file holds anything else.
     """

@@ -116,7 +116,7 @@ def load(
     if fp8:
         check_fp8(device, dtype)
     options = NoiseOptions(prediction_type, zero_terminal_snr, timestep_spacing)
-    preferred = folder.read_preferred(source) if source.is_dir() else {}
+    preferred = folder.read_preferred(source)
     vae = None if vae is None else locate(vae, "vae")
     if source.is_dir():
         if config is not None:
@@ -172,8 +172,7 @@ def load_outline(path: str | Path | None, *, dtype: torch.dtype, config: str | P
     networks = parts.networks
     for network in networks.named().values():
         network.to(dtype).eval().requires_grad_(False)
-    preferred = folder.read_preferred(source) if source.is_dir() else {}
-    origin = {"files": parts.files, "decided_by": parts.decided_by, "preferred": preferred}
+    origin = {"files": parts.files, "decided_by": parts.decided_by, "preferred": folder.read_preferred(source)}
     return model_of(parts.blueprint, networks, source=str(source), **origin)
 
 

@@ -159,6 +159,11 @@ def add_debug(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None
     parser.add_argument("--debug", action="store_true", help="where the run fails, print the traceback too")
 
 
+def add_device(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the argument --device, which `cutdiff.cli.device.device_of` reads."""
+    parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+
+
 def add_option(group: Group, option: Option, help: str = "") -> None:
     """A flag for an option of a run, which goes into `options` of the arguments where it is given."""
     text = help or f"{option.doc[:1].lower()}{option.doc[1:]}".replace("None:", "none:")
@@ -309,7 +314,7 @@ def _add_run(group: Group) -> None:
     own = options_of(Settings)
     group.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
     group.add_argument("--overwrite", action="store_true", help="draw over other pictures of the same names")
-    group.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+    add_device(group)
     group.add_argument(
         "--data-parallel", type=int, default=1, metavar="D",
         help="groups of torchrun's processes that draw different pictures; those of a group share the work of each",

@@ -48,8 +48,8 @@ class AttentionMaps:
             self._pending.clear()
 
     def means(self, rows: int | None = None) -> dict[int, Tensor]:
-        """By the number of positions: (items, positions, tokens), float32, items in the order in which they came; all,
-        or the first `rows`."""
+        """The mean maps by their number of positions, each (items, positions, tokens), float32. The items have the
+        order in which they came; they are all, or the first `rows`."""
         return {positions: torch.cat(batches)[:rows] for positions, batches in self._recorded.items()}
 
     def mean(self, rows: int | None = None) -> Tensor:

@@ -92,7 +92,7 @@ class Rows(NamedTuple):
 
 
 class Texts:
-    """What the network reads of the texts of a run, made once for all steps and calls that read the same."""
+    """The texts of a run as the network reads them, made once for all steps and calls that read the same."""
 
     class _Read(NamedTuple):
         """The text of the distinct rows, and what it was made from."""

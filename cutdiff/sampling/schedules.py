@@ -23,7 +23,7 @@ import torch
 
 from cutdiff.options import Between, Options
 from cutdiff.sampling.edm import AnyNoise, EDMConfig
-from cutdiff.sampling.noise import EULER_TERMINAL_ALPHA, NoiseConfig, NoiseTable, Timesteps, noise_table
+from cutdiff.sampling.noise import EULER_TERMINAL_ALPHA, SPREAD_BY, NoiseConfig, NoiseTable, Timesteps, noise_table
 from cutdiff.specs import name_of
 
 DDIM_TERMINAL_ALPHA = 2.0**-44
@@ -333,11 +333,7 @@ def beta_sigmas(
     return (low + shares * (high - low)).tolist()
 
 
-SPREADS = {
-    "use_karras_sigmas": karras_sigmas,
-    "use_exponential_sigmas": exponential_sigmas,
-    "use_beta_sigmas": beta_sigmas,
-}
+SPREADS = dict(zip(SPREAD_BY, (karras_sigmas, exponential_sigmas, beta_sigmas), strict=True))
 """The sigmas between the first and the last one, by the field of a model's noise that asks for them."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cutdiff.checkpoint import load, save_folder
-from cutdiff.cli.arguments import Parser, add_debug, number
+from cutdiff.cli.arguments import Parser, add_debug, add_device, number
 from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
 from cutdiff.cli.output import check_output
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the pictures that show a whole scene, the others being magnified crops (%(default)s); "
         "1 trains a model that never sees a magnified part",
     )  # fmt: skip
-    parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+    add_device(parser)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the arithmetic (%(default)s)"
     )

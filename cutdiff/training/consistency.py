@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cutdiff.checkpoint import load
 from cutdiff.checkpoint.model import Model
-from cutdiff.cli.arguments import BadArgument, Parser, add_debug, number
+from cutdiff.cli.arguments import BadArgument, Parser, add_debug, add_device, number
 from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
 from cutdiff.cli.output import check_output
@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("weights/scenes-lcm.safetensors"), help="the LoRA (%(default)s)"
     )
-    parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+    add_device(parser)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the arithmetic (%(default)s)"
     )

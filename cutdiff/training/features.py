@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cutdiff.cli.arguments import Parser, add_debug
+from cutdiff.cli.arguments import Parser, add_debug, add_device
 from cutdiff.cli.device import device_of
 from cutdiff.cli.ending import exit_status
 from cutdiff.evaluation.features import PIXELS, FeatureNet, blur
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m cutdiff.training.features", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/features"), help="checkpoints and log (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("weights/features"), help="the weights (%(default)s)")
-    parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
+    add_device(parser)
     parser.add_argument("--steps", type=COUNT, default=2400, metavar="N", help="steps of the training (%(default)s)")
     parser.add_argument("--batch", type=COUNT, default=32, metavar="N", help="pictures in each step (%(default)s)")
     parser.add_argument(
