@@ -19,6 +19,7 @@ from torch import Tensor
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.methods.shared import Run, stages_of, step_at
 from cutdiff.models.compiled import compiled
+from cutdiff.models.config import SD15_UNET
 from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
@@ -41,8 +42,6 @@ from cutdiff.specs import name_of
 
 CPU_VIEW_BATCH = 16
 """The patches or views at once on a CPU where nobody says; more are not faster there."""
-SD15_CONTEXT = 768
-"""The width of the text that networks of SD 1.5 read."""
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2")
 """The options of a run that are texts for the encoders."""
 
@@ -248,7 +247,7 @@ def _of_family(schedule: Any, model: Model) -> Any:
     if not isinstance(schedule, AlignYourSteps) or schedule.table is not None:
         return schedule
     unet = model.unet.config
-    if not unet.pooled_dim and unet.context_dim != SD15_CONTEXT:
+    if not unet.pooled_dim and unet.context_dim != SD15_UNET.context_dim:
         raise ValueError(
             "schedule=align_your_steps has tables for SD 1.5 and SDXL, and this model is neither: "
             "give table=sd15 or sdxl"

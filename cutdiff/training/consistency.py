@@ -31,6 +31,7 @@ from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
 from cutdiff.output.images import save_json
 from cutdiff.sampling.noise import NoiseConfig
+from cutdiff.sampling.schedules import DISTILLED_STEPS, lcm_schedule
 from cutdiff.scenes import world
 from cutdiff.training.card import phase, write_lora_card
 from cutdiff.training.fit import COUNT, PLAN, Plan, check_plan, fit
@@ -39,8 +40,6 @@ from cutdiff.training.unet import DROPPED_CLAUSE, WHOLE_SCENES, Latents, encode_
 
 GUIDANCE_SCALE = 4.0
 """The guidance of the teacher, which the student does without."""
-GRID = 50
-"""The number of the teacher's steps from noise to picture."""
 HUBER = 0.001
 """The difference at which the loss turns from squared to absolute."""
 DATA_DEVIATION, TIME_SCALE = 0.5, 10.0
@@ -75,7 +74,7 @@ def _run(argv: list[str] | None) -> None:
     made: dict[str, Any] = phase(
         "Distillation", "loss", args.work / "consistency.jsonl", data=data, device=model.device, dtype=args.dtype
     )
-    write_lora_card(args.out, model, made, guidance_scale=GUIDANCE_SCALE, grid=GRID, rank=args.rank)
+    write_lora_card(args.out, model, made, guidance_scale=GUIDANCE_SCALE, grid=DISTILLED_STEPS, rank=args.rank)
     print(f"wrote {args.out}")
 
 
@@ -95,8 +94,8 @@ def distil(
     student = deepcopy(teacher)
     torch.manual_seed(0)  # initial factors; every other draw comes from the generator of its step
     changes = add_lora(student, rank)
-    stride = noise.num_train_timesteps // GRID
-    steps_down = [0, *range(stride - 1, GRID * stride, stride)]
+    # The timesteps that the solver picks from, in which the teacher goes from noise to picture, and the end.
+    steps_down = [0, *(int(t) for t in reversed(lcm_schedule(noise, DISTILLED_STEPS).timesteps))]
     timesteps = torch.tensor(steps_down, device=device)
     sigmas = torch.tensor([noise.sigma(t) for t in steps_down], device=device)
 
@@ -123,7 +122,8 @@ def distil(
         empty = TextStates.zeros_like(text)
 
         # One place from each of `batch` equal strata.
-        upper = 1 + ((torch.arange(batch, device=device) + rand(batch)) / batch * GRID).long().clamp(max=GRID - 1)
+        share = (torch.arange(batch, device=device) + rand(batch)) / batch
+        upper = 1 + (share * DISTILLED_STEPS).long().clamp(max=DISTILLED_STEPS - 1)
         lower = upper - 1
         sigma = sigmas[:, None, None, None]
         x = clean + sigma[upper] * normal[1]
