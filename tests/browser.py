@@ -53,14 +53,26 @@ class Browser:
         """The first element of a CSS selector; an error where there is none."""
         return self.driver.find_element("css selector", selector)
 
+    def texts(self, selector: str) -> list[str]:
+        """The texts of all elements of a CSS selector, in order."""
+        return self.js("return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector)
+
+    def boxes(self, selector: str) -> list[dict[str, float]]:
+        """Where all elements of a CSS selector lie in the window: left, right, top, bottom, width and height."""
+        script = "return [...document.querySelectorAll(arguments[0])].map(e => e.getBoundingClientRect().toJSON())"
+        return self.js(script, selector)
+
     def click(self, selector: str) -> None:
         """Click an element where it can be seen and hit, as a mouse does."""
-        self.find(selector).click()
+        element = self.find(selector)
+        self.js("arguments[0].scrollIntoView({ block: 'center', inline: 'center' })", element)
+        element.click()
+        self.settle()
 
     def hover(self, selector: str, x: float, y: float) -> None:
         """Move the mouse over an element, to a place in CSS pixels from its upper left corner."""
-        box = self.js("return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()", selector)
-        event = {"type": "mouseMoved", "x": box["x"] + x, "y": box["y"] + y}
+        box = self.boxes(selector)[0]
+        event = {"type": "mouseMoved", "x": box["left"] + x, "y": box["top"] + y}
         self.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
 
     def press(self, *keys: str) -> None:
@@ -68,6 +80,11 @@ class Browser:
         from selenium.webdriver import ActionChains, Keys
 
         ActionChains(self.driver).send_keys(*(getattr(Keys, key, key) for key in keys)).perform()
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until the page has drawn what its last events changed."""
+        self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
     def picture(self) -> Image.Image:
         """What the window shows."""
