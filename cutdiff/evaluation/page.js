@@ -253,13 +253,13 @@ const MOST_NAMED = 4;
 
 function showRecord(row, picture) {
   $("#record-title").replaceChildren(make("bdi", {}, title(row)), picture ? `, seed ${picture.record.seed}` : "");
-  const others = data.rows.filter((other) => other !== row && !other.truth);
+  const others = data.rows.filter((other) => other !== row && other.size === row.size && !other.truth);
   const lines = Object.entries(row.options).flatMap(([name, value]) => {
     const elsewhere = Map.groupBy(others.filter((other) => (other.options[name] ?? value) !== value), (other) => other.options[name]);
     if (elsewhere.size === 0) return [];
     const few = elsewhere.size <= MOST_NAMED;
     const cells = [...elsewhere].map(([other, rows], i) => {
-      const where = few ? [" in ", make("bdi", {}, rows.map(title).join("; "))] : i < elsewhere.size - 1 ? [", "] : [];
+      const where = few ? [" in ", make("bdi", {}, rows.map((other) => other.name).join("; "))] : i < elsewhere.size - 1 ? [", "] : [];
       return make(few ? "div" : "span", {}, make("b", {}, make("bdi", {}, other)), ...where);
     });
     return [make("tr", {}, make("th", { scope: "row" }, make("bdi", {}, name)), make("td", {}, make("bdi", {}, value)), make("td", {}, ...cells))];
@@ -267,7 +267,7 @@ function showRecord(row, picture) {
   const heads = ["setting", "here", "elsewhere"].map((name) => make("th", { scope: "col" }, name));
   $("#record table").replaceChildren(make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...lines));
   $("#record .wide").hidden = lines.length === 0;
-  $("#record .note").textContent = lines.length ? "" : "No other row has another value of a setting of this one.";
+  $("#record .note").textContent = lines.length ? "" : "No other row of this size has another value of a setting of this one.";
   const { cost, scores } = row;
   const whole = picture ? { ...picture.record, ...row.cell, cost, run: data.run } : { ...row.cell, scores, cost, run: data.run };
   $("#record pre").textContent = JSON.stringify(whole, null, 2);
