@@ -402,5 +402,15 @@ def test_rows_without_pictures_have_none(tmp_path: Path) -> None:
     assert data_of(evaluation.save())["seeds"] == [[None] * 5] * 4
 
 
+def test_an_evaluation_of_fewer_pictures_than_its_folders_hold_shows_its_own(tmp_path: Path) -> None:
+    evaluation = Evaluation(tmp_path)
+    for row in evaluation.result["cells"]:
+        row["num"] = 2
+        for score in row["scores"].values():
+            score["values"] = score["values"] and score["values"][:2]
+    data = data_of(evaluation.save())
+    assert len(data["seeds"]) == data["drawn"] == 2
+
+
 def test_every_cost_and_share_has_a_meaning() -> None:
     assert {*COSTS, *SHARES} <= {*page.MEANINGS}
