@@ -75,8 +75,8 @@ function ordered() {
 
 /** The ends of a column's axis, over the rows that are shown; 0 is on it unless it is far away. */
 function axisOf(column) {
-  const ends = data.rows.filter(isShown).flatMap((row) => (column.score ? row.scores[column.name] ?? [] : [column.of(row)]));
-  const known = ends.map(number).filter(Number.isFinite);
+  const endsOf = (row) => (column.score ? row.scores[column.name] ?? [] : [column.of(row)]);
+  const known = data.rows.filter(isShown).flatMap(endsOf).map(number).filter(Number.isFinite);
   if (known.length === 0) return null;
   let [low, high] = [Math.min(...known), Math.max(...known)];
   if (shares.has(column.name)) [low, high] = [0, 1];
@@ -87,12 +87,15 @@ function axisOf(column) {
 
 function cellOf(column, row, axis) {
   const value = column.of(row);
-  if (!column.score && !column.cost) return make("td", { class: "plain" }, column.name === "size" ? `${value} px` : String(value));
+  if (!column.score && !column.cost) {
+    return make("td", { class: "plain" }, column.name === "size" ? `${value} px` : String(value));
+  }
   if (value === null) return make("td", {}, "–");
   const [, low, high] = column.score ? row.scores[column.name].map(number) : [value, null, null];
   const cell = make("td", {}, make("span", { class: "value" }, shown(value, column.name)));
   if (low !== null && high !== null) {
-    cell.append(make("span", { class: "interval" }, `[${shown(low, column.name)}, ${shown(high, column.name)}]`.replaceAll("%", "")));
+    const ends = [low, high].map((end) => shown(end, column.name).replace("%", ""));
+    cell.append(make("span", { class: "interval" }, `[${ends.join(", ")}]`));
   }
   if (axis && Number.isFinite(value)) cell.append(barOf(column, row, axis, value, low, high));
   return cell;
@@ -100,7 +103,9 @@ function cellOf(column, row, axis) {
 
 function barOf(column, row, axis, value, low, high) {
   const bar = make("div", { class: "bar", "aria-hidden": "true" });
-  const place = (kind, from, to = from) => bar.append(make("i", { class: kind, "--from": axis.at(from), "--to": axis.at(to) }));
+  const place = (kind, from, to = from) => {
+    bar.append(make("i", { class: kind, "--from": axis.at(from), "--to": axis.at(to) }));
+  };
   if (column.cost) {
     place("filled", 0, value);
     return bar;
@@ -117,11 +122,12 @@ function fillScores() {
   const axes = new Map(columns.filter(({ score, cost }) => score || cost).map((column) => [column, axisOf(column)]));
   const heads = columns.map((column) => {
     const sorted = state.sort === column.name ? (state.descending ? "descending" : "ascending") : "none";
-    const button = make("button", { type: "button", "data-column": column.name, title: data.meanings[column.name] ?? null }, column.name);
+    const title = data.meanings[column.name] ?? null;
+    const button = make("button", { type: "button", "data-column": column.name, title }, column.name);
     const axis = axes.get(column);
     const head = make("th", { scope: "col", "aria-sort": sorted, class: axes.has(column) ? null : "plain" }, button);
     if (axis) {
-      const ends = [axis.low, axis.high].map((end) => make("span", {}, shares.has(column.name) ? `${100 * end}%` : shown(end, column.name)));
+      const ends = [axis.low, axis.high].map((end) => make("span", {}, shown(end, column.name).replace(".0%", "%")));
       head.append(make("div", { class: "axis", "aria-hidden": "true" }, ...ends));
     }
     return head;
@@ -163,12 +169,16 @@ function markOf(picture) {
 const sheetRows = new Map();
 
 function fillSheet() {
-  const heads = data.seeds.map((_, seed) => make("th", { scope: "col" }, `seed ${firstOf(seed).seed}`, make("bdi", { title: firstOf(seed).caption }, firstOf(seed).caption)));
+  const heads = data.seeds.map((_, i) => {
+    const { seed, caption } = firstOf(i);
+    return make("th", { scope: "col" }, `seed ${seed}`, make("bdi", { title: caption }, caption));
+  });
   const rows = rowsWithPictures().map((row) => {
     if (!sheetRows.has(row)) sheetRows.set(row, sheetRow(row));
     return sheetRows.get(row);
   });
-  $("#sheet").replaceChildren(make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "method"), ...heads)), make("tbody", {}, ...rows));
+  const head = make("tr", {}, make("th", { scope: "col" }, "method"), ...heads);
+  $("#sheet").replaceChildren(make("thead", {}, head), make("tbody", {}, ...rows));
   takeTurn($("#sheet button"));
 }
 
@@ -177,7 +187,8 @@ function sheetRow(row) {
     if (!picture) return make("td");
     const label = `${title(row)}, seed ${picture.record.seed}: enlarge`;
     const image = make("img", { src: sourceOf(picture), alt: "", decoding: "async" });
-    const button = make("button", { type: "button", tabindex: "-1", "aria-label": label, "data-seed": seed, onclick: () => showZoom(seed, row) }, image);
+    const button = make("button", { type: "button", tabindex: "-1", "aria-label": label, "data-seed": seed }, image);
+    button.addEventListener("click", () => showZoom(seed, row));
     return make("td", {}, button, markOf(picture));
   });
   const head = make("th", { scope: "row" }, specOf(row.name), make("div", { class: "size" }, `${row.size} px`));
@@ -191,7 +202,8 @@ function walk(event) {
   if (!button || !step) return;
   event.preventDefault();
   const cell = button.parentElement;
-  const next = cell.parentElement.parentElement.rows[cell.parentElement.sectionRowIndex + step[0]]?.cells[cell.cellIndex + step[1]];
+  const line = cell.parentElement;
+  const next = line.parentElement.rows[line.sectionRowIndex + step[0]]?.cells[cell.cellIndex + step[1]];
   if (next) takeTurn($("button", next))?.focus();
 }
 
@@ -224,11 +236,12 @@ function figureOf(row, picture, chosen) {
   const { width, height, caption } = picture.record;
   const image = make("img", { src: sourceOf(picture), width, height, alt: `${caption}, by ${title(row)}` });
   const name = make("span", {}, specOf(row.name), " ", make("span", { class: "size" }, `${row.size} px`));
-  const buttons = [
-    make("button", { type: "button", "aria-label": `Record of ${title(row)}`, onclick: () => showRecord(row, picture) }, "Record"),
-    make("a", { href: picture.href, target: "_blank", "aria-label": `PNG of ${title(row)}, ${width} by ${height} pixels` }, "PNG"),
-  ];
-  return make("figure", { class: chosen ? "chosen" : null }, image, make("figcaption", {}, name, markOf(picture), ...buttons));
+  const record = make("button", { type: "button", "aria-label": `Record of ${title(row)}` }, "Record");
+  record.addEventListener("click", () => showRecord(row, picture));
+  const label = `PNG of ${title(row)}, ${width} by ${height} pixels`;
+  const file = make("a", { href: picture.href, target: "_blank", "aria-label": label }, "PNG");
+  const said = make("figcaption", {}, name, markOf(picture), record, file);
+  return make("figure", { class: chosen ? "chosen" : null }, image, said);
 }
 
 /** Choose the number of columns that shows the pictures largest without scrolling, but none smaller than 220 px. */
@@ -236,8 +249,10 @@ function fitFigures() {
   const area = $("#zoom .figures");
   const count = area.children.length;
   const most = Math.max(1, Math.floor(area.clientWidth / 240));
-  const side = (columns) => Math.min(area.clientWidth / columns, (area.clientHeight - 16) / Math.ceil(count / columns) - 70);
-  const best = Array.from({ length: Math.min(most, count) }, (_, i) => i + 1).reduce((a, b) => (side(b) > side(a) ? b : a), 1);
+  const height = (columns) => (area.clientHeight - 16) / Math.ceil(count / columns) - 70;
+  const side = (columns) => Math.min(area.clientWidth / columns, height(columns));
+  const choices = Array.from({ length: Math.min(most, count) }, (_, i) => i + 1);
+  const best = choices.reduce((a, b) => (side(b) > side(a) ? b : a), 1);
   area.style.setProperty("--columns", side(best) < 220 ? Math.min(most, count) : best);
 }
 
@@ -255,21 +270,25 @@ function showRecord(row, picture) {
   $("#record-title").replaceChildren(make("bdi", {}, title(row)), picture ? `, seed ${picture.record.seed}` : "");
   const others = data.rows.filter((other) => other !== row && other.size === row.size && !other.truth);
   const lines = Object.entries(row.options).flatMap(([name, value]) => {
-    const elsewhere = Map.groupBy(others.filter((other) => (other.options[name] ?? value) !== value), (other) => other.options[name]);
+    const differing = others.filter((other) => (other.options[name] ?? value) !== value);
+    const elsewhere = Map.groupBy(differing, (other) => other.options[name]);
     if (elsewhere.size === 0) return [];
     const few = elsewhere.size <= MOST_NAMED;
     const cells = [...elsewhere].map(([other, rows], i) => {
-      const where = few ? [" in ", make("bdi", {}, rows.map((other) => other.name).join("; "))] : i < elsewhere.size - 1 ? [", "] : [];
+      const names = make("bdi", {}, rows.map((row) => row.name).join("; "));
+      const where = few ? [" in ", names] : i < elsewhere.size - 1 ? [", "] : [];
       return make(few ? "div" : "span", {}, make("b", {}, make("bdi", {}, other)), ...where);
     });
-    return [make("tr", {}, make("th", { scope: "row" }, make("bdi", {}, name)), make("td", {}, make("bdi", {}, value)), make("td", {}, ...cells))];
+    const here = make("td", {}, make("bdi", {}, value));
+    return [make("tr", {}, make("th", { scope: "row" }, make("bdi", {}, name)), here, make("td", {}, ...cells))];
   });
   const heads = ["setting", "here", "elsewhere"].map((name) => make("th", { scope: "col" }, name));
   $("#record table").replaceChildren(make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...lines));
   $("#record .wide").hidden = lines.length === 0;
-  $("#record .note").textContent = lines.length ? "" : "No other row of this size has another value of a setting of this one.";
+  const none = "No other row of this size has another value of a setting of this one.";
+  $("#record .note").textContent = lines.length ? "" : none;
   const { cost, scores } = row;
-  const whole = picture ? { ...picture.record, ...row.cell, cost, run: data.run } : { ...row.cell, scores, cost, run: data.run };
+  const whole = { ...(picture ? picture.record : { scores }), ...row.cell, cost, run: data.run };
   $("#record pre").textContent = JSON.stringify(whole, null, 2);
   $("#record .body").scrollTop = 0;
   $("#record").showModal();
@@ -286,13 +305,15 @@ function start() {
   const methods = new Set(data.rows.filter((row) => !row.truth).map((row) => row.name)).size;
   $("h1").textContent = data.title;
   const { source, dtype, device } = data.run;
-  $("#facts").append(...[`${methods} methods`, `${data.drawn} pictures each`, source, dtype, device].filter(Boolean).flatMap((fact) => [make("bdi", {}, fact), " · "]).slice(0, -1));
+  const facts = [`${methods} methods`, `${data.drawn} pictures each`, source, dtype, device].filter(Boolean);
+  $("#facts").append(...facts.flatMap((fact) => [" · ", make("bdi", {}, fact)]).slice(1));
   $("#run pre").textContent = JSON.stringify(data.run, null, 2);
   const known = columns.filter((column) => data.meanings[column.name]);
   $("#meanings dl").append(...known.flatMap(({ name }) => [make("dt", {}, name), make("dd", {}, data.meanings[name])]));
   for (const size of sizes) {
     const change = (event) => (event.target.checked ? state.sizes.add(size) : state.sizes.delete(size), fill());
-    $("#filter fieldset").append(make("label", {}, make("input", { type: "checkbox", checked: true, onchange: change }), `${size} px`));
+    const box = make("input", { type: "checkbox", checked: true, onchange: change });
+    $("#filter fieldset").append(make("label", {}, box, `${size} px`));
   }
   $("#filter fieldset").hidden = sizes.length < 2;
   $("#filter").addEventListener("submit", (event) => event.preventDefault());
@@ -301,11 +322,16 @@ function start() {
     fill();
   });
   state.mark = marks.includes("one of each") ? "one of each" : "";
-  $("#mark select").append(...["", ...marks].map((name) => make("option", { value: name, selected: name === state.mark }, name || "nothing")));
-  $("#mark select").addEventListener("change", (event) => ((state.mark = event.target.value), sheetRows.clear(), fillSheet()));
+  const optionOf = (name) => make("option", { value: name, selected: name === state.mark }, name || "nothing");
+  $("#mark select").append(...["", ...marks].map(optionOf));
+  $("#mark select").addEventListener("change", (event) => {
+    state.mark = event.target.value;
+    sheetRows.clear();
+    fillSheet();
+  });
   $("#mark").hidden = marks.length === 0;
   const [few, all] = [data.seeds.length, data.drawn];
-  $("#pictures-title ~ .note").textContent = `${few < all ? `The first ${few} of ${all} seeds.` : `All ${all} seeds.`} A click shows a seed by all methods side by side; there the arrow keys go to the next one, and Escape closes.`;
+  $("#pictures-title ~ .note").prepend(few < all ? `The first ${few} of ${all} seeds. ` : `All ${all} seeds. `);
   $("#scores").addEventListener("click", (event) => {
     const button = event.target.closest("thead button");
     if (button) sortBy(button.dataset.column);
@@ -315,8 +341,12 @@ function start() {
   $("#zoom").addEventListener("close", () => {
     takeTurn($(`[data-row="${data.rows.indexOf(state.row)}"] [data-seed="${state.seed}"]`))?.focus();
   });
-  for (const button of document.querySelectorAll("[data-step]")) button.addEventListener("click", () => step(Number(button.dataset.step)));
-  for (const button of document.querySelectorAll("[data-close]")) button.addEventListener("click", () => button.closest("dialog").close());
+  for (const button of document.querySelectorAll("[data-step]")) {
+    button.addEventListener("click", () => step(Number(button.dataset.step)));
+  }
+  for (const button of document.querySelectorAll("[data-close]")) {
+    button.addEventListener("click", () => button.closest("dialog").close());
+  }
   addEventListener("resize", () => $("#zoom").open && fitFigures());
   fill();
 }
