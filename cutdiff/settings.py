@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from cutdiff import specs
 from cutdiff.options import Count, Options, Share, options_of, short
+from cutdiff.regions import as_regions
 from cutdiff.sources import source_hash
 from cutdiff.specs import TABLES
 
@@ -85,6 +86,12 @@ class Settings(Options):
     Both ends are rounded up to whole steps (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""
     seed: int = 0
     """The seed of the first image; the others count on from it."""
+    regions: Any = None
+    """Prompts of parts of the picture, of which the prompt of the run draws the rest: a file of regions, or a list of
+    `Region`."""
+    bootstrapping: Share = 0.2
+    """The share of the steps, rounded up, in which each region is drawn on a plain colour, so that its subject stays
+    within."""
     view_batch_size: Count | None = None
     """The patches or views that go through the network at once, halved where a GPU's memory does not suffice; None: 16
     on a CPU, all of a step on a GPU."""
@@ -120,6 +127,9 @@ class Settings(Options):
             raise ValueError(f"guidance_interval={self.guidance_interval} must be two shares, 0 ≤ from ≤ to ≤ 1")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={short(self.seed)} must lie in 0 … 2⁶⁴ − 1")
+        object.__setattr__(self, "regions", as_regions(self.regions))
+        if self.regions is None and self.bootstrapping != Settings.bootstrapping:
+            raise ValueError(f"bootstrapping={self.bootstrapping} is for regions, and there are none: leave it out")
         for kind in ("method", "guidance"):
             if self.compile and getattr(thing := getattr(self, kind), "changes_network", False):
                 name = specs.name_of(kind, thing)
@@ -133,6 +143,10 @@ class Settings(Options):
     def described(self) -> dict[str, Any]:
         """All options as JSON can hold them: the four objects by their full specs."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.regions is None:
+            del own["regions"], own["bootstrapping"]
+        else:
+            own["regions"] = [region.described() for region in self.regions]
         return {**own, **{kind: specs.spec_of(kind, getattr(self, kind)) for kind in TABLES}}
 
     def has(self, option: str) -> bool:
