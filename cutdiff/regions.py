@@ -77,7 +77,8 @@ class Region(Options):
         """The region as a record has it: what differs from the defaults."""
         own = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         kept = {name: value for name, (value, default) in own.items() if value != default}
-        return {**kept, **({"mask": self.mask.described()} if self.mask else {})}
+        made = {"box": list, "mask": Picture.described}
+        return {name: made.get(name, lambda kept: kept)(value) for name, value in kept.items()}
 
 
 def as_regions(value: Any) -> tuple[Region, ...] | None:
@@ -145,7 +146,7 @@ def coverage(region: Region, size: tuple[int, int]) -> np.ndarray:
         from PIL import Image
 
         gray = Image.fromarray(_gray(region.mask))
-        return np.asarray(gray.resize(size[::-1], Image.Resampling.BOX), np.float32).clip(0, 1)
+        return np.asarray(gray.resize((size[1], size[0]), Image.Resampling.BOX), np.float32).clip(0, 1)
     left, top, right, bottom = region.box
     return np.outer(_covered(top, bottom, size[0]), _covered(left, right, size[1])).astype(np.float32)
 
