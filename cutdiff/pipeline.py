@@ -29,7 +29,7 @@ from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
-from cutdiff.regions import Region, coverage
+from cutdiff.regions import Region, check_sizes, coverage
 from cutdiff.sampling.conditioning import Prompts, encode_prompts
 from cutdiff.sampling.denoiser import Denoiser, Memory, Observer, Work
 from cutdiff.sampling.draws import Draws, solver_noise
@@ -148,8 +148,12 @@ def generate(
         "decoded_in": dtype_name(dtype),
         "one_value": any(bool(image.amin() == image.amax()) for image in images),
     }
-    if (settings.negative_prompt or settings.negative_prompt_2) and not prepared.denoiser.work.reads_negative:
+    negatives = [settings.negative_prompt, settings.negative_prompt_2]
+    negatives += [region.negative_prompt for region in settings.regions or ()]
+    if any(negatives) and not prepared.denoiser.work.reads_negative:
         record["negative_prompt_unread"] = True
+    if all(denoiser is not prepared.denoiser for denoiser in prepared.denoisers):
+        record["prompt_unread"] = True
     return Result(images, latents, record)
 
 
@@ -247,7 +251,10 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
     schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, model.noise, settings.num_steps)
     if callable(check := getattr(settings.solver, "check_schedule", None)):
         check(schedule)
-    return settings.canvas_size(model.native_size, model.factor), schedule
+    size = settings.canvas_size(model.native_size, model.factor)
+    if settings.regions:
+        check_sizes(settings.regions, size)
+    return size, schedule
 
 
 def _of_family(schedule: Any, model: Model) -> Any:
@@ -309,7 +316,6 @@ def prepare(
         backend=settings.backend,
         work=Work(first_view_batch_size(model, settings), observers=[] if observer is None else [observer]),
     )
-
     denoisers = [denoiser]
 
     def begin_guidance(schedule: Schedule) -> None:
@@ -389,6 +395,8 @@ def _coverage(region: Region, size: Size) -> Tensor:
 def _check_texts(prompts: Sequence[str], settings: Settings) -> None:
     """ValueError where a text names a LoRA, which is a matter of the model."""
     texts = [("prompt", prompt) for prompt in prompts] + [(name, getattr(settings, name) or "") for name in TEXTS]
+    for number, region in enumerate(settings.regions or (), start=1):
+        texts += [(f"regions=region {number}", text or "") for text in (region.prompt, region.negative_prompt)]
     for name, text in texts:
         if match := LORA.search(text):
             raise ValueError(f"{name} names {match[0]}: load the model with loras=[(FILE, SCALE)], and leave it out")

@@ -122,13 +122,25 @@ def _checked(value: Any, folder: Path, place: str) -> tuple[Region, ...]:
 
 def notices(regions: Sequence[Region]) -> list[str]:
     """What a user should know of regions that are drawn."""
+    if not regions:
+        return []
     told = [
-        f"region {number} ({region.prompt!r:.60}) has {own:.0%} of what it covers, and other regions the rest: where "
+        f"regions=region {number} ({region.prompt!r:.60}) has {own:.0%} of what it covers, and others the rest: where "
         "they overlap, both prompts are mixed by weight"
         for number, (region, own) in enumerate(zip(regions, own_shares(regions), strict=True), start=1)
         if own < TOLD
     ]
     return told + [notice for region in regions if region.mask for notice in region.mask.notices]
+
+
+def check_sizes(regions: Sequence[Region], size: tuple[int, int]) -> None:
+    """ValueError where a region covers less than a latent of a canvas of `size`."""
+    for number, region in enumerate(regions, start=1):
+        if (area := float(coverage(region, size).sum())) < 1 - 1e-4:
+            raise ValueError(
+                f"regions=region {number} ({region.prompt!r:.60}) covers {area:.2g} of one latent of the canvas of "
+                f"{size[0]}×{size[1]}: make the region larger, or the picture"
+            )
 
 
 def own_shares(regions: Sequence[Region]) -> list[float]:

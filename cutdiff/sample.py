@@ -18,7 +18,7 @@ from cutdiff.cli.drawing import draw_all, leave_out, tell
 from cutdiff.cli.ending import Failure, exit_status
 from cutdiff.cli.output import check_output
 from cutdiff.cli.promptloras import take_loras
-from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests, take_preferred
+from cutdiff.cli.runs import BadLine, Request, check_fit, plan_pictures, read_requests, take_preferred
 from cutdiff.parallel import stopping
 from cutdiff.parallel.process import alike, num_processes, process
 
@@ -52,6 +52,7 @@ def _run(argv: list[str] | None) -> None:
             model = _load(args)
             tell_dtype(args.dtype, model.device, model.dtype)
             _tell_model(model, everything=args.verbose)
+            _tell_notices(requests)
             requests, taken = take_preferred(model, args, requests)
             requests, unfit = check_fit(model, args, requests)
             _leave_out(args, unfit, everything=not requests)
@@ -97,6 +98,13 @@ def _leave_out(args: argparse.Namespace, bad: list[BadLine], *, everything: bool
     for error in bad:
         if process() == 0:
             leave_out(args, error)
+
+
+def _tell_notices(requests: list[Request]) -> None:
+    """Tell, each once, how given pictures and regions were read where that may not be what was meant."""
+    for notice in dict.fromkeys(notice for request in requests for notice in request.settings.notices()):
+        if process() == 0:
+            tell(str(of_flag(ValueError(notice))))
 
 
 def _load(args: argparse.Namespace) -> Model:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from cutdiff import specs
 from cutdiff.given import Picture, as_picture
 from cutdiff.options import Count, Options, Share, checked, options_of, read, short
-from cutdiff.regions import as_regions
+from cutdiff.regions import as_regions, notices
 from cutdiff.sources import source_hash
 from cutdiff.specs import TABLES
 
@@ -175,6 +175,12 @@ class Settings(Options):
     def pictures(self) -> dict[str, Picture]:
         """The pictures that the run is given, by their options."""
         return {name: picture for name in PICTURES if (picture := getattr(self, name)) is not None}
+
+    def notices(self) -> list[str]:
+        """What a user should know of how pictures and regions were read, each beginning with its option."""
+        return [notice for picture in self.pictures().values() for notice in picture.notices] + notices(
+            self.regions or ()
+        )
 
     @property
     def img2img_strength(self) -> float:

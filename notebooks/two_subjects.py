@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from studies import BASE, CHOICE_SEED, RESULTS
 from torch import Tensor
+from variants import told_native
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
@@ -26,12 +27,13 @@ from cutdiff.cli.arguments import AUTO, Parser
 from cutdiff.cli.device import device_of, dtype_of
 from cutdiff.evaluation.score import CAPTION_SEED, mean_score, scenes
 from cutdiff.evaluation.testbed import environment
+from cutdiff.methods.multidiffusion import MultiDiffusion
 from cutdiff.output.images import save_json
 from cutdiff.regions import Region
 from cutdiff.scenes import world
 from cutdiff.scenes.read import read
 from cutdiff.settings import Settings
-from cutdiff.specs import METHODS
+from cutdiff.specs import METHODS, name_of
 
 FOLDER = RESULTS / "regions"
 SIZE = {"height": 128, "width": 256}
@@ -39,6 +41,10 @@ HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 JUDGED = 40
 """The pictures of MultiDiffusion; other methods and options have `OTHERS`."""
 OTHERS = 20
+CHOSEN = 12
+"""The pictures by which options were chosen."""
+FIRST = ("cutdiffusion", "magnify", "climb", "direct", "demofusion")
+"""The methods that are measured before the others."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +71,27 @@ class Case:
         return replace(BASE, **{**SIZE, "seed": seed, **own, **self.options})
 
 
-def case(name: str, seed: int = CAPTION_SEED, num: int = OTHERS, **options: Any) -> Case:
+def case(method: Any, num: int = OTHERS, seed: int = CAPTION_SEED, **options: Any) -> Case:
+    """A case that is named by its method and its options."""
+    name = method if isinstance(method, str) else name_of("method", method)
     label = ",".join([name, *(f"{option}={value}" for option, value in options.items())])
-    return Case(f"{label},choice" if seed == CHOICE_SEED else label, {"method": name, **options}, num, seed)
+    return Case(f"{label},choice" if seed == CHOICE_SEED else label, {"method": method, **options}, num, seed)
 
 
+SIDE_BY_SIDE = told_native(MultiDiffusion(stride=16))
+"""MultiDiffusion with a view for each half, of which the network is told that it is a whole picture."""
 CASES = {
     "choice": [
-        *(case("multidiffusion", CHOICE_SEED, bootstrapping=share) for share in (0.2, 0.4, 0.0)),
-        *(case("multidiffusion", CHOICE_SEED, stride=stride) for stride in (16, 4)),
-        case("multidiffusion", CHOICE_SEED, size_conditioning="target"),
-        case("multidiffusion", CHOICE_SEED, view_weights="cosine"),
+        case(SIDE_BY_SIDE, CHOSEN, CHOICE_SEED),
+        case(told_native(MultiDiffusion()), CHOSEN, CHOICE_SEED),
+        case("multidiffusion", CHOSEN, CHOICE_SEED, stride=16),
+        *(case("multidiffusion", CHOSEN, CHOICE_SEED, bootstrapping=share) for share in (0.2, 0.4)),
     ],
     "judged": [
-        case("multidiffusion", num=JUDGED),
-        *(case(name) for name in METHODS if name != "multidiffusion"),
+        case(SIDE_BY_SIDE, JUDGED),
+        case("multidiffusion"),
+        *(case(name) for name in FIRST),
+        *(case(name) for name in METHODS if name not in ("multidiffusion", *FIRST)),
         Case("multidiffusion,one prompt", {"method": "multidiffusion"}, in_regions=False),
     ],
 }
