@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.methods.shared import Run
+from cutdiff.planning.forecast import sized, walk
 from cutdiff.regions import Region, coverage
+from cutdiff.sample import main
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.regions import Bootstrapping, Layout, zipped
@@ -361,3 +367,67 @@ def test_a_record_has_regions_by_their_content(tiny_model: Model) -> None:
     assert record["bootstrapping"] == 0.5
     plain = Settings(method="direct").described()
     assert not {"regions", "bootstrapping"} & plain.keys()
+
+
+def test_a_set_with_regions_goes_on(quick_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file of regions lies beside that of prompts, and the mask beside that; names and places do not matter."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask).save(folder / "half.png")
+    drawn = [{"prompt": "red", "box": [0, 0, 0.5, 1]}, {"prompt": "b", "mask": "half.png"}]
+    (folder / "r.json").write_text(json.dumps(drawn))
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text('a\n{"prompt": "b", "regions": "own/r.json", "bootstrapping": 1}\n')
+    run = [
+        "--model",
+        str(quick_folder),
+        "--prompts",
+        str(prompts),
+        "--method",
+        "direct",
+        "--steps",
+        "1",
+        "--out",
+        str(out),
+    ]
+    run += ["--width", "128", "--height", "64"]
+    assert main(run) == 0
+    first, second = sorted(out.glob("*.png"))
+    record = json.loads(second.with_suffix(".json").read_text())
+    assert record["regions"][0] == drawn[0]
+    assert record["regions"][1]["mask"]["name"] == "half.png"
+    assert record["network_evaluations"] == 4
+    assert "so PROMPT was not read" in capsys.readouterr().err
+    before = second.stat().st_mtime_ns
+    first.unlink()
+    (folder / "half.png").rename(folder / "other.png")
+    (folder / "s.json").write_text(json.dumps(drawn).replace("half.png", "other.png"))
+    prompts.write_text(prompts.read_text().replace("r.json", "s.json"))
+    assert main(run) == 0
+    assert "1 of 2 pictures are finished already" in capsys.readouterr().err
+    assert second.stat().st_mtime_ns == before
+    mask[0, 0] = 255
+    Image.fromarray(mask).save(folder / "other.png")
+    assert main(run) == 2
+    assert f"{second} was drawn with --regions [" in capsys.readouterr().err
+
+
+def test_a_region_that_others_overlap_is_told_of(
+    quick_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.json").write_text(json.dumps([{"prompt": "a", "box": ALL}, {"prompt": "b", "box": LEFT}]))
+    run = ["a", "--model", str(quick_folder), "--method", "direct", "--steps", "1", "--width", "64", "--height", "64"]
+    assert main([*run, "--regions", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")]) == 0
+    assert "cutdiff: --regions region 2 ('b') has 50% of what it covers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", [HOUSE, "a house AND a tree", "[a house:a tree AND a tent:0.5]"])
+def test_a_plan_counts_regions(tiny_model: Model, prompt: str) -> None:
+    """Also where a region has more terms than the prompt, and the background is none."""
+    for boxes in ((LEFT,), (LEFT, RIGHT)):
+        settings = Settings(method="magnify", regions=[Region(prompt, box) for box in boxes], **QUICK)
+        planned = walk(sized(tiny_model.unet.config, tiny_model.vae.config, tiny_model.dtype), settings)
+        record = cutdiff.generate(tiny_model, TENT, settings).record
+        assert sum(stage.total.evaluations for stage in planned.stages) == record["network_evaluations"]
