@@ -33,7 +33,7 @@ from cutdiff.regions import Region
 from cutdiff.scenes import world
 from cutdiff.scenes.read import read
 from cutdiff.settings import Settings
-from cutdiff.specs import METHODS, name_of
+from cutdiff.specs import METHODS
 
 FOLDER = RESULTS / "regions"
 SIZE = {"height": 128, "width": 256}
@@ -71,24 +71,23 @@ class Case:
         return replace(BASE, **{**SIZE, "seed": seed, **own, **self.options})
 
 
-def case(method: Any, num: int = OTHERS, seed: int = CAPTION_SEED, **options: Any) -> Case:
+def case(method: str, num: int = OTHERS, seed: int = CAPTION_SEED, **options: Any) -> Case:
     """A case that is named by its method and its options."""
-    name = method if isinstance(method, str) else name_of("method", method)
-    label = ",".join([name, *(f"{option}={value}" for option, value in options.items())])
+    label = ",".join([method, *(f"{option}={value}" for option, value in options.items())])
     return Case(f"{label},choice" if seed == CHOICE_SEED else label, {"method": method, **options}, num, seed)
 
 
 SIDE_BY_SIDE = told_native(MultiDiffusion(stride=16))
-"""MultiDiffusion with a view for each half, of which the network is told that it is a whole picture."""
+"""MultiDiffusion with one view for each half, of which the network is told that it is a whole picture."""
+TOLD = "multidiffusion,stride=16,told native"
 CASES = {
     "choice": [
-        case(SIDE_BY_SIDE, CHOSEN, CHOICE_SEED),
-        case(told_native(MultiDiffusion()), CHOSEN, CHOICE_SEED),
-        case("multidiffusion", CHOSEN, CHOICE_SEED, stride=16),
         *(case("multidiffusion", CHOSEN, CHOICE_SEED, bootstrapping=share) for share in (0.2, 0.4)),
+        case("multidiffusion", CHOSEN, CHOICE_SEED, stride=16),
+        Case(f"{TOLD},choice", {"method": SIDE_BY_SIDE}, CHOSEN, CHOICE_SEED),
     ],
     "judged": [
-        case(SIDE_BY_SIDE, JUDGED),
+        Case(TOLD, {"method": SIDE_BY_SIDE}, JUDGED),
         case("multidiffusion"),
         *(case(name) for name in FIRST),
         *(case(name) for name in METHODS if name not in ("multidiffusion", *FIRST)),
@@ -112,13 +111,13 @@ def right_halves(image: Tensor, choices: Tensor) -> list[bool]:
     return right.tolist()
 
 
-def draw(model: Model, case: Case) -> None:
-    """Draw the pictures of a case that its result lacks, and save the result after each."""
+def draw(model: Model, case: Case, most: int) -> None:
+    """Draw the pictures of a case that its result lacks, at most so many, and save the result after each."""
     halves, evaluations = [], 0
     if case.path.exists():
         result = json.loads(case.path.read_text())
         halves, evaluations = result["halves"], result["evaluations"]
-    for number, choices in enumerate(pairs(case.num, case.seed)):
+    for number, choices in enumerate(pairs(min(case.num, most), case.seed)):
         if number < len(halves):
             continue
         texts = world.captions(choices)
@@ -155,12 +154,15 @@ def save(case: Case, settings: Settings, halves: list[list[bool]], evaluations: 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="Draw two subjects in two halves of a picture, and count them.")
     parser.add_argument("--study", choices=CASES, default="judged")
+    parser.add_argument(
+        "--num", type=int, default=JUDGED, metavar="N", help="the most pictures of a case (%(default)s)"
+    )
     parser.add_argument("--device", help="cpu or cuda; none: cuda where there is one", metavar="NAME")
     args: argparse.Namespace = parser.parse_args(argv)
     device = device_of(args.device)
     model = cutdiff.load(device=device, dtype=dtype_of(AUTO, device))
     for each in CASES[args.study]:
-        draw(model, each)
+        draw(model, each, args.num)
     return 0
 
 

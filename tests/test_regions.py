@@ -380,19 +380,9 @@ def test_a_set_with_regions_goes_on(quick_folder: Path, tmp_path: Path, capsys: 
     (folder / "r.json").write_text(json.dumps(drawn))
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text('a\n{"prompt": "b", "regions": "own/r.json", "bootstrapping": 1}\n')
-    run = [
-        "--model",
-        str(quick_folder),
-        "--prompts",
-        str(prompts),
-        "--method",
-        "direct",
-        "--steps",
-        "1",
-        "--out",
-        str(out),
-    ]
-    run += ["--width", "128", "--height", "64"]
+    size = ["--width", "128", "--height", "64"]
+    given = ["--model", str(quick_folder), "--prompts", str(prompts), "--out", str(out)]
+    run = [*given, "--method", "direct", "--steps", "1", *size]
     assert main(run) == 0
     first, second = sorted(out.glob("*.png"))
     record = json.loads(second.with_suffix(".json").read_text())
