@@ -111,7 +111,7 @@ def _checked(value: Any, folder: Path, place: str) -> tuple[Region, ...]:
             regions.append(entry if isinstance(entry, Region) else _region(entry, folder))
         except ValueError as error:
             raise ValueError(f"{place}region {number}: {error}") from None
-    for number, (region, own) in enumerate(zip(regions, own_shares(regions), strict=True), start=1):
+    for number, (region, own) in enumerate(zip(regions, own_shares((*regions,)), strict=True), start=1):
         if own < REFUSED:
             raise ValueError(
                 f"{place}region {number} ({region.prompt!r:.60}) has {own:.0%} of what it covers, and other regions "
@@ -120,7 +120,7 @@ def _checked(value: Any, folder: Path, place: str) -> tuple[Region, ...]:
     return tuple(regions)
 
 
-def notices(regions: Sequence[Region]) -> list[str]:
+def notices(regions: tuple[Region, ...]) -> list[str]:
     """What a user should know of regions that are drawn."""
     if not regions:
         return []
@@ -143,7 +143,8 @@ def check_sizes(regions: Sequence[Region], size: tuple[int, int]) -> None:
             )
 
 
-def own_shares(regions: Sequence[Region]) -> list[float]:
+@lru_cache
+def own_shares(regions: tuple[Region, ...]) -> list[float]:
     """The share that each region has of what it covers; the rest is that of others which overlap it."""
     masks = np.stack([coverage(region, GRID) for region in regions])
     weighted = masks * np.array([region.weight for region in regions], np.float32)[:, None, None]

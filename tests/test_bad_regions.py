@@ -35,7 +35,7 @@ ENTRIES: dict[str, tuple[Any, str]] = {
     "a number": (3, "3 must be a list of regions"),
     "a list of texts": (["a red house"], "region 1: 'a red house' is no object"),
     "1000 regions": ([region()] * 1000, f"1000 regions are too many: give at most {MAX_REGIONS}, for each of which"),
-    "an unknown key": ([region(wieght=2)], "1: 'wieght' is not one of prompt, box, mask, weight, negative_prompt: did "),
+    "an unknown key": ([region(wieght=2)], "1: 'wieght' is not one of prompt, box, mask, weight, negative_prompt: "),
     "no prompt": ([{"box": ALL}], "region 1: it has no prompt: say what the region shows"),
     "an empty prompt": ([region(), region(prompt=" ")], "region 2: prompt=' ' is empty: say what the region shows"),
     "a prompt that is none": ([region(prompt=7)], "region 1: prompt=7 must be a text"),
