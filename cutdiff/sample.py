@@ -70,11 +70,19 @@ def _run(argv: list[str] | None) -> None:
         failed, blank = draw_all(model, args, pictures, launch)
     with alike():
         lines = sorted({*(error.line for error in (*bad, *unfit)), *failed})
-        ends = [f"{args.prompts}, left out: {_listed(lines)}; correct these lines and start again"] * bool(lines)
+        ends = [_left_out(args, lines)] * bool(lines)
         if blank:
             ends.append(f"one value throughout: {_listed(blank)}; --check-weights would find zeros in the weights")
         if ends:
             raise Failure("; ".join(ends))
+
+
+def _left_out(args: argparse.Namespace, lines: list[int]) -> str:
+    """The last message on lines, or given pictures, that were not drawn."""
+    if args.images is None:
+        return f"{args.prompts}, left out: {_listed(lines)}; correct these lines and start again"
+    names = [args.files[line - 1].name for line in lines]
+    return f"{args.images}, left out: {_listed(names)}; replace these pictures and start again"
 
 
 def _listed(things: Sequence[object]) -> str:
