@@ -152,7 +152,7 @@ def generate(
     negatives += [region.negative_prompt for region in settings.regions or ()]
     if any(negatives) and not prepared.denoiser.work.reads_negative:
         record["negative_prompt_unread"] = True
-    if all(denoiser is not prepared.denoiser for denoiser in prepared.denoisers):
+    if any(prompt) and all(denoiser is not prepared.denoiser for denoiser in prepared.denoisers):
         record["prompt_unread"] = True
     return Result(images, latents, record)
 

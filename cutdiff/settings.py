@@ -170,6 +170,8 @@ class Settings(Options):
         own |= {name: picture.described() for name, picture in self.pictures().items()}
         own["regions"] = self.regions and [region.described() for region in self.regions]
         own = {name: value for name, value in own.items() if name not in LATER or value != getattr(Settings, name)}
+        if self.regions:
+            own["bootstrapping"] = self.bootstrapping
         return {**own, **{kind: specs.spec_of(kind, getattr(self, kind)) for kind in TABLES}}
 
     def pictures(self) -> dict[str, Picture]:

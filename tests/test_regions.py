@@ -165,6 +165,11 @@ def test_bootstrapping_lasts_for_the_first_steps_and_changes_its_colour() -> Non
     assert encoded[0].shape == (2, 3, 16, 16)
     assert all(torch.equal(each, x) for each in boot.shown(x, 0.1, 2))
     assert len(encoded) == 4, "nothing is encoded where nothing is shown"
+    halves = replace(boot, layout=layout_of(LEFT, RIGHT, sizes=[(8, 8)]))
+    left, right = halves.shown(x, 3.0, 0)
+    assert torch.equal(left[..., :4], x[..., :4])
+    assert torch.equal(right[..., 4:], x[..., 4:])
+    assert not torch.isclose(right[..., :4], x[..., :4]).any()
 
 
 def test_colours_of_backgrounds() -> None:
@@ -413,11 +418,12 @@ def test_a_region_that_others_overlap_is_told_of(
     assert "cutdiff: --regions region 2 ('b') has 50% of what it covers" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("prompt", [HOUSE, "a house AND a tree", "[a house:a tree AND a tent:0.5]"])
-def test_a_plan_counts_regions(tiny_model: Model, prompt: str) -> None:
-    """Also where a region has more terms than the prompt, and the background is none."""
+def test_a_plan_counts_regions_whose_terms_change(tiny_model: Model) -> None:
+    """Here a region has one term, and then two, and the run's prompt has one, or is drawn nowhere."""
+    sizes = sized(tiny_model.unet.config, tiny_model.vae.config, torch.float32)
     for boxes in ((LEFT,), (LEFT, RIGHT)):
-        settings = Settings(method="magnify", regions=[Region(prompt, box) for box in boxes], **QUICK)
-        planned = walk(sized(tiny_model.unet.config, tiny_model.vae.config, tiny_model.dtype), settings)
+        drawn = [Region("[a house:a tree AND a tent:0.5]", box) for box in boxes]
+        settings = Settings(method="direct", regions=drawn, **QUICK)
         record = cutdiff.generate(tiny_model, TENT, settings).record
+        planned = walk(sizes, settings)
         assert sum(stage.total.evaluations for stage in planned.stages) == record["network_evaluations"]

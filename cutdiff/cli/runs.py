@@ -62,7 +62,7 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
     """The prompt of the command line, or those of the file, or that for each picture of the folder, each checked, and
     those that cannot be drawn."""
     if args.prompts is None:
-        usual = "" if args.images is not None or "image" in args.options else DEMO_PROMPT
+        usual = "" if args.images is not None or {"image", "regions"} & args.options.keys() else DEMO_PROMPT
         prompt = usual if args.prompt is None else args.prompt
         if args.images is None:
             return [Request(prompt, _settings(prompt, args, {}))], []
