@@ -51,7 +51,8 @@ class Layout:
     def shares(self, size: Size) -> Tensor:
         """The share that each part has in the estimate of each latent: (R, H, W) of sum 1, on the CPU."""
         masks = self.masks(size)
-        weighted = masks * torch.tensor(self._weights[-len(masks) :])[:, None, None]
+        weights = torch.tensor(self._weights[-len(masks) :], dtype=torch.float32, device="cpu")
+        weighted = masks * weights[:, None, None]
         return weighted / weighted.sum(dim=0)
 
     def _all_masks(self, size: Size) -> Tensor:
