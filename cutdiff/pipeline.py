@@ -340,7 +340,8 @@ def prepare(
         if settings.regions:
             stages, denoisers[:] = _in_regions(run, stages, settings, encoded)
         if run.image is not None and not getattr(settings.method, "takes_picture", False):
-            stages = drawn_on(run, stages, settings.img2img_strength, schedule.init_scale)
+            strength, scale = settings.img2img_strength, schedule.init_scale
+            stages = drawn_on(run, stages, strength, scale, invert=settings.invert)
         check_stages(stages, settings.num_steps)
         if stages[-1].size not in (None, size):
             raise ValueError(f"ends on a canvas of {stages[-1].size} latents, where the picture has {size}")
