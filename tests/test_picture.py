@@ -93,8 +93,8 @@ def test_the_less_is_redrawn_the_nearer_it_stays(model: Model, picture: Tensor) 
         result = cutdiff.generate(model, "", image=picture, strength=strength, **options)
         near.append(psnr(resize(result.images, (128, 128)), picture))
     assert near == sorted(near, reverse=True)
-    assert near[0] > 30
-    assert near[0] > near[2] + 3
+    assert near[0] > 26
+    assert near[0] > near[2] + 2
 
 
 @pytest.mark.parametrize(
