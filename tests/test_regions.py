@@ -231,7 +231,7 @@ def test_images_of_a_batch_do_not_see_each_other(tiny_model: Model, method: str)
         torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("guidance", ["apg", "rescale", "cfg_plus_plus", "pag"])
+@pytest.mark.parametrize("guidance", ["apg,momentum=-0.5", "rescale", "cfg_plus_plus", "pag"])
 def test_every_prompt_has_a_memory_of_guidance(tiny_model: Model, guidance: str) -> None:
     """A guidance that remembers, on two regions of one prompt, is that on one."""
     own = {} if guidance == "cfg_plus_plus" else {"guidance_scale": 3.0}
@@ -423,7 +423,7 @@ def test_a_plan_counts_regions_whose_terms_change(tiny_model: Model) -> None:
     sizes = sized(tiny_model.unet.config, tiny_model.vae.config, torch.float32)
     for boxes in ((LEFT,), (LEFT, RIGHT)):
         drawn = [Region("[a house:a tree AND a tent:0.5]", box) for box in boxes]
-        settings = Settings(method="direct", regions=drawn, **QUICK)
+        settings = Settings(method="direct", regions=drawn, **{**QUICK, "num_steps": 4})
         record = cutdiff.generate(tiny_model, TENT, settings).record
         planned = walk(sizes, settings)
         assert sum(stage.total.evaluations for stage in planned.stages) == record["network_evaluations"]
