@@ -9,6 +9,7 @@ from cutdiff.settings import VERSION as __version__
 if TYPE_CHECKING:
     from cutdiff.checkpoint import load
     from cutdiff.pipeline import Result, decode, denoise, encode, generate
+    from cutdiff.regions import Region
     from cutdiff.sampling.denoiser import Observer
     from cutdiff.sampling.draws import Draws
     from cutdiff.sampling.stages import Step
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Draws",
     "Observer",
+    "Region",
     "Result",
     "Settings",
     "Step",
@@ -32,6 +34,7 @@ _HOMES = {
     "load": "cutdiff.checkpoint",
     "Draws": "cutdiff.sampling.draws",
     "Observer": "cutdiff.sampling.denoiser",
+    "Region": "cutdiff.regions",
     "Result": "cutdiff.pipeline",
     "decode": "cutdiff.pipeline",
     "denoise": "cutdiff.pipeline",

@@ -21,7 +21,7 @@ from cutdiff.given import Picture
 from cutdiff.methods.picture import drawn_on
 from cutdiff.methods.shared import Run, stages_of, step_at
 from cutdiff.models.compiled import compiled
-from cutdiff.models.config import SD15_UNET
+from cutdiff.models.config import SD15_UNET, Size
 from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
@@ -29,14 +29,17 @@ from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
+from cutdiff.regions import Region, check_sizes, coverage
 from cutdiff.sampling.conditioning import Prompts, encode_prompts
-from cutdiff.sampling.denoiser import Denoiser, Observer, Work
+from cutdiff.sampling.denoiser import Denoiser, Memory, Observer, Work
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.finite import explained
 from cutdiff.sampling.fitted import Fitted
 from cutdiff.sampling.guidance import Changing, LinearGuidance
 from cutdiff.sampling.operators import check_backend
+from cutdiff.sampling.regions import Bootstrapping, Layout, zipped
+from cutdiff.sampling.rows import Text
 from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
 from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
@@ -69,6 +72,8 @@ class Prepared:
     size: tuple[int, int]
     """The size of the finished picture, in latents."""
     schedule: Schedule
+    denoisers: Sequence[Denoiser]
+    """Those of the parts of the picture that are drawn, which share the work of `denoiser`."""
     stages: Sequence[Stage | Phase]
     steps: Iterator[Step]
     sources: dict[str, str]
@@ -143,8 +148,12 @@ def generate(
         "decoded_in": dtype_name(dtype),
         "one_value": any(bool(image.amin() == image.amax()) for image in images),
     }
-    if (settings.negative_prompt or settings.negative_prompt_2) and not prepared.denoiser.work.reads_negative:
+    negatives = [settings.negative_prompt, settings.negative_prompt_2]
+    negatives += [region.negative_prompt for region in settings.regions or ()]
+    if any(negatives) and not prepared.denoiser.work.reads_negative:
         record["negative_prompt_unread"] = True
+    if any(prompt) and all(denoiser is not prepared.denoiser for denoiser in prepared.denoisers):
+        record["prompt_unread"] = True
     return Result(images, latents, record)
 
 
@@ -242,7 +251,10 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
     schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, model.noise, settings.num_steps)
     if callable(check := getattr(settings.solver, "check_schedule", None)):
         check(schedule)
-    return settings.canvas_size(model.native_size, model.factor), schedule
+    size = settings.canvas_size(model.native_size, model.factor)
+    if settings.regions:
+        check_sizes(settings.regions, size)
+    return size, schedule
 
 
 def _of_family(schedule: Any, model: Model) -> Any:
@@ -283,11 +295,11 @@ def prepare(
     text: TextEncoders | SharedText = model.text.skipping(settings.clip_skip)
     if ranks.size > 1:
         text = SharedText(text, ranks, model.device, model.dtype)
-    positive, negative = encode_prompts(
-        text,
-        Prompts(prompts, settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2),
-        settings.num_steps,
-        zeros_for_empty_negative=model.zeros_for_empty_negative,
+    encoded = partial(
+        encode_prompts, text, num_steps=settings.num_steps, zeros_for_empty_negative=model.zeros_for_empty_negative
+    )
+    positive, negative = encoded(
+        Prompts(prompts, settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2)
     )
     denoiser = make_denoiser(
         unet=model.unet,
@@ -304,12 +316,13 @@ def prepare(
         backend=settings.backend,
         work=Work(first_view_batch_size(model, settings), observers=[] if observer is None else [observer]),
     )
+    denoisers = [denoiser]
 
     def begin_guidance(schedule: Schedule) -> None:
         own = schedule if isinstance(settings.solver, DDIM) else replace(schedule, targets=schedule.sigmas[1:])
-        denoiser.work.guidances.begin(own)
+        for each in denoisers:
+            each.memory.guidances.begin(own)
 
-    begin_guidance(schedule)
     run = Run(
         denoiser=denoiser,
         draws=checked_draws(draws, len(prompts)),
@@ -324,6 +337,8 @@ def prepare(
     )
     try:
         stages = stages_of(settings.method, run)
+        if settings.regions:
+            stages, denoisers[:] = _in_regions(run, stages, settings, encoded)
         if run.image is not None and not getattr(settings.method, "takes_picture", False):
             strength, scale = settings.img2img_strength, schedule.init_scale
             stages = drawn_on(run, stages, strength, scale, invert=settings.invert)
@@ -334,6 +349,7 @@ def prepare(
         if re.match(r"\w+=", str(error)):  # it names an option, which is nearer to the cause than the method
             raise
         raise ValueError(f"method={settings.method_name} {error}") from None
+    begin_guidance(schedule)
     first = stages[0]
     shape = (len(prompts), model.unet.config.in_channels, *(first.size or size))
     noise = run.draws.noise(shape).to(model.device, torch.float32)
@@ -343,12 +359,45 @@ def prepare(
     steps = explained(steps, denoiser, model.why_not_finite)
     if observer is not None:
         steps = _observed(steps, observer)
-    return Prepared(settings, denoiser, draws, size, schedule, stages, steps, sources)
+    return Prepared(settings, denoiser, draws, size, schedule, denoisers, stages, steps, sources)
+
+
+def _in_regions(
+    run: Run, stages: list[Stage | Phase], settings: Settings, encoded: Callable[[Prompts], tuple[Text, Text]]
+) -> tuple[list[Stage | Phase], list[Denoiser]]:
+    """The stages of a run whose parts have prompts of their own, and the denoisers of these parts; those of its own
+    prompt are `stages`."""
+    regions: Sequence[Region] = settings.regions
+    coverages = [partial(_coverage, region) for region in regions]
+    layout = Layout(coverages, [region.weight for region in regions], [stage.size or run.size for stage in stages])
+    runs = []
+    for region in regions:
+        prompts = [region.prompt] * len(run.prompts)
+        texts = Prompts(prompts, None, settings.negative_prompt, settings.negative_prompt_2)
+        if region.negative_prompt is not None:
+            texts = Prompts(prompts, negative=region.negative_prompt)
+        positive, negative = encoded(texts)
+        denoiser = replace(run.denoiser, positive=positive, negative=negative, memory=Memory())
+        runs.append(replace(run, denoiser=denoiser, prompts=prompts))
+    all_stages = [stages_of(settings.method, each) for each in runs]
+    if layout.has_background:
+        runs, all_stages = [run, *runs], [stages, *all_stages]
+    first = range(step_at(settings.bootstrapping, run.num_steps))
+    side = run.native_size * run.denoiser.factor
+    bootstrapping = Bootstrapping(first, layout, run.draws, run.encode, side)
+    joined = zipped(all_stages, layout, run.size, bootstrapping, run.denoiser.unet.conv_in.weight.device)
+    return joined, [each.denoiser for each in runs]
+
+
+def _coverage(region: Region, size: Size) -> Tensor:
+    return torch.from_numpy(coverage(region, size))
 
 
 def _check_texts(prompts: Sequence[str], settings: Settings) -> None:
     """ValueError where a text names a LoRA, which is a matter of the model."""
     texts = [("prompt", prompt) for prompt in prompts] + [(name, getattr(settings, name) or "") for name in TEXTS]
+    for number, region in enumerate(settings.regions or (), start=1):
+        texts += [(f"regions=region {number}", text or "") for text in (region.prompt, region.negative_prompt)]
     for name, text in texts:
         if match := LORA.search(text):
             raise ValueError(f"{name} names {match[0]}: load the model with loras=[(FILE, SCALE)], and leave it out")

@@ -109,9 +109,8 @@ def _leave_out(args: argparse.Namespace, bad: list[BadLine], *, everything: bool
 
 
 def _tell_notices(requests: list[Request]) -> None:
-    """Tell, each once, how given pictures were read where that may not be what was meant."""
-    pictures = (picture for request in requests for picture in request.settings.pictures().values())
-    for notice in dict.fromkeys(notice for picture in pictures for notice in picture.notices):
+    """Tell, each once, how given pictures and regions were read where that may not be what was meant."""
+    for notice in dict.fromkeys(notice for request in requests for notice in request.settings.notices()):
         if process() == 0:
             tell(str(of_flag(ValueError(notice))))
 

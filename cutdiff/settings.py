@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from cutdiff import specs
 from cutdiff.given import Picture, as_picture
 from cutdiff.options import Count, Options, Share, checked, options_of, read, short
+from cutdiff.regions import as_regions, notices
 from cutdiff.sources import source_hash
 from cutdiff.specs import TABLES
 
@@ -25,7 +26,9 @@ PREFERENCES = ("num_steps", "guidance_scale", "solver", "schedule")
 """The options that a model may say a preference of."""
 PICTURES = ("image",)
 """The options that are pictures: a file, or what `given.as_picture` takes."""
-LATER = ("image", "strength", "fit", "invert")
+FILES = (*PICTURES, "regions")
+"""The options that are files."""
+LATER = ("image", "strength", "fit", "invert", "regions", "bootstrapping")
 """The options that old records do not know, which no record names where they have their defaults."""
 STRENGTH = 0.5
 """The share of the steps that a picture is drawn on by, where nobody says."""
@@ -104,6 +107,12 @@ class Settings(Options):
     Both ends are rounded up to whole steps (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""
     seed: int = 0
     """The seed of the first image; the others count on from it."""
+    regions: Any = None
+    """Prompts of parts of the picture, of which the prompt of the run draws the rest: a file of regions, or a list of
+    `Region`."""
+    bootstrapping: Share = 0.2
+    """The share of the steps, rounded up, in which each region is drawn on a plain colour, so that its subject stays
+    within."""
     view_batch_size: Count | None = None
     """The patches or views that go through the network at once, halved where a GPU's memory does not suffice; None: 16
     on a CPU, all of a step on a GPU."""
@@ -119,6 +128,7 @@ class Settings(Options):
     def __init__(self, /, **options: Any) -> None:
         own = {field.name: options.pop(field.name, field.default) for field in fields(Settings)}
         own |= {name: as_picture(name, own[name]) for name in PICTURES}
+        own["regions"] = as_regions(own["regions"])
         self._give_strength(own, options)
         things = {kind: specs.resolve(kind, own[kind], options) for kind in TABLES}
         for kind, thing in things.items():
@@ -146,6 +156,8 @@ class Settings(Options):
             raise ValueError(f"guidance_interval={self.guidance_interval} must be two shares, 0 ≤ from ≤ to ≤ 1")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={short(self.seed)} must lie in 0 … 2⁶⁴ − 1")
+        if self.regions is None and self.bootstrapping != Settings.bootstrapping:
+            raise ValueError(f"bootstrapping={self.bootstrapping} is for regions, and there are none: leave it out")
         for kind in ("method", "guidance"):
             if self.compile and getattr(thing := getattr(self, kind), "changes_network", False):
                 name = specs.name_of(kind, thing)
@@ -162,12 +174,21 @@ class Settings(Options):
         if self.image is not None and not getattr(self.method, "takes_picture", False):
             own["strength"] = self.img2img_strength
         own |= {name: picture.described() for name, picture in self.pictures().items()}
+        own["regions"] = self.regions and [region.described() for region in self.regions]
         own = {name: value for name, value in own.items() if name not in LATER or value != getattr(Settings, name)}
+        if self.regions:
+            own["bootstrapping"] = self.bootstrapping
         return {**own, **{kind: specs.spec_of(kind, getattr(self, kind)) for kind in TABLES}}
 
     def pictures(self) -> dict[str, Picture]:
         """The pictures that the run is given, by their options."""
         return {name: picture for name in PICTURES if (picture := getattr(self, name)) is not None}
+
+    def notices(self) -> list[str]:
+        """What a user should know of how pictures and regions were read, each beginning with its option."""
+        return [notice for picture in self.pictures().values() for notice in picture.notices] + notices(
+            self.regions or ()
+        )
 
     @property
     def img2img_strength(self) -> float:

@@ -24,11 +24,14 @@ import cutdiff
 import cutdiff.models.bands
 import cutdiff.models.vae
 from cutdiff.parallel.launch import joined
+from cutdiff.regions import Region
 from cutdiff.settings import Settings
 from cutdiff.specs import METHODS
 
 SIZES = (1, 2, 5)
 VIEW_BATCHES = (1, 3, None)
+OTHERS = {"pag": {"guidance": "pag"}, "regions": {"regions": [Region("a tent", (0, 0, 0.5, 1))], "method": "magnify"}}
+"""Runs of more than a method, and their options."""
 QUICK = ["--method", "multidiffusion", "--steps", "3", "--width", "128", "--height", "64"]
 
 
@@ -51,8 +54,8 @@ def draw_all(model: Path, folder: Path) -> None:
         settings = Settings(height=64, width=64, num_steps=1)
         result = cutdiff.generate(overflowing, "a", settings, ranks=launch.group)
         results["overflow"] = result.images, result.record["decoded_in"]
-        for method in (*METHODS, "pag"):
-            own = {"guidance": "pag"} if method == "pag" else {"method": method}
+        for method in (*METHODS, *OTHERS):
+            own = OTHERS.get(method, {"method": method})
             settings = Settings(**own, height=128, width=96, num_steps=2)
             narrow = {"stride": 2, "detail": "views"}
             settings = replace(settings, **{name: value for name, value in narrow.items() if settings.has(name)})

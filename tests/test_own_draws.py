@@ -12,6 +12,7 @@ from torch import Tensor
 import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.methods.shared import Run
+from cutdiff.regions import Region
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import SeededPermutation
 from cutdiff.sampling.stages import Stage
@@ -43,13 +44,15 @@ METHODS = {
     "encoder_noise": on_noise_of_the_encoder,
     "torus_shifts": on_torus_shifts,
     "blurs": "diffusehigh",
+    "background_colors": "direct",
 }
 """A method that asks for each draw."""
 
 
 def options_for(draw: str) -> dict[str, Any]:
     """The options of a run that asks for a draw."""
-    return {"method": METHODS[draw], "solver": "dpmpp_sde" if draw == "second_noise" else "euler", **SIZE}
+    own = {"regions": [Region("a tent", (0, 0, 0.5, 1))]} if draw == "background_colors" else {}
+    return {"method": METHODS[draw], "solver": "dpmpp_sde" if draw == "second_noise" else "euler", **own, **SIZE}
 
 
 def of(name: str, draw: Callable[..., Any]) -> Any:
@@ -143,6 +146,11 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
         r"draws\.torus_shifts gave \(2, 2\) of torch\.float32 where \(2, 2\) of torch\.int64 is needed",
     ),
     "blurs of three images": ("blurs", larger, r"draws\.blurs gave \(3,\) .*where \(2,\) is needed"),
+    "colours of three images": (
+        "background_colors",
+        larger,
+        r"draws\.background_colors gave \(3, 3\) .*where \(2, 3\) is needed",
+    ),
     "one shift": ("window_shifts", lambda *_: 2, r"draws\.window_shifts gave int where \(2,\) is needed"),
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from cutdiff.checkpoint.random_model import random_model
 from cutdiff.plan import main
 from cutdiff.planning.forecast import decoding, outline, sized, walk, weight_bytes
 from cutdiff.planning.meter import Meter
+from cutdiff.regions import Region
 from cutdiff.settings import Settings
 from cutdiff.specs import METHODS, SOLVERS
 
@@ -53,6 +54,14 @@ CASES: list[tuple[int, int, dict[str, Any]]] = [
     (200, 104, {"num_steps": 3, "guidance_interval": (0.2, 0.7)}),
     (72, 128, {"num_steps": 2, "guidance_scale": 1.0}),
     (64, 64, {"num_steps": 1}),
+    (
+        *(64, 128),
+        {
+            "num_steps": 3,
+            "bootstrapping": 0.5,
+            "regions": [Region("a", (0, 0, 0.5, 1)), Region("b", (0.25, 0, 1, 0.5))],
+        },
+    ),
 ]
 
 

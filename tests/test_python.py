@@ -102,11 +102,12 @@ SPECS = [
     *(("schedule", spec) for spec in SCHEDULES if spec != "list"),
     *(("guidance", spec) for spec in GUIDANCE),
     ("method", "cutdiffusion,view_weights=gaussian"),
+    ("regions", (cutdiff.Region("a red tent", (0, 0, 0.5, 1), weight=3), cutdiff.Region("a moon", (0.3, 0, 1, 0.5)))),
 ]
 
 
 @pytest.mark.parametrize(("kind", "spec"), SPECS)
-def test_the_defaults_of_torch_do_not_change_a_picture(tiny_model: Model, kind: str, spec: str) -> None:
+def test_the_defaults_of_torch_do_not_change_a_picture(tiny_model: Model, kind: str, spec: Any) -> None:
     options: dict[str, Any] = {"method": "direct", kind: spec, "summed": kind == "guidance"}
     expected = drawn(tiny_model, **options)
     for dtype, device in ((torch.float64, None), (torch.float16, "meta")):

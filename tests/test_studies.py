@@ -13,6 +13,7 @@ import order
 import pytest
 import studies
 import torch
+import two_subjects
 import variants
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from cutdiff.methods.direct import direct
 from cutdiff.methods.shared import Run
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.stages import Stage
+from cutdiff.scenes.render import render
 
 CELLS = {studies.result_path(cell).name: cell for cells in studies.STUDIES.values() for cell in cells}
 
@@ -128,7 +130,8 @@ def test_cells_have_names_of_their_own() -> None:
 
 
 def test_every_result_is_of_a_cell_and_of_the_embedded_model(model: Model) -> None:
-    found = sorted(path for path in studies.RESULTS.rglob("*.json") if path.parent != order.ORDERS)
+    others = (order.ORDERS, two_subjects.FOLDER)
+    found = sorted(path for path in studies.RESULTS.rglob("*.json") if path.parent not in others)
     assert found
     for path in found:
         result = json.loads(path.read_text())
@@ -143,6 +146,40 @@ def test_every_result_is_of_a_cell_and_of_the_embedded_model(model: Model) -> No
         assert (result["model"] == {"sha256": model.hashes}) == (path.parent == studies.RESULTS), path.name
         if path.parent.name == "few-steps":
             assert [lora["sha256"] for lora in result["model"]["loras"]] == [sha256(studies.LORA)], path.name
+
+
+def test_every_result_of_two_subjects_is_of_a_case(model: Model) -> None:
+    cases = {case.path.name: case for cases in two_subjects.CASES.values() for case in cases}
+    found = sorted(two_subjects.FOLDER.glob("*.json"))
+    assert found
+    for path in found:
+        result, case = json.loads(path.read_text()), cases[path.name]
+        described = case.settings(two_subjects.pairs(2, case.seed)[0], 0).described()
+        described = {name: value for name, value in described.items() if name not in ("regions", "seed")}
+        assert result["settings"] == json.loads(json.dumps(described)), path.name
+        assert result["caption_seed"] == case.seed
+        assert result["model"] == {"sha256": model.hashes}
+        assert result["num"] == len(result["halves"]) >= 8
+        both = [all(halves) for halves in result["halves"]]
+        assert result["scores"]["both"]["value"] == pytest.approx(sum(both) / len(both))
+
+
+def test_pairs_of_subjects_have_two_colours_and_one_scenery() -> None:
+    choices = two_subjects.pairs(50, score.CAPTION_SEED)
+    assert (choices[:, 0, 0] != choices[:, 1, 0]).all()
+    assert (choices[:, 0, 2:] == choices[:, 1, 2:]).all()
+    assert torch.equal(choices[:10], two_subjects.pairs(10, score.CAPTION_SEED))
+    assert not torch.equal(choices, two_subjects.pairs(50, studies.CHOICE_SEED))
+
+
+def test_a_half_is_right_with_its_subject_alone() -> None:
+    choices = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+    drawn = replace(score.scenes(2), color=choices[:, 0], subject=choices[:, 1])
+    image = torch.cat([*(render(drawn, 128) / 2 + 0.5)], dim=2)[None]
+    assert two_subjects.right_halves(image, choices) == [True, True]
+    assert two_subjects.right_halves(image, choices.flip(0)) == [False, False]
+    both = torch.cat([image[..., :128], image[..., :128]], dim=3)
+    assert two_subjects.right_halves(both, choices) == [True, False]
 
 
 def test_the_readme_says_what_was_measured() -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from cutdiff import specs
 from cutdiff.options import MAX_FLOAT32, Between, Option, nearest, not_one_of, options_of, read
-from cutdiff.settings import PICTURES, PREDICTION_TYPES, SPACINGS, Settings
+from cutdiff.settings import FILES, PREDICTION_TYPES, SPACINGS, Settings
 from cutdiff.specs import TABLES
 
 DEMO_PROMPT = "a red house with mountains over a meadow at day"
@@ -176,7 +176,7 @@ def add_option(group: Group, option: Option, help: str = "") -> None:
     """A flag for an option of a run, which goes into `options` of the arguments where it is given."""
     settings: dict[str, Any] = {"dest": option.name, "action": _Given, "help": _help(option, help)}
     kinds = get_args(option.type)
-    if option.name in PICTURES:
+    if option.name in FILES:
         group.add_argument(flag_of(option.name), default=argparse.SUPPRESS, metavar="FILE", **settings)
         return
     if option.type is bool:
@@ -285,7 +285,7 @@ def _add_prompt(group: Group) -> None:
     group.add_argument(
         "--images", type=Path, metavar="DIR", help="in the place of --image, a picture for each one in a folder"
     )
-    for name in ("strength", "fit", "invert"):
+    for name in ("strength", "fit", "invert", "regions", "bootstrapping"):
         add_option(group, own[name])
     group.add_argument(
         "--num-images", type=number(1, MAX_PICTURES), default=1, metavar="K", help="pictures, with seeds S, S+1, …"

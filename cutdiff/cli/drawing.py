@@ -131,6 +131,8 @@ def _notices(record: dict[str, Any]) -> Iterator[str]:
         yield f"the VAE overflowed in {record['vae_dtype']}, so it decoded in float32"
     if record and record["one_value"]:
         yield "a picture has one value throughout: its weights may be zeros, which --check-weights would find"
+    if "prompt_unread" in record:
+        yield "the regions cover all of the picture, so PROMPT was not read"
     if "negative_prompt_unread" in record:
         yield "guidance is off, so the negative prompt was not read: --guidance-scale above 1 turns it on"
     if record and record["view_batch_halved"]:

@@ -49,6 +49,9 @@ def _named(request: Request, folder: Path | None) -> tuple[str, Named]:
         for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
             if named_loras(getattr(request.settings, name) or "")[1]:
                 raise ValueError(f"--{name.replace('_', '-')} names a LoRA, which only the prompt may")
+        for number, region in enumerate(request.settings.regions or (), start=1):
+            if named_loras(region.prompt)[1] or named_loras(region.negative_prompt or "")[1]:
+                raise ValueError(f"--regions region {number} names a LoRA, which only the prompt may")
         prompt, named = named_loras(request.prompt)
     except ValueError as error:
         raise BadArgument(str(error)) from None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cutdiff import specs
 from cutdiff.cli.arguments import DEMO_PROMPT, MAX_PICTURES, BadArgument, errors_by_flag, flag_of
 from cutdiff.cli.promptfile import parse_line, read_lines
-from cutdiff.settings import PICTURES, Settings, left_to_model
+from cutdiff.settings import FILES, Settings, left_to_model
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
@@ -62,7 +62,7 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
     """The prompt of the command line, or those of the file, or that for each picture of the folder, each checked, and
     those that cannot be drawn."""
     if args.prompts is None:
-        usual = "" if args.images is not None or "image" in args.options else DEMO_PROMPT
+        usual = "" if args.images is not None or {"image", "regions"} & args.options.keys() else DEMO_PROMPT
         prompt = usual if args.prompt is None else args.prompt
         if args.images is None:
             return [Request(prompt, _settings(prompt, args, {}))], []
@@ -80,7 +80,7 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
         try:
             with errors_by_flag():
                 prompt, own = parse_line(line)
-            files = {name: own[name] for name in PICTURES if isinstance(own.get(name), str)}
+            files = {name: own[name] for name in FILES if isinstance(own.get(name), str)}
             own |= {name: args.prompts.parent / path for name, path in files.items()}
             requests.append(Request(prompt, _settings(prompt, args, own), number, own))
         except (ValueError, BadArgument) as error:
@@ -237,7 +237,7 @@ def _parsed(name: str, spec: Any) -> tuple[str, dict[str, Any]] | None:
 def _settings(prompt: str, args: argparse.Namespace, own: dict[str, Any]) -> Settings:
     """The options of the run from the arguments, replaced by those that a line has of its own, and checked."""
     options = {**args.options, **own}
-    for text in (prompt, *(v for name, v in options.items() if isinstance(v, str) and name not in PICTURES)):
+    for text in (prompt, *(v for name, v in options.items() if isinstance(v, str) and name not in FILES)):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise BadArgument(f"the prompt {text!r} is not valid UTF-8: check the terminal's encoding")
         if "\0" in text:

@@ -151,6 +151,8 @@ def _determining(described: dict[str, Any]) -> dict[str, Any]:
     if embeddings := model.get("embeddings"):
         kept["model"]["embeddings"] = [(embedding["sha256"], embedding["token"]) for embedding in embeddings]
     kept |= {name: kept[name]["sha256"] for name in PICTURES if name in kept}
+    if regions := kept.get("regions"):
+        kept["regions"] = [{**region, "mask": region.get("mask", {}).get("sha256")} for region in regions]
     kept["cutdiff"] = kept.pop("versions", {}).get("cutdiff")
     return json.loads(json.dumps(kept, default=str))
 

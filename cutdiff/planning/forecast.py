@@ -117,7 +117,7 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
     Those cost the same for which the stage says so and guidance is equally on or off, except the first of them, which
     is counted by itself: it may be the one that reads the prompts.
     """
-    denoiser, costs = run.denoiser, cast(dict[Hashable, Cost], {})
+    costs = cast(dict[Hashable, Cost], {})
     schedule, first = standing(stage, run.schedule)
     take = run.settings.solver.start(schedule, partial(solver_noise, run.draws))
     steps: list[Cost] = []
@@ -136,6 +136,7 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
         rows = tuple(
             (denoiser.guided(sigma), denoiser.copies_at(sigma, step), bool(denoiser.change_scale_at(sigma, step)))
             for sigma in sigmas
+            for denoiser in run.denoisers
         )
         kind = stage.cost and stage.cost(step), rows
         key = kind, kind in known

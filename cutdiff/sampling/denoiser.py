@@ -82,7 +82,7 @@ class Observer:
 
 @dataclass
 class Work:
-    """The state that all denoisers of a run share: a count, the batch that memory holds, observers, flags, texts."""
+    """The state that all denoisers of a run share: a count, the batch that memory holds, observers, flags."""
 
     view_batch_size: int | None = None
     """The items that go through the network at once; None: all. It is halved where memory does not suffice."""
@@ -94,8 +94,6 @@ class Work:
     """True once a step has read the negative prompt."""
     flags: Flags = field(default_factory=Flags, repr=False)
     """The flags that kernels set where an estimate of x0 is not finite."""
-    texts: Texts = field(default_factory=Texts, repr=False)
-    guidances: Begun = field(default_factory=Begun, repr=False)
 
     @contextmanager
     def heard_by(self, observer: Observer) -> Iterator[None]:
@@ -108,12 +106,21 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """The state that denoisers share which draw with the same prompt: what is kept of its text, and of guidance."""
+
+    texts: Texts = field(default_factory=Texts)
+    guidances: Begun = field(default_factory=Begun)
+
+
+@dataclass(frozen=True)
 class Denoiser:
     """`denoiser(latents, sigma, step)` for a batch of patches or views of B images, whatever their number.
 
     The batch is ordered image first; every image's items share its row of the text states. It is divided among the
     `ranks`, and split into parts of `work.view_batch_size` items (a guidance pair is one item). A method that wants
-    another denoiser makes it with `dataclasses.replace`: the copy shares the `work`, and nobody else is affected.
+    another denoiser makes it with `dataclasses.replace`: the copy shares `work` and `memory`, and nobody else is
+    affected.
     """
 
     unet: UNet
@@ -147,6 +154,7 @@ class Denoiser:
     backend: str = "auto"
     """The kind of operators around the network: "auto", "triton" or "reference"."""
     work: Work = field(default_factory=Work)
+    memory: Memory = field(default_factory=Memory, repr=False)
 
     @property
     def native_size(self) -> int:
@@ -160,7 +168,7 @@ class Denoiser:
     def guidance_at(self, sigma: float) -> tuple[Guidance, float] | None:
         """The guidance of the stage under way, and the sigma that it is told; None where it is off."""
         sigma = sigma if self.guidance_sigma is None else self.guidance_sigma
-        return (self.work.guidances.of(self.guidance), sigma) if self.guided(sigma) else None
+        return (self.memory.guidances.of(self.guidance), sigma) if self.guided(sigma) else None
 
     def copies_at(self, sigma: float, step: int) -> int:
         """The rows of each item: two for a guidance pair, the positive one last, and for a sum of prompts one for each
@@ -271,7 +279,7 @@ class Denoiser:
         prediction = self.predict(rows, inputs, size_ids)
         if not self.change_scale_at(rows.sigma, rows.step):
             return [rows.joined(prediction)]
-        guidance = self.work.guidances.of(self.guidance)
+        guidance = self.memory.guidances.of(self.guidance)
         assert isinstance(guidance, Changing)
         prompted = rows._replace(copies=len(rows.text.terms), is_changed=True)
         with guidance.changed(self.unet):
@@ -301,7 +309,7 @@ class Denoiser:
         Raises torch.OutOfMemoryError where memory does not suffice for a single item.
         """
         num_rows, copies = len(inputs), rows.copies
-        text = self.work.texts.read(self.unet, rows.text, copies, keeps=self.keeps_text)
+        text = self.memory.texts.read(self.unet, rows.text, copies, keeps=self.keeps_text)
         timestep = torch.full((1,), self.timestep(rows.sigma), dtype=torch.float32, device=inputs.device)
         timestep = timestep.expand(num_rows)
         ranks = self.ranks if self.shares_rows else ALONE

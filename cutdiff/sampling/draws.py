@@ -15,6 +15,7 @@ from torch import Tensor
 from cutdiff.sampling.operators import Permutation, SeededPermutation, view_grid
 
 NOISE, ORIGINS, SHIFTS, PHASE_NOISE, ENCODER_NOISE, TORUS_SHIFTS, BLURS, SECOND_NOISE = 1, 2, 3, 4, 5, 6, 7, 8
+BACKGROUND_COLORS = 9
 """The purposes of streams of random numbers: no two of them share numbers of a seed."""
 LAYER_STEPS = 1 << 20
 """The steps between the origins of one layer and those of the next."""
@@ -115,6 +116,12 @@ class Draws:
         blurs = [_generator(seed, BLURS, phase).uniform(least, most) for seed in self.seeds]
         return torch.tensor(blurs, dtype=torch.float64, device="cpu")
 
+    def background_colors(self, step: int) -> Tensor:
+        """The plain colours that regions are shown around themselves at `step`: RGB (B, 3) in [0, 1], float32, on the
+        CPU, all colours alike probable (MultiDiffusion, arXiv 2302.08113)."""
+        colors = [_generator(seed, BACKGROUND_COLORS, step).random(3, np.float32) for seed in self.seeds]
+        return torch.from_numpy(np.stack(colors))
+
     def _normal(self, shape: tuple[int, ...], purpose: int, stream: int) -> Tensor:
         images = [_generator(seed, purpose, stream).standard_normal(shape[1:], np.float32) for seed in self.seeds]
         return torch.from_numpy(np.stack(images)).to(self.device)
@@ -196,6 +203,9 @@ class _Checked:
 
     def blurs(self, phase: int, least: float, most: float) -> Tensor:
         return _shaped("blurs", self.draws.blurs(phase, least, most), (self.num_images,))
+
+    def background_colors(self, step: int) -> Tensor:
+        return _shaped("background_colors", self.draws.background_colors(step), (self.num_images, 3))
 
 
 def _shaped(name: str, value: Any, *shapes: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
