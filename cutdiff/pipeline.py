@@ -33,6 +33,7 @@ from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.finite import explained
 from cutdiff.sampling.guidance import Changing, LinearGuidance
+from cutdiff.sampling.masks import MaskedPicture
 from cutdiff.sampling.operators import check_backend
 from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
 from cutdiff.sampling.solvers import DDIM
@@ -285,6 +286,9 @@ def prepare(
         settings.num_steps,
         zeros_for_empty_negative=model.zeros_for_empty_negative,
     )
+    encodes, beside = partial(encode, model), None
+    if model.unet.config.inpaints:
+        beside = MaskedPicture.all_redrawn(size, encodes, model.factor).beside
     denoiser = make_denoiser(
         unet=model.unet,
         timestep=schedule.timestep,
@@ -292,6 +296,7 @@ def prepare(
         positive=positive,
         negative=negative,
         guidance=settings.guidance,
+        beside=beside,
         guided=_guided(schedule, settings.guidance_interval),
         factor=model.factor,
         compiled=compiled(model.unet, cuda_graphs=settings.cuda_graphs) if settings.compile else None,
@@ -314,7 +319,7 @@ def prepare(
         schedule=schedule,
         prompts=prompts,
         text=text,
-        encode=partial(encode, model),
+        encode=encodes,
         decode=lambda latents, clamp=True: _decode(model, latents, ranks, clamp=clamp)[0].to(latents.device),
     )
     try:
@@ -327,7 +332,7 @@ def prepare(
             raise
         raise ValueError(f"method={settings.method_name} {error}") from None
     first = stages[0]
-    shape = (len(prompts), model.unet.config.in_channels, *(first.size or size))
+    shape = (len(prompts), model.vae.config.latent_channels, *(first.size or size))
     noise = run.draws.noise(shape).to(model.device, torch.float32)
     x, flags = noise * _init_scale(first, schedule), denoiser.work.flags
     noise_of_step = partial(solver_noise, run.draws)
