@@ -19,6 +19,7 @@ from torch import Tensor
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.given import Picture
 from cutdiff.methods.picture import drawn_on
+from cutdiff.methods.redrawn import Redrawn
 from cutdiff.methods.shared import Run, stages_of, step_at
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SD15_UNET
@@ -36,7 +37,7 @@ from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.finite import explained
 from cutdiff.sampling.fitted import Fitted
 from cutdiff.sampling.guidance import Changing, LinearGuidance
-from cutdiff.sampling.masks import MaskedPicture
+from cutdiff.sampling.masks import MaskedPicture, is_white
 from cutdiff.sampling.operators import check_backend
 from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
 from cutdiff.sampling.solvers import DDIM
@@ -74,6 +75,8 @@ class Prepared:
     steps: Iterator[Step]
     sources: dict[str, str]
     """The source hashes of objects that are not the package's, before the run."""
+    masked: MaskedPicture | None = None
+    """The given picture, where a part of it is redrawn."""
 
     @property
     def num_steps(self) -> int:
@@ -137,6 +140,8 @@ def generate(
     if not latents.isfinite().all():
         raise FloatingPointError("the last step of the solver gave NaN or infinity")
     images, dtype = _decode(model, latents, ranks)
+    if prepared.masked is not None:
+        images = prepared.masked.laid_onto(images, settings.feather)
     seconds["decode"] = now(model.device) - began
     record = _record(model, prompt, prepared, seconds)
     record |= {
@@ -290,9 +295,9 @@ def prepare(
         settings.num_steps,
         zeros_for_empty_negative=model.zeros_for_empty_negative,
     )
-    encodes, beside = partial(encode, model), None
+    encodes, masked, beside = partial(encode, model), masked_picture(model, settings, size), None
     if model.unet.config.inpaints:
-        beside = MaskedPicture.all_redrawn(size, encodes, model.factor).beside
+        beside = (masked or MaskedPicture.all_redrawn(size, encodes, model.factor)).beside
     denoiser = make_denoiser(
         unet=model.unet,
         timestep=schedule.timestep,
@@ -325,11 +330,14 @@ def prepare(
         text=text,
         encode=encodes,
         decode=lambda latents, clamp=True: _decode(model, latents, ranks, clamp=clamp)[0].to(latents.device),
-        image=None if settings.image is None else fitted(settings.image, model, size, settings.fit),
+        image=fitted(settings.image, model, size, settings.fit) if settings.image and masked is None else None,
     )
     try:
         stages = stages_of(settings.method, run)
-        if run.image is not None and not getattr(settings.method, "takes_picture", False):
+        if masked is not None:
+            redrawn = Redrawn(run, masked, holds=not model.unet.config.inpaints)
+            stages = redrawn.stages(stages, settings.img2img_strength)
+        elif run.image is not None and not getattr(settings.method, "takes_picture", False):
             stages = drawn_on(run, stages, settings.img2img_strength, schedule.init_scale)
         check_stages(stages, settings.num_steps)
         if stages[-1].size not in (None, size):
@@ -347,7 +355,7 @@ def prepare(
     steps = explained(steps, denoiser, model.why_not_finite)
     if observer is not None:
         steps = _observed(steps, observer)
-    return Prepared(settings, denoiser, draws, size, schedule, stages, steps, sources)
+    return Prepared(settings, denoiser, draws, size, schedule, stages, steps, sources, masked)
 
 
 def _check_texts(prompts: Sequence[str], settings: Settings) -> None:
@@ -367,8 +375,25 @@ def _check_pictures(prompts: Sequence[str], settings: Settings) -> None:
 
 def fitted(picture: Picture, model: Model, size: tuple[int, int], fit: Fit) -> Fitted:
     """The pixels of a picture for canvases of the shape of `size`, in latents, on the model's device."""
-    pixels = torch.from_numpy(picture.pixels()).movedim(3, 1).to(model.device)
-    return Fitted.to(size, pixels, fit, model.factor)
+    return Fitted.to(size, pixels_of(picture, model), fit, model.factor)
+
+
+def pixels_of(picture: Picture, model: Model) -> Tensor:
+    """The pixels of a picture (B, 3, h, w), on the model's device."""
+    return torch.from_numpy(picture.pixels()).movedim(3, 1).to(model.device)
+
+
+def masked_picture(model: Model, settings: Settings, size: tuple[int, int]) -> MaskedPicture | None:
+    """The given picture and what is redrawn of it, on the canvas of `size` latents; None where nothing is held."""
+    if not settings.redraws:
+        return None
+    encodes, given = partial(encode, model), (settings.image, settings.mask)
+    if settings.place is None:
+        image, mask = (fitted(picture, model, size, settings.fit)(size) for picture in given)
+        return MaskedPicture(image, is_white(mask), encodes, model.factor)
+    image, mask = (picture and pixels_of(picture, model) for picture in given)
+    mask = mask if mask is None else is_white(mask)
+    return MaskedPicture.placed(image, mask, settings.place, size, encodes, model.factor)
 
 
 def _observed(steps: Iterator[Step], observer: Observer) -> Iterator[Step]:

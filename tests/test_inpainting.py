@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import save_file
-from tiny import Tiny, assert_bit_equal, random_model, relative_error
+from tiny import Tiny, assert_bit_equal, random_model, relative_error, with_nine
 from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.families import SD15, SDXL
 from cutdiff.checkpoint.model import Model
-from cutdiff.models.unet import UNet
+from cutdiff.pipeline import prepare
 from cutdiff.planning.forecast import sized, walk
 from cutdiff.sampling.denoiser import Call, Denoiser, Span
 from cutdiff.sampling.masks import GREY, MaskedPicture
+from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import Operator, Patches
 from cutdiff.settings import Settings
 from cutdiff.specs import METHODS
 
 PROMPT = "a red house at night"
-
-
-def with_nine(unet: UNet) -> UNet:
-    """A random U-Net of the same shape that inpaints."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(9)
-        return UNet(replace(unet.config, in_channels=9)).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module", params=[SDXL, SD15], ids=lambda family: family.name)
@@ -69,6 +65,45 @@ class TestFiles:
         assert model.unet.config.in_channels == 9
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@torch.no_grad()
+def test_diffusers_draws_the_same(nine: Tiny, strength: float, tmp_path: Path) -> None:
+    """From the same noise, picture and mask, whose border does not follow the latents'. The encoder's distribution is
+    narrow, as diffusers draws a sample of it."""
+    vae = deepcopy(nine.vae)
+    vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0, -30
+    folder = replace(nine, vae=vae).save(tmp_path / "nine", noise=NoiseConfig())
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    model = cutdiff.load(folder)
+    side = 12 * model.factor
+    picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype="u1")
+    mask = np.zeros((side, side), dtype="u1")
+    mask[5 : side // 2 + 3, 9:-7] = 255
+    how = {"height": side, "width": side, "guidance_scale": 5.0, "strength": strength}
+    noise = cutdiff.Draws((3,)).noise((1, 4, 12, 12))
+    ours = cutdiff.generate(
+        model, "red", method="direct", num_steps=5, seed=3, image=picture, mask=mask, feather=0, **how
+    )
+    if strength < 1:  # it takes latents for a state as they are, of which the picture is a part already
+        pipeline.scheduler.set_timesteps(5)
+        sigma = float(pipeline.scheduler.sigmas[2])
+        image = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+        noise = (cutdiff.encode(model, image) + sigma * noise) / pipeline.scheduler.init_noise_sigma
+    theirs = pipeline(
+        "red",
+        image=Image.fromarray(picture),
+        mask_image=Image.fromarray(mask),
+        num_inference_steps=5,
+        latents=noise,
+        output_type="latent",
+        **how,
+    ).images
+    assert relative_error(ours.latents, theirs) < 1e-5
+    held = torch.from_numpy(mask == 0)
+    assert torch.equal(ours.images[0][:, held], torch.from_numpy(picture).permute(2, 0, 1)[:, held] / 255)
+
+
 class Echo(Denoiser):
     """The state itself is the masked picture: what the network is shown beside a row must be that row."""
 
@@ -100,8 +135,6 @@ class Echo(Denoiser):
 def test_every_method_shows_mask_and_picture_where_the_state_is(
     quick: Model, method: str, height: int, width: int
 ) -> None:
-    from cutdiff.pipeline import prepare
-
     Echo.checked = 0
     settings = Settings(method=method, height=height, width=width, num_steps=2)
     *_, last = prepare(quick, PROMPT, settings, make_denoiser=Echo).steps
@@ -117,9 +150,9 @@ def test_patches_that_exchange_pixels_take_the_mask_along(quick: Model, grain: s
     operator, canvas = Patches((2, 2), permutation), draws.noise((1, 4, 16, 16))
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., 3:9, 5:12] = 1
-    denoiser = partial(Denoiser, unet=quick.unet, factor=8, positive=None, negative=None, guidance=None)
-    denoiser = denoiser(timestep=float, coefficients=quick.noise.coefficients, beside=lambda size, span: (mask, canvas))
-    rows = denoiser.with_beside(operator.gather(canvas), operator, canvas, 1, None)
+    denoiser = replace(prepare(quick, PROMPT, Settings()).denoiser, beside=lambda size, span: (mask, canvas))
+    rows = denoiser.rows_of(operator, 1.0, 0)._replace(copies=1)
+    rows = denoiser.with_beside(operator.gather(canvas), rows, canvas, None)
     places = operator.gather(torch.arange(256.0).view(1, 1, 16, 16).expand(1, 4, -1, -1)).long()
     of_channels = mask.flatten()[places]
     assert torch.equal(rows[:, 4], of_channels.amax(dim=1))
@@ -186,3 +219,9 @@ class TestMaskedPicture:
         assert small.shape == (1, 1, 4, 5)
         assert small_latents.shape == (1, 4, 4, 5)
         assert math.isfinite(relative_error(small_latents[:, :, :3, :4], latents[:, :, :6:2, :8:2]))
+
+
+def test_patches_without_an_operator_have_no_mask(quick: Model) -> None:
+    denoiser = prepare(quick, PROMPT, Settings(height=128, width=128)).denoiser
+    with pytest.raises(ValueError, match=r"whole canvases, and 4 items of 1 images have none: let `through`"):
+        denoiser(torch.zeros(4, 4, 8, 8), 1.0, 0)

@@ -248,6 +248,8 @@ def _metavar(kind: Any) -> str:
     for part in (kind, *get_args(kind)):
         if get_origin(part) is Literal:
             return f"{{{','.join(map(str, get_args(part)))}}}"
+        if get_origin(part) is tuple and get_args(part)[-1] is not Ellipsis:
+            return ",".join(map(_metavar, get_args(part)))
         if part in (int, float, str):
             return {int: "N", float: "X", str: "TEXT"}[part]
         if get_origin(part) is Annotated:
@@ -277,7 +279,7 @@ def _add_prompt(group: Group) -> None:
     add_option(group, own["width"], "in pixels; none: twice the native size")
     add_option(group, own["height"])
     add_option(group, own["seed"])
-    for name in ("image", "strength", "fit"):
+    for name in ("image", "strength", "fit", "mask", "feather", "place"):
         add_option(group, own[name])
     group.add_argument(
         "--num-images", type=number(1, MAX_PICTURES), default=1, metavar="K", help="pictures, with seeds S, S+1, …"

@@ -17,7 +17,7 @@ from cutdiff.models.unet import UNet
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.flags import Flags
 from cutdiff.sampling.guidance import Begun, Changing, Guidance, LinearGuidance, change_scale, is_off
-from cutdiff.sampling.operators import Operator, Patches, takes_flag
+from cutdiff.sampling.operators import Operator, Patches, ToNetwork, takes_flag
 from cutdiff.sampling.preconditioning import Coefficients
 from cutdiff.sampling.rows import Inputs, Rows, StepText, Text, Texts, size_ids_of
 from cutdiff.sampling.stages import Step
@@ -73,7 +73,7 @@ Span = tuple[float, float]
 that was padded."""
 Beside = Callable[[Size, Span], tuple[Tensor, Tensor]]
 """(the size of a canvas, the span of the picture on it) -> what an inpainting model is shown beside the state: the mask
-(1, 1, H, W), 1 where it draws, and the latents (1, C, H, W) of the picture without what lies there."""
+(B or 1, 1, H, W), 1 where it draws, and the latents (B or 1, C, H, W) of the picture without what lies there."""
 
 
 class Observer:
@@ -247,7 +247,7 @@ class Denoiser:
         source = canvas if shown is None else shown
         rows = self.rows_of(operator, sigma, step, positive)
         inputs = operator.gather(source, self.backend, c_in=c_in, dtype=dtype, copies=rows.copies)
-        inputs = self.with_beside(inputs, operator, source, rows.copies, span)
+        inputs = self.with_beside(inputs, rows, source, span)
         size_ids = size_ids_of(inputs, rows.copies, self.factor, crop_origins, original_size, target_size)
         guidance, own_sigma = self.guidance_at(sigma) or (None, sigma)
         scale = guidance.scale_at(own_sigma, step) if isinstance(guidance, LinearGuidance) else 1.0
@@ -280,8 +280,8 @@ class Denoiser:
             self.work.flags.written(denoised, flag)
         return denoised
 
-    def with_beside(self, inputs: Tensor, operator: Operator, canvas: Tensor, copies: int, span: Span | None) -> Tensor:
-        """The rows that were gathered from a canvas (B, C, H, W), and beside their channels, in this order, those of
+    def with_beside(self, inputs: Tensor, rows: Rows, canvas: Tensor, span: Span | None) -> Tensor:
+        """The inputs that were gathered from a canvas (B, C, H, W), and beside their channels, in this order, those of
         the mask and the masked picture, where the network is shown any.
 
         An operator may move each channel of a pixel by itself. Each channel of the masked picture then goes with that
@@ -289,9 +289,15 @@ class Denoiser:
         """
         if self.beside is None:
             return inputs
+        if len(canvas) != rows.num_images:
+            raise ValueError(
+                f"an inpainting model is shown the mask of whole canvases, and {len(canvas)} items of "
+                f"{rows.num_images} images have none: let `through` gather them by an operator"
+            )
         size = canvas.shape[2], canvas.shape[3]
         on_canvas = (part.to(canvas).expand_as(canvas) for part in self.beside(size, span or size))
-        mask, picture = (operator.gather(x, self.backend, dtype=inputs.dtype, copies=copies) for x in on_canvas)
+        how: ToNetwork = {"dtype": inputs.dtype, "copies": rows.copies}
+        mask, picture = (rows.operator.gather(x, self.backend, **how) for x in on_canvas)
         return torch.cat([inputs, mask.amax(dim=1, keepdim=True), picture], dim=1)
 
     def predictions(self, rows: Rows, inputs: Tensor, size_ids: Tensor) -> list[Tensor]:

@@ -10,8 +10,8 @@ lies under the mask, grey there. They are not held: they were trained to repeat 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,7 @@ from torch import Tensor
 
 from cutdiff.models.config import Size
 from cutdiff.sampling.denoiser import Span
-from cutdiff.sampling.draws import Draws
-from cutdiff.sampling.resize import renoise, resize
-from cutdiff.sampling.schedules import Schedule
-from cutdiff.sampling.stages import Phase, Stage, standing
+from cutdiff.sampling.resize import resize
 
 GREY = 0.5
 
@@ -32,14 +29,32 @@ class MaskedPicture:
     """A picture and the part of it that is redrawn, on canvases of any size."""
 
     picture: Tensor
-    """(1, 3, H, W), float32 in [0, 1], of the finished picture's size."""
+    """(B or 1, 3, H, W), float32 in [0, 1], of the finished picture's size."""
     mask: Tensor
-    """(1, 1, H, W), float32: 1 where it is redrawn, 0 elsewhere."""
+    """(B or 1, 1, H, W), float32: 1 where it is redrawn, 0 elsewhere."""
     encode: Callable[[Tensor], Tensor]
     """Images (B, 3, H, W) -> latents (B, C, h, w), as of a `Run`."""
     factor: int
     """The pixels of an image for one latent, on each axis."""
     _kept: dict[tuple[Size, Span | None], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def placed(
+        cls,
+        picture: Tensor,
+        mask: Tensor | None,
+        place: tuple[int, int],
+        size: Size,
+        encode: Callable[[Tensor], Tensor],
+        factor: int,
+    ) -> MaskedPicture:
+        """A picture (B or 1, 3, h, w) at a place (right, down) in pixels on a canvas of `size` latents, beside which
+        all is redrawn; its border goes on there, for the VAE and for a run that begins with it. `mask` is
+        (B or 1, 1, h, w)."""
+        (right, down), (height, width) = place, picture.shape[2:]
+        around = (right, size[1] * factor - width - right, down, size[0] * factor - height - down)
+        mask = torch.zeros_like(picture[:, :1]) if mask is None else mask
+        return cls(F.pad(picture, around, mode="replicate"), F.pad(mask, around, value=1.0), encode, factor)
 
     @classmethod
     def all_redrawn(cls, size: Size, encode: Callable[[Tensor], Tensor], factor: int) -> MaskedPicture:
@@ -48,8 +63,8 @@ class MaskedPicture:
         return cls((GREY * mask).expand(-1, 3, -1, -1), mask, encode, factor)
 
     def on_canvas(self, size: Size) -> tuple[Tensor, Tensor]:
-        """What is redrawn, (1, 1, *size), bool, True for every latent of which any pixel is; and the latents of the
-        picture, (1, C, *size)."""
+        """What is redrawn, (B or 1, 1, *size), bool, True for every latent of which any pixel is; and the latents of
+        the picture, (B or 1, C, *size)."""
         if (size, None) not in self._kept:
             picture = self.encode(self._resized(self.picture, size))
             self._kept[size, None] = F.adaptive_max_pool2d(self.mask, size).to(picture.device) > 0, picture
@@ -76,8 +91,13 @@ class MaskedPicture:
         return resize(picture, (size[0] * self.factor, size[1] * self.factor))
 
 
+def is_white(images: Tensor) -> Tensor:
+    """1 for the pixels of images (B, 3, H, W) that are nearer to white than to black, and 0 elsewhere: (B, 1, H, W)."""
+    return (images.mean(dim=1, keepdim=True) >= 0.5).float()
+
+
 def _padded(pixels: Tensor, size: Size, span: Span) -> Tensor:
-    """Pixels (1, C, H, W) of what spans a part of a canvas of `size`, extended by reflection to all of it."""
+    """Pixels (B, C, H, W) of what spans a part of a canvas of `size`, extended by reflection to all of it."""
     bottom, right = (
         round(side * whole / part) - side for side, whole, part in zip(pixels.shape[2:], size, span, strict=True)
     )
@@ -85,7 +105,7 @@ def _padded(pixels: Tensor, size: Size, span: Span) -> Tensor:
 
 
 def feathered(mask: Tensor, width: int) -> Tensor:
-    """Weights (1, 1, H, W): 1 where the mask is, falling outside of it, and 0 from `width` pixels away on, on either
+    """Weights (B, 1, H, W): 1 where the mask is, falling outside of it, and 0 from `width` pixels away on, on either
     axis."""
     grown, blurred = width // 2, (width - 1) // 2  # a mean over no more than what it grew by leaves 1 where the mask is
     for kernel, padding in _lines(grown):
@@ -98,54 +118,3 @@ def feathered(mask: Tensor, width: int) -> Tensor:
 def _lines(reach: int) -> list[tuple[Size, Size]]:
     """The kernels and the paddings of a pooling over a square that reaches so far, one axis after the other."""
     return [((2 * reach + 1, 1), (reach, 0)), ((1, 2 * reach + 1), (0, reach))]
-
-
-@dataclass(frozen=True)
-class Held:
-    """The stages of a run, held to a picture outside of its mask."""
-
-    given: MaskedPicture
-    size: Size
-    """The size of the finished picture, in latents."""
-    schedule: Schedule
-    draws: Draws
-
-    def stages(self, stages: Sequence[Stage | Phase]) -> list[Stage | Phase]:
-        """The stages of a run, held."""
-        return [
-            self._stage(part, part.size or self.size) if isinstance(part, Stage) else self._phase(part, number)
-            for number, part in enumerate(stages, 1)
-        ]
-
-    def _stage(self, stage: Stage, size: Size) -> Stage:
-        """The stage, whose denoiser answers with the picture outside of the mask; its `before` and `end` change nothing
-        there."""
-
-        def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-            redrawn, picture = self.given.on_canvas(size)
-            return torch.where(redrawn, stage.denoise(x, sigma, step), picture)
-
-        def inside(change: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
-            if change is None:
-                return None
-            return lambda x, *of: torch.where(self.given.on_canvas(size)[0], change(x, *of), x)
-
-        return replace(stage, denoise=denoise, before=inside(stage.before), end=inside(stage.end))
-
-    def _phase(self, phase: Phase, number: int) -> Phase:
-        """Phase `number`, counted from 1, which begins with the picture and noise of its own outside of the mask."""
-
-        def begin(x: Tensor) -> tuple[Tensor, Stage]:
-            state, stage = phase.begin(x)
-            schedule, first = standing(stage, self.schedule)
-            shape = tuple(state.shape)
-            noise = self.draws.noise(shape) if number == 1 else self.draws.phase_noise(shape, number)
-            state = self.state(state, schedule.sigmas[stage.steps.start - first], noise.to(state))
-            return state, self._stage(stage, phase.size)
-
-        return replace(phase, begin=begin)
-
-    def state(self, x: Tensor, sigma: float, noise: Tensor) -> Tensor:
-        """A state (B, C, H, W) that begins a stage: outside of the mask the picture with noise of sigma."""
-        redrawn, picture = self.given.on_canvas((x.shape[2], x.shape[3]))
-        return torch.where(redrawn, x, renoise(picture, sigma, noise))
