@@ -373,7 +373,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "a mask alone": ("--mask mask.png", "--mask mask.png is of an image, and none is given: give one, or leave"),
     "a place alone": ("--place 8,8", "--place 8,8 is of an image, and none is given: give one, or leave it out"),
     "a feather alone": ("--image image.png --feather 4", "--feather 4 is of a mask or a place, and none is given"),
-    "a feather too wide": ("--image image.png --mask mask.png --feather 9999", "--feather: 9999 must be a whole number in 0 … 1024"),
+    "a feather too wide": (
+        "--image image.png --mask mask.png --feather 9999",
+        "--feather: 9999 must be a whole number in",
+    ),
     "a mask of 0 bytes": ("--image image.png --mask empty.png", "has 0 bytes: give a picture"),
     "a mask that is cut off": ("--image image.png --mask cut.png", "cut.png cannot be read to its end"),
     "no such mask": ("--image image.png --mask none.png", "none.png does not exist"),
