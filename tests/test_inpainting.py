@@ -142,6 +142,22 @@ def test_every_method_shows_mask_and_picture_where_the_state_is(
     assert Echo.checked > 1
 
 
+@pytest.mark.parametrize(("structure", "span"), [("patches", (17, 25)), ("mean", (17 / 3, 25 / 4))])
+def test_a_padded_canvas_says_how_much_of_it_is_the_picture(
+    quick: Model, structure: str, span: tuple[float, float]
+) -> None:
+    spans: list[tuple[tuple[int, int], Span | None]] = []
+
+    class Ear(Denoiser):
+        def with_beside(self, inputs: Tensor, rows: Any, canvas: Tensor, span: Span | None) -> Tensor:
+            spans.append(((canvas.shape[2], canvas.shape[3]), span))
+            return super().with_beside(inputs, rows, canvas, span)
+
+    options = {"method": f"cutdiffusion,structure={structure}", "height": 136, "width": 200, "num_steps": 1}
+    list(prepare(quick, PROMPT, Settings(**options), make_denoiser=Ear).steps)
+    assert spans == [({"patches": (18, 28), "mean": (6, 7)}[structure], span)]
+
+
 @pytest.mark.parametrize("grain", ["channel", "pixel"])
 def test_patches_that_exchange_pixels_take_the_mask_along(quick: Model, grain: str) -> None:
     """Of a pixel whose channels come from several patches, the mask is that of any."""
@@ -225,3 +241,12 @@ def test_patches_without_an_operator_have_no_mask(quick: Model) -> None:
     denoiser = prepare(quick, PROMPT, Settings(height=128, width=128)).denoiser
     with pytest.raises(ValueError, match=r"whole canvases, and 4 items of 1 images have none: let `through`"):
         denoiser(torch.zeros(4, 4, 8, 8), 1.0, 0)
+
+
+@pytest.mark.parametrize("method", ["cutdiffusion", "spotdiffusion"])
+def test_triton_kernels_show_the_same(quick: Model, method: str) -> None:
+    pytest.importorskip("triton")
+    mask, picture = np.tril(np.full((72, 80), 255, dtype="u1")), np.full((72, 80, 3), 90, dtype="u1")
+    options = {"method": method, "num_steps": 2, "height": 72, "width": 80, "image": picture, "mask": mask}
+    ours, kernels = (cutdiff.generate(quick, PROMPT, **options, backend=name) for name in ("reference", "triton"))
+    assert relative_error(kernels.latents, ours.latents) < 1e-4

@@ -18,11 +18,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from refusal import CommandLine
-from tiny import with_nine
+from tiny import QUICK_UNET, QUICK_VAE, with_nine
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
+from cutdiff.checkpoint.random_model import random_model
 from cutdiff.pipeline import masked_picture, prepare
 from cutdiff.planning.forecast import sized, walk
 from cutdiff.sample import main
@@ -319,21 +322,26 @@ class TestMask:
         wider = cutdiff.generate(tiny_model, PROMPT, mask=tmp_path / "mask.png", feather=3, **options).record
         assert wider["fingerprint"] != records[0]["fingerprint"]
 
-    @pytest.mark.parametrize("method", ["direct", "multidiffusion", "magnify", "rectifiedhr"])
+    @pytest.mark.parametrize("method", ["multidiffusion", "cutdiffusion", "magnify", "rectifiedhr"])
     @pytest.mark.parametrize("inpaints", [False, True])
-    def test_a_plan_counts_what_a_run_evaluates(self, tiny_model: Model, method: str, inpaints: bool) -> None:
-        """And the way of the picture through the encoder, on each canvas."""
-        model = replace(tiny_model, unet=with_nine(tiny_model.unet)) if inpaints else tiny_model
-        options = {"method": method, "height": 128, "width": 96, "num_steps": 4}
-        mask = as_mask(drawn_mask(3, 128, 96))
-        settings = Settings(image=pixels(1, 128, 96), mask=mask, strength=0.9, **options)
-        outline = sized(model.unet.config, model.vae.config, model.dtype)
-        planned = walk(outline, settings)
-        record = cutdiff.generate(model, PROMPT, settings).record
-        assert sum(stage.total.evaluations for stage in planned.stages) == record["network_evaluations"]
-        plain = sum(stage.total.flops for stage in walk(outline, Settings(**options, strength=None)).stages)
-        if not inpaints and method == "direct":
-            assert sum(stage.total.flops for stage in planned.stages) > plain
+    def test_a_plan_counts_what_every_step_takes(self, method: str, inpaints: bool) -> None:
+        """With the way of the picture through the encoder, where a canvas is drawn on for the first time."""
+        unet = replace(QUICK_UNET, in_channels=9) if inpaints else QUICK_UNET
+        model = random_model(unet, QUICK_VAE, torch.device("cpu"))
+        mask = as_mask(drawn_mask(3, 136, 96))
+        options = {"method": method, "height": 136, "width": 96, "num_steps": 4, "strength": 0.75}
+        settings = Settings(image=pixels(1, 136, 96), mask=mask, **options)
+        flops = [0]
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+
+            def hear(step: cutdiff.Step, _num_steps: int) -> None:
+                flops.append(counter.get_total_flops())
+
+            record = cutdiff.generate(model, PROMPT, settings, on_step=hear).record
+        planned = walk(sized(model.unet.config, model.vae.config, model.dtype), settings)
+        costs = [cost for stage in planned.stages for cost in stage.steps]
+        assert [cost.flops for cost in costs] == [b - a for a, b in pairwise(flops)]
+        assert sum(cost.evaluations for cost in costs) == record["network_evaluations"]
 
 
 QUICK = ["--steps", "1", "--method", "direct", "--guidance-scale", "4"]
