@@ -25,7 +25,7 @@ PREFERENCES = ("num_steps", "guidance_scale", "solver", "schedule")
 """The options that a model may say a preference of."""
 PICTURES = ("image", "mask")
 """The options that are pictures: a file, or what `given.as_picture` takes."""
-LATER = ("image", "strength", "fit", "mask", "feather", "place")
+LATER = ("image", "strength", "fit", "invert", "mask", "feather", "place")
 """The options that old records do not know, which no record names where they have their defaults."""
 STRENGTH = 0.5
 """The share of the steps that a picture is drawn on by, where nobody says."""
@@ -88,6 +88,9 @@ class Settings(Options):
     fit: Fit = "cover"
     """The way to the size where the image has another shape: "cover" crops it, "contain" goes on with its border,
     "stretch" stretches it."""
+    invert: bool = False
+    """Begin with the noise that leads to the image, by DDIM inversion, and not with a drawn one: for methods that begin
+    with the image at `strength`, which may be 1."""
     mask: Any = None
     """A picture of the image's size, a file: what is white is redrawn, and all else of the image is held."""
     feather: Annotated[int, Between(0, 1024)] = 16
@@ -146,6 +149,9 @@ class Settings(Options):
         if self.image is None and self.fit != Settings.fit:
             raise ValueError(f"fit={self.fit!r} is of an image, and none is given: give one, or leave it out")
         self._check_mask()
+        if self.invert and (self.image is None or getattr(self.method, "takes_picture", False)):
+            cause = "no image is given" if self.image is None else f"{self.method_name} takes the image without noise"
+            raise ValueError(f"invert={self.invert} is of the noise on an image, and {cause}: leave it out")
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval={self.guidance_interval} must be two shares, 0 ≤ from ≤ to ≤ 1")
         if not 0 <= self.seed < 2**64:
@@ -168,6 +174,8 @@ class Settings(Options):
             raise ValueError(f"{said} is of an image, and none is given: give one, or leave it out")
         if not self.redraws and self.feather != Settings.feather:
             raise ValueError(f"feather={self.feather} is of a mask or a place, and none is given: leave it out")
+        if self.redraws and self.invert:
+            raise ValueError(f"invert={self.invert} is of the whole image, and {said} draws a part anew: leave one out")
         if image is not None and mask is not None:
             own, other = (f"{picture.width}×{picture.height}" for picture in (mask, image))
             if own != other:
@@ -244,7 +252,8 @@ class Settings(Options):
         share = read("strength", strength, Share) if is_text else checked("strength", strength, Share)
         if own["image"] is None:
             raise ValueError(f"strength={share:g} is of an image, and none is given: give one, or leave it out")
-        if not 0 < share < 1 + redraws:
+        may_be_all = redraws or own["invert"]  # what is held stays, and the noise of an inversion holds the image
+        if not 0 < share < 1 and not (may_be_all and share == 1):
             what = "leave nothing of the image" if share else "draw nothing on the image"
             raise ValueError(f"strength={share:g} would {what}: give a share between 0 and 1, such as {STRENGTH}")
         own["strength"], name = share, specs.name_of("method", method)

@@ -402,6 +402,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         "--image image.png --place 0,0 --width 64 --height 48",
         "--place 0,0 leaves nothing to draw: the image has 64×48 pixels and the canvas 64×48, give a larger width",
     ),
+    "an inversion": (
+        "--image image.png --mask mask.png --invert",
+        "and mask=mask.png draws a part anew: leave one out",
+    ),
     "a place and a fit": ("--image image.png --place 0,0 --fit stretch", "and fit='stretch' resizes it: leave one out"),
     "half a place": ("--image image.png --place 5", "must be 2 values"),
     "a strength of nothing": ("--image image.png --mask mask.png --strength 0", "would draw nothing on the image"),

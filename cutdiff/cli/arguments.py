@@ -287,7 +287,7 @@ def _add_prompt(group: Group) -> None:
     group.add_argument(
         "--images", type=Path, metavar="DIR", help="in the place of --image, a picture for each one in a folder"
     )
-    for name in ("strength", "fit", "mask", "feather", "place"):
+    for name in ("strength", "fit", "invert", "mask", "feather", "place"):
         add_option(group, own[name])
     group.add_argument(
         "--num-images", type=number(1, MAX_PICTURES), default=1, metavar="K", help="pictures, with seeds S, S+1, …"
