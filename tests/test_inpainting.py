@@ -71,7 +71,8 @@ def test_diffusers_draws_the_same(nine: Tiny, strength: float, tmp_path: Path) -
     """From the same noise, picture and mask, whose border does not follow the latents'. The encoder's distribution is
     narrow, as diffusers draws a sample of it."""
     vae = deepcopy(nine.vae)
-    vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0, -30
+    weight, bias = vae.quant_conv.parameters()
+    weight[4:], bias[4:] = 0, -30
     folder = replace(nine, vae=vae).save(tmp_path / "nine", noise=NoiseConfig())
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
