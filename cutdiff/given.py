@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,19 @@ class Picture:
             raise ValueError(f"{self.option}={self.source} has changed since the run began: start again")
         return pixels
 
+    @cached_property
+    def white(self) -> float:
+        """The share of its pixels that are white, or nearer to white than to black, as a mask has it."""
+        return float(is_white(self.pixels()).mean())
+
     def described(self) -> dict[str, str]:
         """The picture as a record has it."""
         return {"name": self.name, "sha256": self.sha256}
+
+
+def is_white(pixels: np.ndarray) -> np.ndarray:
+    """True for the pixels of (B, H, W, 3) whose channels' mean is nearer to white than to black, (B, H, W)."""
+    return pixels.mean(axis=3) >= 0.5
 
 
 def as_picture(option: str, value: Any) -> Picture | None:

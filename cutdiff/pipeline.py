@@ -19,6 +19,7 @@ from torch import Tensor
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.given import Picture
 from cutdiff.methods.picture import drawn_on
+from cutdiff.methods.redrawn import Redrawn
 from cutdiff.methods.shared import Run, stages_of, step_at
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SD15_UNET, Size
@@ -37,6 +38,7 @@ from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.finite import explained
 from cutdiff.sampling.fitted import Fitted
 from cutdiff.sampling.guidance import Changing, LinearGuidance
+from cutdiff.sampling.masks import MaskedPicture, is_white
 from cutdiff.sampling.operators import check_backend
 from cutdiff.sampling.regions import Bootstrapping, Layout, zipped
 from cutdiff.sampling.rows import Text
@@ -78,6 +80,8 @@ class Prepared:
     steps: Iterator[Step]
     sources: dict[str, str]
     """The source hashes of objects that are not the package's, before the run."""
+    masked: MaskedPicture | None = None
+    """The given picture, where a part of it is redrawn."""
 
     @property
     def num_steps(self) -> int:
@@ -141,6 +145,8 @@ def generate(
     if not latents.isfinite().all():
         raise FloatingPointError("the last step of the solver gave NaN or infinity")
     images, dtype = _decode(model, latents, ranks)
+    if prepared.masked is not None:
+        images = prepared.masked.laid_onto(images, settings.feather)
     seconds["decode"] = now(model.device) - began
     record = _record(model, prompt, prepared, seconds)
     record |= {
@@ -301,6 +307,9 @@ def prepare(
     positive, negative = encoded(
         Prompts(prompts, settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2)
     )
+    encodes, masked, beside = partial(encode, model), masked_picture(model, settings, size), None
+    if model.unet.config.inpaints:
+        beside = (masked or MaskedPicture.all_redrawn(size, encodes, model.factor)).beside
     denoiser = make_denoiser(
         unet=model.unet,
         timestep=schedule.timestep,
@@ -308,6 +317,7 @@ def prepare(
         positive=positive,
         negative=negative,
         guidance=settings.guidance,
+        beside=beside,
         guided=_guided(schedule, settings.guidance_interval),
         factor=model.factor,
         compiled=compiled(model.unet, cuda_graphs=settings.cuda_graphs) if settings.compile else None,
@@ -331,15 +341,18 @@ def prepare(
         schedule=schedule,
         prompts=prompts,
         text=text,
-        encode=partial(encode, model),
+        encode=encodes,
         decode=lambda latents, clamp=True: _decode(model, latents, ranks, clamp=clamp)[0].to(latents.device),
-        image=None if settings.image is None else fitted(settings.image, model, size, settings.fit),
+        image=fitted(settings.image, model, size, settings.fit) if settings.image and masked is None else None,
     )
     try:
         stages = stages_of(settings.method, run)
         if settings.regions:
             stages, denoisers[:] = _in_regions(run, stages, settings, encoded)
-        if run.image is not None and not getattr(settings.method, "takes_picture", False):
+        if masked is not None:
+            redrawn = Redrawn(run, masked, holds=not model.unet.config.inpaints)
+            stages = redrawn.stages(stages, settings.img2img_strength)
+        elif run.image is not None and not getattr(settings.method, "takes_picture", False):
             strength, scale = settings.img2img_strength, schedule.init_scale
             stages = drawn_on(run, stages, strength, scale, invert=settings.invert)
         check_stages(stages, settings.num_steps)
@@ -351,7 +364,7 @@ def prepare(
         raise ValueError(f"method={settings.method_name} {error}") from None
     begin_guidance(schedule)
     first = stages[0]
-    shape = (len(prompts), model.unet.config.in_channels, *(first.size or size))
+    shape = (len(prompts), model.vae.config.latent_channels, *(first.size or size))
     noise = run.draws.noise(shape).to(model.device, torch.float32)
     x, flags = noise * _init_scale(first, schedule), denoiser.work.flags
     noise_of_step = partial(solver_noise, run.draws)
@@ -359,7 +372,7 @@ def prepare(
     steps = explained(steps, denoiser, model.why_not_finite)
     if observer is not None:
         steps = _observed(steps, observer)
-    return Prepared(settings, denoiser, draws, size, schedule, denoisers, stages, steps, sources)
+    return Prepared(settings, denoiser, draws, size, schedule, denoisers, stages, steps, sources, masked)
 
 
 def _in_regions(
@@ -412,8 +425,25 @@ def _check_pictures(prompts: Sequence[str], settings: Settings) -> None:
 
 def fitted(picture: Picture, model: Model, size: tuple[int, int], fit: Fit) -> Fitted:
     """The pixels of a picture for canvases of the shape of `size`, in latents, on the model's device."""
-    pixels = torch.from_numpy(picture.pixels()).movedim(3, 1).to(model.device)
-    return Fitted.to(size, pixels, fit, model.factor)
+    return Fitted.to(size, pixels_of(picture, model), fit, model.factor)
+
+
+def pixels_of(picture: Picture, model: Model) -> Tensor:
+    """The pixels of a picture (B, 3, h, w), on the model's device."""
+    return torch.from_numpy(picture.pixels()).movedim(3, 1).to(model.device)
+
+
+def masked_picture(model: Model, settings: Settings, size: tuple[int, int]) -> MaskedPicture | None:
+    """The given picture and what is redrawn of it, on the canvas of `size` latents; None where nothing is held."""
+    if not settings.redraws:
+        return None
+    encodes, given = partial(encode, model), (settings.image, settings.mask)
+    if settings.place is None:
+        image, mask = (fitted(picture, model, size, settings.fit)(size) for picture in given)
+        return MaskedPicture(image, is_white(mask), encodes, model.factor)
+    image, mask = (picture and pixels_of(picture, model) for picture in given)
+    mask = mask if mask is None else is_white(mask)
+    return MaskedPicture.placed(image, mask, settings.place, size, encodes, model.factor)
 
 
 def _observed(steps: Iterator[Step], observer: Observer) -> Iterator[Step]:

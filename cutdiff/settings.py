@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from cutdiff import specs
 from cutdiff.given import Picture, as_picture
-from cutdiff.options import Count, Options, Share, checked, options_of, read, short
+from cutdiff.options import Between, Count, Options, Share, checked, options_of, read, short
 from cutdiff.regions import as_regions, notices
 from cutdiff.sources import source_hash
 from cutdiff.specs import TABLES
@@ -24,15 +24,16 @@ Backend = Literal["auto", "triton", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 PREFERENCES = ("num_steps", "guidance_scale", "solver", "schedule")
 """The options that a model may say a preference of."""
-PICTURES = ("image",)
+PICTURES = ("image", "mask")
 """The options that are pictures: a file, or what `given.as_picture` takes."""
 FILES = (*PICTURES, "regions")
 """The options that are files."""
-LATER = ("image", "strength", "fit", "invert", "regions", "bootstrapping")
+LATER = ("image", "strength", "fit", "invert", "mask", "feather", "place", "regions", "bootstrapping")
 """The options that old records do not know, which no record names where they have their defaults."""
 STRENGTH = 0.5
 """The share of the steps that a picture is drawn on by, where nobody says."""
 Fit = Literal["cover", "contain", "stretch"]
+Pixels = Annotated[int, Between(0)]
 MAX_SIDE = 32768
 """The longest side of a picture in pixels: its latents then take a quarter of a gigabyte, and its pixels 12."""
 
@@ -85,13 +86,21 @@ class Settings(Options):
     """The picture to start from, a file: methods that draw a native picture first take it for that one, all others
     begin with it, noised, at `strength`."""
     strength: Share | None = None
-    """The share of the steps that are taken on the image, rounded up; None: 0.5, or as the method has it."""
+    """The share of the steps that are taken on the image, rounded up; None: 0.5, or as the method has it, but all of
+    them where a mask says what is redrawn."""
     fit: Fit = "cover"
     """The way to the size where the image has another shape: "cover" crops it, "contain" goes on with its border,
     "stretch" stretches it."""
     invert: bool = False
     """Begin with the noise that leads to the image, by DDIM inversion, and not with a drawn one: for methods that begin
     with the image at `strength`, which may be 1."""
+    mask: Any = None
+    """A picture of the image's size, a file: what is white is redrawn, and all else of the image is held."""
+    feather: Annotated[int, Between(0, 1024)] = 16
+    """The width in pixels of the border around the mask in which what is drawn fades into the image."""
+    place: tuple[Pixels, Pixels] | None = None
+    """The place X,Y of the image's upper left corner on a larger canvas, in pixels, what lies beside it being drawn;
+    None: the image is fitted to the canvas."""
     method: Any = "cutdiffusion"
     """A spec, a dataclass with `stages(run)`, or a function of a `Run` that returns its stages."""
     solver: Any = "euler"
@@ -149,6 +158,7 @@ class Settings(Options):
                 raise ValueError(f"{name}={short(value)} must be a positive multiple of 8, at most {MAX_SIDE}")
         if self.image is None and self.fit != Settings.fit:
             raise ValueError(f"fit={self.fit!r} is of an image, and none is given: give one, or leave it out")
+        self._check_mask()
         if self.invert and (self.image is None or getattr(self.method, "takes_picture", False)):
             cause = "no image is given" if self.image is None else f"{self.method_name} takes the image without noise"
             raise ValueError(f"invert={self.invert} is of the noise on an image, and {cause}: leave it out")
@@ -168,10 +178,48 @@ class Settings(Options):
             if callable(check := getattr(thing, "check_settings", None)):
                 check(self)
 
+    def _check_mask(self) -> None:
+        """ValueError where a mask, its feather or the place of the image cannot be used."""
+        image, mask, place = self.image, self.mask, self.place
+        said = f"mask={mask.name}" if mask is not None else place and f"place={place[0]},{place[1]}"
+        if image is None and said:
+            raise ValueError(f"{said} is of an image, and none is given: give one, or leave it out")
+        if not self.redraws and self.feather != Settings.feather:
+            raise ValueError(f"feather={self.feather} is of a mask or a place, and none is given: leave it out")
+        if self.redraws and self.invert:
+            raise ValueError(f"invert={self.invert} is of the whole image, and {said} draws a part anew: leave one out")
+        if image is not None and mask is not None:
+            own, other = (f"{picture.width}×{picture.height}" for picture in (mask, image))
+            if own != other:
+                raise ValueError(f"{said} has {own} pixels, and the image {other}: give one of the image's size")
+            if mask.white in (0, 1):
+                fault = "black all over, so that nothing would be redrawn: make that white"
+                if mask.white:
+                    fault = "white all over, so that nothing of the image would be held: leave it out"
+                raise ValueError(f"mask={mask.name} is {fault}")
+        if place is not None:
+            self._check_place(place)
+
+    def _check_place(self, place: tuple[int, int]) -> None:
+        """ValueError where an image does not lie on a larger canvas."""
+        said, image = f"place={place[0]},{place[1]}", self.image
+        if self.height is None or self.width is None:
+            raise ValueError(f"{said} needs the size of the canvas: give width and height")
+        if self.fit != Settings.fit:
+            raise ValueError(f"{said} puts the image where it is, and fit={self.fit!r} resizes it: leave one out")
+        most = self.width - image.width, self.height - image.height
+        sizes = f"the image has {image.width}×{image.height} pixels and the canvas {self.width}×{self.height}"
+        if min(most) < 0:
+            raise ValueError(f"{said} needs a larger canvas: {sizes}")
+        if any(side > largest for side, largest in zip(place, most, strict=True)):
+            raise ValueError(f"{said} lies beside the canvas: {sizes}, so that it must be at most {most[0]},{most[1]}")
+        if most == (0, 0) and self.mask is None:
+            raise ValueError(f"{said} leaves nothing to draw: {sizes}, give a larger width or height")
+
     def described(self) -> dict[str, Any]:
         """All options as JSON can hold them: the four objects by their full specs."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.image is not None and not getattr(self.method, "takes_picture", False):
+        if self.redraws or (self.image is not None and not getattr(self.method, "takes_picture", False)):
             own["strength"] = self.img2img_strength
         own |= {name: picture.described() for name, picture in self.pictures().items()}
         own["regions"] = self.regions and [region.described() for region in self.regions]
@@ -192,8 +240,15 @@ class Settings(Options):
 
     @property
     def img2img_strength(self) -> float:
-        """The share of the steps that a method which draws no picture first takes on the image."""
-        return STRENGTH if self.strength is None else self.strength
+        """The share of the steps that are taken on the image, by a method which draws no picture first, or where a part
+        is redrawn by any."""
+        usual = 1.0 if self.redraws else STRENGTH
+        return usual if self.strength is None else self.strength
+
+    @property
+    def redraws(self) -> bool:
+        """True where a part of the image is redrawn, or what lies beside it, and the rest is held."""
+        return self.mask is not None or self.place is not None
 
     def has(self, option: str) -> bool:
         """True where an option of this name belongs to the run, or to one of its four objects."""
@@ -210,17 +265,21 @@ class Settings(Options):
         strength, method = own["strength"], specs.named("method", own["method"])
         if strength is None:
             return
-        if "strength" in options_of(method):
+        redraws = own["mask"] is not None or own["place"] is not None
+        if "strength" in options_of(method) and not redraws:
             options["strength"], own["strength"] = strength, None
             return
         is_text = isinstance(strength, specs.Text)
         share = read("strength", strength, Share) if is_text else checked("strength", strength, Share)
         if own["image"] is None:
             raise ValueError(f"strength={share:g} is of an image, and none is given: give one, or leave it out")
-        if not 0 < share < 1 and not (own["invert"] and share == 1):  # the noise of an inversion holds the image
+        may_be_all = redraws or own["invert"]  # what is held stays, and the noise of an inversion holds the image
+        if not 0 < share < 1 and not (may_be_all and share == 1):
             what = "leave nothing of the image" if share else "draw nothing on the image"
             raise ValueError(f"strength={share:g} would {what}: give a share between 0 and 1, such as {STRENGTH}")
         own["strength"], name = share, specs.name_of("method", method)
+        if redraws:
+            return
         of_strength: Any = getattr(method, "of_strength", None)
         if of_strength is not None:
             own["strength"], same = None, of_strength(share)

@@ -17,8 +17,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from processes import PATIENCE, kill_and_start_again, sampler, start, statuses
+from tiny import with_nine
 
 import cutdiff
 import cutdiff.models.bands
@@ -54,14 +56,22 @@ def draw_all(model: Path, folder: Path) -> None:
         settings = Settings(height=64, width=64, num_steps=1)
         result = cutdiff.generate(overflowing, "a", settings, ranks=launch.group)
         results["overflow"] = result.images, result.record["decoded_in"]
-        for method in (*METHODS, *OTHERS):
-            own = OTHERS.get(method, {"method": method})
+        own_model = {"inpainting": replace(loaded, unet=with_nine(loaded.unet))}
+        picture = np.random.default_rng(0).integers(0, 256, (128, 96, 3), dtype="u1")
+        redrawn = {"image": picture, "mask": np.tril(np.full((128, 96), 255, dtype="u1"))}
+        others = {"mask": redrawn, "inpainting": redrawn, **OTHERS}
+        for method in (*METHODS, *others):
+            own = others.get(method, {"method": method})
             settings = Settings(**own, height=128, width=96, num_steps=2)
             narrow = {"stride": 2, "detail": "views"}
             settings = replace(settings, **{name: value for name, value in narrow.items() if settings.has(name)})
             for items in VIEW_BATCHES:
                 result = cutdiff.generate(
-                    loaded, ["a red house", "b"], settings, ranks=launch.group, view_batch_size=items
+                    own_model.get(method, loaded),
+                    ["a red house", "b"],
+                    settings,
+                    ranks=launch.group,
+                    view_batch_size=items,
                 )
                 results[method, items] = result.latents, result.images, result.record["network_evaluations"]
         torch.save(results, folder / f"{launch.world.size}-{launch.world.rank}.pt")

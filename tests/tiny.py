@@ -198,6 +198,13 @@ def random_model(family: Family) -> Tiny:
     return model
 
 
+def with_nine(unet: UNet) -> UNet:
+    """A random U-Net of the same shape that inpaints."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        return UNet(replace(unet.config, in_channels=9)).eval().requires_grad_(False)
+
+
 def put_in_cache(cache: Path, repository: str, folder: Path) -> None:
     """Lay a folder out as the Hugging Face cache keeps a repository."""
     place = cache / f"models--{repository.replace('/', '--')}"

@@ -76,7 +76,7 @@ def measure(settings: Settings, device: torch.device, repeats: int, ranks: Ranks
         seconds["together"] += [times] * (turn > 0)
     difference = (both.latents - one.latents).norm() / one.latents.norm()
     rows = both.record["network_evaluations"]
-    row_bytes = model.native_size**2 * model.unet.config.in_channels * model.dtype.itemsize
+    row_bytes = model.native_size**2 * model.unet.config.out_channels * model.dtype.itemsize
     return {
         "ranks": ranks.size,
         "device": both.record["device"],

@@ -33,7 +33,6 @@ OTHER_INPUTS = {
     5: "one that also reads a depth map",
     7: "an upscaler",
     8: "one that edits pictures, as InstructPix2Pix does",
-    9: "an inpainting model",
 }
 """The purpose of a U-Net whose input has more channels than its output, by the number of its input's channels."""
 
@@ -78,7 +77,11 @@ class Blueprint:
         first, second = self.text_encoder, self.text_encoder_2
         check_inputs(self.unet.in_channels, self.unet.out_channels)
         for ours, theirs, what in (
-            (self.unet.in_channels, self.vae.latent_channels, "channels of the U-Net's input and of the VAE's latents"),
+            (
+                self.unet.out_channels if self.unet.inpaints else self.unet.in_channels,
+                self.vae.latent_channels,
+                "channels of the U-Net's input and of the VAE's latents",
+            ),
             (self.unet.out_channels, self.vae.latent_channels, "channels of the U-Net's output and the VAE's latents"),
             (
                 self.unet.context_dim,
@@ -105,7 +108,7 @@ class Blueprint:
 
 
 def check_inputs(inputs: int, outputs: int) -> None:
-    """Raise ValueError where these numbers of channels show that a U-Net is made for more than text to image."""
+    """Raise ValueError where these numbers of channels show that a U-Net reads other things than text and a mask."""
     if inputs != outputs and inputs in OTHER_INPUTS:
         raise ValueError(
             f"its U-Net has {inputs} input channels, so this is {OTHER_INPUTS[inputs]}: "

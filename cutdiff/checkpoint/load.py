@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cutdiff.checkpoint import edm, folder, lora, single
 from cutdiff.checkpoint import text as clip
-from cutdiff.checkpoint.build import Blueprint, Networks, build_model, check_inputs, empty_networks, model_of
+from cutdiff.checkpoint.build import Blueprint, Networks, build_model, check_inputs, empty_networks, model_of, outlined
 from cutdiff.checkpoint.embeddings import EmbeddingError, add_embeddings, read_inversion
 from cutdiff.checkpoint.families import Family, family_of
 from cutdiff.checkpoint.files import quoted
@@ -27,6 +27,7 @@ from cutdiff.checkpoint.vae import OtherVAE, read_vae
 from cutdiff.checkpoint.weights import read_weights
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
 from cutdiff.models.machine import keep_freed_memory
+from cutdiff.models.unet import UNet
 from cutdiff.options import checked
 from cutdiff.sampling.edm import AnyNoise
 
@@ -215,14 +216,19 @@ def _read_unet(
     unet: dict[str, Tensor], noise: tuple[AnyNoise, dict[str, str]], parts: _Parts, source: Path, config: Path
 ) -> _Parts:
     """The `parts` of a folder with another U-Net and its noise; `source` is the file of the U-Net."""
-    keys = unet_keys(parts.networks.unet)
+    blueprint = _reading_as(replace(parts.blueprint, noise=noise[0]), unet)
+    networks = parts.networks
+    if blueprint.unet != parts.blueprint.unet:
+        with outlined("unet", unet):
+            networks = replace(networks, unet=UNet(blueprint.unet))
+    keys = unet_keys(networks.unet)
     weights = {**parts.weights, "unet": {keys.get(key, key): tensor for key, tensor in unet.items()}}
     files = {name: path for name, path in parts.files.items() if not name.startswith("unet/")}
     sources = {name: str(config) for name in weights if name != "unet"} | parts.sources
-    blueprint = replace(parts.blueprint, noise=noise[0])
     return replace(
         parts,
         blueprint=blueprint,
+        networks=networks,
         weights=weights,
         files={source.name: source, **files},
         decided_by=noise[1],
@@ -261,6 +267,7 @@ def _read_single(
             blueprint = infer_blueprint(parts, replace(family, vae=like), noise, other.config if other else None)
         else:
             _check_family(configured, family, config)
+            configured = _reading_as(configured, parts["unet"])
             blueprint = replace(configured, noise=noise, vae=other.config if other else like)
             if len(family.texts) == 1:
                 depth = blueprint.text_encoder.num_hidden_layers
@@ -273,6 +280,12 @@ def _read_single(
         weights["vae"] = other.tensors
         files |= _named_files(vae, other)
     return _Parts(blueprint, networks, weights, files, decided_by, {} if vae is None else {"vae": str(vae)})
+
+
+def _reading_as(blueprint: Blueprint, unet: Mapping[str, Tensor]) -> Blueprint:
+    """The blueprint of a folder for a U-Net from elsewhere, which alone says if it reads a mask: an inpainting model's
+    folder serves for the model that it was made from, and that one's for the inpainting model."""
+    return replace(blueprint, unet=replace(blueprint.unet, in_channels=unet_channels(unet)[0]))
 
 
 def _named_files(vae: Path | None, other: OtherVAE) -> dict[str, Path]:

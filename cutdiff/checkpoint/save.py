@@ -59,8 +59,9 @@ def save_folder(
         raise ValueError(f"text.layer={text.layer} cannot be saved: the folder's pipeline reads {layer} from the end")
     vae_fields = vae_to_diffusers(vae.config, sample_size=unet.config.native_size * vae.config.factor)
     scheduler_fields = noise_to_diffusers(noise)
+    task = "Inpaint" if unet.config.inpaints else ""
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": f"StableDiffusion{task}Pipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
         "scheduler": ["diffusers", scheduler_fields["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -72,7 +73,7 @@ def save_folder(
         index |= {"requires_safety_checker": False, "safety_checker": [None, None], "feature_extractor": [None, None]}
     else:
         index |= {
-            "_class_name": "StableDiffusionXLPipeline",
+            "_class_name": f"StableDiffusionXL{task}Pipeline",
             "add_watermarker": False,
             "force_zeros_for_empty_prompt": zeros_for_empty_negative,
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],

@@ -252,6 +252,8 @@ def _metavar(kind: Any) -> str:
     for part in (kind, *get_args(kind)):
         if get_origin(part) is Literal:
             return f"{{{','.join(map(str, get_args(part)))}}}"
+        if get_origin(part) is tuple and get_args(part)[-1] is not Ellipsis:
+            return ",".join(map(_metavar, get_args(part)))
         if part in (int, float, str):
             return {int: "N", float: "X", str: "TEXT"}[part]
         if get_origin(part) is Annotated:
@@ -285,7 +287,7 @@ def _add_prompt(group: Group) -> None:
     group.add_argument(
         "--images", type=Path, metavar="DIR", help="in the place of --image, a picture for each one in a folder"
     )
-    for name in ("strength", "fit", "invert", "regions", "bootstrapping"):
+    for name in ("strength", "fit", "invert", "mask", "feather", "place", "regions", "bootstrapping"):
         add_option(group, own[name])
     group.add_argument(
         "--num-images", type=number(1, MAX_PICTURES), default=1, metavar="K", help="pictures, with seeds S, S+1, …"

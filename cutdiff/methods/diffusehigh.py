@@ -69,7 +69,7 @@ class DiffuseHigh(Options):
 
     def check_settings(self, settings: Settings) -> None:
         """ValueError where a given picture is to be a square first."""
-        if settings.image is not None and self.native_shape == "square":
+        if settings.image is not None and not settings.redraws and self.native_shape == "square":
             raise ValueError("native_shape='square' is of a picture that is drawn, and an image is given: leave it out")
 
     def stages(self, run: Run) -> Stages:

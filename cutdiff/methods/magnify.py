@@ -183,7 +183,7 @@ class Trajectory:
         self.denoise, self.num_steps, self.keeps = denoise, num_steps, keeps
         self.estimates: list[Tensor] = []
         """The first estimates of all steps of the schedule, (steps, B, C, H, W), then their second ones, and so on;
-        those that were not taken hold nothing."""
+        those that were not taken are the first that was."""
         self.step, self.sigmas = -1, list[float]()
 
     def __call__(self, latents: Tensor, sigma: float, step: int) -> Tensor:
@@ -191,7 +191,7 @@ class Trajectory:
         if self.keeps:
             order = self.order(sigma, step)
             if order == len(self.estimates):
-                self.estimates.append(estimate.new_empty(self.num_steps, *estimate.shape))
+                self.estimates.append(estimate.expand(self.num_steps, *estimate.shape).clone())
             self.estimates[order][step % self.num_steps] = estimate
         return estimate
 

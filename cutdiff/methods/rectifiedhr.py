@@ -72,7 +72,7 @@ class RectifiedHR(Options):
 
     def check_settings(self, settings: Settings) -> None:
         """ValueError where there is no step left for what comes after a given picture."""
-        if settings.image is not None and settings.num_steps < 2:
+        if settings.image is not None and not settings.redraws and settings.num_steps < 2:
             raise ValueError(f"num_steps={settings.num_steps} has no step after the image: give at least 2")
 
     @staticmethod

@@ -134,7 +134,7 @@ class Tiled(Conditioned):
             patches = Patches(grid, run.draws.permutation(step, grid, shape, interaction))
             shown = None if show is None else show(canvas, sigma)
             denoised = run.denoiser.through(
-                patches, canvas, sigma, step, shown=shown, original_size=size, target_size=size
+                patches, canvas, sigma, step, shown=shown, original_size=size, target_size=size, span=run.size
             )
             return denoised[:, :, : run.size[0], : run.size[1]]
 

@@ -20,7 +20,9 @@ class UNetConfig:
     """
 
     in_channels: int = 4
+    """The channels of the latents, and in an inpainting model of what it is shown beside them."""
     out_channels: int = 4
+    """The channels of the latents."""
     channels: tuple[int, ...] = (320, 640, 1280)
     layers_per_block: int = 2
     transformer_layers: tuple[int | tuple[int, ...], ...] = (0, 2, 10)
@@ -67,6 +69,12 @@ class UNetConfig:
                 raise ValueError(
                     f"{channels} channels must divide into {self.norm_groups} norm groups and {heads} heads"
                 )
+
+    @property
+    def inpaints(self) -> bool:
+        """True for an inpainting model, which is shown a mask and the masked picture's latents beside the state: nine
+        channels where latents have four."""
+        return self.in_channels == 2 * self.out_channels + 1
 
     @property
     def down_layers(self) -> tuple[tuple[int, ...], ...]:

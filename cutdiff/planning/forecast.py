@@ -31,7 +31,7 @@ from cutdiff.models.vae import VAE
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Prepared, prepare
 from cutdiff.planning.meter import Meter, Usage
-from cutdiff.sampling.denoiser import Denoiser
+from cutdiff.sampling.denoiser import Denoiser, Span
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import Operator, items_of
@@ -95,7 +95,7 @@ def walk(model: Model, settings: Settings, devices: int = 1, memory: float = mat
     stages = []
     with torch.no_grad(), meter, one_block_for_all(model.unet, meter):
         run = prepare(model, "", settings, SizedDraws((0,), "meta"), make_denoiser=rank_of)
-        x = torch.empty(1, model.unet.config.in_channels, *(run.stages[0].size or run.size), device="meta")
+        x = torch.empty(1, model.vae.config.latent_channels, *(run.stages[0].size or run.size), device="meta")
         for part in run.stages:
             stage, begun = part, Cost()
             if isinstance(part, Phase):
@@ -194,11 +194,15 @@ class Rank(Denoiser):
         step: int,
         *,
         positive: TextStates | None = None,
+        span: Span | None = None,
         **_: Any,
     ) -> Tensor:
         """Count one step through the operator; the size conditioning and the picture shown change no cost."""
+        if self.beside is not None:
+            self.beside(own := (canvas.shape[2], canvas.shape[3]), span or own)  # which it is encoded for
         rows, (items, size) = self.rows_of(operator, sigma, step, positive), items_of(operator, canvas)
-        inputs = canvas.new_empty(items * rows.copies, canvas.shape[1], *size, dtype=self.unet.conv_in.weight.dtype)
+        channels = self.unet.config.in_channels  # with those of the mask and the masked picture
+        inputs = canvas.new_empty(items * rows.copies, channels, *size, dtype=self.unet.conv_in.weight.dtype)
         self.predictions(rows, inputs, canvas.new_empty(len(inputs), 6))
         return torch.empty_like(canvas)
 
@@ -214,7 +218,7 @@ class Rank(Denoiser):
             raise torch.OutOfMemoryError
         self.meter.add(Usage(rows * flops, rows * num_bytes))
         self.work.evaluations += rows
-        return torch.empty_like(inputs[0])
+        return inputs[0].new_empty(rows, self.unet.config.out_channels, *inputs[0].shape[2:])
 
     def gathered(self, context: TextContext) -> TextContext:
         rows = len(context)

@@ -17,7 +17,7 @@ from cutdiff.models.unet import UNet
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.flags import Flags
 from cutdiff.sampling.guidance import Begun, Changing, Guidance, LinearGuidance, change_scale, is_off
-from cutdiff.sampling.operators import Operator, Patches, takes_flag
+from cutdiff.sampling.operators import Operator, Patches, ToNetwork, takes_flag
 from cutdiff.sampling.preconditioning import Coefficients
 from cutdiff.sampling.rows import Inputs, Rows, StepText, Text, Texts, size_ids_of
 from cutdiff.sampling.stages import Step
@@ -68,6 +68,12 @@ class Call:
 
 Network = Callable[[Call], Tensor]
 """(a call) -> the prediction of each of its rows (n, C, h, w)."""
+Span = tuple[float, float]
+"""The height and width of the picture on a canvas, in latents, from the top left corner: less than the canvas where
+that was padded."""
+Beside = Callable[[Size, Span], tuple[Tensor, Tensor]]
+"""(the size of a canvas, the span of the picture on it) -> what an inpainting model is shown beside the state: the mask
+(B or 1, 1, H, W), 1 where it draws, and the latents (B or 1, C, H, W) of the picture without what lies there."""
 
 
 class Observer:
@@ -134,6 +140,8 @@ class Denoiser:
     guidance: Guidance
     factor: int
     """The pixels of an image for one latent, on each axis."""
+    beside: Beside | None = None
+    """The mask and the masked picture of an inpainting model; None for all others."""
     guided: Callable[[float], bool] = lambda sigma: True
     """Tells for a sigma whether guidance is on; where it is off, the prompt alone is evaluated."""
     guidance_sigma: float | None = None
@@ -195,11 +203,13 @@ class Denoiser:
         crop_origins: Tensor | None = None,
         original_size: Size | None = None,
         target_size: Size | None = None,
+        span: Span | None = None,
     ) -> Tensor:
         """Estimate x0: latents (B·V, C, h, w) in sigma space, float32 -> denoised, the same shape, float32.
 
         `original_size` and `target_size`, in latents, and `crop_origins` (B·V, 2) of (top, left), in latents, are the
-        size conditioning of each item; left out, each item is a whole picture of its own size.
+        size conditioning of each item; left out, each item is a whole picture of its own size. `span` is that of the
+        picture, where an item is padded.
         """
         return self.through(
             Patches((1, 1)),
@@ -209,6 +219,7 @@ class Denoiser:
             crop_origins=crop_origins,
             original_size=original_size,
             target_size=target_size,
+            span=span,
         )
 
     @torch.no_grad()
@@ -224,6 +235,7 @@ class Denoiser:
         crop_origins: Tensor | None = None,
         original_size: Size | None = None,
         target_size: Size | None = None,
+        span: Span | None = None,
     ) -> Tensor:
         """operator.scatter ∘ D ∘ operator.gather: canvas (B, C, H, W), float32 -> denoised, the same shape, float32.
 
@@ -231,6 +243,8 @@ class Denoiser:
         part is taken from the canvas itself, and each way is one pass. Where `shown` (B, C, H, W) is given, the network
         reads that, and its prediction is used for the canvas. `positive` are text states in the place of the prompt's,
         B rows or one for each item of the operator. A guidance that is not linear gets both estimates of the canvas.
+        An inpainting model is shown mask and masked picture through the same operator; `span` is that of the picture on
+        a canvas that was padded.
 
         The estimate with a sum of prompts is unconditional + Σ weight · (conditional − unconditional), and guidance
         takes it for the one with the prompt. Where guidance is off, it is the estimate itself, for which the negative
@@ -241,6 +255,7 @@ class Denoiser:
         source = canvas if shown is None else shown
         rows = self.rows_of(operator, sigma, step, positive)
         inputs = operator.gather(source, self.backend, c_in=c_in, dtype=dtype, copies=rows.copies)
+        inputs = self.with_beside(inputs, rows, source, span)
         size_ids = size_ids_of(inputs, rows.copies, self.factor, crop_origins, original_size, target_size)
         guidance, own_sigma = self.guidance_at(sigma) or (None, sigma)
         scale = guidance.scale_at(own_sigma, step) if isinstance(guidance, LinearGuidance) else 1.0
@@ -272,6 +287,26 @@ class Denoiser:
         if flag is not None:
             self.work.flags.written(denoised, flag)
         return denoised
+
+    def with_beside(self, inputs: Tensor, rows: Rows, canvas: Tensor, span: Span | None) -> Tensor:
+        """The inputs that were gathered from a canvas (B, C, H, W), and beside their channels, in this order, those of
+        the mask and the masked picture, where the network is shown any.
+
+        An operator may move each channel of a pixel by itself. Each channel of the masked picture then goes with that
+        of the state, and a pixel is masked where any of its channels is.
+        """
+        if self.beside is None:
+            return inputs
+        if len(canvas) != rows.num_images:
+            raise ValueError(
+                f"an inpainting model is shown the mask of whole canvases, and {len(canvas)} items of "
+                f"{rows.num_images} images have none: let `through` gather them by an operator"
+            )
+        size = canvas.shape[2], canvas.shape[3]
+        on_canvas = (part.to(canvas).expand_as(canvas) for part in self.beside(size, span or size))
+        how: ToNetwork = {"dtype": inputs.dtype, "copies": rows.copies}
+        mask, picture = (rows.operator.gather(x, self.backend, **how) for x in on_canvas)
+        return torch.cat([inputs, mask.amax(dim=1, keepdim=True), picture], dim=1)
 
     def predictions(self, rows: Rows, inputs: Tensor, size_ids: Tensor) -> list[Tensor]:
         """The network's output for all rows, joined to that of a guidance pair or of one row an item, and where
@@ -340,7 +375,8 @@ class Denoiser:
         if ranks.size == 1:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         # A rank without rows does not know what a method's own network gives: float32 holds it.
-        prediction = inputs.new_empty(inputs.shape, dtype=inputs.dtype if self.network is None else torch.float32)
+        dtype = inputs.dtype if self.network is None else torch.float32
+        prediction = inputs.new_empty((num_rows, self.unet.config.out_channels, *inputs.shape[2:]), dtype=dtype)
         if parts:
             prediction[first:end] = torch.cat(parts)
         ranks.gather(prediction, starts)

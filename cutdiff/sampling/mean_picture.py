@@ -51,12 +51,14 @@ class MeanPicture:
 
     def denoise(self, canvas: Tensor, sigma: float, step: int) -> Tensor:
         """D(pool(x); σ / √n), of the picture's size. The prompt is guided where the step is, at the run's sigma."""
+        height, width = (side / cells for side, cells in zip(canvas.shape[2:], self.grid, strict=True))
         return replace(self.denoiser, guidance_sigma=sigma)(
             self.pool(canvas),
             sigma / math.sqrt(math.prod(self.grid)),
             step,
             original_size=self.conditioning_size,
             target_size=self.conditioning_size,
+            span=(height, width),
         )
 
     def __call__(self, canvas: Tensor, sigma: float, step: int) -> Tensor:
