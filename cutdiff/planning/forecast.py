@@ -197,6 +197,7 @@ class Rank(Denoiser):
     ) -> Tensor:
         """Count one step through the operator; the size conditioning and the picture shown change no cost."""
         rows, (items, size) = self.rows_of(operator, sigma, step, positive), items_of(operator, canvas)
+        rows = self.with_hints(rows, canvas)
         inputs = canvas.new_empty(items * rows.copies, canvas.shape[1], *size, dtype=self.unet.conv_in.weight.dtype)
         self.predictions(rows, inputs, canvas.new_empty(len(inputs), 6))
         return torch.empty_like(canvas)
@@ -223,10 +224,10 @@ class Rank(Denoiser):
 
     def _by_row(self, inputs: Inputs) -> Usage:
         """The usage of one row. A plain network is tried once a step, and a method's own network in every call."""
-        x, _, context, *_ = inputs
-        kind = (x.shape[1:], type(context))
+        x, _, context, _, _, *hints = inputs
+        kind = (x.shape[1:], type(context), len(hints))
         if self.network is not None or kind not in self.trial.by_row:
-            usage = self.meter.aside(lambda: self.unet(*inputs))
+            usage = self.meter.aside(lambda: self.run(inputs))
             self.trial.by_row[kind] = Usage(usage.flops // len(x), math.ceil(usage.peak_bytes / len(x)))
         return self.trial.by_row[kind]
 

@@ -8,8 +8,8 @@ every resolution and a crop equals the same part of the whole picture drawn larg
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -64,6 +64,14 @@ class Crop:
         side = torch.where(torch.rand(n, generator=generator, device=device) < whole, 1.0, side)
         corner = torch.rand(2, n, generator=generator, device=device) * (1 - side)
         return Crop(corner[0], corner[1], side)
+
+    @staticmethod
+    def joined(parts: Sequence[Crop]) -> Crop:
+        """The crops of several such objects."""
+        return Crop(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Crop)))
+
+    def __getitem__(self, index: slice | Tensor) -> Crop:
+        return Crop(self.left[index], self.top[index], self.side[index])
 
 
 def render(scenes: Scenes, size: int, crop: Crop | None = None) -> Tensor:

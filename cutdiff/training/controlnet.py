@@ -1,8 +1,8 @@
 """Train a ControlNet of the embedded model that reads the edges of a scene: `python -m cutdiff.training.controlnet`.
 
 The U-Net stays as it is; a smaller copy of its way down learns to predict the noise with it, shown the edges that
-`scenes.render.outlines` draws. Checkpoints and the log go to --work, the network in float16 to --out, with its
-config.json's fields in the header and a card beside it. A training that was stopped goes on.
+`scenes.render.outlines` draws. Checkpoints and the log go to --work, the network in float16 to --out, with the
+config.json of diffusers and a card beside it. A training that was stopped goes on.
 
 Source: Zhang et al. 2023 (arXiv 2302.05543).
 """
@@ -20,23 +20,27 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cutdiff.checkpoint import load
+from cutdiff.checkpoint.control import save_control
 from cutdiff.checkpoint.model import Model
 from cutdiff.cli.arguments import BadArgument, Parser, add_debug, add_device
 from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
 from cutdiff.cli.output import check_output
+from cutdiff.models.config import UNetConfig
 from cutdiff.models.controlnet import ControlNet, ControlNetConfig
 from cutdiff.models.layers import channels_last
 from cutdiff.output.images import save_json
 from cutdiff.sampling.noise import alphas_cumprod
 from cutdiff.scenes.render import Crop, outlines
 from cutdiff.scenes.world import Scenes
+from cutdiff.training.card import phase, write_control_card
 from cutdiff.training.consistency import noise_of
 from cutdiff.training.fit import COUNT, PLAN, Plan, check_plan, fit
 from cutdiff.training.unet import (
     DROPPED_CAPTION,
     DROPPED_CLAUSE,
     NATIVE_PIXELS,
+    WHOLE_SCENES,
     Latents,
     captions_of,
     draw_scenes,
@@ -73,6 +77,13 @@ def _run(argv: list[str] | None) -> None:
     network = train_control(
         model, latents, args.work, steps=args.steps, batch=args.batch, bfloat16=args.dtype == "bfloat16"
     )
+    save_control(args.out, network)
+    data = f"{args.batch} of {args.num_scenes} pictures, {WHOLE_SCENES:.0%} of them whole scenes"
+    made: dict[str, Any] = phase(
+        "ControlNet", "loss", args.work / "controlnet.jsonl", data=data, device=model.device, dtype=args.dtype
+    )
+    write_control_card(args.out, model, made)
+    print(f"wrote {args.out}")
 
 
 def train_control(
@@ -82,9 +93,9 @@ def train_control(
     device, unet = model.device, model.unet
     alphas = torch.tensor(alphas_cumprod(noise_of(model)), dtype=torch.float32, device=device)
     drawn = [*zip(*draw_scenes(len(latents.mean), device), strict=True)]
-    scenes, crops = (joined(parts) for parts in drawn)
+    scenes, crops = Scenes.joined(drawn[0]), Crop.joined(drawn[1])
     torch.manual_seed(0)  # initial weights; every other draw comes from the generator of its step
-    network = ControlNet(ControlNetConfig(small(unet.config), HINT_WIDTHS)).to(device)
+    network = ControlNet(small_config(unet.config)).to(device)
     network.copy_down(unet)
     for each in (unet, network):
         channels_last(each)
@@ -97,7 +108,8 @@ def train_control(
         clean = latents.mean[index].float() + latents.std[index].float() * normal[0]
         choices = torch.where((rand(batch) < DROPPED_CAPTION)[:, None], null, latents.choices[index])
         captions = captions_of(choices, rand(batch, 3) >= DROPPED_CLAUSE)
-        hint = outlines(scenes[index], NATIVE_PIXELS, crops[index], width=torch.lerp(*map(torch.tensor, LINES), rand(batch)))
+        width = LINES[0] + (LINES[1] - LINES[0]) * rand(batch)
+        hint = outlines(scenes[index], NATIVE_PIXELS, crops[index], width=width)
         t = stratified(rand(batch), len(alphas))
         alpha = alphas[t][:, None, None, None]
         noised = (alpha.sqrt() * clean + (1 - alpha).sqrt() * normal[1]).contiguous(memory_format=torch.channels_last)
@@ -107,6 +119,46 @@ def train_control(
             predicted = unet(*read, network(*read, hint))
         return losses(predicted, normal[1], alphas[t])
 
-    rates = {"learning_rate": 1e-3, "muon_learning_rate": None, "warmup": 50, "ema_decay": 0.99}
-    fit("controlnet", network, loss, Plan(steps, **rates, checkpoint_every=50), folder, device)
+    plan = Plan(
+        steps,
+        learning_rate=1e-3,
+        muon_learning_rate=0.01,
+        warmup=50,
+        ema_decay=0.99,
+        checkpoint_every=50,
+        log_every=min(50, steps),
+    )
+    fit("controlnet", network, loss, plan, folder, device)
     return network
+
+
+def small_config(unet: UNetConfig) -> ControlNetConfig:
+    """A ControlNet that leaves out what takes most weights: attention at the coarsest level and in the middle."""
+    depths = (*unet.transformer_layers[:-1], 0)
+    smaller = replace(unet, transformer_layers=depths, mid_transformer_layers=0, up_transformer_layers=None)
+    return ControlNetConfig(smaller, HINT_WIDTHS)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m cutdiff.training.controlnet", description=__doc__)
+    parser.add_argument("--model", type=Path, help="a model of the scenes; none: the embedded model")
+    parser.add_argument("--work", type=Path, default=Path("runs/controlnet"), help="checkpoints, log (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("weights/scenes-control.safetensors"), help="the network (%(default)s)"
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the arithmetic (%(default)s)"
+    )
+    for name, default, text in (
+        ("num-scenes", 4096, "pictures to encode"),
+        ("steps", 1600, "steps of the training"),
+        ("batch", 16, "latents in each of them"),
+    ):
+        parser.add_argument(f"--{name}", type=COUNT, default=default, metavar="N", help=f"{text} (%(default)s)")
+    add_debug(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
