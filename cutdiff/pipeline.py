@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from cutdiff.checkpoint.model import Model, dtype_name
+from cutdiff.given import Picture
+from cutdiff.methods.picture import drawn_on
 from cutdiff.methods.shared import Run, stages_of, step_at
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SD15_UNET
@@ -32,12 +34,13 @@ from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.finite import explained
+from cutdiff.sampling.fitted import Fitted
 from cutdiff.sampling.guidance import Changing, LinearGuidance
 from cutdiff.sampling.operators import check_backend
 from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
 from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
-from cutdiff.settings import Settings, left_to_model
+from cutdiff.settings import Fit, Settings, left_to_model
 from cutdiff.specs import name_of
 
 CPU_VIEW_BATCH = 16
@@ -269,6 +272,7 @@ def prepare(
     if not prompts:
         raise ValueError("prompt is an empty list: give at least one prompt")
     _check_texts(prompts, settings)
+    _check_pictures(prompts, settings)
     size, schedule = canvas_and_schedule(model, settings)
     if isinstance(observer, type) or isinstance(draws, str | type):
         what = f"observer={observer}" if isinstance(observer, type) else f"draws={draws!r}"
@@ -316,9 +320,12 @@ def prepare(
         text=text,
         encode=partial(encode, model),
         decode=lambda latents, clamp=True: _decode(model, latents, ranks, clamp=clamp)[0].to(latents.device),
+        image=None if settings.image is None else fitted(settings.image, model, size, settings.fit),
     )
     try:
         stages = stages_of(settings.method, run)
+        if run.image is not None and not getattr(settings.method, "takes_picture", False):
+            stages = drawn_on(run, stages, settings.img2img_strength, schedule.init_scale)
         check_stages(stages, settings.num_steps)
         if stages[-1].size not in (None, size):
             raise ValueError(f"ends on a canvas of {stages[-1].size} latents, where the picture has {size}")
@@ -344,6 +351,19 @@ def _check_texts(prompts: Sequence[str], settings: Settings) -> None:
     for name, text in texts:
         if match := LORA.search(text):
             raise ValueError(f"{name} names {match[0]}: load the model with loras=[(FILE, SCALE)], and leave it out")
+
+
+def _check_pictures(prompts: Sequence[str], settings: Settings) -> None:
+    """ValueError where there are several pictures of a kind and another number of prompts."""
+    for name, picture in settings.pictures().items():
+        if picture.count not in (1, len(prompts)):
+            raise ValueError(f"{name} holds {picture.count} pictures for {len(prompts)} prompts: give one, or as many")
+
+
+def fitted(picture: Picture, model: Model, size: tuple[int, int], fit: Fit) -> Fitted:
+    """The pixels of a picture for canvases of the shape of `size`, in latents, on the model's device."""
+    pixels = torch.from_numpy(picture.pixels()).movedim(3, 1).to(model.device)
+    return Fitted.to(size, pixels, fit, model.factor)
 
 
 def _observed(steps: Iterator[Step], observer: Observer) -> Iterator[Step]:

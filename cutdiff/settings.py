@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from cutdiff import specs
-from cutdiff.options import Count, Options, Share, options_of, short
+from cutdiff.given import Picture, as_picture
+from cutdiff.options import Count, Options, Share, checked, options_of, read, short
 from cutdiff.sources import source_hash
 from cutdiff.specs import TABLES
 
@@ -22,6 +23,13 @@ Backend = Literal["auto", "triton", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 PREFERENCES = ("num_steps", "guidance_scale", "solver", "schedule")
 """The options that a model may say a preference of."""
+PICTURES = ("image",)
+"""The options that are pictures: a file, or what `given.as_picture` takes."""
+LATER = ("image", "strength", "fit")
+"""The options that old records do not know, which no record names where they have their defaults."""
+STRENGTH = 0.5
+"""The share of the steps that a picture is drawn on by, where nobody says."""
+Fit = Literal["cover", "contain", "stretch"]
 MAX_SIDE = 32768
 """The longest side of a picture in pixels: its latents then take a quarter of a gigabyte, and its pixels 12."""
 
@@ -67,9 +75,17 @@ class Settings(Options):
     clip_skip: int | None = None
     """The layer of the text encoders that is read, counted from the end, 1 the last; None: as trained."""
     height: int | None = None
-    """The height in pixels, a multiple of 8; None: twice the model's native size."""
+    """The height in pixels, a multiple of 8; None: twice the model's native size, or as the image's shape has it."""
     width: int | None = None
     """The width, likewise."""
+    image: Any = None
+    """The picture to start from, a file: methods that draw a native picture first take it for that one, all others
+    begin with it, noised, at `strength`."""
+    strength: Share | None = None
+    """The share of the steps that are taken on the image, rounded up; None: 0.5, or as the method has it."""
+    fit: Fit = "cover"
+    """The way to the size where the image has another shape: "cover" crops it, "contain" goes on with its border,
+    "stretch" stretches it."""
     method: Any = "cutdiffusion"
     """A spec, a dataclass with `stages(run)`, or a function of a `Run` that returns its stages."""
     solver: Any = "euler"
@@ -99,9 +115,11 @@ class Settings(Options):
 
     def __init__(self, /, **options: Any) -> None:
         own = {field.name: options.pop(field.name, field.default) for field in fields(Settings)}
+        own |= {name: as_picture(name, own[name]) for name in PICTURES}
+        self._give_strength(own, options)
         things = {kind: specs.resolve(kind, own[kind], options) for kind in TABLES}
         for kind, thing in things.items():
-            if same := [name for name in options_of(thing) if name in own]:
+            if same := [name for name in options_of(thing) if name in own and name != "strength"]:
                 raise ValueError(
                     f"{kind}={specs.name_of(kind, thing)} has an option {same[0]!r}, which every run has: rename it"
                 )
@@ -116,6 +134,8 @@ class Settings(Options):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIDE:
                 raise ValueError(f"{name}={short(value)} must be a positive multiple of 8, at most {MAX_SIDE}")
+        if self.image is None and self.fit != Settings.fit:
+            raise ValueError(f"fit={self.fit!r} is of an image, and none is given: give one, or leave it out")
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval={self.guidance_interval} must be two shares, 0 ≤ from ≤ to ≤ 1")
         if not 0 <= self.seed < 2**64:
@@ -133,7 +153,20 @@ class Settings(Options):
     def described(self) -> dict[str, Any]:
         """All options as JSON can hold them: the four objects by their full specs."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.image is not None and not getattr(self.method, "takes_picture", False):
+            own["strength"] = self.img2img_strength
+        own |= {name: picture.described() for name, picture in self.pictures().items()}
+        own = {name: value for name, value in own.items() if name not in LATER or value != getattr(Settings, name)}
         return {**own, **{kind: specs.spec_of(kind, getattr(self, kind)) for kind in TABLES}}
+
+    def pictures(self) -> dict[str, Picture]:
+        """The pictures that the run is given, by their options."""
+        return {name: picture for name in PICTURES if (picture := getattr(self, name)) is not None}
+
+    @property
+    def img2img_strength(self) -> float:
+        """The share of the steps that a method which draws no picture first takes on the image."""
+        return STRENGTH if self.strength is None else self.strength
 
     def has(self, option: str) -> bool:
         """True where an option of this name belongs to the run, or to one of its four objects."""
@@ -142,6 +175,33 @@ class Settings(Options):
     def sources(self) -> dict[str, str]:
         """The source hashes of those of the four objects that are not the package's, before a run could change them."""
         return dict(vars(self)["_sources"])
+
+    @staticmethod
+    def _give_strength(own: dict[str, Any], options: dict[str, Any]) -> None:
+        """Move `strength` from the run's `own` options to those of the method, where it has one of this name or says
+        which of its options do the same."""
+        strength, method = own["strength"], specs.named("method", own["method"])
+        if strength is None:
+            return
+        if "strength" in options_of(method):
+            options["strength"], own["strength"] = strength, None
+            return
+        is_text = isinstance(strength, specs.Text)
+        share = read("strength", strength, Share) if is_text else checked("strength", strength, Share)
+        if own["image"] is None:
+            raise ValueError(f"strength={share:g} is of an image, and none is given: give one, or leave it out")
+        if not 0 < share < 1:
+            what = "leave nothing of the image" if share else "draw nothing on the image"
+            raise ValueError(f"strength={share:g} would {what}: give a share between 0 and 1, such as {STRENGTH}")
+        own["strength"], name = share, specs.name_of("method", method)
+        of_strength: Any = getattr(method, "of_strength", None)
+        if of_strength is not None:
+            own["strength"], same = None, of_strength(share)
+            if both := [option for option in same if option in options]:
+                raise ValueError(f"strength={share:g} is another word for {both[0]} of {name}: give one of them")
+            options |= same
+        elif getattr(method, "takes_picture", False):
+            raise ValueError(f"strength={share:g} means nothing to {name}, which takes all of its steps: leave it out")
 
     @staticmethod
     def _hashes(things: dict[str, Any]) -> dict[str, str]:
@@ -155,10 +215,26 @@ class Settings(Options):
 
     def canvas_size(self, native_size: int, factor: int) -> tuple[int, int]:
         """Height and width in latents for a model of `native_size` latents and `factor` pixels for each."""
-        height, width = (2 * native_size * factor if v is None else v for v in (self.height, self.width))
+        height, width = self._sides(2 * native_size * factor, factor)
         for name, value in (("height", height), ("width", width)):
             if value % factor:
                 raise ValueError(
                     f"{name}={value} must be a multiple of {factor}; try {value // factor * factor or factor}"
                 )
         return height // factor, width // factor
+
+    def _sides(self, usual: int, factor: int) -> tuple[int, int]:
+        """Height and width in pixels; one that is not given is `usual`, or as the shape of the image has it, to whole
+        latents, where then the longer one is `usual`."""
+        height, width, image = self.height, self.width, self.image
+        if image is None or (height is not None and width is not None):
+            return usual if height is None else height, usual if width is None else width
+        share = image.height / image.width
+        if height is None and width is None:
+            height, width = (usual, None) if share > 1 else (None, usual)
+        name, other = ("width", height / share) if height is not None else ("height", (width or 0) * share)
+        side = max(1, round(other / factor)) * factor
+        if side > MAX_SIDE:
+            shape = f"the shape of the image, {image.width}×{image.height}"
+            raise ValueError(f"{name}={side} follows from {shape}, and is more than {MAX_SIDE}: give {name}")
+        return (side if height is None else height, side if width is None else width)

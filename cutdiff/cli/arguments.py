@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from cutdiff import specs
 from cutdiff.options import MAX_FLOAT32, Between, Option, nearest, not_one_of, options_of, read
-from cutdiff.settings import PREDICTION_TYPES, SPACINGS, Settings
+from cutdiff.settings import PICTURES, PREDICTION_TYPES, SPACINGS, Settings
 from cutdiff.specs import TABLES
 
 DEMO_PROMPT = "a red house with mountains over a meadow at day"
@@ -30,6 +30,8 @@ MAX_PICTURES = 100_000
 """The most pictures of a run; each takes time and memory before the first is drawn."""
 YEAR = 365 * 24 * 3600
 """The seconds that --rank-timeout may have at most."""
+SHARED = ("strength",)
+"""The options of a run that a method may have too, whose text is read for the one that has it."""
 HOW = (*TABLES, "num_steps", "guidance_interval")
 """The options of a run that say how a picture is drawn, and neither which one nor where."""
 
@@ -108,7 +110,9 @@ class Parser(argparse.ArgumentParser):
             for kind, thing in self.things.items():
                 group = self.add_argument_group(f"options of {kind} {specs.name_of(kind, thing)}")
                 for option in options_of(thing).values():
-                    if flag_of(option.name) in self._option_string_actions:
+                    if option.name in SHARED and flag_of(option.name) in self._option_string_actions:
+                        self._option_string_actions[flag_of(option.name)].help = _help(option)
+                    elif flag_of(option.name) in self._option_string_actions:
                         group.description = f"{option.name} is given in the spec: the flag is another option's"
                     else:
                         value = option.default if isinstance(thing, type) else getattr(thing, option.name)
@@ -166,24 +170,30 @@ def add_device(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> Non
 
 def add_option(group: Group, option: Option, help: str = "") -> None:
     """A flag for an option of a run, which goes into `options` of the arguments where it is given."""
-    text = help or f"{option.doc[:1].lower()}{option.doc[1:]}".replace("None:", "none:")
-    shown = "" if option.default in (None, False, "") else f" ({_shown(option.default)})"
-    settings: dict[str, Any] = {
-        "dest": option.name,
-        "action": _Given,
-        "help": f"{text}{shown}".replace("%", "%%").strip(),
-    }
+    settings: dict[str, Any] = {"dest": option.name, "action": _Given, "help": _help(option, help)}
     kinds = get_args(option.type)
+    if option.name in PICTURES:
+        group.add_argument(flag_of(option.name), default=argparse.SUPPRESS, metavar="FILE", **settings)
+        return
     if option.type is bool:
-        settings["help"] = f"{text}{' (on)' * (option.default is True)}"
         flags = [flag_of(option.name), *[f"--no-{flag_of(option.name)[2:]}"] * (option.default is True)]
         group.add_argument(*flags, default=argparse.SUPPRESS, nargs=0, **settings)
         return
     if get_origin(option.type) is tuple and kinds and kinds[-1] is not Ellipsis:
         settings |= {"nargs": len(kinds), "metavar": tuple(map(_metavar, kinds)), "const": option.type}
     else:
-        settings |= {"type": _reader(option.name, option.type), "metavar": _metavar(option.type)}
+        as_text = option.name in SHARED
+        reader = specs.Text if as_text else _reader(option.name, option.type)
+        settings |= {"type": reader, "metavar": _metavar(option.type)}
     group.add_argument(flag_of(option.name), default=argparse.SUPPRESS, **settings)
+
+
+def _help(option: Option, help: str = "") -> str:
+    """The text of --help: `help`, or the option's own, and the default where it says something."""
+    text = help or f"{option.doc[:1].lower()}{option.doc[1:]}".replace("None:", "none:")
+    default = "on" if option.default is True else _shown(option.default)
+    shown = "" if option.default in (None, False, "") else f" ({default})"
+    return f"{text}{shown}".replace("%", "%%").strip()
 
 
 def add_how(group: Group) -> None:
@@ -267,6 +277,8 @@ def _add_prompt(group: Group) -> None:
     add_option(group, own["width"], "in pixels; none: twice the native size")
     add_option(group, own["height"])
     add_option(group, own["seed"])
+    for name in ("image", "strength", "fit"):
+        add_option(group, own[name])
     group.add_argument(
         "--num-images", type=number(1, MAX_PICTURES), default=1, metavar="K", help="pictures, with seeds S, S+1, …"
     )

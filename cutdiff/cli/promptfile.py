@@ -17,7 +17,7 @@ from typing import Any, cast
 from cutdiff import specs
 from cutdiff.files import contents
 from cutdiff.options import nearest, options_of, read
-from cutdiff.settings import Settings
+from cutdiff.settings import PICTURES, Settings
 
 MAX_BYTES = 1 << 24
 """The size of the largest file that is read."""
@@ -127,7 +127,9 @@ def _with_options(text: str) -> tuple[str, dict[str, Any]]:
 def _read(name: str, text: str) -> Any:
     """The value of an option of the run; that of another option stays a text until its owner is known."""
     own = options_of(Settings)
-    return read(name, text, own[name].type) if name in own else specs.Text(text)
+    if name in PICTURES:
+        return text
+    return read(name, text, own[name].type) if name in own and name != "strength" else specs.Text(text)
 
 
 def _sampler(name: str) -> dict[str, str]:

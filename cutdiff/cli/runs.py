@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cutdiff import specs
 from cutdiff.cli.arguments import DEMO_PROMPT, MAX_PICTURES, BadArgument, errors_by_flag, flag_of
 from cutdiff.cli.promptfile import parse_line, read_lines
-from cutdiff.settings import Settings, left_to_model
+from cutdiff.settings import PICTURES, Settings, left_to_model
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
@@ -73,6 +73,8 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
         try:
             with errors_by_flag():
                 prompt, own = parse_line(line)
+            files = {name: own[name] for name in PICTURES if isinstance(own.get(name), str)}
+            own |= {name: args.prompts.parent / path for name, path in files.items()}
             requests.append(Request(prompt, _settings(prompt, args, own), number, own))
         except (ValueError, BadArgument) as error:
             bad.append(BadLine(args.prompts, number, error))
@@ -193,7 +195,7 @@ def _parsed(name: str, spec: Any) -> tuple[str, dict[str, Any]] | None:
 def _settings(prompt: str, args: argparse.Namespace, own: dict[str, Any]) -> Settings:
     """The options of the run from the arguments, replaced by those that a line has of its own, and checked."""
     options = {**args.options, **own}
-    for text in (prompt, *(value for value in options.values() if isinstance(value, str))):
+    for text in (prompt, *(v for name, v in options.items() if isinstance(v, str) and name not in PICTURES)):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise BadArgument(f"the prompt {text!r} is not valid UTF-8: check the terminal's encoding")
         if "\0" in text:

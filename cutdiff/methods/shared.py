@@ -16,6 +16,7 @@ from cutdiff.models.text import TextEncoders
 from cutdiff.options import Between, options_of
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws
+from cutdiff.sampling.fitted import Fitted
 from cutdiff.sampling.mean_picture import Weight
 from cutdiff.sampling.resize import Change, Resampling, renoise, resize, resize_pixels
 from cutdiff.sampling.schedules import Schedule
@@ -47,6 +48,8 @@ class Run:
     decode: Callable[..., Tensor]
     """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32, on the latents' device, as `cutdiff.decode`;
     with `clamp=False` also past 0 and 1, as the VAE gives them."""
+    image: Fitted | None = None
+    """The given picture: `image(size)` is it on a canvas of a size in latents, (B or 1, 3, H, W) in [0, 1]."""
 
     @property
     def num_steps(self) -> int:
@@ -62,6 +65,11 @@ class Run:
     def window(self) -> Size:
         """The size of a view: the native one, or the canvas where that is smaller."""
         return min(self.native_size, self.size[0]), min(self.native_size, self.size[1])
+
+    def given(self, size: Size) -> Tensor:
+        """The latents (B, C, h, w) of the given picture on a canvas of a size."""
+        assert self.image is not None
+        return self.encode(self.image(size)).expand(len(self.prompts), -1, -1, -1)
 
 
 class Kept:
@@ -81,8 +89,10 @@ class Method(Protocol):
     """A method as it is passed in; a plain function of a `Run` is one without options.
 
     Besides, a method may have `changes_network = True`, if it changes the inside of the U-Net, which a compiled one
-    would not see; `check_settings(settings)`, which raises ValueError where the options of a run do not suit it; and
-    `check_native(native_size)`, the same for the model's native size in latents.
+    would not see; `takes_picture = True`, if it goes on from a picture that it draws first, for which it takes a given
+    one by `first_picture`; `of_strength(share)`, a static function that gives those of its options, by name, which let
+    it draw on such a picture by a share of the steps; `check_settings(settings)`, which raises ValueError where the
+    options of a run do not suit it; and `check_native(native_size)`, the same for the model's native size in latents.
     """
 
     def stages(self, run: Run) -> Sequence[Stage | Phase]:

@@ -19,7 +19,8 @@ from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.models.editing import described as read_terms
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.schedules import Schedule
-from cutdiff.settings import VERSION, Settings
+from cutdiff.settings import LATER as LATER_OPTIONS
+from cutdiff.settings import PICTURES, VERSION, Settings
 from cutdiff.sources import source_hash
 from cutdiff.specs import described_options
 
@@ -121,7 +122,7 @@ def is_alike(record: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def changes(described: dict[str, Any], record: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """All that determines a picture and differs in the record of another, by its name there: (in the record, now)."""
-    known = {name: value for name, value in record.items() if name in described}
+    known = {name: value for name, value in record.items() if name in described or name in LATER_OPTIONS}
     now, then = comparable(described), comparable(known)
     return {name: (then.get(name), now.get(name)) for name in {**now, **then} if now.get(name) != then.get(name)}
 
@@ -149,6 +150,7 @@ def _determining(described: dict[str, Any]) -> dict[str, Any]:
     kept["model"] = {"sha256": model.get("sha256"), "loras": loras, "configuration": model.get("configuration")}
     if embeddings := model.get("embeddings"):
         kept["model"]["embeddings"] = [(embedding["sha256"], embedding["token"]) for embedding in embeddings]
+    kept |= {name: kept[name]["sha256"] for name in PICTURES if name in kept}
     kept["cutdiff"] = kept.pop("versions", {}).get("cutdiff")
     return json.loads(json.dumps(kept, default=str))
 

@@ -1,0 +1,203 @@
+"""Pictures that a run is given: checked whole where they are named, and read again where they are drawn from.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cutdiff.files import contents
+from cutdiff.options import short
+
+MAX_PIXELS = 1 << 27
+"""The most pixels of a picture, 11585 × 11585: in float32, as they are resized, 1.6 gigabytes."""
+MAX_BYTES = 1 << 30
+"""The size of the largest file of a picture that is read."""
+WIDE = ("PNG", "PPM")
+"""The formats whose "I", as some versions of Pillow call it, has 16 bits."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, or as many as there are prompts, all of one size, by their name and the hash of what is in them."""
+
+    option: str
+    """The option of the run that it is."""
+    name: str
+    """The name of its file, or "pixels"."""
+    sha256: str
+    """The hash of the bytes of its file, or of its pixels."""
+    width: int
+    height: int
+    count: int = 1
+    notices: tuple[str, ...] = field(default=(), compare=False)
+    """What a user should know of how it was read."""
+    source: Any = field(default=None, compare=False, repr=False)
+    """The path of its file, or its pixels."""
+
+    def pixels(self) -> np.ndarray:
+        """Its pixels (count, height, width, 3), float32 in [0, 1]. ValueError where its file has changed."""
+        if not isinstance(self.source, Path):
+            return self.source
+        pixels, sha256, _ = _of_file(self.option, self.source)
+        if sha256 != self.sha256:
+            raise ValueError(f"{self.option}={self.source} has changed since the run began: start again")
+        return pixels
+
+    def described(self) -> dict[str, str]:
+        """The picture as a record has it."""
+        return {"name": self.name, "sha256": self.sha256}
+
+
+def as_picture(option: str, value: Any) -> Picture | None:
+    """The picture that an option is given: a path, a PIL image, an array (H, W), (H, W, 3) or (B, H, W, 3), or a tensor
+    (3, H, W) or (B, 3, H, W), of 8 bits or floats in [0, 1]; None where that is None.
+
+    ValueError, which names option, value and remedy, where it is none, or one that cannot be read to its end.
+    """
+    if value is None or isinstance(value, Picture):
+        return value
+    if isinstance(value, str | os.PathLike):
+        path = Path(value)
+        pixels, sha256, notices = _of_file(option, path)
+        return _picture(option, path.name, sha256, pixels, notices, path)
+    pixels, notices = _of_object(option, value)
+    sha256 = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+    return _picture(option, "pixels", sha256, pixels, notices, pixels)
+
+
+def _picture(
+    option: str, name: str, sha256: str, pixels: np.ndarray, notices: list[str], source: Path | np.ndarray
+) -> Picture:
+    count, height, width, _ = pixels.shape
+    return Picture(option, name, sha256, width, height, count, tuple(notices), source)
+
+
+def _of_file(option: str, path: Path) -> tuple[np.ndarray, str, list[str]]:
+    """The pixels of a file (1, H, W, 3), the hash of its bytes, and notices."""
+    try:
+        data = contents(path, MAX_BYTES)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{option}={error}") from None
+    if not data:
+        raise ValueError(f"{option}={path} has 0 bytes: give a picture")
+    pixels, notices = _decoded(option, str(path), lambda: _opened(data))
+    return pixels, hashlib.sha256(data).hexdigest(), notices
+
+
+def _opened(data: bytes) -> Any:
+    """The first picture of a file, not yet decoded; its checksums are compared, which decoding alone does not."""
+    from PIL import Image
+
+    Image.open(BytesIO(data)).verify()
+    return Image.open(BytesIO(data))
+
+
+def _decoded(option: str, what: str, open_it: Callable[[], Any]) -> tuple[np.ndarray, list[str]]:
+    """The pixels (1, H, W, 3) of a PIL image, upright, and notices."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    notices: list[str] = []
+    said = f"{option}={what}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large pictures below its own limit, and of odd tags
+        try:
+            image = open_it()
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                notices.append(f"{said} holds {frames} pictures: the first is taken")
+            _check_size(said, image.width * image.height)
+            if image.format == "EPS":
+                raise _Refused(f"{said} is PostScript, which another program would draw: save it as a PNG")
+            image.load()
+            kind, wide = image.mode, image.format in WIDE
+            return _rgb(said, ImageOps.exif_transpose(image), kind, wide, notices), notices
+        except _Refused as error:
+            raise ValueError(str(error)) from None
+        except Image.DecompressionBombError as error:  # Pillow has a limit of its own, which is greater
+            digits = re.findall(r"\d{9,}", str(error))
+            raise ValueError(_too_large(said, digits[0] if digits else "too many")) from None
+        except UnidentifiedImageError:
+            raise ValueError(f"{said} has no format that is known here: give a PNG or a JPEG") from None
+        except Exception as error:  # Pillow lets its decoders raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{said} cannot be read to its end ({reason:.200}): save it anew") from None
+
+
+class _Refused(ValueError):
+    """An error whose message names its cause."""
+
+
+def _check_size(said: str, num_pixels: int) -> None:
+    if num_pixels > MAX_PIXELS:
+        raise _Refused(_too_large(said, num_pixels))
+    if not num_pixels:
+        raise _Refused(f"{said} has no pixels: give a picture")
+
+
+def _too_large(said: str, num_pixels: object) -> str:
+    return f"{said} has {num_pixels} pixels, more than MAX_PIXELS={MAX_PIXELS}, the most that are read: make it smaller"
+
+
+def _rgb(said: str, image: Any, kind: str, wide: bool, notices: list[str]) -> np.ndarray:
+    """The pixels (1, H, W, 3) of a PIL image of the mode `kind`."""
+    from PIL import Image
+
+    if kind.startswith("I;16") or (kind == "I" and wide):
+        gray = np.asarray(image, dtype=np.float32) / 65535
+        return np.repeat(gray[None, :, :, None], 3, axis=3)
+    try:
+        if "A" in kind or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            if rgba.getextrema()[3][0] < 255:
+                notices.append(f"{said} has transparent parts, which are laid on white")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        if kind in ("I", "F"):
+            raise ValueError
+        rgb = image.convert("RGB")
+    except ValueError:
+        raise _Refused(f"{said} has pixels of the mode {kind}: save it as RGB, of 8 or 16 bits") from None
+    return np.asarray(rgb, dtype=np.float32)[None] / 255
+
+
+def _of_object(option: str, value: Any) -> tuple[np.ndarray, list[str]]:
+    """The pixels (B, H, W, 3) of a PIL image, an array or a tensor, and notices."""
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        return _decoded(option, f"{type(value).__name__} of {value.size}", lambda: value.copy())
+    is_tensor = not isinstance(value, np.ndarray)
+    if is_tensor and not hasattr(value, "detach"):
+        raise ValueError(
+            f"{option}={short(value)} must be a file, a PIL image, an array (H, W, 3) or a tensor (3, H, W)"
+        )
+    array: Any = value
+    if is_tensor:
+        array = value.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+        array = np.moveaxis(array, -3, -1) if array.ndim > 2 else array
+    array = array[..., None] if array.ndim == 2 else array
+    array = array[None] if array.ndim == 3 else array
+    said = f"{option}={type(value).__name__} of {tuple(value.shape)}"
+    if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
+        raise ValueError(f"{said} must be {'(B, 3, H, W) or less' if is_tensor else '(B, H, W, 3) or less'}")
+    _check_size(said, array.shape[1] * array.shape[2])
+    pixels = np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:3], 3)), dtype=np.float32)
+    if array.dtype == np.uint8:
+        return pixels / 255, []
+    low, high = pixels.min(), pixels.max()
+    if array.dtype.kind not in "fb" or not (low >= 0 and high <= 1):  # NaN is not either
+        values = f"{value.dtype} from {low:g} to {high:g}"
+        raise ValueError(f"{said} holds {values}: give 8 bits, or floats in [0, 1]")
+    return pixels, []

@@ -1,0 +1,65 @@
+"""A given picture at the start of a run: a method that draws a native picture and goes on from it takes the given one
+in its place (upscale); of all others the last steps alone are taken, from the picture and noise (img2img)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from cutdiff.methods.shared import Run, step_at
+from cutdiff.sampling.resize import renoise
+from cutdiff.sampling.stages import CanvasDenoiser, Phase, Stage, standing
+
+
+class Given:
+    """A canvas denoiser that answers with the given picture on its run's canvas, whatever it is shown: any solver ends
+    with that. The network is not evaluated, but where a method `looks` into it."""
+
+    def __init__(self, run: Run, looks: CanvasDenoiser | None) -> None:
+        self.run, self.looks = run, looks
+        self.latents: Tensor | None = None
+
+    def __call__(self, latents: Tensor, sigma: float, step: int) -> Tensor:
+        if self.looks is not None:
+            self.looks(latents, sigma, step)
+        if self.latents is None:
+            self.latents = self.run.given(self.run.size)
+        return self.latents.to(latents)
+
+
+def first_picture(run: Run, denoise: CanvasDenoiser, *, looks: bool = False) -> CanvasDenoiser:
+    """The denoiser of the picture that a method goes on from, on the run's canvas: `denoise`, or where a picture is
+    given, `Given`, which calls `denoise` only if the method `looks` into the network there."""
+    return denoise if run.image is None else Given(run, denoise if looks else None)
+
+
+def drawn_on(run: Run, stages: Sequence[Stage | Phase], strength: float, scale: float) -> list[Stage | Phase]:
+    """The last steps of stages on one canvas, a share `strength` of them, rounded up, from the given picture and noise:
+    SDEdit (Meng et al. 2021, arXiv 2108.01073). `scale` is that of the noise which a run begins with at the first step.
+
+    ValueError where the stages draw a picture of another size first.
+    """
+    if any(isinstance(stage, Phase) or stage.size not in (None, run.size) for stage in stages):
+        raise ValueError(
+            "draws on several canvases and does not say how it takes an image: let it take run.image by "
+            "methods.picture.first_picture, with takes_picture = True"
+        )
+    first = run.num_steps - step_at(strength, run.num_steps)
+    kept = [from_step(stage, first) for stage in stages if isinstance(stage, Stage) and stage.steps.stop > first]
+    start, *others = kept
+    schedule, begins = standing(start, run.schedule)
+    sigma = schedule.sigmas[start.steps.start - begins]
+
+    def begin(x: Tensor) -> tuple[Tensor, Stage]:
+        return renoise(run.given(run.size).to(x), sigma, x / (scale if first == 0 else sigma)), start
+
+    return [Phase(start.steps, run.size, begin), *others]
+
+
+def from_step(stage: Stage, first: int) -> Stage:
+    """The stage without its steps before the step `first`."""
+    left_out = max(0, first - stage.steps.start)
+    sigmas, targets = (None if values is None else values[left_out:] for values in (stage.sigmas, stage.targets))
+    return replace(stage, steps=stage.steps[left_out:], sigmas=sigmas, targets=targets)
