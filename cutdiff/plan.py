@@ -19,6 +19,7 @@ from cutdiff.cli.arguments import (
     DTYPES,
     BadArgument,
     Parser,
+    add_controls,
     add_debug,
     add_how,
     add_option,
@@ -142,6 +143,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     picture, own = parser.add_argument_group("picture"), options_of(Settings)
     add_option(picture, own["width"], "in pixels; none: twice the native size")
     add_option(picture, own["height"])
+    add_controls(picture)
     parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: SDXL-base's sizes")
     parser.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="number format of the networks")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from cutdiff import specs
+from cutdiff.controlled import CONTROLS, read_controls
 from cutdiff.given import Picture, as_picture
 from cutdiff.options import Count, Options, Share, checked, options_of, read, short
 from cutdiff.sources import source_hash
@@ -25,7 +26,7 @@ PREFERENCES = ("num_steps", "guidance_scale", "solver", "schedule")
 """The options that a model may say a preference of."""
 PICTURES = ("image",)
 """The options that are pictures: a file, or what `given.as_picture` takes."""
-LATER = ("image", "strength", "fit")
+LATER = ("image", "strength", "fit", *CONTROLS)
 """The options that old records do not know, which no record names where they have their defaults."""
 STRENGTH = 0.5
 """The share of the steps that a picture is drawn on by, where nobody says."""
@@ -86,6 +87,15 @@ class Settings(Options):
     fit: Fit = "cover"
     """The way to the size where the image has another shape: "cover" crops it, "contain" goes on with its border,
     "stretch" stretches it."""
+    control: Any = None
+    """A ControlNet that guides by a hint, its file or folder, or several."""
+    control_image: Any = None
+    """The hint of the ControlNet of the same number, a picture of the size to be drawn, a file; it says the size where
+    width and height do not."""
+    control_scale: Any = None
+    """The factor of what a ControlNet adds, in 0 … 10, one for each; None: 1."""
+    control_interval: Any = None
+    """The shares of the steps between which a ControlNet counts, a pair for each; None: in all steps."""
     method: Any = "cutdiffusion"
     """A spec, a dataclass with `stages(run)`, or a function of a `Run` that returns its stages."""
     solver: Any = "euler"
@@ -116,6 +126,7 @@ class Settings(Options):
     def __init__(self, /, **options: Any) -> None:
         own = {field.name: options.pop(field.name, field.default) for field in fields(Settings)}
         own |= {name: as_picture(name, own[name]) for name in PICTURES}
+        own |= read_controls(own)
         self._give_strength(own, options)
         things = {kind: specs.resolve(kind, own[kind], options) for kind in TABLES}
         for kind, thing in things.items():
@@ -156,6 +167,8 @@ class Settings(Options):
         if self.image is not None and not getattr(self.method, "takes_picture", False):
             own["strength"] = self.img2img_strength
         own |= {name: picture.described() for name, picture in self.pictures().items()}
+        if self.control:
+            own["control_image"] = [hint.described() for hint in self.control_image]
         own = {name: value for name, value in own.items() if name not in LATER or value != getattr(Settings, name)}
         return {**own, **{kind: specs.spec_of(kind, getattr(self, kind)) for kind in TABLES}}
 
@@ -227,6 +240,8 @@ class Settings(Options):
         """Height and width in pixels; one that is not given is `usual`, or as the shape of the image has it, to whole
         latents, where then the longer one is `usual`."""
         height, width, image = self.height, self.width, self.image
+        if self.control and height is None and width is None:
+            return self.control_image[0].height, self.control_image[0].width
         if image is None or (height is not None and width is not None):
             return usual if height is None else height, usual if width is None else width
         share = image.height / image.width

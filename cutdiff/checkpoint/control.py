@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +17,8 @@ from cutdiff.checkpoint.families import family_of
 from cutdiff.checkpoint.folder import parse
 from cutdiff.checkpoint.infer import infer_control
 from cutdiff.checkpoint.keys import HINT, control_keys
-from cutdiff.checkpoint.locate import locate
-from cutdiff.checkpoint.model import Model
+from cutdiff.checkpoint.locate import locate, name_of
+from cutdiff.checkpoint.model import Model, sha256
 from cutdiff.checkpoint.read import find_weights
 from cutdiff.checkpoint.save import write_network
 from cutdiff.checkpoint.weights import read_weights
@@ -66,10 +68,34 @@ def load_control(path: str | Path, model: Model) -> ControlNet:
     return network
 
 
+def control_of(model: Model, path: str) -> ControlNet:
+    """`load_control`, which is done once for a model and a file that does not change."""
+    key = path, model.device, model.dtype, *map(_stamp, weight_files(path))
+    if key not in model.controls:
+        model.controls[key] = load_control(path, model)
+    return model.controls[key]
+
+
+def described(path: str) -> dict[str, Any]:
+    """A ControlNet as a record has it: its name, and the SHA-256 of its weight files."""
+    return {"name": name_of(path), "sha256": [_hash(file, _stamp(file)) for file in weight_files(path)]}
+
+
 def weight_files(path: str | Path) -> list[Path]:
     """The files that hold the weights of the ControlNet at a path."""
     source = locate(path, "control")
     return find_weights(source, "diffusion_pytorch_model") if source.is_dir() else [source]
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What changes when a file is written anew."""
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache
+def _hash(file: Path, stamp: tuple[int, ...]) -> str:
+    return sha256(file)
 
 
 def save_control(path: Path, network: ControlNet) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cutdiff import specs
 from cutdiff.cli.arguments import DEMO_PROMPT, MAX_PICTURES, BadArgument, errors_by_flag, flag_of
 from cutdiff.cli.promptfile import parse_line, read_lines
+from cutdiff.controlled import FILES
 from cutdiff.settings import PICTURES, Settings, left_to_model
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
         try:
             with errors_by_flag():
                 prompt, own = parse_line(line)
-            files = {name: own[name] for name in PICTURES if isinstance(own.get(name), str)}
-            own |= {name: args.prompts.parent / path for name, path in files.items()}
+            own |= {name: _beside(args.prompts, own[name]) for name in (*PICTURES, *FILES) if name in own}
             requests.append(Request(prompt, _settings(prompt, args, own), number, own))
         except (ValueError, BadArgument) as error:
             bad.append(BadLine(args.prompts, number, error))
@@ -190,6 +190,13 @@ def _parsed(name: str, spec: Any) -> tuple[str, dict[str, Any]] | None:
         return specs.parse(name, spec) if isinstance(spec, str) else None
     except ValueError:
         return None
+
+
+def _beside(file: Path, names: Any) -> Any:
+    """The paths of files whose names, one or a list, stand in a file of prompts."""
+    if isinstance(names, list):
+        return [_beside(file, name) for name in names]
+    return file.parent / names if isinstance(names, str) else names
 
 
 def _settings(prompt: str, args: argparse.Namespace, own: dict[str, Any]) -> Settings:

@@ -29,8 +29,9 @@ from cutdiff.models.text import TextStates
 from cutdiff.models.unet import Transformer, TransformerBlock, UNet
 from cutdiff.models.vae import VAE
 from cutdiff.parallel.ranks import Ranks
-from cutdiff.pipeline import Prepared, prepare
+from cutdiff.pipeline import Prepared, canvas_and_schedule, prepare
 from cutdiff.planning.meter import Meter, Usage
+from cutdiff.sampling.controls import Hint
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.noise import NoiseConfig
@@ -86,6 +87,7 @@ def walk(model: Model, settings: Settings, devices: int = 1, memory: float = mat
     predictions. A single item is evaluated even if memory does not suffice. ValueError if the model cannot draw the
     picture.
     """
+    canvas_and_schedule(model, settings)  # which reads the ControlNets
     meter, weights = Meter(), weight_bytes(model)
     ranks = CountingRanks(devices - 1, devices)  # no rank has more to do than the last one
 
@@ -202,6 +204,14 @@ class Rank(Denoiser):
         self.predictions(rows, inputs, canvas.new_empty(len(inputs), 6))
         return torch.empty_like(canvas)
 
+    def with_hints(self, rows: Rows, canvas: Tensor) -> Rows:
+        items, size = items_of(rows.operator, canvas)
+        hints = []
+        for control in (control for control in self.controls if control.is_on(rows.sigma)):
+            sides = (side * control.network.control.factor for side in size)
+            hints.append(Hint(control, canvas.new_empty(items, 3, *sides, dtype=self.unet.conv_in.weight.dtype)))
+        return rows._replace(hints=tuple(hints))
+
     def predict(self, rows: Rows, inputs: Tensor, size_ids: Tensor) -> Tensor:
         self.trial.copies = rows.copies
         self.trial.by_row.clear()  # another step, or another estimate of it, may meet another network
@@ -308,8 +318,9 @@ def _decoded(vae: VAE, size: Size, *, banded: bool | None = None) -> Usage:
 
 
 def weight_bytes(model: Model) -> int:
-    """The bytes of the weights of all networks of a model."""
-    return sum(_bytes(network) for network in (model.unet, model.vae, *model.text.encoders))
+    """The bytes of the weights of all networks of a model, those of ControlNets too that were read for it."""
+    networks = (model.unet, model.vae, *model.text.encoders, *model.controls.values())
+    return sum(_bytes(network) for network in networks)
 
 
 def _bytes(network: nn.Module) -> int:

@@ -295,6 +295,11 @@ class Denoiser:
     def with_hints(self, rows: Rows, canvas: Tensor) -> Rows:
         """The rows with the hints of those controls that count at their sigma, gathered as they are from the canvas."""
         controls = [control for control in self.controls if control.is_on(rows.sigma)]
+        if controls and len(canvas) != rows.num_images:
+            raise ValueError(
+                f"a ControlNet has hints of whole canvases, and {len(canvas)} items of {rows.num_images} images have "
+                "none: let `through` gather them by an operator"
+            )
         return rows._replace(hints=tuple(each.gathered(rows.operator, canvas, self.backend) for each in controls))
 
     def run(self, inputs: Inputs) -> Tensor:
