@@ -27,9 +27,8 @@ def read_controls(own: dict[str, Any]) -> dict[str, Any]:
     files, hints, scales, intervals = (_several(name, own[name]) for name in CONTROLS)
     if not files:
         if extra := next((name for name in CONTROLS if own[name] is not None), None):
-            raise ValueError(
-                f"{extra}={short(own[extra])} goes with control, and none is given: give one, or leave it out"
-            )
+            value = ", ".join(map(short, _several(extra, own[extra])))
+            raise ValueError(f"{extra}={value} goes with control, and none is given: give one, or leave it out")
         return dict.fromkeys(CONTROLS)
     for file in files:
         if not isinstance(file, str | os.PathLike) or not os.fspath(file):

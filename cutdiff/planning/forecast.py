@@ -136,7 +136,12 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
     for step in stage.steps:
         sigmas = [schedule.sigmas[step - first], *_further(take, x, step - first)]
         rows = tuple(
-            (denoiser.guided(sigma), denoiser.copies_at(sigma, step), bool(denoiser.change_scale_at(sigma, step)))
+            (
+                denoiser.guided(sigma),
+                denoiser.copies_at(sigma, step),
+                bool(denoiser.change_scale_at(sigma, step)),
+                denoiser.controls_at(sigma),
+            )
             for sigma in sigmas
         )
         kind = stage.cost and stage.cost(step), rows
@@ -207,7 +212,7 @@ class Rank(Denoiser):
     def with_hints(self, rows: Rows, canvas: Tensor) -> Rows:
         items, size = items_of(rows.operator, canvas)
         hints = []
-        for control in (control for control in self.controls if control.is_on(rows.sigma)):
+        for control in self.controls_at(rows.sigma):
             sides = (side * control.network.control.factor for side in size)
             hints.append(Hint(control, canvas.new_empty(items, 3, *sides, dtype=self.unet.conv_in.weight.dtype)))
         return rows._replace(hints=tuple(hints))
@@ -235,7 +240,7 @@ class Rank(Denoiser):
     def _by_row(self, inputs: Inputs) -> Usage:
         """The usage of one row. A plain network is tried once a step, and a method's own network in every call."""
         x, _, context, _, _, *hints = inputs
-        kind = (x.shape[1:], type(context), len(hints))
+        kind = (x.shape[1:], type(context), *(hint.control for hint in hints))
         if self.network is not None or kind not in self.trial.by_row:
             usage = self.meter.aside(lambda: self.run(inputs))
             self.trial.by_row[kind] = Usage(usage.flops // len(x), math.ceil(usage.peak_bytes / len(x)))

@@ -23,7 +23,7 @@ from cutdiff.sampling.operators import Operator, Patches
 from cutdiff.sampling.resize import resize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Control:
     """A ControlNet, its hint, and when and how strongly it counts."""
 

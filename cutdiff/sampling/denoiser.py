@@ -292,9 +292,13 @@ class Denoiser:
         self.work.reads_negative |= copies > len(text.terms)
         return Rows(step, sigma, operator, copies, is_guided, text, num_images)
 
+    def controls_at(self, sigma: float) -> tuple[Control, ...]:
+        """The controls that count at a sigma."""
+        return tuple(control for control in self.controls if control.is_on(sigma))
+
     def with_hints(self, rows: Rows, canvas: Tensor) -> Rows:
         """The rows with the hints of those controls that count at their sigma, gathered as they are from the canvas."""
-        controls = [control for control in self.controls if control.is_on(rows.sigma)]
+        controls = self.controls_at(rows.sigma)
         if controls and len(canvas) != rows.num_images:
             raise ValueError(
                 f"a ControlNet has hints of whole canvases, and {len(canvas)} items of {rows.num_images} images have "
