@@ -193,7 +193,7 @@ def _of_object(option: str, value: Any) -> tuple[np.ndarray, list[str]]:
     if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
         raise ValueError(f"{said} must be {'(B, 3, H, W) or less' if is_tensor else '(B, H, W, 3) or less'}")
     _check_size(said, array.shape[1] * array.shape[2])
-    pixels = np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:3], 3)), dtype=np.float32)
+    pixels = np.array(np.broadcast_to(array, (*array.shape[:3], 3)), dtype=np.float32, order="C")
     if array.dtype == np.uint8:
         return pixels / 255, []
     low, high = pixels.min(), pixels.max()

@@ -18,7 +18,7 @@ from cutdiff.cli.drawing import draw_all, leave_out, tell
 from cutdiff.cli.ending import Failure, exit_status
 from cutdiff.cli.output import check_output
 from cutdiff.cli.promptloras import take_loras
-from cutdiff.cli.runs import BadLine, check_fit, plan_pictures, read_requests, take_preferred
+from cutdiff.cli.runs import BadLine, Request, check_fit, plan_pictures, read_requests, take_preferred
 from cutdiff.parallel import stopping
 from cutdiff.parallel.process import alike, num_processes, process
 
@@ -52,6 +52,7 @@ def _run(argv: list[str] | None) -> None:
             model = _load(args)
             tell_dtype(args.dtype, model.device, model.dtype)
             _tell_model(model, everything=args.verbose)
+            _tell_notices(requests)
             requests, taken = take_preferred(model, args, requests)
             requests, unfit = check_fit(model, args, requests)
             _leave_out(args, unfit, everything=not requests)
@@ -69,11 +70,19 @@ def _run(argv: list[str] | None) -> None:
         failed, blank = draw_all(model, args, pictures, launch)
     with alike():
         lines = sorted({*(error.line for error in (*bad, *unfit)), *failed})
-        ends = [f"{args.prompts}, left out: {_listed(lines)}; correct these lines and start again"] * bool(lines)
+        ends = [_left_out(args, lines)] * bool(lines)
         if blank:
             ends.append(f"one value throughout: {_listed(blank)}; --check-weights would find zeros in the weights")
         if ends:
             raise Failure("; ".join(ends))
+
+
+def _left_out(args: argparse.Namespace, lines: list[int]) -> str:
+    """The last message on lines, or given pictures, that were not drawn."""
+    if args.images is None:
+        return f"{args.prompts}, left out: {_listed(lines)}; correct these lines and start again"
+    names = [args.files[line - 1].name for line in lines]
+    return f"{args.images}, left out: {_listed(names)}; replace these pictures and start again"
 
 
 def _listed(things: Sequence[object]) -> str:
@@ -97,6 +106,14 @@ def _leave_out(args: argparse.Namespace, bad: list[BadLine], *, everything: bool
     for error in bad:
         if process() == 0:
             leave_out(args, error)
+
+
+def _tell_notices(requests: list[Request]) -> None:
+    """Tell, each once, how given pictures were read where that may not be what was meant."""
+    pictures = (picture for request in requests for picture in request.settings.pictures().values())
+    for notice in dict.fromkeys(notice for picture in pictures for notice in picture.notices):
+        if process() == 0:
+            tell(str(of_flag(ValueError(notice))))
 
 
 def _load(args: argparse.Namespace) -> Model:

@@ -156,6 +156,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_run(argv)
     if args.prompt is not None and args.prompts is not None:
         raise BadArgument(f"--prompts {args.prompts} takes the place of PROMPT {args.prompt!r}: give one of them")
+    for name in ("image", "prompts"):
+        other = args.options.get(name) if name == "image" else args.prompts
+        if args.images is not None and other is not None:
+            raise BadArgument(f"--images {args.images} takes the place of --{name} {other}: give one of them")
     return args
 
 
@@ -299,7 +303,11 @@ def _add_prompt(group: Group) -> None:
     add_option(group, own["width"], "in pixels; none: twice the native size")
     add_option(group, own["height"])
     add_option(group, own["seed"])
-    for name in ("image", "strength", "fit"):
+    add_option(group, own["image"], "the picture to start from; without PROMPT, the prompt is then empty")
+    group.add_argument(
+        "--images", type=Path, metavar="DIR", help="in the place of --image, a picture for each one in a folder"
+    )
+    for name in ("strength", "fit"):
         add_option(group, own[name])
     add_controls(group)
     group.add_argument(

@@ -53,7 +53,7 @@ def draw_all(
                     raise
                 bad_lines.add(picture.line)
                 if launch.group.leads:
-                    leave_out(args, BadLine(args.prompts, picture.line, error))
+                    leave_out(args, BadLine(args, picture.line, error))
                     launch.failed(picture.line)
                     progress.end()
                 continue
@@ -72,8 +72,8 @@ def draw_all(
 
 
 def leave_out(args: argparse.Namespace, error: BadLine) -> None:
-    """Tell of a line of the file of prompts that cannot be drawn."""
-    tell(f"{error}; the other lines are drawn")
+    """Tell of a line of the file of prompts, or of a given picture, that cannot be drawn."""
+    tell(f"{error}; the other {'pictures' if args.images else 'lines'} are drawn")
     if args.log_json:
         print_line(json.dumps({"line": error.line, "state": "left out", "error": shown(str(error))}))
 

@@ -35,7 +35,7 @@ def take_loras(args: argparse.Namespace, requests: list[Request]) -> tuple[list[
         except BadArgument as error:
             if not request.line:
                 raise
-            bad.append(BadLine(args.prompts, request.line, error))
+            bad.append(BadLine(args, request.line, error))
             continue
         first = files
         taken.append(request._replace(prompt=prompt))

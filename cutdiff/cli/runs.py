@@ -1,7 +1,8 @@
 """The pictures that a command line asks for, their names, and which of them exist already.
 
-The pictures of --prompts or --num-images are a set: each is named by its line, method, size and seed and is finished or
-absent, and a name that another picture has is an error. If PROMPT alone is drawn, a number is added to such a name.
+The pictures of --prompts, --images or --num-images are a set: each is named by its line or given picture, method, size
+and seed and is finished or absent, and a name that another picture has is an error. If PROMPT alone is drawn, a number
+is added to such a name.
 torch is imported only by functions that are given a model, so that --help answers at once.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,12 +29,13 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """A prompt and the options of its pictures."""
+    """A prompt and the options of its pictures: one of the command line, of a line of a file, or for a given picture of
+    a folder."""
 
     prompt: str
     settings: Settings
     line: int = 0
-    """The number of its line in the file of prompts, counted from 1; 0 if there is no file."""
+    """The number of its line, or of its given picture, counted from 1; 0 if there is neither file nor folder."""
     own: Mapping[str, Any] = MappingProxyType({})
     """The options that its line has of its own."""
 
@@ -49,18 +52,22 @@ class Picture:
 
 
 class BadLine(BadArgument):
-    """A line of the file of prompts that cannot be drawn."""
+    """A line of the file of prompts, or a given picture of the folder, that cannot be drawn."""
 
-    def __init__(self, file: Path, line: int, error: Exception) -> None:
-        super().__init__(f"{file}, line {line}: {error}")
+    def __init__(self, args: argparse.Namespace, line: int, error: Exception) -> None:
+        super().__init__(str(error) if args.images else f"{args.prompts}, line {line}: {error}")
         self.line = line
 
 
 def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine]]:
-    """The prompt of the command line or those of the file, each checked, and the lines that cannot be drawn."""
+    """The prompt of the command line, or those of the file, or that for each picture of the folder, each checked, and
+    those that cannot be drawn."""
     if args.prompts is None:
-        prompt = DEMO_PROMPT if args.prompt is None else args.prompt
-        return [Request(prompt, _settings(prompt, args, {}))], []
+        usual = "" if args.images is not None or "image" in args.options else DEMO_PROMPT
+        prompt = usual if args.prompt is None else args.prompt
+        if args.images is None:
+            return [Request(prompt, _settings(prompt, args, {}))], []
+        return _of_pictures(args, prompt)
     try:
         lines = read_lines(args.prompts)
     except (FileNotFoundError, ValueError) as error:
@@ -77,8 +84,42 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
             own |= {name: _beside(args.prompts, own[name]) for name in (*PICTURES, *FILES) if name in own}
             requests.append(Request(prompt, _settings(prompt, args, own), number, own))
         except (ValueError, BadArgument) as error:
-            bad.append(BadLine(args.prompts, number, error))
+            bad.append(BadLine(args, number, error))
     return requests, bad
+
+
+def _of_pictures(args: argparse.Namespace, prompt: str) -> tuple[list[Request], list[BadLine]]:
+    """A request for each picture of the folder --images, and those that cannot be read. Of the arguments, `files` are
+    then these pictures, and `labels` what the names of drawn ones begin with: the ending too where it tells two apart.
+    """
+    args.files = picture_files(args.images)
+    if (num := len(args.files) * args.num_images) > MAX_PICTURES:
+        raise BadArgument(f"--images {args.images} asks for {num} pictures, more than {MAX_PICTURES}: divide it")
+    stems = Counter(path.stem for path in args.files)
+    args.labels = [path.stem if stems[path.stem] == 1 else path.name for path in args.files]
+    requests, bad = [], []
+    for number, path in enumerate(args.files, 1):
+        own = {"image": path}
+        try:
+            requests.append(Request(prompt, _settings(prompt, args, own), number, own))
+        except BadArgument as error:
+            bad.append(BadLine(args, number, error))
+    return requests, bad
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The files of a folder that have the ending of a picture, by name. BadArgument where there is none."""
+    from PIL import Image
+
+    try:
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise BadArgument(f"--images {folder} cannot be read ({error.strerror}): give a folder of pictures") from None
+    known = Image.registered_extensions()
+    files = [path for path in files if path.suffix.lower() in known and not path.is_dir()]
+    if not files:
+        raise BadArgument(f"--images {folder} holds no file with the ending of a picture, such as .png: give another")
+    return files
 
 
 def take_preferred(
@@ -108,7 +149,7 @@ def check_fit(model: Model, args: argparse.Namespace, requests: list[Request]) -
         except BadArgument as error:
             if not request.line:
                 raise
-            bad.append(BadLine(args.prompts, request.line, error))
+            bad.append(BadLine(args, request.line, error))
     return fit, bad
 
 
@@ -123,7 +164,7 @@ def plan_pictures(model: Model, args: argparse.Namespace, requests: list[Request
 
 def is_set(args: argparse.Namespace) -> bool:
     """True if the pictures belong together, so that each keeps its name."""
-    return args.prompts is not None or args.num_images > 1
+    return args.prompts is not None or args.images is not None or args.num_images > 1
 
 
 def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed: int) -> Picture:
@@ -136,7 +177,8 @@ def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed
     settings = replace(request.settings, seed=seed)
     height, width = (side * model.factor for side in settings.canvas_size(model.native_size, model.factor))
     stem = f"{settings.method_name}-{width}x{height}-seed{seed}"
-    stem = f"{request.line:04}-{stem}" if request.line else stem
+    if request.line:
+        stem = f"{request.line:04}-{stem}" if args.images is None else f"{args.labels[request.line - 1]}-{stem}"
     picture = Picture(request.prompt, settings, request.line, args.out / f"{stem}.png", finished=False)
     if not picture.path.exists():
         return picture

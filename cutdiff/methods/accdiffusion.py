@@ -14,6 +14,7 @@ Where it is not followed:
 - It prompts with the pieces of a word of several tokens; here the word stays whole, and keeps its weight.
 - It swaps the sides of maps that are not square; here they are read as they lie.
 - It makes prompts only where the last timestep of the first phase is 1; here always.
+- It takes no given picture; here the network reads such a one at every step, noised, for the maps.
 - It lets the patches of one view batch exchange pixels; here all do. It moves each channel of a pixel by itself, which
   is `interaction="channel"`.
 The head of `demofusion` on the network's input, padding, moments and sizes holds here too.
@@ -71,6 +72,7 @@ class AccDiffusion(Cascade):
             lambda first: record(self.on_whole, first, maps),
             lambda phase, steps: self.on_prompted_views(phase, steps.start, maps),
             self.interaction,
+            looks=lambda step: True,
         )
 
     def on_prompted_views(self, run: Run, step: int, maps: WordMaps) -> CanvasDenoiser:

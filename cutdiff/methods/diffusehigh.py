@@ -17,16 +17,18 @@ Where it is not followed:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from cutdiff.methods.picture import canvases, first_picture
 from cutdiff.methods.shared import Run, Space, Stages, phase_sizes, step_at, with_guidance_scale
 from cutdiff.options import Between, Options, Scale, Share
 from cutdiff.sampling.resize import renoise, resize
 from cutdiff.sampling.split import Gaussian, Split, sharpened
 from cutdiff.sampling.stages import CanvasDenoiser, Phase, Size, Stage
+from cutdiff.settings import Settings
 from cutdiff.specs import part, resolve
 
 Deviation = Annotated[float, Between(0.01, 1000)]
@@ -35,6 +37,8 @@ Deviation = Annotated[float, Between(0.01, 1000)]
 @dataclass(frozen=True, kw_only=True)
 class DiffuseHigh(Options):
     """All steps on the native picture, then the last ones on every larger canvas."""
+
+    takes_picture: ClassVar[bool] = True
 
     factors: tuple[Annotated[float, Between(1)], ...] | None = None
     """The longer sides of the canvases on the way, in native ones. None: 1.5 up to twice that, else 2, 3, …"""
@@ -63,15 +67,22 @@ class DiffuseHigh(Options):
         super().__post_init__()
         object.__setattr__(self, "held_band", part("split", "held_band", self.held_band))
 
+    def check_settings(self, settings: Settings) -> None:
+        """ValueError where a given picture is to be a square first."""
+        if settings.image is not None and self.native_shape == "square":
+            raise ValueError("native_shape='square' is of a picture that is drawn, and an image is given: leave it out")
+
     def stages(self, run: Run) -> Stages:
         usual = (1.5,) if max(run.size) <= 2 * run.native_size else None
-        first, *larger = phase_sizes(run.size, run.native_size, usual if self.factors is None else self.factors)
+        native, *_ = phase_sizes(run.size, run.native_size)
+        first, larger = canvases(run, usual if self.factors is None else self.factors)
         if larger and self.native_shape == "square":
-            first = (run.native_size, run.native_size)
-        stages: Stages = [Stage("phase 1", range(run.num_steps), self.on_whole(run, first), first)]
+            native = first = (run.native_size, run.native_size)
+        denoise = first_picture(replace(run, size=first), self.on_whole(run, native))
+        stages: Stages = [Stage("phase 1", range(run.num_steps), denoise, first)]
         if getattr(run.denoiser.guidance, "guidance_scale", None) != 1:
             run = with_guidance_scale(run, self.detail_guidance_scale)
-        return stages + [self.phase(replace(run, size=size), i, first) for i, size in enumerate(larger, start=2)]
+        return stages + [self.phase(replace(run, size=size), number, native) for number, size in larger]
 
     def phase(self, run: Run, number: int, native: Size) -> Phase:
         """Phase `number`, counted from 1, on the run's canvas; the first one's has `native` latents."""

@@ -29,7 +29,8 @@ from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
-from cutdiff.methods.shared import Run, Stages, enlarge, phase_sizes, scalable, step_at
+from cutdiff.methods.picture import canvases, first_picture
+from cutdiff.methods.shared import Run, Stages, enlarge, scalable, step_at
 from cutdiff.options import Between, Count, Options, Scale, Share
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.guidance import ByBand
@@ -48,6 +49,7 @@ class FreCaS(Options):
     """Stages of growing size whose steps are num_steps in all; direct inference where the canvas is not past native."""
 
     changes_network: ClassVar[bool] = True
+    takes_picture: ClassVar[bool] = True
 
     sizes: tuple[tuple[Count, Count], ...] | None = None
     """The canvases (h, w) before the last, in latents; None: of native size, doubled until the next is the last."""
@@ -68,8 +70,10 @@ class FreCaS(Options):
     """The sizes that the network is told: "native", the square that it knows, or "stage", those of the canvas."""
 
     def stages(self, run: Run) -> Stages:
-        sizes = phase_sizes(run.size, run.native_size, DOUBLED) if self.sizes is None else [*self.sizes, run.size]
-        if any(small == large or small[0] > large[0] or small[1] > large[1] for small, large in pairwise(sizes)):
+        first, larger = canvases(run, DOUBLED)
+        sizes = [first, *(size for _, size in larger)] if self.sizes is None else [*self.sizes, run.size]
+        shrinks = any(small == large or small[0] > large[0] or small[1] > large[1] for small, large in pairwise(sizes))
+        if shrinks and not (self.sizes is None and run.image is not None):  # a given picture may be as large
             raise ValueError(f"sizes={self.sizes} must grow from stage to stage, to the canvas of {run.size} latents")
         later, noise = len(sizes) - 1, run.schedule.noise
         if not later:
@@ -117,7 +121,8 @@ class FreCaS(Options):
             else:
                 x = enlarge(run, x, "pixels", "nearest", noise=run.draws.encoder_noise(shape, k + 1).to(x))
                 x = renoise(x, high, run.draws.phase_noise(shape, k + 1).to(x))
-            stage = Stage(f"stage {k + 1}", steps, denoise, run.size, sigmas=part.sigmas, cost=steps[-1].__eq__)
+            own = denoise if k else first_picture(run, denoise, lambda step: step == steps[-1] and self.map_weight > 0)
+            stage = Stage(f"stage {k + 1}", steps, own, run.size, sigmas=part.sigmas, cost=steps[-1].__eq__)
             return x, replace(stage, targets=part.targets)
 
         return Phase(steps, run.size, begin)

@@ -29,6 +29,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from cutdiff.methods.picture import canvases, first_picture
 from cutdiff.methods.shared import Power, Run, Stages, enlarge, phase_sizes, skip_residual, step_at
 from cutdiff.models.dilated import dilated
 from cutdiff.models.fused_scales import Fusion, Windows, fused_scales, on_map
@@ -46,6 +47,7 @@ class FreeScale(Options):
     """All steps on the native picture, then the last ones at each larger size."""
 
     changes_network: ClassVar[bool] = True
+    takes_picture: ClassVar[bool] = True
 
     factors: tuple[Annotated[float, Between(1)], ...] | None = None
     """The sizes between native and the picture's, in native ones; None: 2, 4, 8 and so on."""
@@ -69,9 +71,11 @@ class FreeScale(Options):
 
     def stages(self, run: Run) -> Stages:
         between = [2.0**k for k in range(1, 32)] if self.factors is None else self.factors
-        native, *larger = phase_sizes(run.size, run.native_size, between)
-        start = Stage("phase 1", range(run.num_steps), run.denoiser, native)
-        return [start, *(self.phase(replace(run, size=size), n, native) for n, size in enumerate(larger, start=2))]
+        native, *_ = phase_sizes(run.size, run.native_size)
+        first, larger = canvases(run, between)
+        denoise = first_picture(replace(run, size=first), run.denoiser)
+        start = Stage("phase 1", range(run.num_steps), denoise, first)
+        return [start, *(self.phase(replace(run, size=size), n, native) for n, size in larger)]
 
     def phase(self, run: Run, number: int, native: Size) -> Phase:
         """Phase `number`, counted from 1, on the canvas of `run`; `native` is that of the first."""

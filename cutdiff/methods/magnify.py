@@ -23,11 +23,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from cutdiff.methods.shared import Run, Space, Stages, enlarge, fade, falling, phase_sizes, step_at, with_guidance_scale
+from cutdiff.methods.picture import canvases, first_picture
+from cutdiff.methods.shared import Run, Space, Stages, enlarge, fade, falling, step_at, with_guidance_scale
 from cutdiff.methods.tiled import Tiled
 from cutdiff.options import Between, Scale, Share
 from cutdiff.sampling.resize import renoise, resize
@@ -41,6 +42,8 @@ from cutdiff.specs import part, resolve
 class Magnify(Tiled):
     """All steps on the native picture, then on each larger canvas the steps from structure_fraction · num_steps on, at
     least the last one."""
+
+    takes_picture: ClassVar[bool] = True
 
     structure_fraction: Share = 0.3
     """The share of the steps, rounded up, that the details leave out: measured in notebooks/better.ipynb."""
@@ -76,9 +79,16 @@ class Magnify(Tiled):
             if (value := getattr(self, name)) and self.enlarged_in != "pixels":
                 raise ValueError(f"{name}={value} is of pixels: give enlarged_in='pixels', or {name}=0")
 
+    @staticmethod
+    def of_strength(share: float) -> dict[str, Any]:
+        """The options that let the details take a share of the steps."""
+        return {"structure_fraction": 1 - share}
+
     def stages(self, run: Run) -> Stages:
         native, *larger = self.sizes(run)
-        before = Trajectory(self.on_whole(replace(run, size=native)), run.num_steps, self.hold == "trajectory")
+        on_native = replace(run, size=native)
+        denoise = first_picture(on_native, self.on_whole(on_native))
+        before = Trajectory(denoise, run.num_steps, self.hold == "trajectory")
         stages: Stages = [Stage("structure", range(run.num_steps), before, native)]
         first = min(step_at(self.structure_fraction, run.num_steps), run.num_steps - 1)
         for number, size in enumerate(larger, 1):
@@ -91,10 +101,12 @@ class Magnify(Tiled):
         return stages
 
     def sizes(self, run: Run) -> list[Size]:
-        """The canvases, from the native one on."""
-        scale = max(run.size) / run.native_size
-        count = 1 if self.growth is None else math.ceil(round(math.log(max(scale, 1), self.growth), 9))
-        return phase_sizes(run.size, run.native_size, [scale ** (i / count) for i in range(1, count)])
+        """The canvases, from the native one or the given picture's own on."""
+        first, _ = canvases(run, ())
+        start, scale = max(first) / run.native_size, max(run.size) / max(first)
+        count = 1 if self.growth is None else math.ceil(round(math.log(scale, self.growth), 9))
+        _, larger = canvases(run, [start * scale ** (i / count) for i in range(1, count)])
+        return [first, *(size for _, size in larger)]
 
     def enlarged(self, run: Run, name: str, steps: range, before: Trajectory, views: Trajectory) -> Phase:
         """Details on the run's canvas, from what the stage of the denoiser `before` ended with."""
@@ -103,7 +115,7 @@ class Magnify(Tiled):
         def begin(picture: Tensor) -> tuple[Tensor, Stage]:
             width = max(large / small for large, small in zip(run.size, picture.shape[2:], strict=True))
             sharpen = partial(sharpened, amount=self.sharpness, split=Gaussian(width))
-            change = sharpen if self.sharpness and number == 1 else None
+            change = sharpen if self.sharpness and number == 1 and width > 1 else None
             guide = enlarge(run, picture, self.enlarged_in, change=change, corrections=self.corrections)
             sigma = run.schedule.sigmas[steps.start % run.num_steps]
             x = renoise(guide, sigma, run.draws.phase_noise(tuple(guide.shape), number + 1).to(guide))

@@ -3,36 +3,54 @@ in its place (upscale); of all others the last steps alone are taken, from the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from cutdiff.methods.shared import Run, step_at
+from cutdiff.methods.shared import Run, phase_sizes, step_at
 from cutdiff.sampling.resize import renoise
-from cutdiff.sampling.stages import CanvasDenoiser, Phase, Stage, standing
+from cutdiff.sampling.stages import CanvasDenoiser, Phase, Size, Stage, standing
 
 
 class Given:
-    """A canvas denoiser that answers with the given picture on its run's canvas, whatever it is shown: any solver ends
-    with that. The network is not evaluated, but where a method `looks` into it."""
+    """A canvas denoiser that answers with the given picture on its run's canvas, whatever it is shown, so that any
+    solver ends with that. `looks(step)` tells whether `denoise` is asked all the same, for what a method reads in the
+    network."""
 
-    def __init__(self, run: Run, looks: CanvasDenoiser | None) -> None:
-        self.run, self.looks = run, looks
+    def __init__(self, run: Run, denoise: CanvasDenoiser, looks: Callable[[int], bool]) -> None:
+        self.run, self.denoise, self.looks = run, denoise, looks
         self.latents: Tensor | None = None
 
     def __call__(self, latents: Tensor, sigma: float, step: int) -> Tensor:
-        if self.looks is not None:
-            self.looks(latents, sigma, step)
+        if self.looks(step):
+            self.denoise(latents, sigma, step)
         if self.latents is None:
-            self.latents = self.run.given(self.run.size)
-        return self.latents.to(latents)
+            self.latents = self.run.given(self.run.size).to(latents)
+        return self.latents
 
 
-def first_picture(run: Run, denoise: CanvasDenoiser, *, looks: bool = False) -> CanvasDenoiser:
-    """The denoiser of the picture that a method goes on from, on the run's canvas: `denoise`, or where a picture is
-    given, `Given`, which calls `denoise` only if the method `looks` into the network there."""
-    return denoise if run.image is None else Given(run, denoise if looks else None)
+def first_picture(
+    run: Run, denoise: CanvasDenoiser, looks: Callable[[int], bool] = lambda step: False
+) -> CanvasDenoiser:
+    """The denoiser of the picture, on the run's canvas, that a method goes on from: `denoise`, or where a picture is
+    given, `Given`, which evaluates no network but at steps where the method `looks` into it."""
+    return denoise if run.image is None else Given(run, denoise, looks)
+
+
+def canvases(run: Run, factors: Sequence[float] | None = None) -> tuple[Size, list[tuple[int, Size]]]:
+    """The canvas of the first picture, and all larger ones with their numbers among those of `phase_sizes`, from 2 on.
+
+    A given picture that is larger than native is the first one itself, at the most as large as the run's, and those
+    that are no larger are left out; but the run's own canvas, which is drawn in any case.
+    """
+    first, *larger = phase_sizes(run.size, run.native_size, factors)
+    numbered = [*enumerate(larger, 2)]
+    if run.image is None:
+        return first, numbered
+    if max(own := run.image.own_size(run.size)) > max(first):
+        first = min(own, run.size, key=max)
+    return first, [(n, size) for n, size in numbered if max(size) > max(first)] or [(max(len(larger), 1) + 1, run.size)]
 
 
 def drawn_on(run: Run, stages: Sequence[Stage | Phase], strength: float, scale: float) -> list[Stage | Phase]:

@@ -23,14 +23,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
+from cutdiff.methods.picture import canvases, first_picture
 from cutdiff.methods.shared import Kept, Power, Run, Space, Stages, enlarge, step_at, with_guidance_scale
 from cutdiff.options import Between, Options, Scale, Share
 from cutdiff.sampling.resize import Resampling, renoise
 from cutdiff.sampling.stages import Phase, Size, Stage
+from cutdiff.settings import Settings
 
 
 class Published(NamedTuple):
@@ -47,6 +49,8 @@ def published(run: Run) -> Published:
 @dataclass(frozen=True, kw_only=True)
 class RectifiedHR(Options):
     """The steps of a run on canvases of growing size; direct inference where the canvas is nowhere past native."""
+
+    takes_picture: ClassVar[bool] = True
 
     num_sizes: Annotated[int, Between(2, 1000)] | None = None
     """The number N of canvases; None: 2 up to three times the native size, and 3 past it."""
@@ -66,6 +70,16 @@ class RectifiedHR(Options):
     resampling: Resampling = "catmull_rom"
     """The interpolation by which it is enlarged."""
 
+    def check_settings(self, settings: Settings) -> None:
+        """ValueError where there is no step left for what comes after a given picture."""
+        if settings.image is not None and settings.num_steps < 2:
+            raise ValueError(f"num_steps={settings.num_steps} has no step after the image: give at least 2")
+
+    @staticmethod
+    def of_strength(share: float) -> dict[str, Any]:
+        """The options that let the canvases after the first take a share of the steps."""
+        return {"first_refresh": 1 - share}
+
     def stages(self, run: Run) -> Stages:
         sizes = self.sizes(run)
         parts = zip(sizes, self.steps(run, len(sizes)), self.guidance_scales(run, len(sizes)), strict=True)
@@ -74,7 +88,8 @@ class RectifiedHR(Options):
         for number, (size, steps, scale) in enumerate(parts, 1):
             if steps:
                 on_canvas = with_guidance_scale(replace(run, size=size), scale, "max_guidance_scale")
-                stage = Stage(f"phase {number}", steps, kept := Kept(on_canvas.denoiser), size)
+                denoise = on_canvas.denoiser if number > 1 else first_picture(on_canvas, on_canvas.denoiser)
+                stage = Stage(f"phase {number}", steps, kept := Kept(denoise), size)
                 stages.append(self.refreshed(on_canvas, before, number, stage) if before else stage)
                 before = kept
         return stages
@@ -92,10 +107,15 @@ class RectifiedHR(Options):
         return Phase(stage.steps, run.size, begin)
 
     def sizes(self, run: Run) -> list[Size]:
-        """The canvases, whose sides grow evenly, rounded up; one where that of the run is no larger than native."""
-        first = run.native_size / max(run.size) if self.first_size is None else self.first_size
-        if self.first_size is None and first >= 1:
-            return [run.size]
+        """The canvases, whose sides grow evenly, rounded up; without a given picture, one where that of the run is no
+        larger than native."""
+        first = self.first_size
+        if first is None and run.image is not None:
+            first = max(canvases(run, ())[0]) / max(run.size)
+        elif first is None:
+            first = run.native_size / max(run.size)
+            if first >= 1:
+                return [run.size]
         count = self.num_sizes or published(run).num_sizes
         shares = [first + (1 - first) * i / (count - 1) for i in range(count - 1)]
         height, width = ([max(1, step_at(share, side)) for share in shares] for side in run.size)
@@ -105,7 +125,10 @@ class RectifiedHR(Options):
         """The steps on each of `count` canvases; at least the last one is on the finished canvas."""
         first = published(run).first_refresh if self.first_refresh is None else self.first_refresh
         shares = [first + (1 - first) * (i / (count - 1)) ** self.refresh_power for i in range(count - 1)]
-        refreshes = [min(math.floor(round(share * run.num_steps, 9)), run.num_steps - 1) for share in shares]
+        least = 0 if run.image is None else 1  # the first canvas then has a step, by which it is the picture
+        refreshes = [
+            max(min(math.floor(round(share * run.num_steps, 9)), run.num_steps - 1), least) for share in shares
+        ]
         return [range(*ends) for ends in pairwise([0, *refreshes, run.num_steps])]
 
     def guidance_scales(self, run: Run, count: int) -> list[float | None]:

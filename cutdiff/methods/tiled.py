@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from cutdiff_kernels import Grain
 from torch import Tensor
 
-from cutdiff.methods.shared import Power, Run, Stages, fade, phase_sizes, skip_residual
+from cutdiff.methods.picture import canvases, first_picture
+from cutdiff.methods.shared import Power, Run, Stages, fade, skip_residual
 from cutdiff.models.text import TextStates
 from cutdiff.options import Count, Options
 from cutdiff.sampling.operators import Operator, Patches, Views, ViewWeights, pad_to_grid, view_weights
@@ -191,17 +192,26 @@ MakeLocal = Callable[[Run, range], CanvasDenoiser]
 class Cascade(Tiled):
     """DemoFusion's cascade of sizes (its head tells of it), which AccDiffusion goes through as well."""
 
+    takes_picture: ClassVar[bool] = True
+
     cosine_scales: tuple[Power, Power, Power] = (3.0, 1.0, 1.0)
     """The powers of a cosine by which the skip residual, the dilated sampling and the blur fade."""
 
-    def cascade(self, run: Run, first: Callable[[Run], CanvasDenoiser], local: MakeLocal, interaction: Grain) -> Stages:
-        """A stage that draws the whole picture, at most of native size, and a phase for every size up to the run's."""
-        smallest, *larger = phase_sizes(run.size, run.native_size)
-        start = Stage("phase 1", range(run.num_steps), first(replace(run, size=smallest)), smallest)
-        phases = [
-            self._phase(replace(run, size=size), number, local, interaction)
-            for number, size in enumerate(larger, start=2)
-        ]
+    def cascade(
+        self,
+        run: Run,
+        first: Callable[[Run], CanvasDenoiser],
+        local: MakeLocal,
+        interaction: Grain,
+        looks: Callable[[int], bool] = lambda step: False,
+    ) -> Stages:
+        """A stage that draws the whole picture, at most of native size, and a phase for every size up to the run's.
+        `looks` are as of `first_picture`."""
+        smallest, larger = canvases(run)
+        on_smallest = replace(run, size=smallest)
+        denoise = first_picture(on_smallest, first(on_smallest), looks)
+        start = Stage("phase 1", range(run.num_steps), denoise, smallest)
+        phases = [self._phase(replace(run, size=size), number, local, interaction) for number, size in larger]
         return [start, *phases]
 
     def _phase(self, run: Run, number: int, local: MakeLocal, interaction: Grain) -> Phase:

@@ -13,12 +13,14 @@ from what went in.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from cutdiff.methods.shared import Run, Stages, phase_sizes
+from cutdiff.methods.picture import canvases, first_picture
+from cutdiff.methods.shared import Run, Stages
 from cutdiff.options import Options
 from cutdiff.sampling.resize import resize
 from cutdiff.sampling.stages import Phase, Size, Stage
@@ -34,6 +36,8 @@ OVERSHOOT = 0.5
 class Upscale(Options):
     """All steps on the native picture, which is then enlarged."""
 
+    takes_picture: ClassVar[bool] = True
+
     upscaler: str | Upscaler = "bicubic"
     """The upscaler: "bicubic", "bilinear", "nearest", or as `module:function` or itself any function of (images
     (1, 3, h, w) in [0, 1], size in pixels) that gives images (1, 3, *size), a network's too."""
@@ -43,12 +47,16 @@ class Upscale(Options):
         object.__setattr__(self, "upscaler", part("upscaler", "upscaler", self.upscaler))
 
     def stages(self, run: Run) -> Stages:
-        smallest, *larger = phase_sizes(run.size, run.native_size)
-        stages: Stages = [Stage("native", range(run.num_steps), run.denoiser, smallest)]
+        smallest, larger = canvases(run, ())
+        denoise = first_picture(replace(run, size=smallest), run.denoiser)
+        stages: Stages = [Stage("native", range(run.num_steps), denoise, smallest)]
         last = range(2 * run.num_steps - 1, 2 * run.num_steps)
 
         def begin(picture: Tensor) -> tuple[Tensor, Stage]:
-            latents = torch.cat([run.encode(self.enlarged(run, run.decode(one))) for one in picture.split(1)])
+            given = None if run.image is None else run.image(smallest).to(picture)  # not by way of the VAE
+            images = map(run.decode, picture.split(1)) if given is None else given.split(1)
+            latents = torch.cat([run.encode(self.enlarged(run, image)) for image in images])
+            latents = latents.expand(len(picture), -1, -1, -1)
             # A picture is its own estimate of x0. DDIM may end short of sigma 0, and its state by another factor.
             return latents, Stage("upscale", last, lambda x, sigma, step: x, run.size, end=lambda x: latents)
 
