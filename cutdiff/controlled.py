@@ -33,9 +33,6 @@ def read_controls(own: dict[str, Any]) -> dict[str, Any]:
     for file in files:
         if not isinstance(file, str | os.PathLike) or not os.fspath(file):
             raise ValueError(f"control={short(file)} must be a file or a folder of a ControlNet")
-    if len(hints) != len(files):
-        counts = f"{len(hints)} {'picture' if len(hints) == 1 else 'pictures'} for {len(files)} of control"
-        raise ValueError(f"control_image={counts}: give one with each")
     scales = checked("control_scale", scales or (1.0,) * len(files), Scales)
     intervals = checked("control_interval", intervals or ((0.0, 1.0),) * len(files), Intervals)
     for name, values in (("control_scale", scales), ("control_interval", intervals)):
@@ -46,8 +43,19 @@ def read_controls(own: dict[str, Any]) -> dict[str, Any]:
     for first, last in intervals:
         if first >= last:
             raise ValueError(f"control_interval={first:g},{last:g} must be two shares of the steps, 0 ≤ from < to ≤ 1")
-    values = tuple(map(str, map(os.fspath, files))), tuple(map(_hint, hints)), scales, intervals
+    values = tuple(map(os.fspath, files)), tuple(map(_hint, hints)) or None, scales, intervals
     return dict(zip(CONTROLS, values, strict=True))
+
+
+def check_hints(control: Any, hints: Any, maker: str) -> None:
+    """ValueError where there are other numbers of ControlNets and hints, or there are hints and `maker`, a method that
+    makes them, if it has a name."""
+    count = len(hints or ())
+    if maker and hints:
+        raise ValueError(f"control_image={hints[0].name} is not for {maker}, which makes hints itself: leave it out")
+    if not maker and count != len(control or ()):
+        counts = f"{count} {'picture' if count == 1 else 'pictures'} for {len(control)} of control"
+        raise ValueError(f"control_image={counts}: give one with each")
 
 
 def _several(name: str, value: Any) -> tuple[Any, ...]:

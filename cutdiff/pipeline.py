@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cutdiff.checkpoint.control import control_of
 from cutdiff.checkpoint.model import Model, dtype_name
-from cutdiff.controlled import CONTROLS
 from cutdiff.given import Picture
 from cutdiff.methods.picture import drawn_on
 from cutdiff.methods.shared import Run, stages_of, step_at
@@ -247,13 +246,14 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
     if callable(check := getattr(settings.solver, "check_schedule", None)):
         check(schedule)
     size = settings.canvas_size(model.native_size, model.factor)
-    for path, hint in zip(settings.control or (), settings.control_image or (), strict=True):
+    for hint in settings.control_image or ():
         sides = tuple(side * model.factor for side in size)
         if (hint.height, hint.width) != sides:
             raise ValueError(
                 f"control_image={hint.name} has {hint.width}×{hint.height} pixels, and the picture will have "
                 f"{sides[1]}×{sides[0]}: resize it, or leave width and height out"
             )
+    for path in settings.control or ():
         try:
             control_of(model, path)
         except (OSError, ValueError) as error:
@@ -369,11 +369,14 @@ def _compiled(network: Encoder, settings: Settings) -> Callable[..., Any] | None
 
 def _controls(model: Model, settings: Settings, schedule: Schedule) -> tuple[Control, ...]:
     """The ControlNets of a run, which were checked, with their hints."""
-    given = (getattr(settings, name) or () for name in CONTROLS)
+    if not settings.control:
+        return ()
+    hints = settings.control_image or [None] * len(settings.control)  # a method makes them
     controls = []
-    for path, hint, scale, interval in zip(*given, strict=True):
+    given = zip(settings.control, hints, settings.control_scale, settings.control_interval, strict=True)
+    for path, hint, scale, interval in given:
         network = control_of(model, path)
-        pixels = torch.from_numpy(hint.pixels()).movedim(3, 1).to(model.device)
+        pixels = torch.empty(0) if hint is None else torch.from_numpy(hint.pixels()).movedim(3, 1).to(model.device)
         controls.append(Control(network, pixels, scale, _guided(schedule, interval), _compiled(network, settings)))
     return tuple(controls)
 

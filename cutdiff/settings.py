@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from cutdiff import specs
-from cutdiff.controlled import CONTROLS, read_controls
+from cutdiff.controlled import CONTROLS, check_hints, read_controls
 from cutdiff.given import Picture, as_picture
 from cutdiff.options import Count, Options, Share, checked, options_of, read, short
 from cutdiff.sources import source_hash
@@ -147,6 +147,8 @@ class Settings(Options):
                 raise ValueError(f"{name}={short(value)} must be a positive multiple of 8, at most {MAX_SIDE}")
         if self.image is None and self.fit != Settings.fit:
             raise ValueError(f"fit={self.fit!r} is of an image, and none is given: give one, or leave it out")
+        makes_hints = getattr(self.method, "makes_hints", False)
+        check_hints(self.control, self.control_image, specs.spec_of("method", self.method) if makes_hints else "")
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval={self.guidance_interval} must be two shares, 0 ≤ from ≤ to ≤ 1")
         if not 0 <= self.seed < 2**64:
@@ -167,7 +169,7 @@ class Settings(Options):
         if self.image is not None and not getattr(self.method, "takes_picture", False):
             own["strength"] = self.img2img_strength
         own |= {name: picture.described() for name, picture in self.pictures().items()}
-        if self.control:
+        if self.control_image:
             own["control_image"] = [hint.described() for hint in self.control_image]
         own = {name: value for name, value in own.items() if name not in LATER or value != getattr(Settings, name)}
         return {**own, **{kind: specs.spec_of(kind, getattr(self, kind)) for kind in TABLES}}
@@ -240,7 +242,7 @@ class Settings(Options):
         """Height and width in pixels; one that is not given is `usual`, or as the shape of the image has it, to whole
         latents, where then the longer one is `usual`."""
         height, width, image = self.height, self.width, self.image
-        if self.control and height is None and width is None:
+        if self.control_image and height is None and width is None:
             return self.control_image[0].height, self.control_image[0].width
         if image is None or (height is not None and width is not None):
             return usual if height is None else height, usual if width is None else width

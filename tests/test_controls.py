@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,9 @@ from cutdiff.planning.forecast import walk
 from cutdiff.sample import main
 from cutdiff.sampling.controls import Control
 from cutdiff.sampling.denoiser import Call, Observer
+from cutdiff.sampling.edges import edges
 from cutdiff.sampling.operators import Patches, Views
+from cutdiff.sampling.resize import resize
 from cutdiff.settings import Settings
 from cutdiff.specs import METHODS
 
@@ -189,7 +192,7 @@ def test_the_planner_counts_the_control(tiny_model: Model, control: Path, quick_
 def test_a_record_names_control_and_hint_by_what_is_in_them(
     quick_folder: Path, control: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the command line: two of each, and the picture that is finished is not drawn again; another hint is another."""
+    """On the command line: two of each; a picture that is finished is not drawn again, and with another hint it is."""
     hint(64, 96).save(tmp_path / "one.png")
     hint(64, 96, 1).save(tmp_path / "two.png")
     command = ["a", "--model", str(quick_folder), "--steps", "2", "--out", str(tmp_path / "out"), "--device", "cpu"]
@@ -358,3 +361,57 @@ def test_a_hint_is_resized_once_for_a_size(tiny_model: Model) -> None:
     assert small.shape == (1, 3, 64, 64)
     assert control.at((8, 8)) is small
     assert torch.equal(control.at((16, 16)), control.hint)
+
+
+def test_accdiffusion_v2_draws_views_by_the_edges_of_the_phase_before(tiny_model: Model, control: Path) -> None:
+    heard = Hints([])
+    options: dict[str, Any] = {"num_steps": 2, "height": 192, "width": 128, "control": str(control), "observer": heard}
+    steps = [*cutdiff.denoise(tiny_model, "a red house", method="accdiffusion,hints=edges", **options)]
+    sizes = {2: (16, 10), 4: (24, 16)}
+    assert [tuple(step.latents.shape[2:]) for step in steps[1::2]] == [(8, 5), *sizes.values()]
+    for call in heard.calls:
+        assert len(call.inputs) == (6 if isinstance(call.operator, Views) else 5), "neither phase 1 nor patches"
+    for first, (height, width) in sizes.items():
+        previous = cutdiff.decode(tiny_model, steps[first - 1].latents)
+        hints = resize(edges(previous, 0.6), (8 * height, 8 * width), "bilinear")
+        padded = F.pad(hints, (64, 64, 64, 64))[0]
+        views = [call for call in heard.calls if call.step in (first, first + 1) and isinstance(call.operator, Views)]
+        assert views
+        for call in views:
+            operator, hint = call.operator, call.inputs[5]
+            assert isinstance(operator, Views)
+            for row, item in zip(hint.values, call.items.tolist(), strict=True):
+                top, left = (8 * operator.origins[0, item] + 64).tolist()
+                rows, columns = row.shape[1:]
+                torch.testing.assert_close(row, padded[:, top : top + rows, left : left + columns])
+
+
+def test_edges_are_cannys() -> None:
+    """OpenCV's Canny finds the same pixels in these pictures, as many as here."""
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    disc = ((x - 8).square() + (y - 9).square() < 30).float()
+    lines = edges((0.3 + 0.5 * disc)[None, None].expand(1, 3, -1, -1), 0.6)
+    assert lines.shape == (1, 3, 24, 24)
+    assert set(lines.unique().tolist()) == {0.0, 1.0}
+    assert lines[0, 0].sum() == 40
+    assert not lines[0, 0, 9, 8], "nothing lies inside of the disc"
+    noise = torch.rand(2, 3, 40, 50, generator=torch.Generator().manual_seed(1))
+    assert edges(noise, 0.33)[:, 0].sum((1, 2)).tolist() == [743, 743]
+    assert not edges(torch.full((1, 3, 8, 8), 0.5), 0.6).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "accdiffusion,hints=edges"}, "hints='edges' are for a ControlNet"),
+        (
+            {"method": "accdiffusion,hints=edges", "control": "a", "control_image": np.eye(64)},
+            "control_image=pixels is not for accdiffusion",
+        ),
+        ({"method": "accdiffusion,edge_spread=0.5"}, "edge_spread=0.5 is for hints='edges'"),
+        ({"method": "accdiffusion", "control": "a"}, "control_image=0 pictures for 1 of control"),
+    ],
+)
+def test_hints_that_a_method_makes(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Settings(**options)
