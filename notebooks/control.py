@@ -102,7 +102,8 @@ def overlaps(images: Tensor, truth: Tensor) -> list[dict[str, float]]:
 def measure(model: Model, case: Case, out: Path) -> None:
     """Draw the missing pictures of a case, and write its result."""
     result = json.loads(case.path.read_text(encoding="utf-8")) if case.path.exists() else {}
-    values: list[dict[str, float]] = result.get("pictures", [])
+    before = [result["scores"][part]["values"] for part in PARTS] if result else []
+    values = [dict(zip(PARTS, picture, strict=True)) for picture in zip(*before, strict=True)]
     for number in range(len(values), case.num):
         scene = scenes(case.num)[number : number + 1]
         image = drawn(model, case, scene, number)
@@ -112,7 +113,7 @@ def measure(model: Model, case: Case, out: Path) -> None:
         Image.fromarray(pixels.numpy()).save(out / case.name / f"{number:04}.png")
         scores = {part: asdict(mean_score(torch.tensor([value[part] for value in values]))) for part in PARTS}
         facts = {**{key: value for key, value in asdict(case).items() if key != "name"}, "num": len(values)}
-        save_json(case.path, {"name": case.name, **facts, "scores": scores, "pictures": values, **environment(model)})
+        save_json(case.path, {"name": case.name, **facts, "scores": scores, **environment(model)})
     print(case.name, {part: score["value"] for part, score in json.loads(case.path.read_text())["scores"].items()})
 
 
