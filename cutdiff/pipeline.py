@@ -342,7 +342,8 @@ def prepare(
     try:
         stages = stages_of(settings.method, run)
         if run.image is not None and not getattr(settings.method, "takes_picture", False):
-            stages = drawn_on(run, stages, settings.img2img_strength, schedule.init_scale)
+            strength, scale = settings.img2img_strength, schedule.init_scale
+            stages = drawn_on(run, stages, strength, scale, invert=settings.invert)
         check_stages(stages, settings.num_steps)
         if stages[-1].size not in (None, size):
             raise ValueError(f"ends on a canvas of {stages[-1].size} latents, where the picture has {size}")

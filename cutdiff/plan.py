@@ -142,7 +142,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     picture, own = parser.add_argument_group("picture"), options_of(Settings)
     add_option(picture, own["width"], "in pixels; none: twice the native size")
-    add_option(picture, own["height"])
+    for name in ("height", "image", "strength", "fit", "invert"):
+        add_option(picture, own[name])
     add_controls(picture)
     parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: SDXL-base's sizes")
     parser.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")

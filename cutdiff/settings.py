@@ -26,7 +26,7 @@ PREFERENCES = ("num_steps", "guidance_scale", "solver", "schedule")
 """The options that a model may say a preference of."""
 PICTURES = ("image",)
 """The options that are pictures: a file, or what `given.as_picture` takes."""
-LATER = ("image", "strength", "fit", *CONTROLS)
+LATER = ("image", "strength", "fit", "invert", *CONTROLS)
 """The options that old records do not know, which no record names where they have their defaults."""
 STRENGTH = 0.5
 """The share of the steps that a picture is drawn on by, where nobody says."""
@@ -87,6 +87,9 @@ class Settings(Options):
     fit: Fit = "cover"
     """The way to the size where the image has another shape: "cover" crops it, "contain" goes on with its border,
     "stretch" stretches it."""
+    invert: bool = False
+    """Begin with the noise that leads to the image, by DDIM inversion, and not with a drawn one: for methods that begin
+    with the image at `strength`, which may be 1."""
     control: Any = None
     """A ControlNet that guides by a hint, its file or folder, or several."""
     control_image: Any = None
@@ -147,6 +150,9 @@ class Settings(Options):
                 raise ValueError(f"{name}={short(value)} must be a positive multiple of 8, at most {MAX_SIDE}")
         if self.image is None and self.fit != Settings.fit:
             raise ValueError(f"fit={self.fit!r} is of an image, and none is given: give one, or leave it out")
+        if self.invert and (self.image is None or getattr(self.method, "takes_picture", False)):
+            cause = "no image is given" if self.image is None else f"{self.method_name} takes the image without noise"
+            raise ValueError(f"invert={self.invert} is of the noise on an image, and {cause}: leave it out")
         makes_hints = getattr(self.method, "makes_hints", False)
         check_hints(self.control, self.control_image, specs.spec_of("method", self.method) if makes_hints else "")
         if self.guidance_interval[0] > self.guidance_interval[1]:
@@ -205,7 +211,7 @@ class Settings(Options):
         share = read("strength", strength, Share) if is_text else checked("strength", strength, Share)
         if own["image"] is None:
             raise ValueError(f"strength={share:g} is of an image, and none is given: give one, or leave it out")
-        if not 0 < share < 1:
+        if not 0 < share < 1 and not (own["invert"] and share == 1):  # the noise of an inversion holds the image
             what = "leave nothing of the image" if share else "draw nothing on the image"
             raise ValueError(f"strength={share:g} would {what}: give a share between 0 and 1, such as {STRENGTH}")
         own["strength"], name = share, specs.name_of("method", method)

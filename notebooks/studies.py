@@ -72,6 +72,10 @@ FEW = {"solver": "lcm", "guidance_scale": 1.0}
 """The options of study `few-steps`, which are those that its LoRA was made for."""
 LORA = Path(__file__).parents[1] / "weights" / "scenes-lcm.safetensors"
 """The LoRA of study `few-steps`, whose results have a folder of their own."""
+STRIDES: tuple[dict[str, Any], ...] = ({}, {"stride": 10}, {"stride": 12})
+"""The strides of study `seams`, half, 5/8 and 3/4 of a view, the first of which is the default."""
+WEIGHTS: tuple[dict[str, Any], ...] = ({}, {"view_weights": "gaussian"}, {"view_weights": "cosine"})
+"""The weights of views of study `seams`, the first of which are the default, uniform ones."""
 SHARES = tuple(i / 10 for i in range(10))
 """The shares of the steps that the details of study `entry` leave out: they begin at sigmas from 8.4 to 0.04."""
 
@@ -144,6 +148,12 @@ STUDIES: dict[str, list[Cell]] = {
         cell(deep_reused(2, "detail")),
         cell("direct", 128),
         cell(deep_reused_direct(2), 128),
+    ],
+    "seams": [
+        cell(method, **stride, **weights)
+        for method in ("multidiffusion", "cutdiffusion")
+        for stride in STRIDES
+        for weights in WEIGHTS
     ],
     "switch-4x4": [cell(size=512, structure_fraction=share) for share in (0.7, 0.9)],
     "choice": [

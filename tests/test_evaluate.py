@@ -104,7 +104,7 @@ def test_the_truth_scores_as_the_truth() -> None:
     network = load_features()
     truth, found = (score.gather_facts(score.true_renders(s, 256), network, 128) for s in (drawn, others))
     images = score.true_renders(others, 256)
-    scores = score.score(images, others.choices, found, truth, images, native=128, border=64)
+    scores = score.score(images, others.choices, found, truth, images, native=128, borders=[64, 128, 192])
     assert scores["one of each"].value == scores["right caption"].value == 1
     assert scores["bodies not one"].value == scores["subjects not one"].value == 0
     assert 0.6 < scores["detail"].value < 1.6
@@ -112,7 +112,12 @@ def test_the_truth_scores_as_the_truth() -> None:
     assert kernel.low is not None
     assert kernel.high is not None
     assert kernel.low < 0 < kernel.high
-    assert score.score(images, others.choices, truth, truth, None, native=128, border=64)["Fréchet whole"].value < 1e-6
+    assert (
+        score.score(images, others.choices, truth, truth, None, native=128, borders=[64, 128, 192])[
+            "Fréchet whole"
+        ].value
+        < 1e-6
+    )
 
 
 def test_longer_lists_of_captions_begin_with_shorter_ones() -> None:

@@ -12,10 +12,13 @@ import pytest
 import studies
 import torch
 
+from cutdiff.checkpoint.model import Model
 from cutdiff.evaluation import score
 from cutdiff.evaluation.features import load_features
 from cutdiff.evaluation.report import table
 from cutdiff.evaluation.score import SHARES, Score
+from cutdiff.evaluation.testbed import Testbed
+from cutdiff.settings import Settings
 
 NUM, SIZE, NATIVE = 6, 256, 128
 MEANS = (*SHARES, "seams", "detail", "agreement")
@@ -29,7 +32,7 @@ def scores() -> dict[str, Score]:
     images[1, :, :, SIZE // 2 :] = 0
     facts = score.gather_facts(images, network, NATIVE)
     truth = score.gather_facts(score.true_renders(drawn, SIZE), network, NATIVE)
-    return score.score(images, others.choices, facts, truth, natives, native=NATIVE, border=64)
+    return score.score(images, others.choices, facts, truth, natives, native=NATIVE, borders=[64, 128, 192])
 
 
 @pytest.mark.parametrize("name", MEANS)
@@ -76,3 +79,14 @@ def test_results_are_read_with_values_and_without(scores: dict[str, Score], tmp_
 
 def test_values_have_six_digits() -> None:
     assert score.mean_score(torch.tensor([1 / 3, 200 / 3], dtype=torch.float64)).values == [0.333333, 66.6667]
+
+
+@pytest.mark.parametrize(
+    ("side", "stride", "borders"),
+    [(256, 8, [64, 128, 192]), (256, 12, [96, 128, 224]), (192, 8, [64, 128]), (128, 8, [64]), (72, 8, [32])],
+)
+def test_seams_are_looked_for_where_views_begin_or_end(
+    model: Model, tmp_path: Path, side: int, stride: int, borders: list[int]
+) -> None:
+    """The last view is moved back to the border of the canvas; a picture of a single view has its middle."""
+    assert Testbed(model, Settings(), 1, tmp_path, 1).borders(side, stride) == borders

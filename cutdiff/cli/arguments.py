@@ -307,7 +307,7 @@ def _add_prompt(group: Group) -> None:
     group.add_argument(
         "--images", type=Path, metavar="DIR", help="in the place of --image, a picture for each one in a folder"
     )
-    for name in ("strength", "fit"):
+    for name in ("strength", "fit", "invert"):
         add_option(group, own[name])
     add_controls(group)
     group.add_argument(

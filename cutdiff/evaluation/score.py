@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,12 +91,12 @@ def score(
     native_images: Tensor | None,
     *,
     native: int,
-    border: int,
+    borders: Sequence[int],
 ) -> dict[str, Score]:
     """All scores of pictures (N, 3, H, W), uint8, drawn for the captions of `choices` (N, 5).
 
     native_images: the same captions and seeds at native size, uint8; without them there is no agreement.
-    border: distance in pixels between the borders of views, at which seams are looked for.
+    borders: the rows and columns of pixels at which views begin or end, where seams are looked for.
 
     `SHARES` are shares of the pictures, the other scores are as in `metrics`. A score that is a mean over pictures also
     has their single values; those of the detail are in units of the truth's mean.
@@ -108,9 +108,8 @@ def score(
         scores[f"Fréchet {name}"] = _scored(_frechet, (ours, theirs), centered=True)
         chosen = torch.arange(len(ours)), torch.arange(len(theirs))
         scores[f"kernel {name}"] = _scored(resampled_kernel_distance(ours, theirs), chosen, centered=True)
-    lines = [list(range(border, side, border)) for side in images.shape[2:]]
-    if any(lines):
-        scores["seams"] = mean_score(torch.cat([seams(part, *lines) for part in _parts(images)]))
+    if borders:
+        scores["seams"] = mean_score(torch.cat([seams(part, borders, borders) for part in _parts(images)]))
     if truth.detail.mean() > 0:
         ratio = lambda ours, theirs: (ours.mean() / theirs.mean()).item()  # noqa: E731
         scores["detail"] = replace(

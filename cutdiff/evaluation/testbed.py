@@ -18,6 +18,7 @@ from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.evaluation import score
 from cutdiff.evaluation.cells import Cell, cost, draw_cells, folder_of, pictures
 from cutdiff.evaluation.features import FeatureNet, load_features
+from cutdiff.sampling.operators import view_grid
 from cutdiff.scenes import world
 from cutdiff.scenes.world import Scenes
 from cutdiff.settings import Settings
@@ -81,14 +82,25 @@ class Testbed:
         images = pictures(folder_of(self.folder, cell), self.num)
         natives = None if cell.side == self.native else pictures(folder_of(self.folder, self.native_cell), self.num)
         stride = getattr(cell.settings.method, "stride", None) or self.model.native_size // 2
-        scores = self._score(images, self.scenes, natives, stride * self.model.factor)
+        scores = self._score(images, self.scenes, natives, self.borders(cell.side, stride))
         spent = cost(folder_of(self.folder, cell))
         return row_of(cell.name, cell.side, self.num, scores, spent, cell.settings.described())
+
+    def borders(self, side: int, stride: int) -> list[int]:
+        """The rows of pixels, and so the columns, at which views `stride` latents apart begin or end on a canvas of
+        `side` pixels, if they do not jitter. A single view has its middle in their place."""
+        size = side // self.model.factor
+        window = min(self.model.native_size, size)
+        begins = view_grid((size, window), (window, window), (min(stride, window), window))[:, 0]
+        lines = {*begins.tolist(), *(begins + window).tolist()} - {0, size} or {size // 2}
+        return sorted(line * self.model.factor for line in lines)
 
     def floor(self, side: int) -> dict[str, Any]:
         """The scores of true renders of other scenes, which a perfect method would have."""
         others = score.scenes(self.num, score.FLOOR_SEED)
-        scores = self._score(score.true_renders(others, side), others, None, self.native // 2)
+        scores = self._score(
+            score.true_renders(others, side), others, None, self.borders(side, self.model.native_size // 2)
+        )
         return row_of(FLOOR, side, self.num, scores, {}, {})
 
     def truth(self, side: int) -> score.Facts:
@@ -97,10 +109,12 @@ class Testbed:
             self._truths[side] = score.gather_facts(score.true_renders(self.scenes, side), self.network, self.native)
         return self._truths[side]
 
-    def _score(self, images: Tensor, shown: Scenes, natives: Tensor | None, border: int) -> dict[str, score.Score]:
+    def _score(
+        self, images: Tensor, shown: Scenes, natives: Tensor | None, borders: list[int]
+    ) -> dict[str, score.Score]:
         facts = score.gather_facts(images, self.network, self.native)
         truth = self.truth(images.shape[3])
-        return score.score(images, shown.choices, facts, truth, natives, native=self.native, border=border)
+        return score.score(images, shown.choices, facts, truth, natives, native=self.native, borders=borders)
 
 
 def row_of(

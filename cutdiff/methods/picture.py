@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from cutdiff.methods.shared import Run, phase_sizes, step_at
@@ -53,9 +54,12 @@ def canvases(run: Run, factors: Sequence[float] | None = None) -> tuple[Size, li
     return first, [(n, size) for n, size in numbered if max(size) > max(first)] or [(max(len(larger), 1) + 1, run.size)]
 
 
-def drawn_on(run: Run, stages: Sequence[Stage | Phase], strength: float, scale: float) -> list[Stage | Phase]:
+def drawn_on(
+    run: Run, stages: Sequence[Stage | Phase], strength: float, scale: float, *, invert: bool = False
+) -> list[Stage | Phase]:
     """The last steps of stages on one canvas, a share `strength` of them, rounded up, from the given picture and noise:
-    SDEdit (Meng et al. 2021, arXiv 2108.01073). `scale` is that of the noise which a run begins with at the first step.
+    SDEdit (Meng et al. 2021, arXiv 2108.01073), or with `invert` from the state that `inverted` gives. `scale` is that
+    of the noise which a run begins with at the first step.
 
     ValueError where the stages draw a picture of another size first.
     """
@@ -66,14 +70,39 @@ def drawn_on(run: Run, stages: Sequence[Stage | Phase], strength: float, scale: 
         )
     first = run.num_steps - step_at(strength, run.num_steps)
     kept = [from_step(stage, first) for stage in stages if isinstance(stage, Stage) and stage.steps.stop > first]
-    start, *others = kept
-    schedule, begins = standing(start, run.schedule)
-    sigma = schedule.sigmas[start.steps.start - begins]
+    start = kept[0]
+    sigma, _ = sigmas_of(run, start, start.steps.start)
 
     def begin(x: Tensor) -> tuple[Tensor, Stage]:
-        return renoise(run.given(run.size).to(x), sigma, x / (scale if first == 0 else sigma)), start
+        picture = run.given(run.size).to(x)
+        if invert:
+            return inverted(run, kept, picture), start
+        return renoise(picture, sigma, x / (scale if first == 0 else sigma)), start
 
-    return [Phase(start.steps, run.size, begin), *others]
+    return [Phase(start.steps, run.size, begin), *kept[1:]]
+
+
+def inverted(run: Run, stages: Sequence[Stage], picture: Tensor) -> Tensor:
+    """The state (B, C, H, W) from which the stages' steps lead back to a picture: DDIM inversion (Song et al. 2020,
+    arXiv 2010.02502, section 4.3), which takes Euler's steps from the last to the first.
+
+    The noise of a step is that which its own denoiser sees in the state above it. That state is not known yet: it is
+    guessed with the noise of the step below, which leaves an error of second order, for one estimate a step.
+    """
+    x, noise = picture, torch.zeros_like(picture)
+    for stage in reversed(stages):
+        for step in reversed(stage.steps):
+            sigma, target = sigmas_of(run, stage, step)
+            above = x + (sigma - target) * noise
+            noise = (above - stage.denoise(above, sigma, step)) / sigma
+            x = x + (sigma - target) * noise
+    return x
+
+
+def sigmas_of(run: Run, stage: Stage, step: int) -> tuple[float, float]:
+    """The sigma of a step of the stage, and that of the next."""
+    schedule, first = standing(stage, run.schedule)
+    return schedule.sigmas[step - first], schedule.sigmas[step - first + 1]
 
 
 def from_step(stage: Stage, first: int) -> Stage:
