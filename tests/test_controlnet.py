@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_models import SEEDS, TOLERANCE, generator, shapes, unet_configs, unet_inputs
-from tiny import Tiny, random_model, relative_error
+from tiny import Tiny, edit_json, random_model, relative_error
 from torch import Tensor
 
 import cutdiff
@@ -203,3 +204,22 @@ def test_every_layout_is_read(kind: Kind, tmp_path: Path) -> None:
     assert load_control(tmp_path / "half.safetensors", model).control.hint_widths == HINT_WIDTHS
     fields = json.loads((tmp_path / "half.json").read_text())
     assert shapes(ControlNetModel.from_config(fields)) == shapes(network)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("_class_name", "ControlNetUnionModel"),
+        ("controlnet_conditioning_channel_order", "bgr"),
+        ("global_pool_conditions", True),
+        ("conditioning_channels", 4),
+        ("encoder_hid_dim_type", "text_proj"),
+        ("num_control_type", 6),
+    ],
+)
+def test_a_configuration_that_is_not_built(kind: Kind, tmp_path: Path, field: str, value: object) -> None:
+    _, folder, network = kind
+    save_published(tmp_path / "net", network)
+    edit_json(tmp_path / "net" / "config.json", **{field: value})
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {field}={value!r} is not supported")):
+        load_control(tmp_path / "net", cutdiff.load(folder))

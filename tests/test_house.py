@@ -74,7 +74,7 @@ def floor(name: str) -> int:
 def test_every_module_stands_in_a_room() -> None:
     rooms = set().union(*FLOORS)
     assert {room(name) for name in MODULES if name} == rooms
-    assert len([*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__init__.py")]) <= 23
+    assert len([*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__init__.py")]) <= 24
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name])
