@@ -23,11 +23,15 @@ from processes import PATIENCE, kill_and_start_again, sampler, start, statuses
 import cutdiff
 import cutdiff.models.bands
 import cutdiff.models.vae
+from cutdiff.checkpoint.control import save_control
+from cutdiff.checkpoint.random_model import randomise
+from cutdiff.models.controlnet import ControlNet, ControlNetConfig
 from cutdiff.parallel.launch import joined
 from cutdiff.settings import Settings
 from cutdiff.specs import METHODS
 
 SIZES = (1, 2, 5)
+CONTROL = "control.safetensors"
 VIEW_BATCHES = (1, 3, None)
 QUICK = ["--method", "multidiffusion", "--steps", "3", "--width", "128", "--height", "64"]
 
@@ -38,6 +42,9 @@ def methods(model: Path, folder: Path) -> None:
     cutdiff.models.vae.CPU_LARGE_BYTES = 0
     cutdiff.models.vae.SCORE_BYTES = 4096
     cutdiff.models.bands.CPU_BAND_BYTES = 20_000
+    network = ControlNet(ControlNetConfig(cutdiff.load(model).unet.config, (4, 4, 4, 8)))
+    randomise(network, 0)
+    save_control(folder / CONTROL, network)
     for size in SIZES:
         assert statuses(start(partial(draw_all, model, folder), size)) == [0] * size
 
@@ -51,8 +58,10 @@ def draw_all(model: Path, folder: Path) -> None:
         settings = Settings(height=64, width=64, num_steps=1)
         result = cutdiff.generate(overflowing, "a", settings, ranks=launch.group)
         results["overflow"] = result.images, result.record["decoded_in"]
-        for method in (*METHODS, "pag"):
-            own = {"guidance": "pag"} if method == "pag" else {"method": method}
+        hint = torch.rand(3, 128, 96, generator=torch.Generator().manual_seed(0))
+        others = {"pag": {"guidance": "pag"}, "control": {"control": folder / CONTROL, "control_image": hint}}
+        for method in (*METHODS, *others):
+            own = others.get(method, {"method": method})
             settings = Settings(**own, height=128, width=96, num_steps=2)
             narrow = {"stride": 2, "detail": "views"}
             settings = replace(settings, **{name: value for name, value in narrow.items() if settings.has(name)})
