@@ -93,8 +93,8 @@ def test_the_less_is_redrawn_the_nearer_it_stays(model: Model, picture: Tensor) 
         result = cutdiff.generate(model, "", image=picture, strength=strength, **options)
         near.append(psnr(resize(result.images, (128, 128)), picture))
     assert near == sorted(near, reverse=True)
-    assert near[0] > 30
-    assert near[0] > near[2] + 3
+    assert near[0] > 26
+    assert near[0] > near[2] + 2
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_img2img_begins_with_the_noised_picture(tiny_model: Model) -> None:
     noise = Draws((5, 6)).noise((2, 4, 8, 12))
     assert torch.allclose(x, renoise(cutdiff.encode(tiny_model, image), sigma, noise), atol=1e-4)
     states.clear()
-    [*cutdiff.denoise(tiny_model, ["a", "b"], image=image[:1], method=heard, strength=0.99, **options)]
+    list(cutdiff.denoise(tiny_model, ["a", "b"], image=image[:1], method=heard, strength=0.99, **options))
     _, sigma, x = states[0]
     assert (len(states), states[0][0]) == (10, 0)
     assert torch.allclose(x, renoise(cutdiff.encode(tiny_model, image[:1]), sigma, noise), atol=1e-3)
@@ -168,7 +168,7 @@ def test_a_method_that_does_not_say_how_it_takes_a_picture(tiny_model: Model) ->
         first, second = Stage("a", range(2), run.denoiser, (4, 4)), Stage("b", range(2, 4), run.denoiser)
         return [first, Phase(range(2, 4), run.size, lambda x: (resize(x, run.size), second))]
 
-    [*cutdiff.denoise(tiny_model, "", method=phased, num_steps=2, height=64, width=64)]
+    list(cutdiff.denoise(tiny_model, "", method=phased, num_steps=2, height=64, width=64))
     with pytest.raises(ValueError, match=r"^method=phased draws on several canvases and does not say how it takes an"):
         cutdiff.denoise(tiny_model, "", method=phased, num_steps=2, image=torch.zeros(3, 64, 64))
 
