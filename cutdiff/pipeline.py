@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cutdiff.checkpoint.control import control_of
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.given import Picture
 from cutdiff.methods.picture import drawn_on
@@ -26,12 +27,14 @@ from cutdiff.models.config import SD15_UNET, Size
 from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
+from cutdiff.models.unet import Encoder
 from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.regions import Region, check_sizes, coverage
 from cutdiff.sampling.conditioning import Prompts, encode_prompts
+from cutdiff.sampling.controls import Control
 from cutdiff.sampling.denoiser import Denoiser, Memory, Observer, Work
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
@@ -260,6 +263,18 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
     size = settings.canvas_size(model.native_size, model.factor)
     if settings.regions:
         check_sizes(settings.regions, size)
+    for hint in settings.control_image or ():
+        sides = tuple(side * model.factor for side in size)
+        if (hint.height, hint.width) != sides:
+            raise ValueError(
+                f"control_image={hint.name} has {hint.width}×{hint.height} pixels, and the picture will have "
+                f"{sides[1]}×{sides[0]}: resize it, or leave width and height out"
+            )
+    for path in settings.control or ():
+        try:
+            control_of(model, path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"control={str(error).removeprefix('control=')}") from None
     return size, schedule
 
 
@@ -320,7 +335,8 @@ def prepare(
         beside=beside,
         guided=_guided(schedule, settings.guidance_interval),
         factor=model.factor,
-        compiled=compiled(model.unet, cuda_graphs=settings.cuda_graphs) if settings.compile else None,
+        compiled=_compiled(model.unet, settings),
+        controls=_controls(model, settings, schedule),
         ranks=ranks,
         items_of_a_call=settings.view_batch_size,
         backend=settings.backend,
@@ -406,6 +422,25 @@ def _coverage(region: Region, size: Size) -> Tensor:
     return torch.from_numpy(coverage(region, size))
 
 
+def _compiled(network: Encoder, settings: Settings) -> Callable[..., Any] | None:
+    """The compiled forward pass of a network, where the run is to have any."""
+    return compiled(network, cuda_graphs=settings.cuda_graphs) if settings.compile else None
+
+
+def _controls(model: Model, settings: Settings, schedule: Schedule) -> tuple[Control, ...]:
+    """The ControlNets of a run, which were checked, with their hints."""
+    if not settings.control:
+        return ()
+    hints = settings.control_image or [None] * len(settings.control)  # a method makes them
+    controls = []
+    given = zip(settings.control, hints, settings.control_scale, settings.control_interval, strict=True)
+    for path, hint, scale, interval in given:
+        network = control_of(model, path)
+        pixels = torch.empty(0) if hint is None else torch.from_numpy(hint.pixels()).movedim(3, 1).to(model.device)
+        controls.append(Control(network, pixels, scale, _guided(schedule, interval), _compiled(network, settings)))
+    return tuple(controls)
+
+
 def _check_texts(prompts: Sequence[str], settings: Settings) -> None:
     """ValueError where a text names a LoRA, which is a matter of the model."""
     texts = [("prompt", prompt) for prompt in prompts] + [(name, getattr(settings, name) or "") for name in TEXTS]
@@ -418,7 +453,8 @@ def _check_texts(prompts: Sequence[str], settings: Settings) -> None:
 
 def _check_pictures(prompts: Sequence[str], settings: Settings) -> None:
     """ValueError where there are several pictures of a kind and another number of prompts."""
-    for name, picture in settings.pictures().items():
+    hints = [("control_image", hint) for hint in settings.control_image or ()]
+    for name, picture in [*settings.pictures().items(), *hints]:
         if picture.count not in (1, len(prompts)):
             raise ValueError(f"{name} holds {picture.count} pictures for {len(prompts)} prompts: give one, or as many")
 

@@ -19,6 +19,7 @@ from cutdiff.cli.arguments import (
     DTYPES,
     BadArgument,
     Parser,
+    add_controls,
     add_debug,
     add_how,
     add_option,
@@ -143,6 +144,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add_option(picture, own["width"], "in pixels; none: twice the native size")
     for name in ("height", "image", "strength", "fit", "invert", "mask", "place", "regions", "bootstrapping"):
         add_option(picture, own[name])
+    add_controls(picture)
     parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: SDXL-base's sizes")
     parser.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="number format of the networks")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args
 
 from cutdiff import specs
+from cutdiff.controlled import CONTROL_FILES, CONTROLS, check_hints, read_controls
 from cutdiff.given import Picture, as_picture
 from cutdiff.options import Between, Count, Options, Share, checked, options_of, read, short
 from cutdiff.regions import as_regions, notices
@@ -26,9 +27,11 @@ PREFERENCES = ("num_steps", "guidance_scale", "solver", "schedule")
 """The options that a model may say a preference of."""
 PICTURES = ("image", "mask")
 """The options that are pictures: a file, or what `given.as_picture` takes."""
-FILES = (*PICTURES, "regions")
+FILES = (*PICTURES, "regions", *CONTROL_FILES)
 """The options that are files."""
-LATER = ("image", "strength", "fit", "invert", "mask", "feather", "place", "regions", "bootstrapping")
+LATER = (
+    "image", "strength", "fit", "invert", "mask", "feather", "place", "regions", "bootstrapping", *CONTROLS,
+)  # fmt: skip
 """The options that old records do not know, which no record names where they have their defaults."""
 STRENGTH = 0.5
 """The share of the steps that a picture is drawn on by, where nobody says."""
@@ -101,6 +104,15 @@ class Settings(Options):
     place: tuple[Pixels, Pixels] | None = None
     """The place X,Y of the image's upper left corner on a larger canvas, in pixels, what lies beside it being drawn;
     None: the image is fitted to the canvas."""
+    control: Any = None
+    """A ControlNet that guides by a hint, its file or folder, or several."""
+    control_image: Any = None
+    """The hint of the ControlNet of the same number, a picture of the size to be drawn, a file; it says the size where
+    width and height do not."""
+    control_scale: Any = None
+    """The factor of what a ControlNet adds, in 0 … 10, one for each; None: 1."""
+    control_interval: Any = None
+    """The shares of the steps between which a ControlNet counts, a pair for each; None: in all steps."""
     method: Any = "cutdiffusion"
     """A spec, a dataclass with `stages(run)`, or a function of a `Run` that returns its stages."""
     solver: Any = "euler"
@@ -138,6 +150,7 @@ class Settings(Options):
         own = {field.name: options.pop(field.name, field.default) for field in fields(Settings)}
         own |= {name: as_picture(name, own[name]) for name in PICTURES}
         own["regions"] = as_regions(own["regions"])
+        own |= read_controls(own)
         self._give_strength(own, options)
         things = {kind: specs.resolve(kind, own[kind], options) for kind in TABLES}
         for kind, thing in things.items():
@@ -162,6 +175,8 @@ class Settings(Options):
         if self.invert and (self.image is None or getattr(self.method, "takes_picture", False)):
             cause = "no image is given" if self.image is None else f"{self.method_name} takes the image without noise"
             raise ValueError(f"invert={self.invert} is of the noise on an image, and {cause}: leave it out")
+        makes_hints = getattr(self.method, "makes_hints", False)
+        check_hints(self.control, self.control_image, specs.spec_of("method", self.method) if makes_hints else "")
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval={self.guidance_interval} must be two shares, 0 ≤ from ≤ to ≤ 1")
         if not 0 <= self.seed < 2**64:
@@ -223,6 +238,8 @@ class Settings(Options):
             own["strength"] = self.img2img_strength
         own |= {name: picture.described() for name, picture in self.pictures().items()}
         own["regions"] = self.regions and [region.described() for region in self.regions]
+        if self.control_image:
+            own["control_image"] = [hint.described() for hint in self.control_image]
         own = {name: value for name, value in own.items() if name not in LATER or value != getattr(Settings, name)}
         if self.regions:
             own["bootstrapping"] = self.bootstrapping
@@ -313,6 +330,8 @@ class Settings(Options):
         """Height and width in pixels; one that is not given is `usual`, or as the shape of the image has it, to whole
         latents, where then the longer one is `usual`."""
         height, width, image = self.height, self.width, self.image
+        if self.control_image and height is None and width is None:
+            return self.control_image[0].height, self.control_image[0].width
         if image is None or (height is not None and width is not None):
             return usual if height is None else height, usual if width is None else width
         share = image.height / image.width

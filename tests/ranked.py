@@ -25,12 +25,16 @@ from tiny import with_nine
 import cutdiff
 import cutdiff.models.bands
 import cutdiff.models.vae
+from cutdiff.checkpoint.control import save_control
+from cutdiff.checkpoint.random_model import randomise
+from cutdiff.models.controlnet import ControlNet, ControlNetConfig
 from cutdiff.parallel.launch import joined
 from cutdiff.regions import Region
 from cutdiff.settings import Settings
 from cutdiff.specs import METHODS
 
 SIZES = (1, 2, 5)
+CONTROL = "control.safetensors"
 VIEW_BATCHES = (1, 3, None)
 OTHERS = {"pag": {"guidance": "pag"}, "regions": {"regions": [Region("a tent", (0, 0, 0.5, 1))], "method": "magnify"}}
 """Runs of more than a method, and their options."""
@@ -43,6 +47,9 @@ def methods(model: Path, folder: Path) -> None:
     cutdiff.models.vae.CPU_LARGE_BYTES = 0
     cutdiff.models.vae.SCORE_BYTES = 4096
     cutdiff.models.bands.CPU_BAND_BYTES = 20_000
+    network = ControlNet(ControlNetConfig(cutdiff.load(model).unet.config, (4, 4, 4, 8)))
+    randomise(network, 0)
+    save_control(folder / CONTROL, network)
     for size in SIZES:
         assert statuses(start(partial(draw_all, model, folder), size)) == [0] * size
 
@@ -59,7 +66,9 @@ def draw_all(model: Path, folder: Path) -> None:
         own_model = {"inpainting": replace(loaded, unet=with_nine(loaded.unet))}
         picture = np.random.default_rng(0).integers(0, 256, (128, 96, 3), dtype="u1")
         redrawn = {"image": picture, "mask": np.tril(np.full((128, 96), 255, dtype="u1"))}
-        others = {"mask": redrawn, "inpainting": redrawn, **OTHERS}
+        hint = torch.rand(3, 128, 96, generator=torch.Generator().manual_seed(0))
+        controlled = {"control": folder / CONTROL, "control_image": hint}
+        others = {"control": controlled, "mask": redrawn, "inpainting": redrawn, **OTHERS}
         for method in (*METHODS, *others):
             own = others.get(method, {"method": method})
             settings = Settings(**own, height=128, width=96, num_steps=2)

@@ -25,7 +25,8 @@ FLOORS = (
     {"models"},
     {"parallel", "settings"},
     {"specs", "regions"},
-    {"sources", "given"},
+    {"sources", "controlled"},
+    {"given"},
     {"options", "files"},
 )
 """The rooms and single files of the package from the roof to the ground."""

@@ -58,7 +58,7 @@ def drawn(quick_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {size: [torch.load(out / f"{size}-{rank}.pt") for rank in range(size)] for size in SIZES}
 
 
-@pytest.mark.parametrize("method", [*METHODS, "pag", "mask", "inpainting", "regions"])
+@pytest.mark.parametrize("method", [*METHODS, "pag", "mask", "inpainting", "regions", "control"])
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_every_rank_has_the_picture_of_one_process(size: int, method: str, drawn: dict[int, list[Drawn]]) -> None:
     """They agree to the bit if network calls have the same items. Two pictures in one phase are fewer items than five

@@ -23,6 +23,7 @@ from cutdiff.checkpoint.fields import (
     widths,
 )
 from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.models.controlnet import ControlNetConfig
 
 ADDED = "text_time"
 """The `addition_embed_type` of SDXL: pooled text and six numbers of size and crop are embedded beside the time."""
@@ -84,6 +85,36 @@ UNET_DEFAULTS: dict[str, Any] = {
 }
 UNET_IGNORED = {"dropout", "addition_embed_type_num_heads", "upcast_attention"}
 """Fields without effect. Softmax is always taken in float32, which is what `upcast_attention` of SD 2.1 asks for."""
+
+CONTROL_FIXED: dict[str, Any] = {
+    "_class_name": "ControlNetModel",
+    "conditioning_channels": 3,
+    "controlnet_conditioning_channel_order": "rgb",
+    "global_pool_conditions": False,
+}
+HINT_WIDTHS = "conditioning_embedding_out_channels"
+NO_CONTROL = (
+    "sample_size",
+    "out_channels",
+    "up_block_types",
+    UP,
+    "time_cond_proj_dim",
+    "center_input_sample",
+    "dual_cross_attention",
+    "resnet_skip_time_act",
+    "resnet_out_scale_factor",
+    "time_embedding_type",
+    "time_embedding_dim",
+    "time_embedding_act_fn",
+    "timestep_post_act",
+    "conv_in_kernel",
+    "conv_out_kernel",
+    "attention_type",
+    "class_embeddings_concat",
+    "mid_block_only_cross_attention",
+    "cross_attention_norm",
+)
+"""The fields of a U-Net that diffusers' ControlNetModel does not have."""
 
 VAE_FIXED: dict[str, Any] = {
     "act_fn": "silu",
@@ -181,6 +212,23 @@ def unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         "use_linear_projection": config.linear_projections,
         **(added if config.added_dim else {}),
     }
+
+
+def control_config(config: Mapping[str, Any]) -> ControlNetConfig:
+    """The sizes in the config.json of a ControlNetModel. Raises ValueError for a field that is not supported."""
+    require(config, CONTROL_FIXED)
+    blocks = sequence({**UNET_DEFAULTS, **config}, "down_block_types")
+    up = [ATTENTION[1] if block == ATTENTION[0] else PLAIN[1] for block in reversed(blocks)]
+    own = {name: value for name, value in config.items() if name not in {*CONTROL_FIXED, HINT_WIDTHS}}
+    unet = unet_config({**own, "up_block_types": up, "sample_size": 1})
+    hint = widths({"block_out_channels": config.get(HINT_WIDTHS) or ControlNetConfig.hint_widths})
+    return ControlNetConfig(unet, hint)
+
+
+def control_to_diffusers(config: ControlNetConfig) -> dict[str, Any]:
+    """The config.json with which diffusers builds the same ControlNet."""
+    fields = {name: value for name, value in unet_to_diffusers(config.unet).items() if name not in NO_CONTROL}
+    return {**fields, **CONTROL_FIXED, HINT_WIDTHS: list(config.hint_widths)}
 
 
 def vae_config(config: Mapping[str, Any]) -> VAEConfig:

@@ -88,7 +88,10 @@ REFINER = f"{UNET_PREFIX}label_emb."
 """The keys that distinguish a refiner, which embeds sizes, from SD 2.1."""
 OTHERS = (
     (r"conditioner\.embedders\.0\.model\.", "an SDXL refiner, which only finishes pictures: pass the base model"),
-    (r"control_model\.|controlnet_|input_hint_block\.", "a ControlNet, which guides a model and is none"),
+    (
+        r"control_model\.|controlnet_|input_hint_block\.",
+        "a ControlNet, which guides a model and is none: pass it as --control beside one",
+    ),
     (r"image_proj\.|ip_adapter\.", "an IP-Adapter, which guides a model and is none"),
     (r".*motion_modules\.", "a motion module (AnimateDiff), which makes a model draw films and is none"),
     (r"(model\.diffusion_model\.)?joint_blocks\.", "an SD 3 model, whose transformer is not built here"),

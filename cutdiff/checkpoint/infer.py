@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint
 from cutdiff.checkpoint.families import Family
+from cutdiff.checkpoint.keys import HINT
 from cutdiff.checkpoint.single import Parts
 from cutdiff.checkpoint.tokenizer import PAD_TOKENS, cached_tokenizer, read_tokenizer
 from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.models.controlnet import ControlNetConfig
 from cutdiff.models.text import CUT_DEPTH
 from cutdiff.sampling.edm import AnyNoise
 
@@ -83,16 +85,8 @@ def infer_unet(tensors: Mapping[str, Tensor], pooled_dim: int, family: Family, p
     """The sizes of a U-Net in the original layout; what no shape shows is as in its family."""
     shapes = _Shapes("unet", tensors)
     in_channels, out_channels = unet_channels(tensors)
-    channels: list[int] = [shapes.of("input_blocks.0.0.weight")[0]]
-    layers: list[list[int]] = [[]]
-    for i in range(1, shapes.count("input_blocks.")):
-        if f"input_blocks.{i}.0.op.weight" in shapes.tensors:
-            channels.append(channels[-1])
-            layers.append([])
-            continue
-        channels[-1] = shapes.of(f"input_blocks.{i}.0.in_layers.2.weight")[0]
-        layers[-1].append(shapes.count(f"input_blocks.{i}.1.transformer_blocks."))
-    depths = tuple(level[0] if len({*level}) == 1 else tuple(level) for level in layers)
+    channels, layers = _levels(shapes)
+    depths = _depths(layers)
     resnets = _one("layers in a level", {len(level) for level in layers})
     up = [
         tuple(shapes.count(f"output_blocks.{i * (resnets + 1) + j}.1.transformer_blocks.") for j in range(resnets + 1))
@@ -121,6 +115,67 @@ def infer_unet(tensors: Mapping[str, Tensor], pooled_dim: int, family: Family, p
         linear_projections=len(shapes.of(attended[0].partition("transformer_blocks")[0] + "proj_in.weight")) == 2,
         native_size=family.native_sizes[prediction_type],
     )
+
+
+def infer_control(tensors: Mapping[str, Tensor], unet: UNetConfig) -> ControlNetConfig:
+    """The sizes of a ControlNet in either layout; what no shape shows is as in the U-Net that it is for."""
+    shapes = _Shapes("ControlNet", tensors)
+    if f"{HINT}.0.weight" in tensors:
+        channels, layers = _levels(shapes)
+        first, mid = "input_blocks.0.0", "middle_block.1"
+        convolutions = [f"{HINT}.{2 * i}" for i in range(shapes.count(f"{HINT}."))]
+    else:
+        levels = range(shapes.count("down_blocks."))
+        channels = [shapes.of(f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels]
+        layers = [
+            [
+                shapes.count(f"down_blocks.{i}.attentions.{j}.transformer_blocks.")
+                for j in range(shapes.count(f"down_blocks.{i}.resnets."))
+            ]
+            for i in levels
+        ]
+        first, mid, hint = "conv_in", "mid_block.attentions.0", "controlnet_cond_embedding"
+        blocks = range(shapes.count(f"{hint}.blocks."))
+        convolutions = [f"{hint}.conv_in", *(f"{hint}.blocks.{i}" for i in blocks), f"{hint}.conv_out"]
+    attended = [key for key in tensors if key.endswith("transformer_blocks.0.attn2.to_k.weight")]
+    changed: dict[str, Any] = {}
+    if attended:
+        projection = shapes.of(attended[0].partition("transformer_blocks")[0] + "proj_in.weight")
+        changed = {"context_dim": shapes.of(attended[0])[1], "linear_projections": len(projection) == 2}
+    heads = unet.num_heads if len(unet.num_heads) == len(channels) else (1,) * len(channels)
+    return ControlNetConfig(
+        replace(
+            unet,
+            in_channels=shapes.of(f"{first}.weight")[1],
+            channels=tuple(channels),
+            layers_per_block=_one("layers in a level", {len(level) for level in layers}),
+            transformer_layers=_depths(layers),
+            mid_transformer_layers=shapes.count(f"{mid}.transformer_blocks."),
+            up_transformer_layers=None,
+            num_heads=heads,
+            **changed,
+        ),
+        hint_widths=tuple(shapes.of(f"{name}.weight")[0] for name in convolutions[:-1:2]),
+        hint_channels=shapes.of(f"{convolutions[0]}.weight")[1],
+    )
+
+
+def _levels(shapes: _Shapes) -> tuple[list[int], list[list[int]]]:
+    """The channels of each level in the original layout, and the depth of the transformer of each of its layers."""
+    channels: list[int] = [shapes.of("input_blocks.0.0.weight")[0]]
+    layers: list[list[int]] = [[]]
+    for i in range(1, shapes.count("input_blocks.")):
+        if f"input_blocks.{i}.0.op.weight" in shapes.tensors:
+            channels.append(channels[-1])
+            layers.append([])
+            continue
+        channels[-1] = shapes.of(f"input_blocks.{i}.0.in_layers.2.weight")[0]
+        layers[-1].append(shapes.count(f"input_blocks.{i}.1.transformer_blocks."))
+    return channels, layers
+
+
+def _depths(layers: Sequence[Sequence[int]]) -> tuple[int | tuple[int, ...], ...]:
+    return tuple(level[0] if len({*level}) == 1 else tuple(level) for level in layers)
 
 
 def infer_vae(tensors: Mapping[str, Tensor], like: VAEConfig) -> VAEConfig:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from cutdiff.models.config import UNetConfig
+from cutdiff.models.controlnet import ControlNet
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 
@@ -21,6 +23,8 @@ UNET_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+HINT, MIDDLE = "input_hint_block", "middle_block_out.0"
+"""The modules of a ControlNet in the original layout that embed its hint, and that its middle ends with."""
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
@@ -28,6 +32,30 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 def unet_keys(unet: UNet) -> dict[str, str]:
     """The diffusers key of every original key of the U-Net, one to one."""
     config = unet.config
+    modules = _down_modules(config) | {"conv_norm_out": "out.0", "conv_out": "out.2"}
+    stride = config.layers_per_block + 1  # the blocks of a level on the way up
+    for i in range(len(config.channels)):
+        for j in range(stride):
+            block = f"output_blocks.{i * stride + j}"
+            modules |= _resnet_modules(f"up_blocks.{i}.resnets.{j}", f"{block}.0")
+            modules[f"up_blocks.{i}.attentions.{j}"] = f"{block}.1"
+        has_attention = any(config.up_layers[-1 - i])
+        modules[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{(i + 1) * stride - 1}.{2 if has_attention else 1}"
+    return _keys(unet, modules)
+
+
+def control_keys(network: ControlNet) -> dict[str, str]:
+    """The diffusers key of every original key of a ControlNet, one to one."""
+    blocks, hint = len(network.controlnet_cond_embedding.blocks), "controlnet_cond_embedding"
+    modules = _down_modules(network.config) | {f"{hint}.conv_in": f"{HINT}.0", "controlnet_mid_block": MIDDLE}
+    modules |= {f"{hint}.blocks.{i}": f"{HINT}.{2 * i + 2}" for i in range(blocks)}
+    modules[f"{hint}.conv_out"] = f"{HINT}.{2 * blocks + 2}"
+    zeros = range(len(network.controlnet_down_blocks))
+    return _keys(network, modules | {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in zeros})
+
+
+def _down_modules(config: UNetConfig) -> dict[str, str]:
+    """The modules of the embeddings, the way down and the middle."""
     modules = {
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
@@ -36,23 +64,21 @@ def unet_keys(unet: UNet) -> dict[str, str]:
         "add_embedding.linear_1": "label_emb.0.0",
         "add_embedding.linear_2": "label_emb.0.2",
         "mid_block.attentions.0": "middle_block.1",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
     }
-    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    # The blocks of a level: on the way down its layers and the one that halves it, on the way up its layers.
-    stride = config.layers_per_block + 1
+    modules |= _resnet_modules("mid_block.resnets.0", "middle_block.0")
+    modules |= _resnet_modules("mid_block.resnets.1", "middle_block.2")
+    stride = config.layers_per_block + 1  # the layers of a level and the one that halves it
     for i in range(len(config.channels)):
         for j in range(stride):
-            down, up = f"input_blocks.{i * stride + j + 1}", f"output_blocks.{i * stride + j}"
-            resnets |= {f"down_blocks.{i}.resnets.{j}": f"{down}.0", f"up_blocks.{i}.resnets.{j}": f"{up}.0"}
-            modules |= {f"down_blocks.{i}.attentions.{j}": f"{down}.1", f"up_blocks.{i}.attentions.{j}": f"{up}.1"}
-        has_attention = any(config.up_layers[-1 - i])
+            block = f"input_blocks.{i * stride + j + 1}"
+            modules |= _resnet_modules(f"down_blocks.{i}.resnets.{j}", f"{block}.0")
+            modules[f"down_blocks.{i}.attentions.{j}"] = f"{block}.1"
         modules[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * stride}.0.op"
-        modules[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{(i + 1) * stride - 1}.{2 if has_attention else 1}"
-    for ours, theirs in resnets.items():
-        modules |= {f"{ours}.{part}": f"{theirs}.{original}" for part, original in UNET_RESNET.items()}
-    return _keys(unet, modules)
+    return modules
+
+
+def _resnet_modules(ours: str, theirs: str) -> dict[str, str]:
+    return {f"{ours}.{part}": f"{theirs}.{original}" for part, original in UNET_RESNET.items()}
 
 
 def vae_keys(vae: VAE) -> dict[str, str]:
@@ -102,7 +128,7 @@ def original_attention(key: str) -> str:
     return key
 
 
-def _keys(network: UNet | VAE, modules: Mapping[str, str]) -> dict[str, str]:
+def _keys(network: nn.Module, modules: Mapping[str, str]) -> dict[str, str]:
     keys = {_original(key, modules): key for key in network.state_dict()}
     assert len(keys) == len(network.state_dict()), "two keys have one original name"
     return keys

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cutdiff.files import opened
+from cutdiff.models.controlnet import ControlNet
 from cutdiff.models.fp8 import FP8Linear
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
@@ -67,6 +68,8 @@ class Model:
     embeddings: tuple[AddedEmbedding, ...] = ()
     preferred: dict[str, Any] = field(default_factory=dict)
     """The options that a run has where nobody says otherwise, of `settings.PREFERENCES`."""
+    controls: dict[Any, ControlNet] = field(default_factory=dict, compare=False, repr=False)
+    """The ControlNets that runs have read for the model, so that none is read twice."""
 
     @cached_property
     def hashes(self) -> dict[str, str]:

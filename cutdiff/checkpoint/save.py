@@ -94,15 +94,23 @@ def save_folder(
 def _write_network(
     folder: Path, stem: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], dtype: torch.dtype
 ) -> None:
+    write_network(folder / f"{stem}.safetensors", folder / "config.json", tensors, fields, dtype)
+
+
+def write_network(
+    path: Path, config: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], dtype: torch.dtype
+) -> None:
+    """Write the weights of a network to `path`, in `dtype`, and the fields of its configuration to `config`."""
+    name = path.parent.name
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.itemsize < 2:
-            raise ValueError(f"{folder.name}: {key} is quantized, {tensor.dtype}: save the model loaded without fp8")
+            raise ValueError(f"{name}: {key} is quantized, {tensor.dtype}: save the model loaded without fp8")
     converted = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
     for key, tensor in converted.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{folder.name}: {key} is not finite in {dtype}: save with dtype=torch.float32")
-    _write(folder / f"{stem}.safetensors", lambda part: save_file(converted, part, metadata={"format": "pt"}))
-    _write_json(folder / "config.json", fields)
+            raise ValueError(f"{name}: {key} is not finite in {dtype}: save with dtype=torch.float32")
+    _write(path, lambda part: save_file(converted, part, metadata={"format": "pt"}))
+    _write_json(config, fields)
 
 
 def _clip_fields(encoder: PreTrainedModel) -> dict[str, Any]:

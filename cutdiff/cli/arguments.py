@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from cutdiff import specs
+from cutdiff.controlled import CONTROLS
 from cutdiff.options import MAX_FLOAT32, Between, Option, nearest, not_one_of, options_of, read
 from cutdiff.settings import FILES, PREDICTION_TYPES, SPACINGS, Settings
 from cutdiff.specs import TABLES
@@ -200,6 +201,18 @@ def _help(option: Option, help: str = "") -> str:
     return f"{text}{shown}".replace("%", "%%").strip()
 
 
+def add_controls(group: Group) -> None:
+    """The options of ControlNets, which may each be given several times."""
+    own = options_of(Settings)
+    for name, placeholder in zip(CONTROLS, ("PATH", "FILE", "X", ("FROM", "TO")), strict=True):
+        several: dict[str, Any] = {"nargs": 2} if isinstance(placeholder, tuple) else {}
+        kind = str if name in FILES else _reader(name, float)
+        group.add_argument(
+            flag_of(name), dest=name, default=argparse.SUPPRESS, action=_Another, type=kind, metavar=placeholder,
+            help=_help(own[name]), **several,
+        )  # fmt: skip
+
+
 def add_how(group: Group) -> None:
     """The options of a run that say how a picture is drawn."""
     own = options_of(Settings)
@@ -222,6 +235,15 @@ class _Given(argparse.Action):
             except ValueError as error:
                 raise argparse.ArgumentError(self, str(error).partition("=")[2]) from None
         namespace.options = {**namespace.options, self.dest: values}
+
+
+class _Another(argparse.Action):
+    """Put one more value into a list in `options` of the arguments."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+        values = tuple(values) if self.nargs else values
+        before = namespace.options.get(self.dest, [])
+        namespace.options = {**namespace.options, self.dest: [*before, values]}
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -289,6 +311,7 @@ def _add_prompt(group: Group) -> None:
     )
     for name in ("strength", "fit", "invert", "mask", "feather", "place", "regions", "bootstrapping"):
         add_option(group, own[name])
+    add_controls(group)
     group.add_argument(
         "--num-images", type=number(1, MAX_PICTURES), default=1, metavar="K", help="pictures, with seeds S, S+1, …"
     )

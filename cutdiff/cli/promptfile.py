@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cutdiff import specs
+from cutdiff.controlled import CONTROL_FILES
 from cutdiff.files import contents
 from cutdiff.options import nearest, options_of, read
 from cutdiff.settings import FILES, Settings
@@ -113,7 +114,9 @@ def _with_options(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f'{name} has no value; a prompt that holds it is written as {{"prompt": …}}')
         if known in ELSEWHERE:
             raise ValueError(f"{name} is an option of A1111's that is not built here: leave it out")
-        if known in TEXTS:
+        if known in CONTROL_FILES:
+            options[known] = values
+        elif known in TEXTS:
             options[known] = " ".join(values)
         elif known == "sampler_name":
             options |= _sampler(" ".join(values))

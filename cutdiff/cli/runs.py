@@ -80,8 +80,7 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
         try:
             with errors_by_flag():
                 prompt, own = parse_line(line)
-            files = {name: own[name] for name in FILES if isinstance(own.get(name), str)}
-            own |= {name: args.prompts.parent / path for name, path in files.items()}
+            own |= {name: _beside(args.prompts, own[name]) for name in FILES if name in own}
             requests.append(Request(prompt, _settings(prompt, args, own), number, own))
         except (ValueError, BadArgument) as error:
             bad.append(BadLine(args, number, error))
@@ -232,6 +231,13 @@ def _parsed(name: str, spec: Any) -> tuple[str, dict[str, Any]] | None:
         return specs.parse(name, spec) if isinstance(spec, str) else None
     except ValueError:
         return None
+
+
+def _beside(file: Path, names: Any) -> Any:
+    """The paths of files whose names, one or a list, stand in a file of prompts."""
+    if isinstance(names, list):
+        return [_beside(file, name) for name in names]
+    return file.parent / names if isinstance(names, str) else names
 
 
 def _settings(prompt: str, args: argparse.Namespace, own: dict[str, Any]) -> Settings:

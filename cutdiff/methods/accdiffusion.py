@@ -17,6 +17,12 @@ Where it is not followed:
 - It takes no given picture; here the network reads such a one at every step, noised, for the maps.
 - It lets the patches of one view batch exchange pixels; here all do. It moves each channel of a pixel by itself, which
   is `interaction="channel"`.
+
+AccDiffusion v2 (Lin et al. 2024, arXiv 2412.02099) is `hints="edges"`: views are drawn with a ControlNet whose hint are
+the edges of the picture of the phase before, against what is distorted in them. The first phase and the patches are
+drawn without. Its example scales the ControlNet by 0.6, which is `control_scale=0.6`; here it is 1 where nobody says.
+Edges are found in the picture of the phase before, decoded, as in its code (OpenCV's Canny, whose thresholds lie 0.6 of
+the picture's median from it), and enlarged; by bilinear interpolation, where its code takes a bicubic one.
 The head of `demofusion` on the network's input, padding, moments and sizes holds here too.
 """
 
@@ -24,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +40,9 @@ from cutdiff.methods.shared import Run, Stages
 from cutdiff.methods.tiled import Cascade, Grain
 from cutdiff.models.attention import map_level, recorded_attention
 from cutdiff.models.text import TextStates
-from cutdiff.options import Share
+from cutdiff.options import Between, Share
+from cutdiff.sampling.controls import Control
+from cutdiff.sampling.edges import edges
 from cutdiff.sampling.operators import views
 from cutdiff.sampling.stages import CanvasDenoiser, Size
 from cutdiff.settings import Settings
@@ -52,9 +60,24 @@ class AccDiffusion(Cascade):
     whole, or "none"."""
     word_threshold: Share = 0.3
     """The share of a view that a word must fill to stand in its prompt: the paper's c."""
+    hints: Literal["given", "edges"] = "given"
+    """The hints of ControlNets: those that are "given" with them, or the "edges" of the picture of the phase before,
+    for views alone, as AccDiffusion v2 has them."""
+    edge_spread: Annotated[float, Between(0, 1)] = 0.6
+    """How far the thresholds of an edge lie from the picture's median, as a share of that."""
+
+    @property
+    def makes_hints(self) -> bool:
+        """True where ControlNets come without hints, which are made on the way."""
+        return self.hints == "edges"
 
     def check_settings(self, settings: Settings) -> None:
-        """ValueError where the run has a second prompt: a view gets the words of one."""
+        """ValueError where the run has a second prompt: a view gets the words of one. So where hints are to be made and
+        there is no ControlNet, or their option is given and they are not."""
+        if self.makes_hints and not settings.control:
+            raise ValueError("hints='edges' are for a ControlNet, and none is given: give control, or leave it out")
+        if not self.makes_hints and self.edge_spread != AccDiffusion.edge_spread:
+            raise ValueError(f"edge_spread={self.edge_spread:g} is for hints='edges': give that, or leave it out")
         if settings.prompt_2 is not None:
             raise ValueError(
                 f"prompt_2={settings.prompt_2!r} is not for accdiffusion, whose views have words of one prompt"
@@ -66,14 +89,25 @@ class AccDiffusion(Cascade):
                 "draws each view with words of one prompt that stays the same: leave AND, [a:b:0.5] and [a|b] out of "
                 "it, or choose another method"
             )
-        maps = WordMaps()
+        maps, controls = WordMaps(), run.denoiser.controls
+        if self.makes_hints:
+            run = replace(run, denoiser=replace(run.denoiser, controls=()))
         return self.cascade(
             run,
             lambda first: record(self.on_whole, first, maps),
-            lambda phase, steps: self.on_prompted_views(phase, steps.start, maps),
+            lambda phase, steps, previous: self.on_prompted_views(
+                self.with_hints(phase, controls, previous), steps.start, maps
+            ),
             self.interaction,
             looks=lambda step: True,
         )
+
+    def with_hints(self, run: Run, controls: tuple[Control, ...], previous: Tensor) -> Run:
+        """The run with these controls, whose hint are the edges of the picture of the phase before, if it is to be."""
+        if not self.makes_hints:
+            return run
+        hint = edges(run.decode(previous), self.edge_spread)
+        return replace(run, denoiser=replace(run.denoiser, controls=tuple(replace(c, hint=hint) for c in controls)))
 
     def on_prompted_views(self, run: Run, step: int, maps: WordMaps) -> CanvasDenoiser:
         """average ∘ D ∘ views, drawn for `step` and kept, each with a prompt of its own."""

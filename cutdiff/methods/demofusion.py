@@ -32,4 +32,4 @@ class DemoFusion(Cascade):
     """A cascade of sizes whose views move at every step. Every phase takes num_steps steps."""
 
     def stages(self, run: Run) -> Stages:
-        return self.cascade(run, self.on_whole, lambda phase, steps: self.on_views(phase), "none")
+        return self.cascade(run, self.on_whole, lambda phase, steps, previous: self.on_views(phase), "none")

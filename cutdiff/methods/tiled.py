@@ -184,8 +184,9 @@ class Tiled(Conditioned):
         return self.denoise_windows(run, views, crops, latents, sigma, step, positive=positive)
 
 
-MakeLocal = Callable[[Run, range], CanvasDenoiser]
-"""(a run on a phase's canvas, the phase's steps) -> its denoiser of views; made when the phase begins."""
+MakeLocal = Callable[[Run, range, Tensor], CanvasDenoiser]
+"""(a run on a phase's canvas, the phase's steps, the latents of the phase before) -> its denoiser of views; made when
+the phase begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +224,7 @@ class Cascade(Tiled):
         def begin(previous: Tensor) -> tuple[Tensor, Stage]:
             guide = resize(previous, run.size)
             noise = run.draws.phase_noise(tuple(guide.shape), number).to(guide)
-            views = local(run, steps)
+            views = local(run, steps, previous)
 
             def show(canvas: Tensor, sigma: float) -> Tensor:
                 width = BLUR * (0.99 * fade(run, sigma) ** blur + 0.01)

@@ -1,4 +1,4 @@
-"""The U-Net through torch.compile: after a while of compiling it runs on kernels that were made for the device."""
+"""The U-Net or a ControlNet through torch.compile: after a while of compiling it runs on kernels for the device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from cutdiff.models.layers import ResnetBlock
-from cutdiff.models.unet import Context, TransformerBlock, UNet
+from cutdiff.models.unet import Encoder, TransformerBlock
 
 BACKEND = "inductor"
 BLOCKS = (ResnetBlock, TransformerBlock)
@@ -22,19 +23,20 @@ GRAPHS = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
 
 
 def compiled(
-    unet: UNet, *, parts: Literal["blocks", "whole"] = "blocks", cuda_graphs: bool = False
-) -> Callable[..., Tensor]:
-    """`unet.forward` on compiled kernels, which are made at its first call for a number of rows; later runs reuse them.
+    network: Encoder, *, parts: Literal["blocks", "whole"] = "blocks", cuda_graphs: bool = False
+) -> Callable[..., Any]:
+    """`network.forward`, of a U-Net or a ControlNet, on compiled kernels, which are made at its first call for a number
+    of rows; later runs reuse them.
 
     "blocks" compiles each kind of resnet and transformer block once and leaves what stands between them as it is;
     "whole" compiles one graph. With `cuda_graphs` the whole network is recorded for each number of rows, and its output
-    is copied, as the next call writes over it. A later change inside of `unet` has no effect: it runs as a copy that
+    is copied, as the next call writes over it. A later change inside of `network` has no effect: it runs as a copy that
     shares its tensors. torch's limits of graphs are raised for the process.
     """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, MOST_GRAPHS)
-    own = _sharing_tensors(unet)
+    own = _sharing_tensors(network)
     if parts == "blocks" and not cuda_graphs:
         for module in own.modules():
             if isinstance(module, BLOCKS):
@@ -42,20 +44,20 @@ def compiled(
     else:
         own.compile(fullgraph=True, dynamic=False, backend=BACKEND, **({"options": GRAPHS} if cuda_graphs else {}))
 
-    def forward(x: Tensor, timesteps: Tensor, context: Context, pooled: Tensor, size_ids: Tensor) -> Tensor:
+    def forward(x: Tensor, timesteps: Tensor, *others: Any) -> Any:
         if cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        prediction = own(x, timesteps.contiguous(), context, pooled, size_ids)
-        return prediction.clone() if cuda_graphs else prediction
+        given = own(x, timesteps.contiguous(), *others)
+        return tree_map(torch.clone, given) if cuda_graphs else given
 
     return forward
 
 
-def _sharing_tensors(unet: UNet) -> UNet:
+def _sharing_tensors(network: Encoder) -> Encoder:
     """A copy of the modules on the same tensors and hooks. Layers that attend to text stay the same, as texts are kept
     for them."""
-    kept: list[Any] = [*unet.parameters(), *unet.buffers()]
-    for module in unet.modules():
+    kept: list[Any] = [*network.parameters(), *network.buffers()]
+    for module in network.modules():
         kept += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         kept += [module.attn2] if isinstance(module, TransformerBlock) else []
-    return deepcopy(unet, {id(thing): thing for thing in kept})
+    return deepcopy(network, {id(thing): thing for thing in kept})

@@ -178,8 +178,8 @@ class MidBlock(nn.Module):
         return x
 
 
-class UNet(nn.Module):
-    """The whole network: noisy latents, time, text and size conditioning -> its prediction."""
+class Encoder(nn.Module):
+    """The way down, the middle, and the embedding of all that the network is conditioned on."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -191,57 +191,22 @@ class UNet(nn.Module):
         if config.added_dim:
             self.add_embedding = EmbeddingMLP(config.added_dim, config.time_dim)
 
-        skips = [channels[0]]
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(channels):
             widths = [(channels[max(i - 1, 0)] if j == 0 else width, width) for j in range(layers)]
             level = DownLevel(config, i, widths, config.down_layers[i])
-            skips += [width] * layers
             if i < last:
                 level.downsamplers.append(Downsample(width))
-                skips.append(width)
             self.down_blocks.append(level)
 
         self.mid_block = MidBlock(config)
 
-        self.up_blocks = nn.ModuleList()
-        below = channels[-1]
-        for i in reversed(range(len(channels))):
-            widths = []
-            for _ in range(layers + 1):
-                widths.append((below + skips.pop(), channels[i]))
-                below = channels[i]
-            level = UpLevel(config, i, widths, config.up_layers[i])
-            if i > 0:
-                level.upsamplers.append(Upsample(channels[i]))
-            self.up_blocks.append(level)
-
-        self.conv_norm_out = GroupNormSiLU(config.norm_groups, channels[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor, timesteps: Tensor, context: Context, pooled: Tensor, size_ids: Tensor) -> Tensor:
-        """Predict the noise (or v) in scaled latents.
-
-        x (B, in_channels, h, w) · timesteps (B,) · context (B, L, context_dim) · pooled (B, pooled_dim) ·
-        size_ids (B, 6): original height and width, crop top and left, target height and width, in pixels. A family
-        without an embedding of pooled text or sizes does not read them. A network that reads the guidance scale finds
-        it behind them, (B, 7).
-        Returns (B, out_channels, h, w). Any h and w work; odd ones are restored on the way up.
-        """
-        time = self.embed_conditions(timesteps, pooled, size_ids).to(x.dtype)
-        x = self.conv_in(x)
+    def encode(self, x: Tensor, time: Tensor, context: Context) -> tuple[list[Tensor], Tensor]:
+        """The feature maps of the way down, which the way up joins, and that of the middle, for the first one x."""
         skips = [x]
         for level in self.down_blocks:
             skips += level(skips[-1], time, context)
-
-        x = self.mid_block(skips[-1], time, context)
-
-        joined = self.config.layers_per_block + 1
-        for level in self.up_blocks:
-            skips, own = skips[:-joined], skips[-joined:]
-            size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else None
-            x = level(x, own, time, context, size)
-        return self.conv_out(self.conv_norm_out(x))
+        return skips, self.mid_block(skips[-1], time, context)
 
     def read(self, states: Tensor) -> TextContext:
         """The keys and values that all layers make of text states (P, L, context_dim).
@@ -261,6 +226,73 @@ class UNet(nn.Module):
             return time
         sizes = sinusoidal_embedding(size_ids[:, :6].flatten(), config.size_embedding_dim).to(dtype)  # (6B, dim)
         return time + self.add_embedding(torch.cat([pooled, sizes.view(len(size_ids), -1)], dim=-1))
+
+
+class UNet(Encoder):
+    """The whole network: noisy latents, time, text and size conditioning -> its prediction."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        channels, layers = config.channels, config.layers_per_block
+        skips = skip_widths(config)
+        self.up_blocks = nn.ModuleList()
+        below = channels[-1]
+        for i in reversed(range(len(channels))):
+            widths = []
+            for _ in range(layers + 1):
+                widths.append((below + skips.pop(), channels[i]))
+                below = channels[i]
+            level = UpLevel(config, i, widths, config.up_layers[i])
+            if i > 0:
+                level.upsamplers.append(Upsample(channels[i]))
+            self.up_blocks.append(level)
+
+        self.conv_norm_out = GroupNormSiLU(config.norm_groups, channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Context,
+        pooled: Tensor,
+        size_ids: Tensor,
+        residuals: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Predict the noise (or v) in scaled latents.
+
+        x (B, in_channels, h, w) · timesteps (B,) · context (B, L, context_dim) · pooled (B, pooled_dim) ·
+        size_ids (B, 6): original height and width, crop top and left, target height and width, in pixels. A family
+        without an embedding of pooled text or sizes does not read them. A network that reads the guidance scale finds
+        it behind them, (B, 7). `residuals`, where there are any, are a ControlNet's, which are added to the feature
+        maps of the way down and of the middle as the way up reads them; where a method has changed the size of a map,
+        they are resized to it.
+        Returns (B, out_channels, h, w). Any h and w work; odd ones are restored on the way up.
+        """
+        time = self.embed_conditions(timesteps, pooled, size_ids).to(x.dtype)
+        skips, x = self.encode(self.conv_in(x), time, context)
+        if residuals:
+            *skips, x = (_added(a, b) for a, b in zip([*skips, x], residuals, strict=True))
+
+        joined = self.config.layers_per_block + 1
+        for level in self.up_blocks:
+            skips, own = skips[:-joined], skips[-joined:]
+            size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else None
+            x = level(x, own, time, context, size)
+        return self.conv_out(self.conv_norm_out(x))
+
+
+def skip_widths(config: UNetConfig) -> list[int]:
+    """The channels of each feature map that the way up joins, in the order of `Encoder.encode`."""
+    last = len(config.channels) - 1
+    levels = ([width] * (config.layers_per_block + (i < last)) for i, width in enumerate(config.channels))
+    return [config.channels[0], *(width for level in levels for width in level)]
+
+
+def _added(x: Tensor, residual: Tensor) -> Tensor:
+    if residual.shape[2:] != x.shape[2:]:
+        residual = F.interpolate(residual, size=x.shape[2:], mode="bilinear", antialias=True)
+    return x + residual
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from cutdiff.checkpoint.control import described
 from cutdiff.checkpoint.locate import name_of
 from cutdiff.checkpoint.model import Model, dtype_name
+from cutdiff.controlled import CONTROL_FILES
 from cutdiff.models.editing import described as read_terms
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.schedules import Schedule
@@ -54,6 +56,7 @@ def describe(
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
         **_changing(prompt, settings),
         **settings.described(),
+        **({"control": [described(path) for path in settings.control]} if settings.control else {}),
         "height": height,
         "width": width,
         "model": {
@@ -153,6 +156,7 @@ def _determining(described: dict[str, Any]) -> dict[str, Any]:
     kept |= {name: kept[name]["sha256"] for name in PICTURES if name in kept}
     if regions := kept.get("regions"):
         kept["regions"] = [{**region, "mask": region.get("mask", {}).get("sha256")} for region in regions]
+    kept |= {name: [each["sha256"] for each in kept[name]] for name in CONTROL_FILES if name in kept}
     kept["cutdiff"] = kept.pop("versions", {}).get("cutdiff")
     return json.loads(json.dumps(kept, default=str))
 

@@ -29,8 +29,9 @@ from cutdiff.models.text import TextStates
 from cutdiff.models.unet import Transformer, TransformerBlock, UNet
 from cutdiff.models.vae import VAE
 from cutdiff.parallel.ranks import Ranks
-from cutdiff.pipeline import Prepared, prepare
+from cutdiff.pipeline import Prepared, canvas_and_schedule, prepare
 from cutdiff.planning.meter import Meter, Usage
+from cutdiff.sampling.controls import Hint
 from cutdiff.sampling.denoiser import Denoiser, Span
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.noise import NoiseConfig
@@ -86,6 +87,7 @@ def walk(model: Model, settings: Settings, devices: int = 1, memory: float = mat
     predictions. A single item is evaluated even if memory does not suffice. ValueError if the model cannot draw the
     picture.
     """
+    canvas_and_schedule(model, settings)  # which reads the ControlNets
     meter, weights = Meter(), weight_bytes(model)
     ranks = CountingRanks(devices - 1, devices)  # no rank has more to do than the last one
 
@@ -134,7 +136,12 @@ def _costs(run: Prepared, stage: Stage, x: Tensor, meter: Meter) -> list[Cost]:
     for step in stage.steps:
         sigmas = [schedule.sigmas[step - first], *_further(take, x, step - first)]
         rows = tuple(
-            (denoiser.guided(sigma), denoiser.copies_at(sigma, step), bool(denoiser.change_scale_at(sigma, step)))
+            (
+                denoiser.guided(sigma),
+                denoiser.copies_at(sigma, step),
+                bool(denoiser.change_scale_at(sigma, step)),
+                denoiser.controls_at(sigma),
+            )
             for sigma in sigmas
             for denoiser in run.denoisers
         )
@@ -201,10 +208,19 @@ class Rank(Denoiser):
         if self.beside is not None:
             self.beside(own := (canvas.shape[2], canvas.shape[3]), span or own)  # which it is encoded for
         rows, (items, size) = self.rows_of(operator, sigma, step, positive), items_of(operator, canvas)
+        rows = self.with_hints(rows, canvas)
         channels = self.unet.config.in_channels  # with those of the mask and the masked picture
         inputs = canvas.new_empty(items * rows.copies, channels, *size, dtype=self.unet.conv_in.weight.dtype)
         self.predictions(rows, inputs, canvas.new_empty(len(inputs), 6))
         return torch.empty_like(canvas)
+
+    def with_hints(self, rows: Rows, canvas: Tensor) -> Rows:
+        items, size = items_of(rows.operator, canvas)
+        hints = []
+        for control in self.controls_at(rows.sigma):
+            sides = (side * control.network.control.factor for side in size)
+            hints.append(Hint(control, canvas.new_empty(items, 3, *sides, dtype=self.unet.conv_in.weight.dtype)))
+        return rows._replace(hints=tuple(hints))
 
     def predict(self, rows: Rows, inputs: Tensor, size_ids: Tensor) -> Tensor:
         self.trial.copies = rows.copies
@@ -228,10 +244,10 @@ class Rank(Denoiser):
 
     def _by_row(self, inputs: Inputs) -> Usage:
         """The usage of one row. A plain network is tried once a step, and a method's own network in every call."""
-        x, _, context, *_ = inputs
-        kind = (x.shape[1:], type(context))
+        x, _, context, _, _, *hints = inputs
+        kind = (x.shape[1:], type(context), *(hint.control for hint in hints))
         if self.network is not None or kind not in self.trial.by_row:
-            usage = self.meter.aside(lambda: self.unet(*inputs))
+            usage = self.meter.aside(lambda: self.run(inputs))
             self.trial.by_row[kind] = Usage(usage.flops // len(x), math.ceil(usage.peak_bytes / len(x)))
         return self.trial.by_row[kind]
 
@@ -312,8 +328,9 @@ def _decoded(vae: VAE, size: Size, *, banded: bool | None = None) -> Usage:
 
 
 def weight_bytes(model: Model) -> int:
-    """The bytes of the weights of all networks of a model."""
-    return sum(_bytes(network) for network in (model.unet, model.vae, *model.text.encoders))
+    """The bytes of the weights of all networks of a model, those of ControlNets too that were read for it."""
+    networks = (model.unet, model.vae, *model.text.encoders, *model.controls.values())
+    return sum(_bytes(network) for network in networks)
 
 
 def _bytes(network: nn.Module) -> int:

@@ -15,6 +15,7 @@ from cutdiff.models.layers import TextContext
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
 from cutdiff.parallel.ranks import ALONE, Ranks
+from cutdiff.sampling.controls import Control, residuals
 from cutdiff.sampling.flags import Flags
 from cutdiff.sampling.guidance import Begun, Changing, Guidance, LinearGuidance, change_scale, is_off
 from cutdiff.sampling.operators import Operator, Patches, ToNetwork, takes_flag
@@ -154,6 +155,8 @@ class Denoiser:
     """Make keys and values of the prompt once. Not for a method that changes `to_k` or `to_v` of `attn2`."""
     compiled: Callable[..., Tensor] | None = None
     """The compiled forward pass that takes the place of the U-Net's."""
+    controls: tuple[Control, ...] = ()
+    """The ControlNets whose residuals are added in the U-Net."""
     ranks: Ranks = ALONE
     """The processes that each compute their share of a batch."""
     items_of_a_call: int | None = None
@@ -254,6 +257,7 @@ class Denoiser:
         dtype = self.unet.conv_in.weight.dtype
         source = canvas if shown is None else shown
         rows = self.rows_of(operator, sigma, step, positive)
+        rows = self.with_hints(rows, canvas)
         inputs = operator.gather(source, self.backend, c_in=c_in, dtype=dtype, copies=rows.copies)
         inputs = self.with_beside(inputs, rows, source, span)
         size_ids = size_ids_of(inputs, rows.copies, self.factor, crop_origins, original_size, target_size)
@@ -331,9 +335,28 @@ class Denoiser:
         self.work.reads_negative |= copies > len(text.terms)
         return Rows(step, sigma, operator, copies, is_guided, text, num_images)
 
+    def controls_at(self, sigma: float) -> tuple[Control, ...]:
+        """The controls that count at a sigma."""
+        return tuple(control for control in self.controls if control.is_on(sigma))
+
+    def with_hints(self, rows: Rows, canvas: Tensor) -> Rows:
+        """The rows with the hints of those controls that count at their sigma, gathered as they are from the canvas."""
+        controls = self.controls_at(rows.sigma)
+        if controls and len(canvas) != rows.num_images:
+            raise ValueError(
+                f"a ControlNet has hints of whole canvases, and {len(canvas)} items of {rows.num_images} images have "
+                "none: let `through` gather them by an operator"
+            )
+        return rows._replace(hints=tuple(each.gathered(rows.operator, canvas, self.backend) for each in controls))
+
+    def run(self, inputs: Inputs) -> Tensor:
+        """The prediction of the U-Net, with the residuals of its controls, for rows that are not counted."""
+        read, hints = inputs[:5], inputs[5:]
+        return (self.compiled or self.unet)(*read, *([residuals(hints, read)] if hints else []))
+
     def evaluate(self, inputs: Inputs) -> Tensor:
         """One pass of the U-Net over the rows, which are counted."""
-        prediction = (self.compiled or self.unet)(*inputs)
+        prediction = self.run(inputs)
         if self.shares_rows or self.ranks.leads:
             self.work.evaluations += len(inputs[0])
         return prediction
@@ -344,7 +367,8 @@ class Denoiser:
         Raises torch.OutOfMemoryError where memory does not suffice for a single item.
         """
         num_rows, copies = len(inputs), rows.copies
-        text = self.memory.texts.read(self.unet, rows.text, copies, keeps=self.keeps_text)
+        networks = (self.unet, *dict.fromkeys(control.network for control in self.controls))
+        text = self.memory.texts.read(networks, rows.text, copies, keeps=self.keeps_text)
         timestep = torch.full((1,), self.timestep(rows.sigma), dtype=torch.float32, device=inputs.device)
         timestep = timestep.expand(num_rows)
         ranks = self.ranks if self.shares_rows else ALONE
@@ -356,13 +380,14 @@ class Denoiser:
             kept = len(text.by_rows)
             try:
                 context, pooled = Texts.of_rows(text, part, num_rows, copies, self.gathered)
-                taken = (inputs[part], timestep[part], context, pooled, size_ids[part])
+                hints = rows.hints_of(part, inputs.device)
+                taken = (inputs[part], timestep[part], context, pooled, size_ids[part], *hints)
                 counts = num_rows, rows.num_images, copies, len(rows.text.terms)
                 call = Call(rows.step, rows.sigma, rows.operator, taken, start, *counts, rows.is_changed)
                 parts.append(self.evaluate(taken) if self.network is None else self.network(call))
             except torch.OutOfMemoryError:
                 text.by_rows.clear()
-                context = pooled = taken = call = None
+                context = pooled = hints = taken = call = None
                 if kept:  # without what was kept of other calls memory may suffice
                     continue
                 if part.stop - start <= copies:

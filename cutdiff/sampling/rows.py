@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,14 +12,16 @@ from torch import Tensor
 from cutdiff.models.config import Size
 from cutdiff.models.layers import TextContext
 from cutdiff.models.text import TextStates, TextSum
-from cutdiff.models.unet import Context, UNet
+from cutdiff.models.unet import Context, Encoder
+from cutdiff.sampling.controls import Hint
 from cutdiff.sampling.operators import Operator, upload
 
 GATHERED_BYTES = 256 << 20
 """The most bytes of the text's keys and values that are kept for the rows of calls, and not gathered by every layer in
 every call: those of 10 rows of SDXL in 16 bits. In larger calls the layers' work outweighs their gathers."""
-Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor]
-"""The rows that the U-Net reads: latents, timesteps, context, pooled, size ids."""
+Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor, *tuple[Hint, ...]]
+"""The rows that the U-Net reads: latents, timesteps, context, pooled, size ids. Behind them stand the hints of the
+ControlNets that count in the step. All are indexed by rows."""
 Text = TextStates | TextSum | Callable[[int], TextStates | TextSum]
 """Text states of B rows, a sum of such, or a function that gives either for the number of a step. It gives the same
 object for the same text, which is then not read anew."""
@@ -64,6 +66,15 @@ class Rows(NamedTuple):
     num_images: int
     is_changed: bool = False
     """True for rows of the network as the guidance changes it, which all read the prompt."""
+    hints: tuple[Hint, ...] = ()
+    """The hints of the items, one row each for all copies."""
+
+    def hints_of(self, part: slice, device: torch.device) -> tuple[Hint, ...]:
+        """The hints of a part of all rows."""
+        if not self.hints:
+            return ()
+        items = torch.arange(part.start, part.stop, device=device) // self.copies
+        return tuple(hint[items] for hint in self.hints)
 
     def of_prompt(self, values: Tensor) -> Tensor:
         """Those of the values of all rows that belong to rows which read the prompt."""
@@ -97,8 +108,8 @@ class Texts:
     class _Read(NamedTuple):
         """The text of the distinct rows, and what it was made from."""
 
-        sources: tuple[TextStates | UNet, ...]
-        """The states of the negative prompt and of the terms, and the network."""
+        sources: tuple[TextStates | Encoder, ...]
+        """The states of the negative prompt and of the terms, and the networks."""
         context: Context
         pooled: Tensor
         by_rows: dict[tuple[int, ...], tuple[Context, Tensor]]
@@ -107,10 +118,10 @@ class Texts:
     def __init__(self) -> None:
         self._kept: dict[int, Texts._Read] = {}  # by the number of copies
 
-    def read(self, unet: UNet, text: StepText, copies: int, *, keeps: bool) -> Texts._Read:
+    def read(self, networks: Sequence[Encoder], text: StepText, copies: int, *, keeps: bool) -> Texts._Read:
         """The text of each image, or of each item that has its own. Where the run `keeps` any, what layers make of the
         prompt, which all items of an image share at every step, is kept; of a view's own states, it is not."""
-        sources = (text.negative, *text.terms, unet)
+        sources = (text.negative, *text.terms, *networks)
         read = self._kept.get(copies)
         is_same = read is not None and [*map(id, read.sources)] == [*map(id, sources)]
         if read is None or not keeps or not is_same:
@@ -120,7 +131,10 @@ class Texts:
             pooled = torch.stack([s.pooled for s in states], dim=1).flatten(0, 1)
             read = self._Read(sources, context, pooled, {})
             if keeps and text.is_kept:
-                read = self._kept[copies] = read._replace(context=unet.read(context))
+                kept = [network.read(context).kept for network in networks]
+                read = self._kept[copies] = read._replace(
+                    context=TextContext({layer: pair for each in kept for layer, pair in each.items()})
+                )
         return read
 
     @staticmethod

@@ -83,6 +83,32 @@ def read(images: Tensor, native: int = 128) -> Reading:
     return Reading(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+def places(images: Tensor, native: int = 128) -> dict[str, Tensor]:
+    """The places of the largest "subject", the "ridge" and the "ground" in pictures (N, 3, H, W) in [0, 1], as `read`
+    recognises them: masks (N, h, w), bool, whose shorter side has at most `FINE` pixels. A picture without one has an
+    empty mask."""
+    parts = [_places_of(part.float(), native) for part in images.split(PART)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _places_of(images: Tensor, native: int) -> dict[str, Tensor]:
+    coarse, fine = _shrink(images, COARSE), _shrink(images, FINE)
+    native_pixels = native**2 * (fine.shape[2] * fine.shape[3]) / (images.shape[2] * images.shape[3])
+    subject = _subjects(fine, SMALLEST_SUBJECT * native_pixels)[2].any(1)
+    time = _time(_rows(coarse, SKY_ROWS)).clamp(min=0)
+    light = _table(LIGHT, world.TIMES, images.device)[time, None]
+    top, bottom = (ends[time, None] for ends in _sky(images.device))
+    ridges = 0.75 * _table(RIDGE, world.RIDGES, images.device) * light + 0.25 * bottom
+    grounds = _table(GROUND, world.GROUNDS, images.device) * light
+    rippled = _rippled(grounds)
+    starts, ends = torch.cat([grounds, ridges, top], dim=1), torch.cat([rippled, ridges, bottom], dim=1)
+    distance, nearest = _distances(fine, starts, ends).min(1)
+    nearest = torch.where((distance < SCENERY_TOLERANCE) & ~subject, nearest, -1)
+    is_ground = (nearest >= 0) & (nearest < len(world.GROUNDS))
+    is_ridge = (nearest >= len(world.GROUNDS)) & (nearest < len(world.GROUNDS) + len(world.RIDGES))
+    return {"subject": subject, "ridge": opened(is_ridge), "ground": opened(is_ground)}
+
+
 def _read_part(images: Tensor, native: int) -> tuple[Tensor, ...]:
     coarse, fine = _shrink(images, COARSE), _shrink(images, FINE)
     native_pixels = native**2 * (fine.shape[2] * fine.shape[3]) / (images.shape[2] * images.shape[3])
@@ -148,12 +174,16 @@ def _time(rows: Tensor) -> Tensor:
 def _ground(rows: Tensor) -> Tensor:
     """The ground that covers most of the lower rows (N, 3, h, W), whatever the light, or -1: (N,)."""
     lit = _table(LIGHT, world.TIMES, rows.device)[:, None] * _table(GROUND, world.GROUNDS, rows.device)  # (3, 4, 3)
-    lake = torch.arange(len(world.GROUNDS), device=rows.device) == world.GROUNDS.index("lake")
-    rippled = torch.where(lake[:, None], torch.lerp(lit, 0.4 * lit + 0.6, 0.24), lit)
-    of_grounds = _distances(rows, lit.flatten(0, 1)[None], rippled.flatten(0, 1)[None])
+    of_grounds = _distances(rows, lit.flatten(0, 1)[None], _rippled(lit).flatten(0, 1)[None])
     of_grounds = of_grounds.unflatten(1, lit.shape[:2]).amin(1)  # (N, 4, h, W)
     top, bottom = _sky(rows.device)
     return _vote(torch.cat([of_grounds, _distances(rows, top[None], bottom[None])], dim=1), among=len(world.GROUNDS))
+
+
+def _rippled(lit: Tensor) -> Tensor:
+    """The colours of grounds (..., 4, 3) where a lake has the crest of a ripple."""
+    lake = torch.arange(len(world.GROUNDS), device=lit.device) == world.GROUNDS.index("lake")
+    return torch.where(lake[:, None], torch.lerp(lit, 0.4 * lit + 0.6, 0.24), lit)
 
 
 def _ridge(rows: Tensor, time: Tensor) -> Tensor:

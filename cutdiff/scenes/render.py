@@ -8,7 +8,8 @@ every resolution and a crop equals the same part of the whole picture drawn larg
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -64,11 +65,28 @@ class Crop:
         corner = torch.rand(2, n, generator=generator, device=device) * (1 - side)
         return Crop(corner[0], corner[1], side)
 
+    @staticmethod
+    def joined(parts: Sequence[Crop]) -> Crop:
+        """The crops of several such objects."""
+        return Crop(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Crop)))
+
+    def __getitem__(self, index: slice | Tensor) -> Crop:
+        return Crop(self.left[index], self.top[index], self.side[index])
+
 
 def render(scenes: Scenes, size: int, crop: Crop | None = None) -> Tensor:
     """Draw N scenes, or a crop of each, as images (N, 3, size, size) in [-1, 1]."""
     crop = Crop.whole(len(scenes), scenes.time.device) if crop is None else crop
     return _Painter(scenes, size, crop).paint() * 2 - 1
+
+
+def outlines(scenes: Scenes, size: int, crop: Crop | None = None, *, width: float | Tensor = 2.0) -> Tensor:
+    """The edges of all shapes of N scenes, or of a crop of each, as white lines on black: (N, 3, size, size) in [0, 1].
+
+    A shape hides the lines of those behind it. `width` is that of a line in pixels, for all or for each scene (N,).
+    """
+    crop = Crop.whole(len(scenes), scenes.time.device) if crop is None else crop
+    return _Painter(scenes, size, crop).outline(width)
 
 
 class _Painter:
@@ -92,6 +110,18 @@ class _Painter:
         image = self.ground(image, self.pick(GROUND, world.GROUNDS, scenes.ground) * light)
         return self.subject(image).clamp(0, 1)
 
+    def outline(self, width: float | Tensor) -> Tensor:
+        half = torch.as_tensor(width, device=self.device).view(-1, 1, 1) / 2
+        lines = torch.zeros(len(self.scenes), 1, self.y.shape[1], self.x.shape[2], device=self.device)
+        shapes = [self.body_distance(), self.ridge_line() - self.y, self.horizon - self.y]
+        everywhere = torch.ones_like(self.horizon, dtype=torch.bool)
+        parts = [*((shape, everywhere) for shape in shapes), *(part[:2] for part in self.subject_shapes())]
+        for distance, there in parts:
+            lines = lines * (1 - self.coverage(distance) * there)[:, None]
+            line = (0.5 + half - distance.abs() / self.pixel).clamp(0, 1) * there
+            lines = torch.maximum(lines, line[:, None])
+        return lines.expand(-1, 3, -1, -1)
+
     def pick(self, table: dict[str, tuple[float, ...]], names: tuple[str, ...], index: Tensor) -> Tensor:
         """Look one colour up for each scene: (N, 3)."""
         return torch.tensor([table[name] for name in names], device=self.device)[index]
@@ -105,12 +135,14 @@ class _Painter:
         sky = torch.lerp(top[:, :, None, None], bottom[:, :, None, None], depth)
         return sky.expand(-1, -1, -1, self.x.shape[-1])
 
-    def body(self, image: Tensor) -> Tensor:
+    def body_distance(self) -> Tensor:
         scenes = self.scenes
         distance = torch.hypot(self.x - scenes.body_x[:, None, None], self.y - scenes.body_y[:, None, None])
-        distance = distance - scenes.body_radius[:, None, None]
-        color = self.pick(BODY, world.TIMES, scenes.time)
-        strength = torch.tensor([GLOW[name] for name in world.TIMES], device=self.device)[scenes.time]
+        return distance - scenes.body_radius[:, None, None]
+
+    def body(self, image: Tensor) -> Tensor:
+        distance, color = self.body_distance(), self.pick(BODY, world.TIMES, self.scenes.time)
+        strength = torch.tensor([GLOW[name] for name in world.TIMES], device=self.device)[self.scenes.time]
         image = _over(image, strength[:, None, None] * torch.exp(-distance.clamp(min=0) / 0.05), color)
         return _over(image, self.coverage(distance), color)
 
@@ -139,6 +171,12 @@ class _Painter:
         return _over(image, land * wet * 0.12 * (1 + ripple), color * 0.4 + 0.6)
 
     def subject(self, image: Tensor) -> Tensor:
+        for distance, there, paint in self.subject_shapes():
+            image = _over(image, self.coverage(distance) * there, paint)
+        return image
+
+    def subject_shapes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The shapes of the subjects, one kind after the other: distances, the scenes that have them, their colours."""
         scenes = self.scenes
         color = self.pick(SUBJECT, world.COLORS, scenes.color)
         scale = scenes.subject_size[:, None, None]
@@ -149,9 +187,7 @@ class _Painter:
         for name, shapes in zip(world.SUBJECTS, (_house, _tree, _tent, _balloon), strict=True):
             chosen = (scenes.subject == world.SUBJECTS.index(name))[:, None, None]
             if chosen.any():
-                for distance, paint in shapes(x, y, color):
-                    image = _over(image, self.coverage(distance * scale) * chosen, paint)
-        return image
+                yield from ((distance * scale, chosen, paint) for distance, paint in shapes(x, y, color))
 
 
 Shapes = list[tuple[Tensor, Tensor]]

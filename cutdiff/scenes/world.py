@@ -6,6 +6,7 @@ side of the (square) scene; y points down.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -47,6 +48,11 @@ class Scenes:
     def choices(self) -> Tensor:
         """All that a caption names: (N, 5) indices of colour, subject, ridge, ground and time."""
         return torch.stack([self.color, self.subject, self.ridge, self.ground, self.time], dim=1)
+
+    @staticmethod
+    def joined(parts: Sequence[Scenes]) -> Scenes:
+        """All scenes of several such objects."""
+        return Scenes(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Scenes)))
 
     def __getitem__(self, index: slice | Tensor) -> Scenes:
         return Scenes(*(getattr(self, f.name)[index] for f in fields(self)))

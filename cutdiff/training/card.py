@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from cutdiff.checkpoint import load
+from cutdiff.checkpoint.header import read_header
 from cutdiff.checkpoint.locate import name_of
 from cutdiff.checkpoint.model import Model, sha256
 from cutdiff.files import json_lines, json_of
@@ -75,6 +77,35 @@ The seconds include whatever else the machine did, but not the encoding of the p
 """
 
 
+CONTROL_CARD = """# A ControlNet of the embedded model for the edges of a scene
+
+`{name}` has {millions:.1f} M parameters, in float16 and with the keys of diffusers; `{config}` is the config.json
+with which diffusers builds it. Its hint is a picture of white lines on black, the edges of all that a scene shows, as
+`cutdiff.scenes.render.outlines` draws them:
+
+```
+python -m cutdiff.sample "a red house" --control {shown} --control-image edges.png
+```
+
+It was made by `python -m cutdiff.training.controlnet` (Zhang et al. 2023, arXiv 2302.05543): a copy of the U-Net's way
+down without attention at the coarsest level and in the middle, trained with the U-Net as it is. It has seen nothing but
+the scenes that `cutdiff/scenes` renders, with lines of half a pixel to three, and is licensed as the code is, under
+Apache-2.0.
+
+{phases}
+
+The seconds include whatever else the machine did, but not the encoding of the pictures.
+
+{curve}
+
+## SHA-256
+
+```
+{hashes}
+```
+"""
+
+
 def phase(name: str, quantity: str, log: Path, *, data: str, device: torch.device, dtype: str) -> dict[str, Any]:
     """Describe a finished phase of training from its log: its data, its cost, and `quantity` over its steps."""
     lines = json_lines(log)
@@ -121,17 +152,26 @@ def write_lora_card(
     path: Path, model: Model, made: dict[str, Any], *, rank: int, guidance_scale: float, grid: int
 ) -> None:
     """Write the card of the LoRA `path` of a model's U-Net beside it, with the ending .md."""
+    _write_beside(path, model, made, LORA_CARD, rank=rank, guidance_scale=guidance_scale, grid=grid)
+
+
+def write_control_card(path: Path, model: Model, made: dict[str, Any]) -> None:
+    """Write the card of the ControlNet `path` of a model's U-Net beside it, with the ending .md."""
+    millions = sum(math.prod(entry.shape) for entry in read_header(path).tensors.values()) / 1e6
+    _write_beside(path, model, made, CONTROL_CARD, millions=millions, config=path.with_suffix(".json").name)
+
+
+def _write_beside(path: Path, model: Model, made: dict[str, Any], card: str, **facts: Any) -> None:
+    """Write a card of `facts` and of the training `made` beside the file `path`, which belongs to a model's U-Net."""
     unet = {name: digest for name, digest in model.hashes.items() if name.startswith("unet/")}
     hashes = {path.name: sha256(path), **{f"{name_of(model.source)}/{name}": digest for name, digest in unet.items()}}
-    text = LORA_CARD.format(
+    text = card.format(
         name=path.name,
         shown=path,
-        rank=rank,
-        guidance_scale=guidance_scale,
-        grid=grid,
         phases=_line(made),
         curve=_curve(made),
         hashes="\n".join(f"{digest}  {name}" for name, digest in hashes.items()),
+        **facts,
     )
     path.with_suffix(".md").write_text(text, encoding="utf-8")
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import trange
+from tqdm import tqdm
 
 from cutdiff.models.config import UNetConfig
 from cutdiff.models.layers import channels_last
@@ -70,11 +72,21 @@ def encode_scenes(
     path = folder / f"latents-{count}-{whole}-{hashlib.sha256(weights).hexdigest()[:12]}.pt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        generator = torch.Generator(device).manual_seed(2)
-        parts = [_encode(vae, part, whole, generator) for _ in trange(0, count, part, desc="latents")]
+        drawn = draw_scenes(count, device, whole=whole, part=part)
+        parts = [_encode(vae, *each) for each in tqdm(drawn, desc="latents", total=math.ceil(count / part))]
         torch.save([torch.cat(tensors) for tensors in zip(*parts, strict=True)], path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
     return Latents(*torch.load(path, map_location=device, weights_only=True))
+
+
+def draw_scenes(
+    count: int, device: torch.device, *, whole: float = WHOLE_SCENES, part: int = 64
+) -> Iterator[tuple[Scenes, Crop]]:
+    """The scenes and crops whose pictures `encode_scenes` encodes, `part` at once."""
+    generator = torch.Generator(device).manual_seed(2)
+    for _ in range(0, count, part):
+        scenes = world.sample(part, generator)
+        yield scenes, Crop.sample(part, generator, min_side=SMALLEST_CROP, whole=whole)
 
 
 def train_unet(
@@ -101,10 +113,9 @@ def train_unet(
         dropped = rand(batch) < DROPPED_CAPTION
         choices = torch.where(dropped[:, None], null, latents.choices[index])
         zeroed = (dropped & (rand(batch) < 0.5)).float()[:, None]
-        captions = _captions(choices, rand(batch, 3) >= DROPPED_CLAUSE)
+        captions = captions_of(choices, rand(batch, 3) >= DROPPED_CLAUSE)
 
-        # One timestep from each of `batch` equal strata.
-        t = ((torch.arange(batch, device=device) + rand(batch)) / batch * len(alphas)).long().clamp(max=len(alphas) - 1)
+        t = stratified(rand(batch), len(alphas))
         alpha = alphas[t][:, None, None, None]
         noised = alpha.sqrt() * clean + (1 - alpha).sqrt() * normal[1]
         (tokens,) = text.tokenize(captions)  # all fit one chunk
@@ -113,25 +124,33 @@ def train_unet(
             context, pooled = states.context * (1 - zeroed[:, :, None]), states.pooled * (1 - zeroed)
             noised = noised.contiguous(memory_format=torch.channels_last)
             predicted = unet(noised, t, context, pooled, latents.size_ids[index])
-        error = (predicted.float() - normal[1]).square().mean((1, 2, 3))
-        snr = alphas[t] / (1 - alphas[t])
-        weighted = (error * snr.clamp(max=MIN_SNR) / snr).mean()
-        return {"loss": weighted, "mse": error.detach().mean()}
+        return losses(predicted, normal[1], alphas[t])
 
     both = nn.ModuleDict({"unet": unet, "text": text.encoders[0], "text_2": text.encoders[1]})
     fit("unet", both, loss, Plan(steps, learning_rate=1e-3, muon_learning_rate=0.01, warmup=100), folder, device)
 
 
-def _captions(choices: Tensor, keep: Tensor) -> list[str]:
+def stratified(draws: Tensor, count: int) -> Tensor:
+    """One of `count` timesteps from each of as many equal strata as there are draws in [0, 1), (B,) int64."""
+    strata = (torch.arange(len(draws), device=draws.device) + draws) / len(draws)
+    return (strata * count).long().clamp(max=count - 1)
+
+
+def losses(predicted: Tensor, noise: Tensor, alphas: Tensor) -> dict[str, Tensor]:
+    """The error of predicted noise (B, C, h, w), weighted by min-SNR-5 and plain; `alphas` (B,) are the shares ᾱ."""
+    error = (predicted.float() - noise).square().mean((1, 2, 3))
+    snr = alphas / (1 - alphas)
+    return {"loss": (error * snr.clamp(max=MIN_SNR) / snr).mean(), "mse": error.detach().mean()}
+
+
+def captions_of(choices: Tensor, keep: Tensor) -> list[str]:
     """The captions of (N, 5) choices, empty where these are -1."""
     texts = world.captions(choices.clamp(min=0), keep)
     return ["" if row[0] < 0 else text for row, text in zip(choices.tolist(), texts, strict=True)]
 
 
 @torch.no_grad()
-def _encode(vae: VAE, count: int, whole: float, generator: torch.Generator) -> tuple[Tensor, ...]:
-    scenes: Scenes = world.sample(count, generator)
-    crop = Crop.sample(count, generator, min_side=SMALLEST_CROP, whole=whole)
+def _encode(vae: VAE, scenes: Scenes, crop: Crop) -> tuple[Tensor, ...]:
     images = render(scenes, NATIVE_PIXELS, crop).contiguous(memory_format=torch.channels_last)
     posterior = vae.encode(images)
     original = NATIVE_PIXELS / crop.side
