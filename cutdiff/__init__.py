@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cutdiff.sampling.draws import Draws
     from cutdiff.sampling.stages import Step
     from cutdiff.settings import Settings
+    from cutdiff.trace.run import trace
 
 __all__ = [
     "Draws",
@@ -26,6 +27,7 @@ __all__ = [
     "encode",
     "generate",
     "load",
+    "trace",
 ]
 
 _HOMES = {
@@ -39,6 +41,7 @@ _HOMES = {
     "generate": "cutdiff.pipeline",
     "Settings": "cutdiff.settings",
     "Step": "cutdiff.sampling.stages",
+    "trace": "cutdiff.trace",
 }
 
 
@@ -48,4 +51,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'cutdiff' has no attribute {name!r}")
     import importlib
 
+    if name == "trace":
+        return importlib.import_module("cutdiff.trace")
     return getattr(importlib.import_module(_HOMES[name]), name)

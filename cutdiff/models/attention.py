@@ -52,6 +52,12 @@ class AttentionMaps:
         order in which they came; they are all, or the first `rows`."""
         return {positions: torch.cat(batches)[:rows] for positions, batches in self._recorded.items()}
 
+    def take(self) -> dict[int, Tensor]:
+        """All `means` so far, which the recording then forgets."""
+        means = self.means()
+        self._recorded.clear()
+        return means
+
     def mean(self, rows: int | None = None) -> Tensor:
         """The only one of `means`, where all layers have as many positions."""
         (mean,) = self.means(rows).values()
