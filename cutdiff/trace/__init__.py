@@ -13,9 +13,9 @@ from typing import Any
 
 from cutdiff.trace.folder import Trace, load
 from cutdiff.trace.recorder import Items, Moment, Recorder
-from cutdiff.trace.run import Unwritable, trace, tracing
+from cutdiff.trace.run import Unwritable, is_page_of, trace, tracing
 
-__all__ = ["Items", "Moment", "Recorder", "Trace", "Unwritable", "load", "trace", "tracing"]
+__all__ = ["Items", "Moment", "Recorder", "Trace", "Unwritable", "is_page_of", "load", "trace", "tracing"]
 
 
 class _Callable(ModuleType):

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cutdiff.files import json_lines, json_of
 from cutdiff.trace.page import finite
 from cutdiff.trace.recorder import Items, Moment
 
@@ -34,13 +35,10 @@ class Trace:
 
 
 def load(folder: str | Path) -> Trace:
-    """Load the folder of a trace. FileNotFoundError where there is none."""
+    """Load the folder of a trace. FileNotFoundError where there is none, ValueError where it is damaged."""
     folder = Path(folder)
-    run = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    lines = (folder / STEPS).read_text(encoding="utf-8").splitlines(keepends=True)
-    steps = [_moment(folder, json.loads(line)) for line in lines if line.endswith("\n")]
-    end = folder / END
-    return Trace(run, steps, json.loads(end.read_text(encoding="utf-8")) if end.exists() else None)
+    run, lines, end = json_of(folder / RUN), json_lines(folder / STEPS), folder / END
+    return Trace(run, [_moment(folder, line) for line in lines], json_of(end) if end.exists() else None)
 
 
 def begin(folder: Path, run: dict[str, Any]) -> None:
@@ -84,7 +82,9 @@ def _moment(folder: Path, line: dict[str, Any]) -> Moment:
         start = f"items.{n}."
         own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
         items.append(Items(**{**item, "grid": item["grid"] and tuple(item["grid"]), **own}))
-    return Moment(**{**line, **{name: value for name, value in tensors.items() if "." not in name}, "items": tuple(items)})
+    return Moment(
+        **{**line, **{name: value for name, value in tensors.items() if "." not in name}, "items": tuple(items)}
+    )
 
 
 def _file(index: int) -> str:

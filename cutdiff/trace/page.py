@@ -30,12 +30,18 @@ MODULES = ("tensors", "colours", "paint", "runs", "player", "charts", "panels", 
 OPEN, CLOSE = '<script type="application/json" class="block" data-run="{run}">', "</script>\n"
 BLOCK = re.compile(rb'<script type="application/json" class="block" data-run="\d">(.*?)</script>\n', re.DOTALL)
 Block = dict[str, Any]
+FORMAT = 1
+"""The number of the form of the blocks, which a page of another version may have otherwise."""
 
 
 def head(title: str) -> bytes:
     """The page up to its first block."""
     text = (ASSETS / "page.html").read_text(encoding="utf-8")
-    parts = {"TITLE": html.escape(title), "STYLE": (ASSETS / "style.css").read_text(encoding="utf-8"), "SCRIPT": script()}
+    parts = {
+        "TITLE": html.escape(title),
+        "STYLE": (ASSETS / "style.css").read_text(encoding="utf-8"),
+        "SCRIPT": script(),
+    }
     return re.sub("<!--(TITLE|STYLE|SCRIPT)-->", lambda match: parts[match[1]], text).encode()
 
 
@@ -52,10 +58,18 @@ def block(value: Block, run: int = 0) -> bytes:
     return f"{OPEN.format(run=run)}{text}{CLOSE}".encode()
 
 
-def blocks(page: bytes) -> Iterator[Block]:
-    """The blocks of a page, but for one that was cut off. ValueError where it is no page of a trace."""
-    for match in BLOCK.finditer(page):
-        yield json.loads(match[1])
+def blocks(page: bytes) -> list[Block]:
+    """The blocks of the page of one run, but for one that was cut off. ValueError, which goes on from the page's name,
+    where it is another file."""
+    read = [json.loads(match[1]) for match in BLOCK.finditer(page)]
+    infos = [part for part in read if part["kind"] == "run"]
+    if not infos:
+        raise ValueError("is no page of a trace: name one that --trace wrote")
+    if len(infos) > 1:
+        raise ValueError("compares two runs: name the page of one")
+    if infos[0].get("format") != FORMAT:
+        raise ValueError(f"is a page of another version, {infos[0].get('version')}: draw it again")
+    return read
 
 
 def compared(pages: Iterable[Iterable[Block]], title: str) -> Iterator[bytes]:

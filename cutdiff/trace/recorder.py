@@ -254,13 +254,22 @@ class Recorder(Observer):
         if call.guidance_scale is not None:
             guidance = (rms(c_out * (guided - prompted)) / deviation).cpu()
         if isinstance(operator, Patches) or average is None:
-            others = estimates.mean(dim=0, keepdim=True).expand_as(estimates)
-        else:
-            others = operator.gather(average)
-        distances = (rms(estimates - others) / deviation).cpu()
-        return Items(
-            _kind(operator, estimates, self.before), estimates.cpu(), distances, guidance, **_geometry(operator, estimates)
-        ), average, state
+            apart = rms(estimates - estimates.mean(dim=0, keepdim=True))
+        else:  # what lies outside the canvas is compared with nothing
+            inside = operator.gather(torch.ones_like(average)) != 0
+            apart = rms((estimates - operator.gather(average)) * inside) / inside.flatten(1).float().mean(dim=1).sqrt()
+        distances = (apart / deviation).cpu()
+        return (
+            Items(
+                _kind(operator, estimates, self.before),
+                estimates.cpu(),
+                distances,
+                guidance,
+                **_geometry(operator, estimates),
+            ),
+            average,
+            state,
+        )
 
     def _curves(
         self, state: Tensor | None, denoised: Tensor | None, items: tuple[Items, ...]

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cutdiff.checkpoint.model import Model
-from cutdiff.output.images import to_pil
+from cutdiff.options import options_of
+from cutdiff.output.images import read_record, to_pil
 from cutdiff.pipeline import Result, decode, generate, with_options
 from cutdiff.sampling.draws import Draws
 from cutdiff.settings import VERSION, Settings
+from cutdiff.specs import TABLES, name_of
 from cutdiff.trace import folder
 from cutdiff.trace import page as pages
 from cutdiff.trace.measures import bands
@@ -78,10 +80,12 @@ class Tracing:
         latents = result.latents[:1].float().cpu()
         record = {name: result.record[name] for name in ("seconds", "network_evaluations", "peak_memory_bytes")}
         told = {"kind": "end", "state": "finished", "message": "", "record": record, "bands": bands(latents[0])}
+        of = {"kind": "of", "fingerprint": result.record["fingerprint"]}
         map_ = fitted(latents, result.images[:1])
         picture = pages.picture(to_pil(result.images[0]))
         with _writing(self.path):
             self._write(told | {"latents": pages.half(latents[0]), "map": map_, "picture": picture})
+            self._write(of)
             if self.data:
                 folder.end(self._folder(self.path), told)
             self._close()
@@ -105,10 +109,11 @@ class Tracing:
         height, width = settings.canvas_size(model.native_size, model.factor)
         told: pages.Block = {
             "kind": "run",
+            "format": pages.FORMAT,
             "version": VERSION,
             "prompt": self.prompt,
             "model": Path(model.source).name,
-            "method": settings.method_name,
+            "chosen": {kind: _chosen(kind, getattr(settings, kind)) for kind in TABLES},
             "settings": settings.described(),
             "size": [height, width],
             "native_size": model.native_size,
@@ -119,6 +124,7 @@ class Tracing:
         }
         told["map"], head = model_map(model), pages.head(self.prompt)
         with _writing(self.page):
+            self.page.parent.mkdir(parents=True, exist_ok=True)
             self.path, self.file = _unfinished(self.page)
             pages.write(self.file, head)
             self._write(told)
@@ -149,6 +155,16 @@ class Tracing:
         return page.with_suffix(".trace")
 
 
+def is_page_of(picture: Path) -> bool:
+    """True where the page beside a PNG with a record is that of its trace, to the end."""
+    page, record = picture.with_suffix(".html"), read_record(picture)
+    if not page.is_file():
+        return False
+    with page.open("rb") as file:
+        file.seek(max(0, page.stat().st_size - 1000))
+        return file.read().endswith(pages.block({"kind": "of", "fingerprint": record.get("fingerprint")}))
+
+
 @contextmanager
 def tracing(model: Model, prompt: str, settings: Settings, page: Path, **how: Any) -> Iterator[Tracing]:
     """The trace of the run inside the block, which `finish` ends; whatever ends it else is told on the page."""
@@ -163,13 +179,23 @@ def tracing(model: Model, prompt: str, settings: Settings, page: Path, **how: An
         raise
 
 
+def _chosen(kind: str, thing: Any) -> str:
+    """The name of a method or the like, and those of its options that are not as they are by themselves."""
+    changed = [
+        f"{o.name}={getattr(thing, o.name)}" for o in options_of(thing).values() if getattr(thing, o.name) != o.default
+    ]
+    return ", ".join([name_of(kind, thing), *changed])
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         where = error.filename or path
-        raise Unwritable(f"the trace {where} cannot be written ({error.strerror}): free space, or leave it out") from None
+        raise Unwritable(
+            f"the trace {where} cannot be written ({error.strerror}): free space, or leave it out"
+        ) from None
 
 
 def _unfinished(page: Path) -> tuple[Path, BinaryIO]:

@@ -15,16 +15,24 @@ function put(rgba, p, colour) {
 
 // Latents (C, H, W) times `scale` -> {width, height, rgba} by the map (3, C + 1); chequered where not finite.
 export function pictureOf(latents, map, scale = 1) {
-  const [channels, height, width] = latents.shape, size = height * width, rgba = new Uint8ClampedArray(4 * size);
-  for (let p = 0; p < size; p++) {
-    const colour = [0, 1, 2].map((k) => {
-      let value = map[k][channels];
-      for (let c = 0; c < channels; c++) value += map[k][c] * scale * latents.data[c * size + p];
-      return 255 * value;
-    });
-    put(rgba, p, Number.isFinite(colour[0] + colour[1] + colour[2]) ? colour : BAD[(p + Math.floor(p / width)) % 2]);
+  const [channels, height, width] = latents.shape, size = height * width, rgba = new Uint8ClampedArray(4 * size).fill(255);
+  const sums = new Float32Array(size), bad = new Uint8Array(size);
+  for (let k = 0; k < 3; k++) {
+    sums.fill(255 * map[k][channels]);
+    for (let c = 0; c < channels; c++) {
+      const factor = 255 * scale * map[k][c], start = c * size;
+      for (let p = 0; p < size; p++) sums[p] += factor * latents.data[start + p];
+    }
+    for (let p = 0; p < size; p++) { rgba[4 * p + k] = sums[p]; if (!Number.isFinite(sums[p])) bad[p] = 1; }
   }
+  for (let p = 0; p < size; p++) if (bad[p]) put(rgba, p, BAD[(p + Math.floor(p / width)) % 2]);
   return { width, height, rgba };
+}
+
+// The picture without the pixels that `outside` marks.
+export function without(picture, outside) {
+  outside.forEach((is, p) => { if (is) picture.rgba[4 * p + 3] = 0; });
+  return picture;
 }
 
 // Values (H, W), 0 to `most` -> {width, height, rgba}.
@@ -34,14 +42,13 @@ export function heatOf({ shape: [height, width], data }, most) {
   return { width, height, rgba };
 }
 
-// A picture seen through a map (h, w) of 0 to `most`: what has no weight is dark and grey.
-export function through(picture, { shape: [rows, columns], data }, most) {
-  const { width, height } = picture, rgba = new Uint8ClampedArray(picture.rgba);
+// A picture seen through a map (h, w): bright where the map is greatest, dark where it is least.
+export function through(picture, { shape: [rows, columns], data }) {
+  const { width, height } = picture, rgba = new Uint8ClampedArray(picture.rgba), least = Math.min(...data), range = Math.max(...data) - least || 1;
   for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
-    const p = 4 * (y * width + x);
-    const weight = Math.min(1, between(data, rows, columns, ((y + 0.5) * rows) / height - 0.5, ((x + 0.5) * columns) / width - 0.5) / most);
-    const grey = 0.3 * rgba[p] + 0.59 * rgba[p + 1] + 0.11 * rgba[p + 2], heat = magnitude(0.35 + 0.65 * weight);
-    for (let k = 0; k < 3; k++) rgba[p + k] = (1 - 0.75 * weight) * 0.35 * grey + 0.75 * weight * (0.35 * grey + 0.65 * heat[k]);
+    const p = 4 * (y * width + x), value = between(data, rows, columns, ((y + 0.5) * rows) / height - 0.5, ((x + 0.5) * columns) / width - 0.5);
+    const light = 0.08 + (1.02 * (value - least)) / range;
+    for (let k = 0; k < 3; k++) rgba[p + k] *= light;
   }
   return { width, height, rgba };
 }

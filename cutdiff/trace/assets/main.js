@@ -11,7 +11,8 @@ import { h, foreign, number, choice } from "./paint.js";
 function headOf(run, several) {
   const { info, end } = run, { settings } = info, [height, width] = info.size.map((side) => side * info.factor);
   const spent = end?.record ? [`${end.record.network_evaluations} evaluations`, `${number(Object.values(end.record.seconds).reduce((a, b) => a + b, 0))} s`] : [];
-  const facts = [settings.method, `${width} × ${height} px`, `${info.num_steps} steps`, settings.solver, `schedule ${settings.schedule}`, settings.guidance, `seed ${settings.seed}`, `model ${info.model}`, ...spent];
+  const { method, solver, schedule, guidance } = info.chosen;
+  const facts = [method, `${width} × ${height} px`, `${info.num_steps} steps`, solver, `schedule ${schedule}`, guidance, `seed ${settings.seed}`, `model ${info.model}`, ...spent];
   return h("div", { class: "about" }, several ? h("b", { class: "which" }, "AB"[run.number]) : null,
     h(several ? "h2" : "h1", { class: "prompt" }, info.prompt ? foreign(info.prompt) : "no prompt"),
     settings.negative_prompt ? h("p", { class: "negative" }, "without ", foreign(settings.negative_prompt)) : null,

@@ -1,5 +1,5 @@
 // The pictures of a step: the canvas, the estimate, the change since the step before, and the finished picture.
-import { same, distance, rms, crop } from "./tensors.js";
+import { same, distance, rms, greatest } from "./tensors.js";
 import { pictureOf, heatOf, through } from "./colours.js";
 import { h, Frame, choice, number } from "./paint.js";
 
@@ -14,11 +14,11 @@ export class Panels {
     this.word = null;
     this.canvas = new Frame("Canvas");
     this.estimate = new Frame("Estimate of x0");
-    this.change = new Frame("Change since the step before");
+    this.change = new Frame("Change");
     this.final = new Frame("Picture");
     const which = choice("Change of", [["denoised", "estimate"], ["state", "canvas"]], this.of, (value) => { this.of = value; this.draw(player.step); });
-    this.change.element.querySelector("figcaption").append(which);
-    const name = player.runs.length > 1 ? h("h3", { class: "run" }, h("b", { class: "which" }, "AB"[run.number]), ` ${run.info.method}`) : null;
+    this.change.element.querySelector("figcaption").insertBefore(which, this.change.note);
+    const name = player.runs.length > 1 ? h("h3", { class: "run" }, h("b", { class: "which" }, "AB"[run.number]), ` ${run.info.chosen.method}`) : null;
     this.element = h("div", { class: "run-panels" }, name, h("div", { class: "panels" }, ...[this.canvas, this.estimate, this.change, this.final].map((frame) => frame.element)));
     player.listeners.push((step) => this.draw(step));
     const picture = run.end?.picture;
@@ -35,20 +35,20 @@ export class Panels {
     if (step.decoded && !map) this.estimate.show(step.decoded, "decoded", `The estimate of x0 at step ${step.index + 1}`);
     else {
       const picture = estimate && pictureOf(estimate, run.map);
-      const shown = map && picture ? through(picture, ...wordMap(map, this.word)) : picture;
+      const shown = map && picture ? through(picture, wordMap(map, this.word)) : picture;
       this.estimate.show(shown, broken || (map ? `attention over “${run.info.words[this.word]}”` : "linear preview"));
     }
     const [now, then] = [step, before].map((each) => each?.tensor(this.of));
     if (!same(now, then)) { this.change.show(null, then ? "the canvas has another size" : "this is the first step"); return; }
     const heat = distance(now, then);
-    this.change.show(heatOf(heat, Math.max(...heat.data.filter(Number.isFinite), 1e-9)), `rms ${number(rms(heat.data))}${before.index === step.index - 1 ? "" : `, since step ${before.index + 1}`}`);
+    this.change.show(heatOf(heat, greatest(heat.data)), `since ${before.index === step.index - 1 ? "the step before" : `step ${before.index + 1}`}, rms ${number(rms(heat.data))}`);
   }
 }
 
-// The map of a word and its greatest value over all words' places, for `through`.
+// The map (h, w) of a word.
 export function wordMap(maps, word) {
-  const [, rows, columns] = maps.shape, data = maps.data.subarray(word * rows * columns, (word + 1) * rows * columns);
-  return [{ shape: [rows, columns], data }, Math.max(...data, 1e-9)];
+  const [, rows, columns] = maps.shape;
+  return { shape: [rows, columns], data: maps.data.subarray(word * rows * columns, (word + 1) * rows * columns) };
 }
 
 // Two runs under one slider: how far their canvases, estimates and pictures are from each other.
@@ -68,7 +68,7 @@ export class Difference {
       const [x, y] = steps.map((step) => step?.tensor(name));
       if (!same(x, y)) { frame.show(null, "of different sizes"); continue; }
       const heat = distance(x, y), size = rms(heat.data);
-      frame.show(heatOf(heat, Math.max(...heat.data.filter(Number.isFinite), 1e-9)), size ? `rms ${number(size)}, ${number((100 * size) / rms(x.data), 2)}%` : "none");
+      frame.show(heatOf(heat, greatest(heat.data)), size ? `rms ${number(size)}, ${number((100 * size) / rms(x.data), 2)}%` : "none");
     }
   }
 

@@ -1,11 +1,10 @@
 // The patches of a step before and after the exchange, linked: a pixel, where its values come from and go to.
 import { item, patch } from "./tensors.js";
 import { pictureOf } from "./colours.js";
-import { h, svg, paintGrid, choice, number } from "./paint.js";
+import { h, svg, Frame, paintGrid, choice } from "./paint.js";
 import { shrink } from "./panels.js";
 import { bars } from "./views.js";
 
-const GAP = 2;
 
 // Patch n stands at row y and column x of the exchange: the patches that its channels have their values from.
 export function sourcesOf(permutation, n, y, x, channels) {
@@ -28,12 +27,13 @@ export class Patches {
     this.run = run;
     this.show = "denoised";
     this.sides = { before: this.side("before", "In place"), after: this.side("after", "Exchanged") };
+    this.whole = new Frame("Whole", { overlay: true });
     this.readout = h("p", { class: "link", role: "status" });
     this.bars = h("div", { class: "bars" });
     this.about = h("p", { class: "note" });
     const which = choice("Patches of", [["denoised", "what was predicted"], ["state", "what was read"]], this.show, (value) => { this.show = value; this.draw(player.step); });
     this.element = h("section", { id: `patches-${run.number}`, class: "card" }, h("header", {}, h("h2", {}, "Patches"), which), this.about,
-      h("div", { class: "pair" }, this.sides.before.element, this.sides.after.element), this.readout, h("h3", {}, "Distance of each patch to the mean of all"), this.bars);
+      h("div", { class: "triple" }, this.whole.element, this.sides.before.element, this.sides.after.element), this.readout, h("h3", {}, "Distance of each patch to the mean of all"), this.bars);
     player.listeners.push((step) => this.draw(step));
   }
 
@@ -60,17 +60,19 @@ export class Patches {
     if (n < 0) return;
     const items = step.items[n], [height, width] = items.size, { run } = this;
     Object.assign(this, { items, permutation: step.of(n, "permutation"), channels: (step.tensor("state") || step.tensor("denoised")).shape[0] });
+    this.gap = Math.max(1, Math.round((width * items.grid[1]) / 90));
     const scale = this.show === "state" ? shrink(step.sigma) : 1, whole = step.tensor(this.show), estimates = this.show === "denoised" ? step.of(n, "estimates") : null;
     const cut = whole && Array.from({ length: items.number }, (_, k) => patch(whole, k, items.grid, height, width));
     const exchanged = estimates ? cut.map((_, k) => item(estimates, k)) : cut?.map((_, k) => this.exchanged(cut, k));
     const grid = (side, patches) => {
-      paintGrid(side.canvas, patches.map((each) => pictureOf(each, run.map, scale)), items.grid[1], GAP);
+      paintGrid(side.canvas, patches.map((each) => pictureOf(each, run.map, scale)), items.grid[1], this.gap);
       side.over.setAttribute("viewBox", `0 0 ${side.canvas.width} ${side.canvas.height}`);
     };
+    this.whole.show(whole && pictureOf(whole, run.map, scale), this.show === "state" ? "the canvas" : "the estimate");
     if (cut) { grid(this.sides.before, cut); grid(this.sides.after, exchanged); }
     const unit = !this.permutation ? "nothing" : this.permutation.shape[1] > 1 ? "each channel of a pixel by itself" : "whole pixels";
     const predicted = this.show === "denoised";
-    this.about.textContent = `${items.grid[0]} × ${items.grid[1]} interleaved patches of ${height} × ${width} latents, which exchange ${unit}. Point at a pixel, or walk with the arrow keys.`;
+    this.about.textContent = `${items.grid[0]} × ${items.grid[1]} interleaved patches of ${height} × ${width} latents, which exchange ${unit}.`;
     this.sides.before.note.textContent = predicted ? "exchanged back: the estimate, cut" : "the canvas, cut";
     this.sides.after.note.textContent = predicted ? "what the network drew" : "what the network read";
     for (const side of Object.values(this.sides)) side.canvas.setAttribute("aria-label", `${items.number} patches, ${side.note.textContent}. Arrow keys move over the pixels.`);
@@ -86,8 +88,8 @@ export class Patches {
   }
 
   point(name, column, row) {
-    const [height, width] = this.items.size, j = Math.floor(column / (width + GAP)), i = Math.floor(row / (height + GAP));
-    const x = column - j * (width + GAP), y = row - i * (height + GAP);
+    const [height, width] = this.items.size, j = Math.floor(column / (width + this.gap)), i = Math.floor(row / (height + this.gap));
+    const x = column - j * (width + this.gap), y = row - i * (height + this.gap);
     if (x < 0 || y < 0 || x >= width || y >= height || j >= this.items.grid[1] || i >= this.items.grid[0]) this.clear();
     else this.link(name, i * this.items.grid[1] + j, y, x);
   }
@@ -104,9 +106,15 @@ export class Patches {
 
   clear() {
     this.place = null;
-    for (const side of Object.values(this.sides)) side.over.replaceChildren();
-    this.readout.textContent = " ";
+    for (const over of [this.whole.over, ...Object.values(this.sides).map((side) => side.over)]) over.replaceChildren();
+    this.readout.textContent = "Point at a pixel of a patch, or walk with the arrow keys, to see where its values come from and go to.";
     delete this.readout.dataset.others;
+  }
+
+  // A part of a square for each channel, in the square of the patch that it is in.
+  channelMarks(patches, corner, size) {
+    const across = Math.ceil(Math.sqrt(patches.length)), part = size / across;
+    return patches.map((m, c) => svg("rect", { x: corner(m)[0] + (c % across) * part, y: corner(m)[1] + Math.floor(c / across) * part, width: part, height: part, class: "channel", style: `fill:var(--c${c % 4})` }));
   }
 
   // Mark pixel (y, x) of patch n of one side, and where its channels are on the other.
@@ -114,19 +122,19 @@ export class Patches {
     this.place = { n, y, x };
     const other = name === "before" ? "after" : "before", [rows, columns] = this.items.grid, [height, width] = this.items.size;
     const others = (name === "before" ? targetsOf : sourcesOf)(this.permutation, n, y, x, this.channels);
-    const corner = (m) => [(m % columns) * (width + GAP) + x, Math.floor(m / columns) * (height + GAP) + y];
+    const corner = (m) => [(m % columns) * (width + this.gap) + x, Math.floor(m / columns) * (height + this.gap) + y];
     const least = Math.max(1, this.sides.before.canvas.width / 32); // so that a mark is seen on a large canvas, too
     for (const [key, side] of Object.entries(this.sides)) {
       side.over.replaceChildren(...Array.from({ length: this.items.number }, (_, m) => {
-        const [left, top] = corner(m), centre = [left + 0.5 - least / 2, top + 0.5 - least / 2];
-        return svg("rect", { x: centre[0], y: centre[1], width: least, height: least, class: key === name && m === n ? "mark chosen" : "mark" });
+        const [left, top] = corner(m).map((start) => start + 0.5 - least / 2);
+        return svg("rect", { x: left, y: top, width: least, height: least, class: key === name && m === n ? "mark chosen" : "mark" });
       }));
     }
-    const across = Math.ceil(Math.sqrt(this.channels)), part = least / across;
-    others.forEach((m, c) => {
-      const [left, top] = corner(m);
-      this.sides[other].over.append(svg("rect", { x: left + 0.5 - least / 2 + (c % across) * part, y: top + 0.5 - least / 2 + Math.floor(c / across) * part, width: part, height: part, class: "channel", style: `fill:var(--c${c % 4})` }));
-    });
+    this.sides[other].over.append(...this.channelMarks(others, (m) => corner(m).map((start) => start + 0.5 - least / 2), least));
+    const size = Math.max(1, this.whole.canvas.width / 32), placed = (m) => [x * columns + (m % columns) + 0.5 - size / 2, y * rows + Math.floor(m / columns) + 0.5 - size / 2];
+    const box = (m, kind) => svg("rect", { x: placed(m)[0], y: placed(m)[1], width: size, height: size, class: kind });
+    this.whole.over.replaceChildren(...(name === "before" ? [box(n, "mark chosen")] : [...new Set(others)].map((m) => box(m, "mark"))));
+    if (name === "after") this.whole.over.append(...this.channelMarks(others, placed, size));
     const Y = y * rows + Math.floor(n / columns), X = x * columns + (n % columns);
     const list = others.map((m, c) => h("span", { class: "key" }, h("i", { class: "dot", style: `--c:var(--c${c % 4})` }), `channel ${c + 1} ${name === "before" ? "to" : "from"} patch ${m + 1}`));
     this.readout.replaceChildren(`Patch ${n + 1}, row ${y + 1}, column ${x + 1}${name === "before" ? `, canvas row ${Y + 1}, column ${X + 1}` : " after the exchange"}: `, ...list);

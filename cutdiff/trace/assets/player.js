@@ -65,7 +65,7 @@ export class Player {
       name.style.maxWidth = `${(100 * (length < 0 ? this.planned - i : length)) / this.planned}%`;
       return [name];
     });
-    return h("div", { class: "lane" }, art, ...names, this.runs.length > 1 ? h("b", { class: "which" }, "AB"[run.number]) : null);
+    return h("div", { class: "lane" }, art, h("span", { class: "sigma-name" }, "σ"), ...names, this.runs.length > 1 ? h("b", { class: "which" }, "AB"[run.number]) : null);
   }
 
   key(event) {

@@ -46,7 +46,7 @@ export function readRuns() {
     element.textContent = "";
     if (block.kind === "run") runs[number] = new Run(number, block);
     else if (block.kind === "step") runs[number].steps.push(new Step(block));
-    else runs[number].end = block;
+    else if (block.kind === "end") runs[number].end = block;
   }
   return runs.filter((run) => run);
 }

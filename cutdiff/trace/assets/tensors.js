@@ -30,15 +30,16 @@ export function item(stack, n) {
   return { shape, data: stack.data.subarray(n * size, (n + 1) * size) };
 }
 
-// The part of (C, H, W) of so many rows and columns that begins at (top, left); zero outside, or around the border.
+// The part of (C, H, W) of so many rows and columns that begins at (top, left), around the border if it `wraps`;
+// `outside` marks what no canvas is under, and is 0.
 export function crop(canvas, top, left, rows, columns, wraps = false) {
-  const [channels, height, width] = canvas.shape, data = new Float32Array(channels * rows * columns);
-  for (let y = 0, o = 0, c = 0; c < channels; c++) for (y = 0; y < rows; y++) for (let x = 0; x < columns; x++, o++) {
-    let Y = top + y, X = left + x;
-    if (wraps) { Y = (Y + height) % height; X = (X + width) % width; }
-    data[o] = Y < 0 || X < 0 || Y >= height || X >= width ? 0 : canvas.data[(c * height + Y) * width + X];
+  const [channels, height, width] = canvas.shape, data = new Float32Array(channels * rows * columns), outside = new Uint8Array(rows * columns);
+  for (let y = 0; y < rows; y++) for (let x = 0; x < columns; x++) {
+    const Y = wraps ? (top + y + height) % height : top + y, X = wraps ? (left + x + width) % width : left + x;
+    if (Y < 0 || X < 0 || Y >= height || X >= width) { outside[y * columns + x] = 1; continue; }
+    for (let c = 0; c < channels; c++) data[(c * rows + y) * columns + x] = canvas.data[(c * height + Y) * width + X];
   }
-  return { shape: [channels, rows, columns], data };
+  return { shape: [channels, rows, columns], data, outside };
 }
 
 // Patch (i, j) of (C, H, W): every rows-th and columns-th pixel, as (C, h, w).
@@ -72,4 +73,11 @@ export function rms(data) {
   let sum = 0, number = 0;
   for (const value of data) if (Number.isFinite(value)) { sum += value * value; number++; }
   return number ? Math.sqrt(sum / number) : NaN;
+}
+
+// The greatest finite value, above 0, for the end of a scale.
+export function greatest(data) {
+  let most = 1e-9;
+  for (const value of data) if (Number.isFinite(value) && value > most) most = value;
+  return most;
 }

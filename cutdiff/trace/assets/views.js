@@ -1,6 +1,6 @@
 // The views of a step: their frames over the canvas, and what a chosen one predicted alone. Other items, too.
-import { item, crop, distance, rms } from "./tensors.js";
-import { pictureOf, heatOf } from "./colours.js";
+import { item, crop, distance, rms, greatest } from "./tensors.js";
+import { pictureOf, heatOf, without } from "./colours.js";
 import { h, svg, Frame, choice, number, paintGrid } from "./paint.js";
 import { shrink } from "./panels.js";
 
@@ -24,15 +24,15 @@ export class Views {
     this.chosen = 0;
     this.show = "denoised";
     this.whole = new Frame("All views, averaged", { overlay: true });
-    this.alone = new Frame("This view alone");
-    this.others = new Frame("All views here");
+    this.alone = new Frame("Alone");
+    this.others = new Frame("All, here");
     this.apart = new Frame("How far apart");
     this.bars = h("div", { class: "bars" });
     this.about = h("p", { class: "note" });
     const which = choice("Behind the frames", [["denoised", "estimate"], ["state", "canvas"]], this.show, (value) => { this.show = value; this.draw(player.step); });
     this.element = h("section", { id: `views-${run.number}`, class: "card" }, h("header", {}, h("h2", {}, "Views"), which), this.about,
-      h("div", { class: "pair views" }, this.whole.element, h("div", { class: "three" }, this.alone.element, this.others.element, this.apart.element)),
-      h("h3", {}, "Distance of each view to the average in its place"), this.bars);
+      h("div", { class: "pair views" }, this.whole.element, h("div", {}, h("div", { class: "three" }, this.alone.element, this.others.element, this.apart.element),
+        h("h3", {}, "Distance of each view to the average in its place"), this.bars)));
     this.whole.over.addEventListener("click", (event) => this.click(event));
     player.listeners.push((step) => this.draw(step));
   }
@@ -50,15 +50,17 @@ export class Views {
     const before = run.fullBefore(run.steps.indexOf(step))?.items.find((each) => each.kind === "views" && each.number === items.number && each.size.join() === items.size.join());
     const frame = ([top, left], kind, k) => svg("rect", { x: left, y: top, width, height, class: kind, "data-view": k ?? null, "vector-effect": "non-scaling-stroke" });
     const [, H, W] = whole.shape, around = ([top, left]) => (items.wraps ? [[0, 0], [-H, 0], [0, -W], [-H, -W]] : [[0, 0]]).map(([a, b]) => [top + a, left + b]);
-    this.whole.over.replaceChildren(...(before?.origins || []).flatMap((origin) => around(origin).map((each) => frame(each, "view then"))),
+    const many = items.number > 16, then = before ? (many ? [before.origins[this.chosen]] : before.origins) : [];
+    this.whole.over.classList.toggle("many", many);
+    this.whole.over.replaceChildren(...then.flatMap((origin) => around(origin).map((each) => frame(each, "view then"))),
       ...items.origins.flatMap((origin, k) => around(origin).map((each) => frame(each, "view", k))),
       ...around(items.origins[this.chosen]).map((each) => frame(each, "view chosen", this.chosen)));
     const estimate = step.tensor("denoised"), alone = item(step.of(n, "estimates"), this.chosen), here = crop(estimate, ...items.origins[this.chosen], height, width, items.wraps);
-    const heat = distance(alone, here), [top, left] = items.origins[this.chosen];
+    const heat = distance(alone, here), inside = heat.data.filter((_, p) => !here.outside[p]), [top, left] = items.origins[this.chosen];
     this.alone.show(pictureOf(alone, run.map), `view ${this.chosen + 1}`);
-    this.others.show(pictureOf(here, run.map), `at row ${top}, column ${left}`);
-    this.apart.show(heatOf(heat, Math.max(...heat.data.filter(Number.isFinite), 1e-9)), `rms ${number(rms(heat.data))}`);
-    this.about.textContent = `${items.number} overlapping views of ${height} × ${width} latents. Dotted are the frames of the step before. Click one.`;
+    this.others.show(without(pictureOf(here, run.map), here.outside), `row ${top}, column ${left}`);
+    this.apart.show(without(heatOf(heat, greatest(inside)), here.outside), `rms ${number(rms(inside))}`);
+    this.about.textContent = `${items.number} overlapping views of ${height} × ${width} latents. ${many ? "Dotted is the chosen one's frame" : "Dotted are the frames"} of the step before. Click one.`;
     this.bars.replaceChildren(bars(items, (k) => `view ${k + 1}`, this.chosen, (k) => this.choose(k)));
   }
 

@@ -10,9 +10,10 @@ export class Words {
     this.panels = panels;
     const words = run.info.words;
     this.canvases = words.map(() => h("canvas", { width: 1, height: 1, "aria-hidden": "true" }));
-    this.buttons = words.map((word, n) => h("button", { type: "button", class: "word", "aria-pressed": "false", onclick: () => this.choose(n) }, this.canvases[n], foreign(word)));
+    this.shares = words.map(() => h("small", { class: "note" }));
+    this.buttons = words.map((word, n) => h("button", { type: "button", class: "word", "aria-pressed": "false", onclick: () => this.choose(n) }, this.canvases[n], h("span", {}, foreign(word), " ", this.shares[n])));
     this.element = h("section", { id: `words-${run.number}`, class: "card" }, h("header", {}, h("h2", {}, "Words")),
-      h("p", { class: "note" }, words.length ? "Where the network attends to each word at this step: the mean over heads and layers. Click one to see it on the estimate above." : `No attention was recorded: ${run.info.words_unread || "the prompt is empty"}.`),
+      h("p", { class: "note" }, words.length ? "Where the network attends to each word at this step, and how much of its attention the word gets: the mean over heads and layers. Click one to see it on the estimate above." : `No attention was recorded: ${run.info.words_unread || "the prompt is empty"}.`),
       h("div", { class: "words" }, ...this.buttons));
     player.listeners.push((step) => this.draw(step));
   }
@@ -28,6 +29,10 @@ export class Words {
     this.element.hidden = this.canvases.length > 0 && !(maps && estimate);
     if (!maps || !estimate) return;
     const picture = pictureOf(estimate, this.run.map);
-    this.canvases.forEach((canvas, n) => paint(canvas, through(picture, ...wordMap(maps, n))));
+    this.canvases.forEach((canvas, n) => {
+      const map = wordMap(maps, n);
+      paint(canvas, through(picture, map));
+      this.shares[n].textContent = `${number((100 * map.data.reduce((a, b) => a + b, 0)) / map.data.length, 2)}%`;
+    });
   }
 }
