@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 class Trace(Protocol):
     """What follows a picture while it is drawn."""
 
-    recorder: Observer
+    @property
+    def recorder(self) -> Observer:
+        """The observer of the run."""
+        ...
 
     def finish(self, result: Result, page: Path) -> None:
         """The picture is saved, and the page of its trace gets this name."""

@@ -1,8 +1,8 @@
 """A trace: what happened at each step of a run, as one HTML page that needs nothing else, and as a folder of tensors.
 
-Read `recorder` first: the observer that makes a `Moment` of each step. `page` writes moments into a page as the run goes
-along, `folder` into a folder; `run` does it for a picture, and `assets` holds the page's own scripts. The module itself
-can be called, as `cutdiff.trace(model, prompt)`.
+Read `recorder` first: the observer that makes a `Moment` of each step. `page` writes moments into a page as the run
+goes along, `folder` into a folder; `run` does it for a picture, and `assets` holds the page's own scripts. The module
+itself can be called, as `cutdiff.trace(model, prompt)`.
 """
 
 from __future__ import annotations

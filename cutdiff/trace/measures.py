@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ CURVES = {
     "state_std": "the standard deviation of the canvas",
     "denoised_std": "the standard deviation of the estimate of x0",
     "bands": "the power of the estimate of x0 in each of `BANDS`",
-    "disagreement": "the mean distance between what patches or views predict alone, relative to the estimate's deviation",
+    "disagreement": "the mean distance of what patches or views predict alone, relative to the estimate's deviation",
     "guidance": "the mean size of what guidance adds to an item's estimate, relative as well",
     "not_finite": "the values of the canvas and of the estimate that are NaN or infinite",
 }
@@ -23,11 +25,10 @@ def rms(x: Tensor) -> Tensor:
 
 
 def bands(canvas: Tensor) -> list[float]:
-    """The power of a canvas (C, H, W) in each of `BANDS`: the sum of |F|² over the frequencies, per value of the canvas."""
+    """The power of a canvas (C, H, W) in each of `BANDS`: the sum of |F|² there, for each value of the canvas."""
     height, width = canvas.shape[1:]
     power = torch.fft.fft2(canvas, norm="ortho").abs().square().sum(dim=0)
     rows, columns = torch.fft.fftfreq(height), torch.fft.fftfreq(width)
     radius = (rows[:, None].square() + columns.square()).sqrt()
-    ends = (0.0, *BANDS)
-    inside = [(radius > low) & (radius <= high) for low, high in zip(ends[:-1], ends[1:], strict=True)]
+    inside = [(radius > low) & (radius <= high) for low, high in pairwise((0.0, *BANDS))]
     return [float(power[mask].sum()) / canvas.numel() for mask in inside]

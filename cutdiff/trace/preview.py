@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cutdiff.checkpoint.model import Model
@@ -28,7 +27,7 @@ def model_map(model: Model) -> list[list[float]]:
 def fitted(latents: Tensor, images: Tensor) -> list[list[float]]:
     """The map (3, C + 1), red, green and blue in [0, 1] of the C channels of a latent and 1, that gives images
     (B, 3, H, W) of latents (B, C, h, w) with the least squared error."""
-    colours = F.adaptive_avg_pool2d(images, latents.shape[2:]).permute(0, 2, 3, 1).flatten(0, 2).double()
+    colours = resize(images, (latents.shape[2], latents.shape[3]), "area").permute(0, 2, 3, 1).flatten(0, 2).double()
     values = latents.permute(0, 2, 3, 1).flatten(0, 2).double()
     ones = torch.ones(len(values), 1, dtype=torch.float64, device=values.device)
     return torch.linalg.lstsq(torch.cat([values, ones], dim=1), colours, driver="gelsd").solution.T.tolist()

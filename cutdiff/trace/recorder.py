@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from cutdiff_kernels.permutations import as_index
@@ -44,7 +45,7 @@ class Items:
     grid: tuple[int, int] | None = None
     """The rows and columns of patches."""
     permutation: Tensor | None = None
-    """(N, C or 1, h, w), int64: after the exchange patch n has the value of patch permutation[n]; None: there is none."""
+    """(N, C or 1, h, w), int64: by the exchange patch n gets the value of patch permutation[n]; None: there is none."""
     origins: Tensor | None = None
     """(N, 2), int64, the top and left of each view."""
     wraps: bool = False
@@ -60,7 +61,7 @@ class Moment:
     sigma: float
     evaluations: int
     seconds: float
-    """The time that the step took, without that of the recorder."""
+    """The time that the step took, without that of the recorder but for recording the attention."""
     state: Tensor | None = None
     """(C, H, W), the canvas as the step's network read it; where it read none, as the step left it."""
     denoised: Tensor | None = None
@@ -188,10 +189,13 @@ class Recorder(Observer):
 
     @torch.no_grad()
     def _fail(self, error: BaseException | None) -> None:
-        """Give the sink the step that failed, of which the network's part is known."""
+        """Give the sink the step that failed, of which the network's part is known. If its estimate was not finite, it
+        was taken once more to find the item, after the first time."""
         if not self.passes:
             return
-        stage = error.stage.name if isinstance(error, NotFinite) else self.stage or ""
+        stage = self.stage or ""
+        if isinstance(error, NotFinite):
+            stage, self.passes = error.stage.name, self.passes[: len(self.passes) // 2]
         first = self.passes[0]
         cost = (self._evaluations(), time.perf_counter() - self.began - self.spent)
         self.sink(self._moment(first.call.step, stage, first.call.sigma, cost, None, None))
@@ -211,11 +215,12 @@ class Recorder(Observer):
         firsts: dict[tuple[object, ...], _Pass] = {}  # the first pass of each kind of items
         for each in self.passes:
             if not each.call.is_changed:
-                firsts.setdefault((type(each.call.operator), *each.inputs.shape[2:]), each)
-        read = [self._read(each) for each in firsts.values()]
+                firsts.setdefault((type(each.call.operator), _size(each.inputs)), each)
+        size = None if denoised is None else _size(denoised)
+        read = [self._read(each, size) for each in firsts.values()]
         if denoised is None:
             denoised = next((average for _, average, _ in read if average is not None), None)
-        size = None if denoised is None else (denoised.shape[2], denoised.shape[3])
+            size = None if denoised is None else _size(denoised)
         states = [state for _, _, state in read if state is not None and size and self._covers(state, size)]
         state = states[0][0, :, : size[0], : size[1]].cpu() if states and size else latents
         if self.before is not None and state is not None and _is_close(self.before, state):
@@ -230,8 +235,7 @@ class Recorder(Observer):
         """The maps on the canvas of the first pass that has any."""
         for each in passes:
             if self.words is not None and sum(map(len, each.attention)) == len(each.inputs):
-                window = (each.inputs.shape[2], each.inputs.shape[3])
-                return self.words.on_canvas(torch.cat(each.attention), each.call.operator, window, size)
+                return self.words.on_canvas(torch.cat(each.attention), each.call.operator, _size(each.inputs), size)
         return None
 
     def _covers(self, state: Tensor, size: Size) -> bool:
@@ -239,7 +243,7 @@ class Recorder(Observer):
         fits = all(0 <= a - b < self.model.native_size for a, b in zip(state.shape[2:], size, strict=True))
         return len(state) == 1 and fits
 
-    def _read(self, each: _Pass) -> tuple[Items, Tensor | None, Tensor | None]:
+    def _read(self, each: _Pass, size: Size | None) -> tuple[Items, Tensor | None, Tensor | None]:
         """The items of a pass, the canvas that its operator makes of their estimates, and the one that they read."""
         call, operator = each.call, each.call.operator
         c_in, c_skip, c_out = self.model.noise.coefficients(call.sigma)
@@ -259,17 +263,8 @@ class Recorder(Observer):
             inside = operator.gather(torch.ones_like(average)) != 0
             apart = rms((estimates - operator.gather(average)) * inside) / inside.flatten(1).float().mean(dim=1).sqrt()
         distances = (apart / deviation).cpu()
-        return (
-            Items(
-                _kind(operator, estimates, self.before),
-                estimates.cpu(),
-                distances,
-                guidance,
-                **_geometry(operator, estimates),
-            ),
-            average,
-            state,
-        )
+        geometry = _geometry(operator, estimates)
+        return Items(_kind(operator, estimates, size), estimates.cpu(), distances, guidance, **geometry), average, state
 
     def _curves(
         self, state: Tensor | None, denoised: Tensor | None, items: tuple[Items, ...]
@@ -298,18 +293,24 @@ def _scattered(operator: Operator, items: Tensor) -> Tensor | None:
     return canvas if len(canvas) == 1 else None
 
 
-def _kind(operator: Operator, estimates: Tensor, before: Tensor | None) -> str:
+def _size(x: Tensor) -> Size:
+    return x.shape[2], x.shape[3]
+
+
+def _kind(operator: Operator, estimates: Tensor, size: Size | None) -> str:
+    """The kind of items, of a canvas of `size`; None: it is not known, as of a step that failed."""
     if isinstance(operator, Patches):
         if operator.grid != (1, 1):
             return "patches"
-        return "whole" if len(estimates) == 1 and (before is None or before.shape == estimates.shape[1:]) else "items"
+        return "whole" if len(estimates) == 1 and size in (None, _size(estimates)) else "items"
     return "views" if isinstance(getattr(operator, "origins", None), Tensor) else "items"
 
 
-def _geometry(operator: Operator, estimates: Tensor) -> dict[str, object]:
+def _geometry(operator: Operator, estimates: Tensor) -> dict[str, Any]:
     """The grid and the permutation of patches, or the origins of views."""
     if isinstance(operator, Patches) and operator.grid != (1, 1):
-        index = as_index(operator.permutation, len(estimates), tuple(estimates.shape[1:]), estimates.device)
+        number, channels, height, width = estimates.shape
+        index = as_index(operator.permutation, number, (channels, height, width), estimates.device)
         return {"grid": operator.grid, "permutation": None if index is None else index[0].cpu()}
     origins = getattr(operator, "origins", None)
     return {"origins": origins[0].cpu(), "wraps": isinstance(operator, Torus)} if isinstance(origins, Tensor) else {}

@@ -66,7 +66,7 @@ export function charts(player, extra = []) {
     chart(player, { title: "Disagreement", note: "between what patches or views predict alone, in deviations of the estimate", lines: of("disagreement", "mean", "var(--c3)") }),
     chart(player, { title: "Guidance", note: "what it adds to the estimate, in deviations of it", lines: of("guidance", "size", "var(--c2)") }),
     chart(player, { title: "Evaluations", note: "of the network in each step", bars: true, lines: cost("evaluations") }),
-    chart(player, { title: "Seconds", note: "of each step, without the recording", bars: true, lines: cost("seconds") }),
+    chart(player, { title: "Seconds", note: "of each step, without writing the trace", bars: true, lines: cost("seconds") }),
   ].filter(Boolean);
 }
 
