@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,7 +69,11 @@ def _parts(moment: Moment) -> tuple[dict[str, Tensor], dict[str, Any]]:
     own = {field.name: getattr(moment, field.name) for field in fields(Moment) if field.name != "items"}
     parts = {f"items.{n}": asdict(item) for n, item in enumerate(moment.items)}
     flat = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()} | own
-    tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, Tensor)}
+    tensors = {
+        name: value.clone(memory_format=torch.contiguous_format)
+        for name, value in flat.items()
+        if isinstance(value, Tensor)
+    }
     rest = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
     items = [{key: value for key, value in part.items() if not isinstance(value, Tensor)} for part in parts.values()]
     return tensors, {**rest, "items": items}

@@ -104,7 +104,7 @@ def of_items(items: Items) -> Block:
         "kind": items.kind,
         "number": len(items.estimates),
         "size": [*items.estimates.shape[2:]],
-        "estimates": None if whole else bytes_of(items.estimates),
+        "estimates": None if whole else half(items.estimates),
         "distances": items.distances.tolist(),
         "guidance": None if items.guidance is None else items.guidance.tolist(),
         "not_finite": (~items.estimates.isfinite()).flatten(1).sum(dim=1).tolist(),

@@ -108,7 +108,7 @@ export class Patches {
     this.place = null;
     for (const over of [this.whole.over, ...Object.values(this.sides).map((side) => side.over)]) over.replaceChildren();
     this.readout.textContent = "Point at a pixel of a patch, or walk with the arrow keys, to see where its values come from and go to.";
-    delete this.readout.dataset.others;
+    for (const name of Object.keys(this.readout.dataset)) delete this.readout.dataset[name];
   }
 
   // A part of a square for each channel, in the square of the patch that it is in.
