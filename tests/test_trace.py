@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import re
+import subprocess
+import sys
+import time
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from own import OwnModules
 from torch import Tensor
 
 import cutdiff
+from cutdiff import sample
 from cutdiff.checkpoint.model import Model
+from cutdiff.cli.arguments import BadArgument, parse
 from cutdiff.methods.shared import Run
 from cutdiff.models.inside import replaced
 from cutdiff.sampling.denoiser import Call, Observer
@@ -24,7 +30,8 @@ from cutdiff.sampling.operators import SeededPermutation, carry_back, to_network
 from cutdiff.sampling.stages import Stage, Step
 from cutdiff.settings import Settings
 from cutdiff.specs import METHODS
-from cutdiff.trace import Moment, Recorder, page, run
+from cutdiff.trace import Moment, Recorder, Unwritable, load, page, run
+from cutdiff.trace.__main__ import main as compare
 from cutdiff.trace.preview import fitted, model_map
 from cutdiff.trace.words import Words
 
@@ -32,14 +39,14 @@ PROMPT = "a red house at night"
 RUN: dict[str, Any] = {"num_steps": 4, "height": 96, "width": 128, "guidance_scale": 4.0, "seed": 3}
 
 
-def blocks_of(path: Path) -> tuple[page.Block, list[page.Block], page.Block | None]:
+def blocks_of(path: Path) -> tuple[page.Block, list[page.Block], Any]:
     """The run, the steps and the end that a page tells of."""
     parts = page.blocks(path.read_bytes())
     ends = [part for part in parts if part["kind"] == "end"]
     return parts[0], [part for part in parts if part["kind"] == "step"], ends[0] if ends else None
 
 
-def recorded(model: Model, **options: Any) -> tuple[list[Moment], list[Step]]:
+def recorded(model: Model, **options: Any) -> tuple[list[Any], list[Step]]:
     """The moments and the steps of a run."""
     moments: list[Moment] = []
     options = {**RUN, **options}
@@ -62,7 +69,7 @@ def test_a_trace_changes_no_bit_and_tells_of_every_step(tiny_model: Model, metho
     assert end["state"] == "finished"
     if method != "scalecrafter":  # whose own network may take more evaluations than it is given rows
         assert sum(one["evaluations"] for one in told) == result.record["network_evaluations"]
-    trace = cutdiff.trace.load(tmp_path / "run.trace")
+    trace: Any = load(tmp_path / "run.trace")
     for moment, step in zip(trace.steps, steps, strict=True):
         assert torch.equal(moment.latents, step.latents[0])
         assert torch.equal(moment.denoised, step.denoised[0])
@@ -176,7 +183,7 @@ def test_every_nth_step_is_shown_in_full(tiny_model: Model, tmp_path: Path) -> N
     assert [one["index"] for one in told if "denoised" in one] == [0, 4, 6, 8, 10]
     assert len(told) == 11
     assert all(one["evaluations"] for one in told)
-    trace = cutdiff.trace.load(tmp_path / "run.trace")
+    trace: Any = load(tmp_path / "run.trace")
     assert [moment.index for moment in trace.steps if moment.denoised is not None] == [0, 4, 6, 8, 10]
     with pytest.raises(ValueError, match="every=0 must be at least 1"):
         cutdiff.trace(tiny_model, PROMPT, page=tmp_path / "other.html", every=0, **RUN)
@@ -222,7 +229,7 @@ def test_a_failed_step_is_told_with_what_failed(tiny_model: Model, tmp_path: Pat
     assert told[2]["stage"] == "views"
     assert told[2]["curves"]["not_finite"] > 0
     assert told[2]["evaluations"] == told[1]["evaluations"]
-    trace = cutdiff.trace.load(tmp_path / "run.unfinished.trace")
+    trace: Any = load(tmp_path / "run.unfinished.trace")
     assert int((~trace.steps[2].denoised.isfinite()).sum()) == told[2]["curves"]["not_finite"]
     assert info["num_steps"] == 4
 
@@ -277,7 +284,7 @@ def test_no_prompt_breaks_out(tiny_model: Model, prompt: str, tmp_path: Path) ->
     text = (tmp_path / "run.html").read_text(encoding="utf-8")
     assert text.count("<script") == text.count("</script>") == 1 + 4, "the module, and four blocks"
     assert "<img" not in text
-    assert cutdiff.trace.load(tmp_path / "run.trace").run["prompt"] == prompt
+    assert load(tmp_path / "run.trace").run["prompt"] == prompt
 
 
 def test_methods_of_ones_own(tiny_model: Model, tmp_path: Path) -> None:
@@ -322,7 +329,7 @@ def test_the_folder_holds_what_was_recorded(tiny_model: Model, tmp_path: Path) -
     options = {**RUN, "method": "demofusion"}
     cutdiff.trace(tiny_model, PROMPT, page=tmp_path / "run.html", data=True, **options)
     moments, _ = recorded(tiny_model, **options)
-    trace = cutdiff.trace.load(tmp_path / "run.trace")
+    trace: Any = load(tmp_path / "run.trace")
     assert trace.end is not None
     assert trace.end["state"] == "finished"
 
@@ -413,7 +420,7 @@ def test_bad_options_leave_no_page(tiny_model: Model, tmp_path: Path) -> None:
         cutdiff.trace(tiny_model, PROMPT, page=tmp_path / "run.html", **{**RUN, "height": 100})
     assert [*tmp_path.iterdir()] == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(cutdiff.trace.Unwritable, match=r"the trace .*file/run.html cannot be written|file"):
+    with pytest.raises(Unwritable, match=r"the trace .*file/run.html cannot be written|file"):
         cutdiff.trace(tiny_model, PROMPT, page=tmp_path / "file" / "run.html", **RUN)
 
 
@@ -435,7 +442,8 @@ def test_draws_of_ones_own(tiny_model: Model, tmp_path: Path) -> None:
             return SeededPermutation((7,), 0, "channel")
 
     cutdiff.trace(tiny_model, PROMPT, page=tmp_path / "run.html", data=True, draws=Still((3,)), **RUN)
-    first, second, *_ = cutdiff.trace.load(tmp_path / "run.trace").steps
+    steps: list[Any] = load(tmp_path / "run.trace").steps
+    first, second, *_ = steps
     assert torch.equal(first.items[0].permutation, second.items[0].permutation)
 
 
@@ -444,3 +452,103 @@ def test_numbers_of_a_page_are_json(tiny_model: Model, tmp_path: Path) -> None:
     for match in page.BLOCK.finditer((tmp_path / "run.html").read_bytes()):
         json.loads(match[1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert Moment(0, "", 1.0, 1, 1.0).digest == {}
+
+
+QUICK = ["--steps", "2", "--width", "128", "--height", "128", "--method", "direct", "--guidance-scale", "4"]
+
+
+def test_the_command_line_writes_a_page_once(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A picture whose page is missing or cut off is drawn again, and comes out the same."""
+    command = [*QUICK, "--out", str(tmp_path), "--trace", "--trace-data", "--", PROMPT]
+    page_, data = tmp_path / "direct-128x128-seed0.html", tmp_path / "direct-128x128-seed0.trace"
+    assert sample.main([*QUICK, "--out", str(tmp_path), "--", PROMPT]) == 0
+    picture = (tmp_path / "direct-128x128-seed0.png").read_bytes()
+    for before in ("none", "cut off"):
+        assert sample.main(command) == 0
+        info, told, end = blocks_of(page_)
+        assert (info["prompt"], len(told), end["state"]) == (PROMPT, 2, "finished"), before
+        assert len(load(data).steps) == 2
+        assert (tmp_path / "direct-128x128-seed0.png").read_bytes() == picture
+        assert len([*tmp_path.iterdir()]) == 4
+        page_.write_bytes(page_.read_bytes()[:-500])
+    assert sample.main(command) == 0
+    assert "finished already" not in capsys.readouterr().err
+    assert sample.main(command) == 0
+    assert "1 of 1 pictures are finished already" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_leaves_its_page(model: Model, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cutdiff.sample", "--steps", "500", "--out", str(tmp_path), "--trace"]
+    path = tmp_path / "cutdiffusion-256x256-seed0.unfinished.html"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        for _ in range(1200):
+            if path.exists() and len(page.BLOCK.findall(path.read_bytes())) > 2:
+                break
+            time.sleep(0.1)
+        child.kill()
+    info, told, end = blocks_of(path)
+    assert (info["num_steps"], end) == (500, None)
+    assert len(told) >= 2
+
+
+def test_a_run_that_fails_tells_where_its_page_is(
+    model: Model, own: OwnModules, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = """
+        from cutdiff.sampling.stages import Stage
+
+        def mine(run):
+            def denoise(x, sigma, step):
+                return run.denoiser(x, sigma, step) / (1 if step == 0 else 0)
+
+            return [Stage("all", range(run.num_steps), denoise)]
+    """
+    own.write("failing", code)
+    command = [*QUICK, "--out", str(tmp_path / "out"), "--trace"]
+    command[command.index("direct")] = "failing:mine"
+    assert sample.main(command) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("cutdiff: the trace of mine-128x128-seed0.png up to there is ")
+    assert first.endswith("mine-128x128-seed0.unfinished.html")
+    assert "step 1 (all, sigma 0.04131) gave NaN or infinity, although the network's output is finite" in second
+    _, told, end = blocks_of(tmp_path / "out" / "mine-128x128-seed0.unfinished.html")
+    assert ([one["stage"] for one in told], end["state"]) == (["all", "all"], "failed")
+
+
+@pytest.mark.parametrize(("ranks", "groups", "refused"), [("2", "1", True), ("4", "2", True), ("2", "2", False)])
+def test_processes_that_share_a_picture(
+    ranks: str, groups: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cutdiff.sample.num_processes", lambda: int(ranks))
+    args = parse(["--trace", "--data-parallel", groups])
+    if refused:
+        with pytest.raises(BadArgument, match=f"and 2 share the work of a picture: give --data-parallel {ranks}, or"):
+            sample._check_processes(args)
+    else:
+        sample._check_processes(args)
+
+
+def test_pages_that_cannot_be_compared(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cutdiff.trace(tiny_model, PROMPT, page="a.html", **RUN)
+    (tmp_path / "text.html").write_text("<p>text")
+    (tmp_path / "old.html").write_bytes((tmp_path / "a.html").read_bytes().replace(b'"format": 1', b'"format": 0'))
+    assert compare(["a.html", "a.png", "--out", "new/both.html"]) == 0
+    assert compare(["a.html", "a.html", "--out", "new/both.html"]) == 0, "which is a page of this kind"
+    (tmp_path / "both.html").write_bytes((tmp_path / "new" / "both.html").read_bytes())
+    capsys.readouterr()
+    for arguments, line in {
+        ("a.html", "text.html"): "RUN_B text.html is no page of a trace: name one that --trace wrote",
+        ("both.html", "a.html"): "RUN_A both.html compares two runs: name the page of one",
+        ("a.html", "old.html"): f"RUN_B old.html is a page of another version, {cutdiff.__version__}: draw it again",
+        ("a.html", "new"): "RUN_B new.html does not exist: check the path; --trace writes a page beside the picture",
+        ("a.html", "a.html", "--out", "text.html"): "--out text.html is no page of a trace, and stays: choose another",
+    }.items():
+        assert compare([*arguments]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith(f"cutdiff: {line}"), err
+    assert (tmp_path / "text.html").read_text() == "<p>text"
+    assert not (tmp_path / "compare.html").exists()

@@ -21,10 +21,11 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.methods.shared import Run
 from cutdiff.models.inside import replaced
 from cutdiff.sampling.stages import Stage
-from cutdiff.trace import Trace, page
+from cutdiff.trace import load, page
 from cutdiff.trace.__main__ import main as compare
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
 PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 pytestmark = [
     pytest.mark.skipif(
@@ -112,7 +113,7 @@ def no_complaints(browser: Browser) -> Iterator[None]:
     assert browser.complaints() == []
 
 
-Drawn = Callable[..., tuple[Path, Trace]]
+Drawn = Callable[..., tuple[Path, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +121,12 @@ def drawn(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     """The page and the data of a run with these options, drawn once."""
     folder, known = tmp_path_factory.mktemp("traces"), {}
 
-    def draw(prompt: str = PROMPT, **options: Any) -> tuple[Path, Trace]:
+    def draw(prompt: str = PROMPT, **options: Any) -> tuple[Path, Any]:
         key = (prompt, str(options))
         if key not in known:
             path = folder / f"run {len(known)}.html"
             cutdiff.trace(tiny_model, prompt, page=path, data=True, **{**RUN, "method": "cutdiffusion", **options})
-            known[key] = path, cutdiff.trace.load(path.with_suffix(".trace"))
+            known[key] = path, load(path.with_suffix(".trace"))
         return known[key]
 
     return draw
@@ -133,13 +134,13 @@ def drawn(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("method", ["cutdiffusion", "demofusion", "direct", "upsample_guidance"])
+@pytest.mark.parametrize("method", ["cutdiffusion", "upsample_guidance"])
 def test_it_fits_and_shows_something(browser: Browser, drawn: Drawn, width: int, scheme: str, method: str) -> None:
     browser.open(drawn(method=method)[0], width, scheme)
     assert browser.js("document.documentElement.scrollWidth") == width
     with Image.open(io.BytesIO(browser.driver.get_screenshot_as_png())) as image:
         assert image.size == (width, 900)
-        colours = image.convert("RGB").getcolors(1 << 24)
+        colours: Any = image.convert("RGB").getcolors(1 << 24)
     assert len(colours) > 300
     background = max(colours)[1]
     assert (sum(background) < 3 * 60) == (scheme == "dark")
@@ -182,7 +183,7 @@ def test_slider_keys_and_playing(browser: Browser, drawn: Drawn) -> None:
     assert step() == 2
     browser.click("#play")
     assert browser.js("document.getElementById('play').ariaPressed") == "true"
-    webdriver.support.wait.WebDriverWait(browser.driver, 20).until(
+    WebDriverWait(browser.driver, 20).until(
         lambda _: browser.js("document.getElementById('play').ariaPressed") == "false"
     )
     assert step() == 3
@@ -221,7 +222,10 @@ def test_a_pixel_is_linked_as_the_permutation_says(
             for (left, top), (at_x, at_y) in zip(marks, centres, strict=True):
                 assert at_x <= left < at_x + 1
                 assert at_y <= top < at_y + 1
-    browser.point("#head h1", 1, 1)
+    browser.js("scrollTo(0, 0)")
+    title = browser.driver.find_element("css selector", "h1")
+    webdriver.ActionChains(browser.driver, duration=0).move_to_element(title).perform()
+    assert browser.text("#patches-0 .link").startswith("Point at a pixel of a patch")
 
 
 def test_pixels_are_walked_by_keys(browser: Browser, drawn: Drawn) -> None:

@@ -40,6 +40,8 @@ def _run(argv: list[str] | None) -> None:
 
 def _blocks(name: str, path: Path) -> list[pages.Block]:
     """The blocks of the page that `path` is, or that stands beside the picture or the folder that it is."""
+    if not path.name:
+        raise BadArgument(f"{name} {path} is no file: name a page or a picture")
     page = path.with_suffix(".html")
     try:
         return pages.blocks(contents(page, LARGEST))

@@ -9,18 +9,17 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.pipeline import encode
 from cutdiff.sampling.resize import resize
 
-FIELDS = (2, 4, 7)
-"""The colours on each axis of the pictures that the map is fitted to."""
+COLOURS = 8
+"""The colours on each axis of the picture that the map is fitted to."""
 LARGEST = 32
-"""The most latents on each axis of such a picture."""
+"""The most latents on each axis of this picture."""
 
 
 def model_map(model: Model) -> list[list[float]]:
-    """The map of a model: the best one for smooth fields of colours, which its VAE encodes; always the same fields."""
+    """The map of a model: the best one for smooth fields of colours, which its VAE encodes; always the same ones."""
     side, generator = min(model.native_size, LARGEST), torch.Generator().manual_seed(0)
-    colours = (torch.rand(1, 3, n, n, generator=generator, device="cpu") for n in FIELDS)
-    pixels = side * model.factor
-    images = torch.cat([resize(each, (pixels, pixels)).clamp(0, 1) for each in colours])
+    colours = torch.rand(1, 3, COLOURS, COLOURS, generator=generator, device="cpu")
+    images = resize(colours, (side * model.factor, side * model.factor)).clamp(0, 1)
     return fitted(encode(model, images).cpu(), images)
 
 
