@@ -19,7 +19,7 @@ from cutdiff_kernels.permutations import as_index
 from torch import Tensor
 
 from cutdiff.checkpoint.model import Model
-from cutdiff.models.attention import recorded_attention, text_layers
+from cutdiff.models.attention import recorded_attention, text_levels
 from cutdiff.models.config import Size
 from cutdiff.sampling.denoiser import Call, Observer
 from cutdiff.sampling.operators import Operator, Patches
@@ -140,14 +140,15 @@ class Recorder(Observer):
         self.before: Tensor | None = None  # the canvas that the step before ended with
         self.spent = 0.0  # seconds of this step that were the recorder's own
         self.began = 0.0
-        self.closed = ExitStack()
 
     @contextmanager
     def listening(self) -> Iterator[Recorder]:
         """Record the attention over the words for the time of the block; what an error cut short becomes a moment."""
-        with self.closed:
-            if self.words is not None and text_layers(self.model.unet):
-                self.words.maps = self.closed.enter_context(recorded_attention(self.model.unet, everywhere=True))
+        with ExitStack() as closed:
+            levels = text_levels(self.model.unet)
+            if self.words is not None and self.words.names and levels:
+                recording = recorded_attention(self.model.unet, level=levels[0])
+                self.words.maps = closed.enter_context(recording)
             try:
                 yield self
             except FloatingPointError as error:

@@ -29,7 +29,7 @@ class Words:
 
     def take(self, call: Call) -> Tensor | None:
         """The maps of a call's items, (n, words, positions), float32; None where nothing attended to the text."""
-        means = self.maps.take() if self.maps is not None and self.names else {}
+        means = self.maps.take() if self.maps is not None else {}
         if not means or call.is_changed:
             return None
         weights = means[max(means)].unflatten(0, (-1, call.copies))[:, -call.num_terms]  # (n, positions, tokens)
