@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cutdiff.sampling.draws import Draws
     from cutdiff.sampling.stages import Step
     from cutdiff.settings import Settings
+    from cutdiff.trace.run import trace
 
 __all__ = [
     "Draws",
@@ -28,6 +29,7 @@ __all__ = [
     "encode",
     "generate",
     "load",
+    "trace",
 ]
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "generate": "cutdiff.pipeline",
     "Settings": "cutdiff.settings",
     "Step": "cutdiff.sampling.stages",
+    "trace": "cutdiff.trace",
 }
 
 
@@ -51,4 +54,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'cutdiff' has no attribute {name!r}")
     import importlib
 
+    if name == "trace":
+        return importlib.import_module("cutdiff.trace")
     return getattr(importlib.import_module(_HOMES[name]), name)

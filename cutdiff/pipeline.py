@@ -110,7 +110,7 @@ def denoise(
     work all call this with the same arguments, and get the same steps. `observer` hears of every step and every call of
     the network.
     """
-    return prepare(model, prompt, _with_options(model, settings, options), draws, ranks, observer).steps
+    return prepare(model, prompt, with_options(model, settings, options), draws, ranks, observer).steps
 
 
 def generate(
@@ -130,7 +130,7 @@ def generate(
     Threads may draw with one model at the same time, but not beside one whose method changes the network: that one must
     have a model of its own.
     """
-    settings = _with_options(model, settings, options)
+    settings = with_options(model, settings, options)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     prepared = prepare(model, prompt, settings, draws, ranks, observer)
@@ -166,7 +166,7 @@ def generate(
     return Result(images, latents, record)
 
 
-def _with_options(model: Model, settings: Settings | None, options: dict[str, Any]) -> Settings:
+def with_options(model: Model, settings: Settings | None, options: dict[str, Any]) -> Settings:
     """The settings with these options; the very same ones where there are none, whose sources stand as they were. Where
     options alone are given, the model's preferences are taken for those that they leave open."""
     if settings is None:
@@ -387,7 +387,7 @@ def prepare(
     steps = solve(stages, x, schedule, settings.solver, noise_of_step, flags, begin_guidance)
     steps = explained(steps, denoiser, model.why_not_finite)
     if observer is not None:
-        steps = _observed(steps, observer)
+        steps = _observed(steps, observer, sum(len(stage.steps) for stage in stages))
     return Prepared(settings, denoiser, draws, size, schedule, denoisers, stages, steps, sources, masked)
 
 
@@ -482,8 +482,9 @@ def masked_picture(model: Model, settings: Settings, size: tuple[int, int]) -> M
     return MaskedPicture.placed(image, mask, settings.place, size, encodes, model.factor)
 
 
-def _observed(steps: Iterator[Step], observer: Observer) -> Iterator[Step]:
+def _observed(steps: Iterator[Step], observer: Observer, num_steps: int) -> Iterator[Step]:
     """The steps, each after the observer has heard of it."""
+    observer.begin(num_steps)
     for step in steps:
         observer.step(step)
         yield step

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cutdiff.cli.arguments import BadArgument, as_taken, of_flag, parse
-from cutdiff.cli.drawing import draw_all, leave_out, tell
+from cutdiff.cli.drawing import Trace, draw_all, leave_out, tell
 from cutdiff.cli.ending import Failure, exit_status
 from cutdiff.cli.output import check_output
 from cutdiff.cli.promptloras import take_loras
-from cutdiff.cli.runs import BadLine, Request, check_fit, plan_pictures, read_requests, take_preferred
+from cutdiff.cli.runs import BadLine, Picture, Request, check_fit, plan_pictures, read_requests, take_preferred
 from cutdiff.parallel import stopping
 from cutdiff.parallel.process import alike, num_processes, process
 
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> None:
     with alike():
         args = parse(argv)
-        _check_processes(args.data_parallel)
+        _check_processes(args)
     from cutdiff.cli.device import tell_dtype
     from cutdiff.parallel.launch import joined
 
@@ -57,6 +59,10 @@ def _run(argv: list[str] | None) -> None:
             requests, unfit = check_fit(model, args, requests)
             _leave_out(args, unfit, everything=not requests)
             pictures = plan_pictures(model, args, requests)
+            if args.trace:
+                from cutdiff.trace import is_page_of
+
+                pictures = [replace(each, finished=each.finished and is_page_of(each.path)) for each in pictures]
             if taken and process() == 0:
                 tell(as_taken(taken))
             if launch.group.leads:
@@ -67,7 +73,7 @@ def _run(argv: list[str] | None) -> None:
                 except OSError as error:
                     where = f"{error.filename} stands where a picture is written ({error.strerror})"
                     raise BadArgument(f"--out {args.out}: {where}: remove it, or choose another --out") from None
-        failed, blank = draw_all(model, args, pictures, launch)
+        failed, blank = draw_all(model, args, pictures, launch, partial(_followed, model, args))
     with alike():
         lines = sorted({*(error.line for error in (*bad, *unfit)), *failed})
         ends = [_left_out(args, lines)] * bool(lines)
@@ -91,11 +97,38 @@ def _listed(things: Sequence[object]) -> str:
     return f"{', '.join(map(str, things[:LISTED]))}{more}"
 
 
-def _check_processes(num_groups: int) -> None:
+@contextmanager
+def _followed(model: Model, args: argparse.Namespace, picture: Picture) -> Iterator[Trace | None]:
+    """The trace of a picture, or None without --trace; where it does not come to its end, tell where it is."""
+    if not args.trace:
+        yield None
+        return
+    from cutdiff.trace import Unwritable, tracing
+
+    page, how = picture.path.with_suffix(".html"), {"every": args.trace_every, "decode": args.trace_decode}
+    trace = None
+    try:
+        with tracing(model, picture.prompt, picture.settings, page, **how, data=args.trace_data) as trace:
+            yield trace
+    except Unwritable as error:
+        raise Failure(str(error)) from None
+    except BaseException:
+        if trace is not None and trace.path.exists():
+            tell(f"the trace of {picture.path.name} up to there is {trace.path}")
+        raise
+
+
+def _check_processes(args: argparse.Namespace) -> None:
+    num_groups = args.data_parallel
     if num_groups < 1 or num_processes() % num_groups:
         raise BadArgument(
             f"--data-parallel {num_groups} does not divide the {num_processes()} processes of this run: "
             "start a multiple of it with torchrun --nproc-per-node"
+        )
+    if args.trace and num_processes() > num_groups:
+        raise BadArgument(
+            f"--trace listens to one process, and {num_processes() // num_groups} share the work of a picture: "
+            f"give --data-parallel {num_processes()}, or leave it out"
         )
 
 

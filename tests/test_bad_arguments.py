@@ -97,6 +97,13 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     "size 100": (["--width", "100"], "--width 100 must be a multiple of 8; try 96"),
     "size 1,000,000": (["--width", "1000000"], "--width 1000000 must be a positive multiple of 8, at most 32768"),
     "size 12.5": (["--width", "12.5"], "argument --width: 12.5 must be a whole number"),
+    "trace every 0": (
+        ["--trace", "--trace-every", "0"],
+        "argument --trace-every: 0 must be a whole number in 1 … 100000",
+    ),
+    "trace's part alone": (["--trace-every", "2"], "--trace-every is a part of --trace: give that, too"),
+    "trace's decoding alone": (["--trace-decode"], "--trace-decode is a part of --trace: give that, too"),
+    "trace's data alone": (["--trace-data"], "--trace-data is a part of --trace: give that, too"),
     "stride 0": (["--stride", "0"], "argument --stride: 0 must be a whole number at least 1"),
     "stride -1": (["--stride", "-1"], "argument --stride: -1 must be a whole number at least 1"),
     "stride > window": (["--stride", "17"], "--stride 17 must not exceed the window of 16 latents"),

@@ -10,6 +10,7 @@ import pytest
 from cutdiff import evaluate, plan, sample
 from cutdiff.bench import __main__ as bench
 from cutdiff.bench import scaling
+from cutdiff.trace import __main__ as trace
 from cutdiff.training import __main__ as training
 from cutdiff.training import consistency, features
 
@@ -56,6 +57,15 @@ COMMANDS: dict[str, tuple[Main, list[str], int, str]] = {
     ),
     "sample: no guidance": (sample.main, ["--guidance", "os:system"], 2, "--guidance <built-in function system> must"),
     "sample: no LoRA": (sample.main, ["--lora", "/dev/zero"], 2, "argument --lora: /dev/zero is no file or folder: gi"),
+    "trace: one run": (trace.main, ["a.html"], 2, "the following arguments are required: RUN_B (see --help"),
+    "trace: no page": (
+        trace.main,
+        ["a.png", "b.png"],
+        2,
+        "RUN_A a.html does not exist: check the path; --trace writes a",
+    ),
+    "trace: another file": (trace.main, [__file__, __file__], 2, "does not exist: check the path"),
+    "trace: a folder": (trace.main, ["/", "/"], 2, "RUN_A / is no file: name a page or a picture"),
     "training: place": (training.main, ["--work", "/dev/null/x"], 2, "--work /dev/null/x cannot be written to (Not a"),
     "evaluate: device": (evaluate.main, ["--device", "abacus"], 2, "--device abacus is not available here"),
     "evaluate: model": (evaluate.main, ["--model", "nowhere"], 2, "nowhere does not exist: pass a diffusers folder"),

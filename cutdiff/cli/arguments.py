@@ -160,6 +160,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         other = args.options.get(name) if name == "image" else args.prompts
         if args.images is not None and other is not None:
             raise BadArgument(f"--images {args.images} takes the place of --{name} {other}: give one of them")
+    for name in ("trace_every", "trace_decode", "trace_data"):
+        if getattr(args, name) and not args.trace:
+            raise BadArgument(f"{flag_of(name)} is a part of --trace: give that, too")
     return args
 
 
@@ -359,6 +362,15 @@ def _add_run(group: Group) -> None:
     own = options_of(Settings)
     group.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
     group.add_argument("--overwrite", action="store_true", help="draw over other pictures of the same names")
+    group.add_argument(
+        "--trace", action="store_true", help="write a page of what happens at each step beside the picture"
+    )
+    group.add_argument(
+        "--trace-every", type=number(1, MAX_PICTURES), metavar="N",
+        help="show every N-th step in full; none: all, or as few as 200 MB hold",
+    )  # fmt: skip
+    group.add_argument("--trace-decode", action="store_true", help="decode the estimates of these steps with the VAE")
+    group.add_argument("--trace-data", action="store_true", help="write the tensors of the trace as a folder, too")
     add_device(group)
     group.add_argument(
         "--data-parallel", type=int, default=1, metavar="D",

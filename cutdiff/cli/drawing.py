@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cutdiff.cli.arguments import BadArgument, of_flag
 from cutdiff.cli.ending import Failure
@@ -21,15 +22,33 @@ from cutdiff.parallel.process import Ended
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
     from cutdiff.parallel.launch import Launch
+    from cutdiff.pipeline import Result
+    from cutdiff.sampling.denoiser import Observer
     from cutdiff.sampling.stages import Step
 
 
+class Trace(Protocol):
+    """What follows a picture while it is drawn."""
+
+    @property
+    def recorder(self) -> Observer:
+        """The observer of the run."""
+        ...
+
+    def finish(self, result: Result, page: Path) -> None:
+        """The picture is saved, and the page of its trace gets this name."""
+        ...
+
+
+Follow = Callable[[Picture], AbstractContextManager["Trace | None"]]
+
+
 def draw_all(
-    model: Model, args: argparse.Namespace, pictures: list[Picture], launch: Launch
+    model: Model, args: argparse.Namespace, pictures: list[Picture], launch: Launch, follow: Follow
 ) -> tuple[list[int], list[Path]]:
     """Draw the pictures that are not finished and print the path of each, in order if one group draws all; returns the
     lines that could not be drawn and the pictures of a set that have one value throughout, in the first process those
-    of all groups."""
+    of all groups. `follow` gives the trace of a picture, for the time in which it is drawn, or None."""
     from cutdiff.output.images import read_record
 
     with launch.agreeing():
@@ -47,7 +66,10 @@ def draw_all(
     with Progress(num_missing, launch) as progress:
         for picture in (pictures[turn] for turn in launch.turns(len(pictures))):
             try:
-                path, record = (picture.path, {}) if picture.finished else _draw(model, args, picture, launch, progress)
+                path, record = picture.path, {}
+                if not picture.finished:
+                    with follow(picture) as trace:
+                        path, record = _draw(model, args, picture, launch, progress, trace)
             except BadArgument as error:
                 if not picture.line:
                     raise
@@ -79,7 +101,7 @@ def leave_out(args: argparse.Namespace, error: BadLine) -> None:
 
 
 def _draw(
-    model: Model, args: argparse.Namespace, picture: Picture, launch: Launch, progress: Progress
+    model: Model, args: argparse.Namespace, picture: Picture, launch: Launch, progress: Progress, trace: Trace | None
 ) -> tuple[Path, dict[str, Any]]:
     """Draw one picture; returns the path at which the leading rank saved it, and its record."""
     import torch
@@ -89,7 +111,14 @@ def _draw(
 
     progress.begin(picture)
     try:
-        result = cutdiff.generate(model, picture.prompt, picture.settings, ranks=launch.group, on_step=progress.step)
+        result = cutdiff.generate(
+            model,
+            picture.prompt,
+            picture.settings,
+            ranks=launch.group,
+            observer=None if trace is None else trace.recorder,
+            on_step=progress.step,
+        )
     except torch.OutOfMemoryError:
         raise Failure(
             "memory does not suffice for the network on one item: try --dtype bfloat16, or --device cpu"
@@ -112,6 +141,8 @@ def _draw(
         raise Failure(f"{error} is another picture, drawn by another run meanwhile: choose another --out") from None
     except OSError as error:
         raise Failure(f"{picture.path} cannot be written ({error.strerror}): free space, or change --out") from None
+    if trace is not None:
+        trace.finish(result, path.with_suffix(".html"))
     progress.end()
     return path, record
 

@@ -52,6 +52,12 @@ class AttentionMaps:
         order in which they came; they are all, or the first `rows`."""
         return {positions: torch.cat(batches)[:rows] for positions, batches in self._recorded.items()}
 
+    def take(self) -> dict[int, Tensor]:
+        """All `means` so far, which the recording then forgets."""
+        means = self.means()
+        self._recorded.clear()
+        return means
+
     def mean(self, rows: int | None = None) -> Tensor:
         """The only one of `means`, where all layers have as many positions."""
         (mean,) = self.means(rows).values()
@@ -59,13 +65,13 @@ class AttentionMaps:
 
 
 @contextmanager
-def recorded_attention(unet: UNet, *, everywhere: bool = False) -> Iterator[AttentionMaps]:
-    """Record the attention over the text in all passes inside the block: at `map_level` on the way down and up, or
-    `everywhere`.
+def recorded_attention(unet: UNet, *, level: int | None = None, everywhere: bool = False) -> Iterator[AttentionMaps]:
+    """Record the attention over the text in all passes inside the block: at a `level` on the way down and up, by
+    default `map_level`, or `everywhere`.
 
     Nothing that the network computes changes. Raises ValueError where no level attends to the text.
     """
-    level = map_level(unet)
+    level = map_level(unet) if level is None else level
     parts = [unet] if everywhere else [unet.down_blocks[level], unet.up_blocks[-1 - level]]
     maps = AttentionMaps()
     hooks = [layer.register_forward_hook(maps.add) for part in parts for layer in text_layers(part)]
@@ -101,7 +107,12 @@ def text_layers(part: nn.Module) -> list[Attention]:
 
 def map_level(unet: UNet) -> int:
     """The coarsest level that attends to the text; a map there has 1 / 2^level of the latents' height and width."""
-    levels = [level for level, layers in enumerate(unet.config.transformer_layers) if layers]
+    levels = text_levels(unet)
     if not levels:
         raise ValueError("no level of the network attends to the text: there are no maps to record")
     return levels[-1]
+
+
+def text_levels(unet: UNet) -> list[int]:
+    """The levels that attend to the text, the finest first."""
+    return [level for level, layers in enumerate(unet.config.transformer_layers) if layers]

@@ -45,6 +45,8 @@ class Call:
     """The rows of an item that read the prompt, more than one for a sum of prompts."""
     is_changed: bool = False
     """True where the guidance has changed the network, for a third estimate; then all rows read the prompt."""
+    guidance_scale: float | None = 1.0
+    """The scale by which guidance joins a pair of rows; None where a guidance that is not linear joins the canvases."""
 
     @property
     def rows(self) -> Tensor:
@@ -79,6 +81,9 @@ Beside = Callable[[Size, Span], tuple[Tensor, Tensor]]
 
 class Observer:
     """Hears of a run, and changes nothing; with several ranks, each hears of its own calls."""
+
+    def begin(self, num_steps: int) -> None:
+        """A run begins that takes so many steps."""
 
     def call(self, call: Call, prediction: Tensor) -> None:
         """The network was called, and predicted (n, C, h, w)."""
@@ -186,6 +191,13 @@ class Denoiser:
         term, after the negative one if that is needed. A network that reads the scale itself needs no pair."""
         return self._copies(self.text_at(step), sigma, step)[0]
 
+    def linear_scale_at(self, sigma: float, step: int) -> float | None:
+        """The scale of a linear guidance, 1 where guidance is off, and None where it is not linear."""
+        guidance, own_sigma = self.guidance_at(sigma) or (None, sigma)
+        if guidance is None:
+            return 1.0
+        return guidance.scale_at(own_sigma, step) if isinstance(guidance, LinearGuidance) else None
+
     def change_scale_at(self, sigma: float, step: int) -> float:
         """The scale of the third estimate, as `guidance.change_scale` has it."""
         guided = self.guidance_at(sigma)
@@ -262,7 +274,8 @@ class Denoiser:
         inputs = self.with_beside(inputs, rows, source, span)
         size_ids = size_ids_of(inputs, rows.copies, self.factor, crop_origins, original_size, target_size)
         guidance, own_sigma = self.guidance_at(sigma) or (None, sigma)
-        scale = guidance.scale_at(own_sigma, step) if isinstance(guidance, LinearGuidance) else 1.0
+        linear_scale = self.linear_scale_at(sigma, step)
+        scale = 1.0 if linear_scale is None else linear_scale
         if self.unet.config.guidance_dim:
             size_ids = torch.cat([size_ids, torch.full_like(size_ids[:, :1], scale)], dim=1)
         predictions, copies = self.predictions(rows, inputs, size_ids), 2 if rows.is_guided else 1
@@ -372,6 +385,7 @@ class Denoiser:
         timestep = torch.full((1,), self.timestep(rows.sigma), dtype=torch.float32, device=inputs.device)
         timestep = timestep.expand(num_rows)
         ranks = self.ranks if self.shares_rows else ALONE
+        scale = self.linear_scale_at(rows.sigma, rows.step)
         starts = self.shares(num_rows, copies, ranks)
         first, end = starts[ranks.rank : ranks.rank + 2]
         parts, start = [], first
@@ -383,7 +397,7 @@ class Denoiser:
                 hints = rows.hints_of(part, inputs.device)
                 taken = (inputs[part], timestep[part], context, pooled, size_ids[part], *hints)
                 counts = num_rows, rows.num_images, copies, len(rows.text.terms)
-                call = Call(rows.step, rows.sigma, rows.operator, taken, start, *counts, rows.is_changed)
+                call = Call(rows.step, rows.sigma, rows.operator, taken, start, *counts, rows.is_changed, scale)
                 parts.append(self.evaluate(taken) if self.network is None else self.network(call))
             except torch.OutOfMemoryError:
                 text.by_rows.clear()

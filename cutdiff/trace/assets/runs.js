@@ -1,0 +1,76 @@
+// The runs of a page, read from its blocks.
+import { tensor, same, distance, rms } from "./tensors.js";
+
+const KEPT = 24; // the steps whose tensors are kept decoded
+
+export class Step {
+  constructor(block) { Object.assign(this, block); this.parts = block; this.cache = new Map(); }
+  get isFull() { return Boolean(this.parts.denoised || this.parts.state); }
+  tensor(name) {
+    if (!this.cache.has(name)) this.cache.set(name, tensor(this.parts[name]));
+    return this.cache.get(name);
+  }
+  of(n, name) {
+    const key = `${n} ${name}`;
+    if (!this.cache.has(key)) this.cache.set(key, tensor(this.parts.items[n][name]));
+    return this.cache.get(key);
+  }
+  get isBad() { return Boolean(this.curves.not_finite) || (this.items || []).some((items) => items.not_finite.some(Boolean)); }
+}
+
+export class Run {
+  constructor(number, info) { this.number = number; this.info = info; this.steps = []; this.end = null; this.recent = []; }
+  get map() { return (this.end && this.end.map) || this.info.map; }
+  get stages() { return [...new Set(this.steps.map((step) => step.stage))]; }
+  at(i) { return this.steps[Math.min(i, this.steps.length - 1)]; }
+  // The last step up to i that was recorded in full, and the one before it.
+  full(i) { return this.fullBefore(Math.min(i, this.steps.length - 1) + 1); }
+  fullBefore(i) {
+    for (let k = i - 1; k >= 0; k--) if (this.steps[k].isFull) return this.used(this.steps[k]);
+    return null;
+  }
+  used(step) {
+    this.recent = [...this.recent.filter((other) => other !== step), step];
+    if (this.recent.length > KEPT) this.recent.shift().cache.clear();
+    return step;
+  }
+  get firstBad() { return this.steps.findIndex((step) => step.isBad); }
+}
+
+export function readRuns() {
+  const runs = [];
+  for (const element of document.querySelectorAll("script.block")) {
+    const number = Number(element.dataset.run);
+    let block = null;
+    try { block = JSON.parse(element.textContent); } catch { continue; } // the file was cut off inside of it
+    element.textContent = "";
+    if (block.kind === "run") runs[number] = new Run(number, block);
+    else if (block.kind === "step") runs[number].steps.push(new Step(block));
+    else if (block.kind === "end") runs[number].end = block;
+  }
+  return runs.filter((run) => run);
+}
+
+// The first steps at which two runs part: by a bit in the canvas, in the estimate, and by more than `share`.
+export function parting(a, b, share = 0.01) {
+  const length = Math.min(a.steps.length, b.steps.length), first = { state: null, denoised: null, share: null };
+  const parts = apart(a, b);
+  for (let i = 0; i < length; i++) {
+    for (const name of ["state", "denoised"]) {
+      const [x, y] = [a.steps[i].digest[name], b.steps[i].digest[name]];
+      if (first[name] === null && x && y && x !== y) first[name] = i;
+    }
+    if (first.share === null && parts.denoised[i] > share) first.share = i;
+  }
+  return first;
+}
+
+// The distance of the canvases and of the estimates of two runs at each step, relative to the first run's.
+export function apart(a, b) {
+  const both = { state: [], denoised: [] };
+  for (let i = 0; i < Math.min(a.steps.length, b.steps.length); i++) for (const name of ["state", "denoised"]) {
+    const [x, y] = [a.steps[i], b.steps[i]].map((step) => tensor(step.parts[name]));
+    both[name].push(same(x, y) ? rms(distance(x, y).data) / rms(x.data) : null);
+  }
+  return both;
+}

@@ -1,0 +1,56 @@
+"""The attention over the words of the prompt, as maps on the canvas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cutdiff.checkpoint.model import Model
+from cutdiff.models.attention import AttentionMaps
+from cutdiff.models.config import Size
+from cutdiff.models.editing import described
+from cutdiff.models.inside import size_at
+from cutdiff.sampling.denoiser import Call
+from cutdiff.sampling.operators import Operator, Patches
+from cutdiff.sampling.resize import resize
+from cutdiff.settings import Settings
+
+
+class Words:
+    """Where a network looks for each word of a prompt: the mean over heads and layers, on the finest level that reads
+    the text."""
+
+    def __init__(self, model: Model, prompt: str, settings: Settings) -> None:
+        read = model.text.words(prompt) if unread_because(prompt, settings) is None else []
+        self.names = [name for name, _ in read]
+        self.places = [places for _, places in read]
+        self.levels = len(model.unet.config.channels)
+        self.maps: AttentionMaps | None = None
+
+    def take(self, call: Call) -> Tensor | None:
+        """The maps of a call's items, (n, words, positions), float32; None where nothing attended to the text."""
+        means = self.maps.take() if self.maps is not None else {}
+        if not means or call.is_changed:
+            return None
+        weights = means[max(means)].unflatten(0, (-1, call.copies))[:, -call.num_terms]  # (n, positions, tokens)
+        return torch.stack([weights[:, :, places].sum(dim=2) for places in self.places], dim=1)
+
+    def on_canvas(self, maps: Tensor, operator: Operator, window: Size, size: Size) -> Tensor | None:
+        """The maps (N, words, positions) of all items of an operator together, (words, h, w): for patches, which are
+        pictures, their mean. None where they are not those of whole items of `window`."""
+        sizes = {h * w: (h, w) for h, w in (size_at(window, level) for level in range(self.levels))}
+        if maps.shape[2] not in sizes:
+            return None
+        planes = maps.unflatten(2, sizes[maps.shape[2]])
+        if isinstance(operator, Patches):
+            return planes.mean(dim=0).cpu()
+        scale = round(window[0] / planes.shape[2])
+        canvas = operator.scatter(resize(planes, window, "nearest"))
+        return resize(canvas, (-(-size[0] // scale), -(-size[1] // scale)), "area")[0].cpu()
+
+
+def unread_because(prompt: str, settings: Settings) -> str | None:
+    """The reason why the words of a run have no maps; None where they have."""
+    if described(prompt, settings.num_steps) is not None:
+        return "the prompt changes by step, or is a sum of prompts"
+    return "the network is compiled" if settings.compile else None
