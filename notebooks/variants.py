@@ -117,7 +117,7 @@ def reusing_denoiser(run: Run, k: int, stage: Stage) -> Denoiser:
             passes, last = count(), call.step
         number = next(passes)
         if (call.step - stage.steps.start) % k and number in kept and len(kept[number]) == len(call.inputs[0]):
-            return _finest(unet, kept[number], *call.inputs)
+            return _finest(unet, kept[number], *call.inputs[:5])
         outputs: list[Any] = []
         hook = unet.up_blocks[-2].register_forward_hook(lambda _module, _args, output: outputs.append(output))
         try:

@@ -28,7 +28,7 @@ from cutdiff.models.config import UNetConfig
 from cutdiff.models.controlnet import ControlNet, ControlNetConfig
 from cutdiff.planning.forecast import walk
 from cutdiff.sample import main
-from cutdiff.sampling.controls import Control
+from cutdiff.sampling.controls import Control, Hint
 from cutdiff.sampling.denoiser import Call, Observer
 from cutdiff.sampling.edges import edges
 from cutdiff.sampling.operators import Patches, Views
@@ -94,7 +94,8 @@ def test_a_patch_has_the_whole_hint_at_its_own_size(tiny_model: Model, control: 
     options: dict[str, Any] = {"num_steps": 1, "structure_fraction": 1.0, "view_batch_size": 4}
     cutdiff.generate(tiny_model, "a", control=str(control), control_image=picture, observer=heard, **options)
     small = F.interpolate(as_tensor(picture), (64, 64), mode="bilinear", antialias=True)[0]
-    rows = [row for call in heard.calls for row in call.inputs[5].values.unbind()]
+    hints = [part for call in heard.calls for part in call.inputs[5:] if isinstance(part, Hint)]
+    rows = [row for each in hints for row in each.values.unbind()]
     assert isinstance(heard.calls[0].operator, Patches)
     assert len(rows) == 12, "six patches, each with and without the prompt"
     for row in rows:
