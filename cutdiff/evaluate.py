@@ -4,8 +4,8 @@ The embedded model, or another of its world, draws the captions of a fixed list 
 and by direct inference at the native size; the pictures are read, counted and compared with true renders. Any model is
 measured with --prompts, --references and --features: by FID, KID, IS and CLIP score against images of your own.
 
-Writes to --out the pictures, a folder for each method and size, results.json, table.md and a contact sheet for each
-size; a second start goes on where the first ended.
+Writes to --out the pictures, a folder for each method and size, results.json, table.md, a contact sheet for each size,
+and report.html, which shows all of it in a browser; a second start goes on where the first ended.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The result of each cell goes to results/<cell>-<size>.json with everything that is needed to repeat it. A cell that has
 a result of as many pictures is left alone, so a study can be stopped, continued, extended, and divided (--part 1/2,
---part 2/2). The pictures stay in --out.
+--part 2/2). The pictures stay in --out, with a page for each study.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import cutdiff
 from cutdiff.cli.arguments import AUTO, BadArgument, Parser
 from cutdiff.cli.device import device_of, dtype_of, tell_dtype
 from cutdiff.evaluation.cells import Cell, folder_of, picture_paths
+from cutdiff.evaluation.page import save_report
 from cutdiff.evaluation.report import save_sheet
 from cutdiff.evaluation.testbed import Testbed, environment
 from cutdiff.options import split
@@ -224,6 +225,17 @@ def save_sheets(study: str, testbed: Testbed, results: Path = RESULTS) -> None:
             save_sheet(results / f"{study}-{side}.png", folders, testbed.num)
 
 
+def save_page(study: str, testbed: Testbed, results: Path = RESULTS) -> None:
+    """Save a page of the results of a study beside its pictures, with those that are here."""
+    cells = [cell for cell in STUDIES[study] if result_path(cell, results).exists()]
+    rows = [json.loads(path.read_text()) for path in (result_path(cell, results) for cell in cells)]
+    folders = {(cell.name, cell.side): folder_of(testbed.folder, cell) for cell in cells}
+    here = {key: folder for key, folder in folders.items() if (folder / "cell.json").exists()}
+    how = {"batch": testbed.batch, "caption_seed": testbed.caption_seed, **environment(testbed.model)}
+    if rows:
+        save_report(testbed.folder / f"{study}.html", f"Study {study}", {"cells": rows, **how}, here)
+
+
 def result_path(cell: Cell, results: Path = RESULTS) -> Path:
     """The file of a cell's result."""
     return results / f"{cell.name}-{cell.side}.json"
@@ -295,6 +307,7 @@ def _run(args: argparse.Namespace) -> None:
         for side in dict.fromkeys(cell.side for cell in mine):
             measure_floor(side, replace(judged, model=testbed.model), results)
         save_sheets(study, testbed, results)
+        save_page(study, testbed, results)
 
 
 def _part(text: str) -> tuple[int, int]:

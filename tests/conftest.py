@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
 
+from browser import Browser, opened_browser
 from own import OwnModules
 from refusal import CommandLine
 from tiny import QUICK_UNET, QUICK_VAE, Tiny, put_in_cache, random_model
@@ -104,6 +105,13 @@ def model() -> Model:
 def command_line(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
     """The sampler's command line, after all that it imports."""
     return CommandLine(tmp_path / "out", capsys)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A browser for the pages that runs leave."""
+    with opened_browser() as window:
+        yield window
 
 
 @pytest.fixture

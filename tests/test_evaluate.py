@@ -54,6 +54,14 @@ def test_an_evaluation_draws_scores_and_goes_on_where_it_stopped(
     assert (tmp_path / "table.md").read_text() in shown
     with Image.open(tmp_path / "contact-256.png") as sheet:
         assert sheet.size == (3 * 164 + 4, 2 * 164 + 4)
+    page = (tmp_path / "report.html").read_text()
+    data = json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])
+    assert [row["name"] for row in data["rows"]] == [cell["name"] for cell in results["cells"]]
+    assert [[picture is not None for picture in seed] for seed in data["seeds"]] == [
+        [False, True, False, True, True]
+    ] * 3
+    assert data["seeds"][2][4]["record"]["scores"]["seams"] == cut["scores"]["seams"]["values"][2]
+    assert {*cut["scores"], *cut["cost"]} <= {*data["meanings"]}
 
 
 def test_pictures_that_were_drawn_otherwise_are_not_mixed_in(

@@ -29,6 +29,8 @@ def drawn(model: Model, **options: Any) -> tuple[Tensor, dict[str, Any]]:
         {"guidance": "cfg,guidance_scale={}"},
         {"guidance": "rescale,guidance_scale={}"},
         {"guidance": "by_band,low_scale={},guidance_scale={}"},
+        {"guidance": "apg,guidance_scale={}"},
+        {"guidance": "pag,guidance_scale={},pag_scale=0"},
         {"method": "rectifiedhr", "guidance": "cfg,guidance_scale={}"},
         {"method": "diffusehigh", "guidance": "cfg,guidance_scale={}"},
         {"method": "frecas", "guidance": "cfg,guidance_scale={}"},

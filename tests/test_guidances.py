@@ -170,8 +170,8 @@ def test_apg_is_plain_guidance_at_its_neutral_options_to_the_bit() -> None:
 
 
 def test_apgs_own_threshold_is_the_papers_at_sdxls_size_and_follows_the_canvas() -> None:
-    for side, threshold in ((128, 15.0), (256, 30.0), (16, 15 / 8)):
-        ((c, u),) = estimates(1, (side, side))
+    for size, threshold in (((128, 128), 15.0), ((256, 256), 30.0), ((16, 16), 15 / 8), ((64, 256), 15.0)):
+        ((c, u),) = estimates(1, size)
         own, given = (APG(5.0, norm_threshold=t).begin(None)(c, u, 1.0, 0) for t in (None, threshold))  # pyright: ignore
         assert relative_error(own, given) < 1e-6
         assert relative_error(own, APG(5.0, norm_threshold=0).begin(None)(c, u, 1.0, 0)) > 1e-3  # pyright: ignore

@@ -203,6 +203,16 @@ def pictures(folder: Path, num: int) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
+def pictures_of(folder: Path) -> dict[int, dict[str, Any]]:
+    """The caption and the hash of the pixels of each picture of a folder, by its number; an old log has no hash."""
+    known = {}
+    for line in _lines(folder):
+        digests = line.get("pixels_sha256", [None] * len(line["captions"]))
+        for i, (caption, digest) in enumerate(zip(line["captions"], digests, strict=True), start=line["first"]):
+            known[i] = {"caption": caption, "pixels_sha256": digest}
+    return known
+
+
 def _batch_paths(folder: Path, first: int, num: int) -> list[Path]:
     return picture_paths(folder, first + num)[first:]
 

@@ -19,12 +19,13 @@ from cutdiff.cli.promptfile import MAX_BYTES
 from cutdiff.evaluation import score
 from cutdiff.evaluation.cells import Cell, cost, draw_cells, folder_of, picture_paths
 from cutdiff.evaluation.features import PIXELS
+from cutdiff.evaluation.page import save_report
 from cutdiff.evaluation.references import References, compare
 from cutdiff.evaluation.report import save_sheet, table
 from cutdiff.evaluation.testbed import NATIVE, Testbed, environment, row_of
 from cutdiff.files import contents
 from cutdiff.options import options_of, written
-from cutdiff.output.images import save_json
+from cutdiff.output.images import save_json, write_atomically
 from cutdiff.parallel.lines import say
 from cutdiff.pipeline import canvas_and_schedule
 from cutdiff.settings import Settings, left_to_model
@@ -79,10 +80,12 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
     result = {"cells": rows, "command": command, **drawn, **environment(model), "source": name_of(model.source)}
     save_json(args.out / "results.json", result)
     text = table(rows)
-    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_atomically(args.out / "table.md", lambda file: file.write(f"{text}\n".encode()))
     for size in dict.fromkeys(cell.side for cell in cells):
         folders = [folder_of(args.out, cell) for cell in cells if cell.side == size]
         save_sheet(args.out / f"contact-{size}.png", folders, num=rows[0]["num"])
+    folders = {(cell.name, cell.side): folder_of(args.out, cell) for cell in cells}
+    save_report(args.out / "report.html", "Evaluation", result, folders)
     return text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cutdiff.evaluation.cells import pictures
 from cutdiff.evaluation.score import SHARES
+from cutdiff.output.images import write_atomically
 
 COSTS = ("evaluations", "TFLOP", "seconds", "peak MB")
 
@@ -41,7 +43,8 @@ def _line(values: Sequence[str]) -> str:
 def save_sheet(path: Path, folders: Sequence[Path], num: int, columns: int = 8) -> None:
     """Save a contact sheet with a row for each folder of an evaluation, of the first of its `num` pictures."""
     sheet = contact_sheet([pictures(folder, min(num, columns)) for folder in folders], columns)
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
+    image = Image.fromarray(sheet.permute(1, 2, 0).numpy())
+    write_atomically(path, partial(image.save, format="PNG"))
 
 
 def contact_sheet(rows: Sequence[Tensor], columns: int = 8, side: int = 160, gap: int = 4) -> Tensor:
