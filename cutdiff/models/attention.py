@@ -66,13 +66,16 @@ class AttentionMaps:
 
 @contextmanager
 def recorded_attention(unet: UNet, *, level: int | None = None, everywhere: bool = False) -> Iterator[AttentionMaps]:
-    """Record the attention over the text in all passes inside the block: at a `level` on the way down and up, by
-    default `map_level`, or `everywhere`.
+    """Record the attention over the text in all passes inside the block: at `map_level` on the way down and up, or at
+    a `level` on the way up, or `everywhere`.
 
     Nothing that the network computes changes. Raises ValueError where no level attends to the text.
     """
-    level = map_level(unet) if level is None else level
-    parts = [unet] if everywhere else [unet.down_blocks[level], unet.up_blocks[-1 - level]]
+    coarsest = map_level(unet)
+    parts = (
+        [unet.down_blocks[coarsest], unet.up_blocks[-1 - coarsest]] if level is None else [unet.up_blocks[-1 - level]]
+    )
+    parts = [unet] if everywhere else parts
     maps = AttentionMaps()
     hooks = [layer.register_forward_hook(maps.add) for part in parts for layer in text_layers(part)]
     hooks += [unet.register_forward_pre_hook(maps.begin), unet.register_forward_hook(maps.keep)]
