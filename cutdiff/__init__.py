@@ -8,8 +8,8 @@ from cutdiff.settings import VERSION as __version__
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint import load
+    from cutdiff.given.regions import Region
     from cutdiff.pipeline import Result, decode, denoise, encode, generate
-    from cutdiff.regions import Region
     from cutdiff.sampling.denoiser import Observer
     from cutdiff.sampling.draws import Draws
     from cutdiff.sampling.stages import Step
@@ -36,7 +36,7 @@ _HOMES = {
     "load": "cutdiff.checkpoint",
     "Draws": "cutdiff.sampling.draws",
     "Observer": "cutdiff.sampling.denoiser",
-    "Region": "cutdiff.regions",
+    "Region": "cutdiff.given.regions",
     "Result": "cutdiff.pipeline",
     "decode": "cutdiff.pipeline",
     "denoise": "cutdiff.pipeline",

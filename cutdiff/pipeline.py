@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cutdiff.checkpoint.control import control_of
 from cutdiff.checkpoint.model import Model, dtype_name
-from cutdiff.given import Picture
+from cutdiff.given.pictures import Picture
+from cutdiff.given.regions import Region, check_sizes, coverage
 from cutdiff.methods.picture import drawn_on
 from cutdiff.methods.redrawn import Redrawn
 from cutdiff.methods.shared import Run, stages_of, step_at
@@ -32,7 +33,6 @@ from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
-from cutdiff.regions import Region, check_sizes, coverage
 from cutdiff.sampling.conditioning import Prompts, encode_prompts
 from cutdiff.sampling.controls import Control
 from cutdiff.sampling.denoiser import Denoiser, Memory, Observer, Work

@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args
 
 from cutdiff import specs
-from cutdiff.controlled import CONTROL_FILES, CONTROLS, check_hints, read_controls
-from cutdiff.given import Picture, as_picture
+from cutdiff.given.controls import CONTROL_FILES, CONTROLS, check_hints, read_controls
+from cutdiff.given.pictures import Picture, as_picture
+from cutdiff.given.regions import as_regions, notices
 from cutdiff.options import Between, Count, Options, Share, checked, options_of, read, short
-from cutdiff.regions import as_regions, notices
 from cutdiff.sources import source_hash
 from cutdiff.specs import TABLES
 

@@ -27,9 +27,9 @@ from cutdiff.cli.arguments import AUTO, Parser
 from cutdiff.cli.device import device_of, dtype_of
 from cutdiff.evaluation.score import CAPTION_SEED, mean_score, scenes
 from cutdiff.evaluation.testbed import environment
+from cutdiff.given.regions import Region
 from cutdiff.methods.multidiffusion import MultiDiffusion
 from cutdiff.output.images import save_json
-from cutdiff.regions import Region
 from cutdiff.scenes import world
 from cutdiff.scenes.read import read
 from cutdiff.settings import Settings

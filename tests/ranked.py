@@ -27,9 +27,9 @@ import cutdiff.models.bands
 import cutdiff.models.vae
 from cutdiff.checkpoint.control import save_control
 from cutdiff.checkpoint.random_model import randomise
+from cutdiff.given.regions import Region
 from cutdiff.models.controlnet import ControlNet, ControlNetConfig
 from cutdiff.parallel.launch import joined
-from cutdiff.regions import Region
 from cutdiff.settings import Settings
 from cutdiff.specs import METHODS
 

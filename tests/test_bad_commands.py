@@ -15,6 +15,7 @@ from cutdiff.training import __main__ as training
 from cutdiff.training import consistency, features
 
 HUGE = str(10**18)
+PAGE = Path(__file__).with_suffix(".html")
 NO_NUMBER = "is no number of a process: start with torchrun, or unset the variable"
 COUNTS = "must be a whole number in 1 … 1e+09 (see --help)"
 Main = Callable[[list[str]], int]
@@ -64,7 +65,7 @@ COMMANDS: dict[str, tuple[Main, list[str], int, str]] = {
         2,
         "RUN_A a.html does not exist: check the path; --trace writes a",
     ),
-    "trace: another file": (trace.main, [__file__, __file__], 2, "does not exist: check the path"),
+    "trace: another file": (trace.main, [__file__, __file__], 2, f"RUN_A {PAGE} does not exist: check the path"),
     "trace: a folder": (trace.main, ["/", "/"], 2, "RUN_A / is no file: name a page or a picture"),
     "training: place": (training.main, ["--work", "/dev/null/x"], 2, "--work /dev/null/x cannot be written to (Not a"),
     "evaluate: device": (evaluate.main, ["--device", "abacus"], 2, "--device abacus is not available here"),

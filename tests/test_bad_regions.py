@@ -13,7 +13,7 @@ from refusal import CommandLine
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
-from cutdiff.regions import MAX_REGIONS, Region, as_regions
+from cutdiff.given.regions import MAX_REGIONS, Region, as_regions
 from cutdiff.settings import Settings
 
 ALL, LEFT = [0, 0, 1, 1], [0, 0, 0.5, 1]

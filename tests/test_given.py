@@ -19,7 +19,7 @@ from refusal import CommandLine
 import cutdiff
 from cutdiff import Settings
 from cutdiff.checkpoint.model import Model
-from cutdiff.given import MAX_PIXELS, as_picture
+from cutdiff.given.pictures import MAX_PIXELS, as_picture
 
 RED, BLUE = (204, 0, 51), (0, 51, 204)
 

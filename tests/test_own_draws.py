@@ -11,8 +11,8 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
+from cutdiff.given.regions import Region
 from cutdiff.methods.shared import Run
-from cutdiff.regions import Region
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import SeededPermutation
 from cutdiff.sampling.stages import Stage

@@ -18,10 +18,10 @@ import cutdiff
 from cutdiff.bench.__main__ import SMALL_UNET
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import random_model
+from cutdiff.given.regions import Region
 from cutdiff.plan import main
 from cutdiff.planning.forecast import decoding, outline, sized, walk, weight_bytes
 from cutdiff.planning.meter import Meter
-from cutdiff.regions import Region
 from cutdiff.settings import Settings
 from cutdiff.specs import METHODS, SOLVERS
 

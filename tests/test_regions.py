@@ -19,9 +19,9 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
+from cutdiff.given.regions import Region, coverage
 from cutdiff.methods.shared import Run
 from cutdiff.planning.forecast import sized, walk
-from cutdiff.regions import Region, coverage
 from cutdiff.sample import main
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import NoiseConfig

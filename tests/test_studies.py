@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import control
 import figures
 import order
 import pytest
@@ -130,7 +131,7 @@ def test_cells_have_names_of_their_own() -> None:
 
 
 def test_every_result_is_of_a_cell_and_of_the_embedded_model(model: Model) -> None:
-    others = (order.ORDERS, two_subjects.FOLDER)
+    others = (order.ORDERS, two_subjects.FOLDER, control.FOLDER)
     found = sorted(path for path in studies.RESULTS.rglob("*.json") if path.parent not in others)
     assert found
     for path in found:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from cutdiff import specs
-from cutdiff.controlled import CONTROLS
+from cutdiff.given.controls import CONTROLS
 from cutdiff.options import MAX_FLOAT32, Between, Option, nearest, not_one_of, options_of, read
+from cutdiff.parallel.lines import write
 from cutdiff.settings import FILES, PREDICTION_TYPES, SPACINGS, Settings
 from cutdiff.specs import TABLES
 
@@ -89,6 +90,10 @@ class Parser(argparse.ArgumentParser):
         elif option := re.search(r"(--[\w-]+): expected one argument", message):
             hint = f"; a value that begins with - is given as {option[1]}=-…"
         raise BadArgument(f"{message} (see --help{hint})")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write --help; argparse itself would swallow the error where nobody reads it."""
+        write(message, file or sys.stderr)
 
     def _check_owned(self, flag: str) -> None:
         """BadArgument where an unknown flag is an option of a method, solver, schedule or guidance not chosen here."""

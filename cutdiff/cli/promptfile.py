@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from cutdiff import specs
-from cutdiff.controlled import CONTROL_FILES
 from cutdiff.files import contents
+from cutdiff.given.controls import CONTROL_FILES
 from cutdiff.options import nearest, options_of, read
 from cutdiff.settings import FILES, Settings
 

@@ -17,7 +17,7 @@ import torch
 from cutdiff.checkpoint.control import described
 from cutdiff.checkpoint.locate import name_of
 from cutdiff.checkpoint.model import Model, dtype_name
-from cutdiff.controlled import CONTROL_FILES
+from cutdiff.given.controls import CONTROL_FILES
 from cutdiff.models.editing import described as read_terms
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.schedules import Schedule

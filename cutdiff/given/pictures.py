@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from cutdiff.files import contents
 from cutdiff.options import short
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_PIXELS = 1 << 27
 """The most pixels of a picture, 11585 × 11585: in float32, as they are resized, 1.6 gigabytes."""
@@ -163,6 +164,7 @@ def _too_large(said: str, num_pixels: object) -> str:
 
 def _rgb(said: str, image: Any, kind: str, wide: bool, notices: list[str]) -> np.ndarray:
     """The pixels (1, H, W, 3) of a PIL image of the mode `kind`."""
+    import numpy as np
     from PIL import Image
 
     if kind.startswith("I;16") or (kind == "I" and wide):
@@ -184,6 +186,7 @@ def _rgb(said: str, image: Any, kind: str, wide: bool, notices: list[str]) -> np
 
 def _of_object(option: str, value: Any) -> tuple[np.ndarray, list[str]]:
     """The pixels (B, H, W, 3) of a PIL image, an array or a tensor, and notices."""
+    import numpy as np
     from PIL import Image
 
     if isinstance(value, Image.Image):

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cutdiff.files import contents
-from cutdiff.given import Picture, as_picture
+from cutdiff.given.pictures import Picture, as_picture
 from cutdiff.options import Between, Options, nearest, short
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_REGIONS = 32
 """The most regions of a picture: the network is evaluated for each of them at every step."""
@@ -48,6 +49,8 @@ class Region(Options):
     """The negative prompt; None: that of the run."""
 
     def __post_init__(self) -> None:
+        import numpy as np
+
         if self.box is not None and not _is_box(self.box):
             raise ValueError(
                 f"box={short(self.box)} must be [left, top, right, bottom] in shares of the picture, in 0 … 1 and "
@@ -146,6 +149,8 @@ def check_sizes(regions: Sequence[Region], size: tuple[int, int]) -> None:
 @lru_cache
 def own_shares(regions: tuple[Region, ...]) -> list[float]:
     """The share that each region has of what it covers; the rest is that of others which overlap it."""
+    import numpy as np
+
     masks = np.stack([coverage(region, GRID) for region in regions])
     weighted = masks * np.array([region.weight for region in regions], np.float32)[:, None, None]
     shares = weighted / np.maximum(weighted.sum(0), np.float32(1e-12))
@@ -155,6 +160,8 @@ def own_shares(regions: tuple[Region, ...]) -> list[float]:
 @lru_cache(256)
 def coverage(region: Region, size: tuple[int, int]) -> np.ndarray:
     """The share of each latent of a canvas of `size` that a region covers, (H, W) float32 in 0 … 1."""
+    import numpy as np
+
     if region.box is None:
         from PIL import Image
 
@@ -166,6 +173,8 @@ def coverage(region: Region, size: tuple[int, int]) -> np.ndarray:
 
 def _covered(low: float, high: float, side: int) -> np.ndarray:
     """The share of each of `side` pixels that lies between two shares of the axis."""
+    import numpy as np
+
     first, last = (np.clip(share * side - np.arange(side), 0, 1) for share in (low, high))
     return last - first
 

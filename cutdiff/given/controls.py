@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any
 
-from cutdiff.given import Picture, as_picture
+from cutdiff.given.pictures import Picture, as_picture
 from cutdiff.options import Between, Share, checked, short
 
 CONTROLS = ("control", "control_image", "control_scale", "control_interval")
