@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cutdiff.checkpoint import load, save_folder
-from cutdiff.cli.arguments import Parser, add_debug, add_device, number
+from cutdiff.cli.arguments import Parser, number
 from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
 from cutdiff.cli.output import check_output
@@ -22,8 +22,9 @@ from cutdiff.models.unet import UNet
 from cutdiff.output.images import save_json
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.scenes.vocabulary import make_text_encoders
+from cutdiff.training.arguments import add_how
 from cutdiff.training.card import PREFERRED, phase, read_history, write_card
-from cutdiff.training.fit import COUNT, PLAN, check_plan
+from cutdiff.training.fit import PLAN, check_plan
 from cutdiff.training.unet import CONFIG, NATIVE_PIXELS, WHOLE_SCENES, encode_scenes, train_unet
 from cutdiff.training.vae import CROP_PIXELS, train_vae
 
@@ -85,19 +86,14 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the pictures that show a whole scene, the others being magnified crops (%(default)s); "
         "1 trains a model that never sees a magnified part",
     )  # fmt: skip
-    add_device(parser)
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the arithmetic (%(default)s)"
-    )
-    for name, default, text in (
+    counts = (
         ("vae-steps", 2000, "steps of the VAE"),
         ("vae-batch", 12, "crops in each of them"),
         ("num-scenes", 16384, "pictures to encode"),
         ("unet-steps", 1900, "steps of the U-Net"),
         ("unet-batch", 40, "latents in each of them"),
-    ):
-        parser.add_argument(f"--{name}", type=COUNT, default=default, metavar="N", help=f"{text} (%(default)s)")
-    add_debug(parser)
+    )
+    add_how(parser, counts)
     return parser
 
 

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cutdiff.checkpoint import load
 from cutdiff.checkpoint.model import Model
-from cutdiff.cli.arguments import BadArgument, Parser, add_debug, add_device, number
+from cutdiff.cli.arguments import BadArgument, number
 from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
 from cutdiff.cli.output import check_output
@@ -33,8 +33,9 @@ from cutdiff.output.images import save_json
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.schedules import DISTILLED_STEPS, lcm_schedule
 from cutdiff.scenes import world
+from cutdiff.training.arguments import parser_beside
 from cutdiff.training.card import phase, write_lora_card
-from cutdiff.training.fit import COUNT, PLAN, Plan, check_plan, fit
+from cutdiff.training.fit import PLAN, Plan, check_plan, fit
 from cutdiff.training.lora import add_lora, save_lora
 from cutdiff.training.unet import DROPPED_CLAUSE, WHOLE_SCENES, Latents, encode_scenes
 
@@ -154,26 +155,15 @@ def distil(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m cutdiff.training.consistency", description=__doc__)
-    parser.add_argument("--model", type=Path, help="the teacher, a model of the scenes; none: the embedded model")
-    parser.add_argument("--work", type=Path, default=Path("runs/consistency"), help="checkpoints, log (%(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("weights/scenes-lcm.safetensors"), help="the LoRA (%(default)s)"
-    )
-    add_device(parser)
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the arithmetic (%(default)s)"
-    )
-    for name, default, text in (
+    counts = (
         ("num-scenes", 8192, "pictures to encode"),
         ("steps", 900, "steps of the training"),
         ("batch", 32, "latents in each of them"),
-    ):
-        parser.add_argument(f"--{name}", type=COUNT, default=default, metavar="N", help=f"{text} (%(default)s)")
+    )
+    parser = parser_beside("consistency", __doc__, Path("weights/scenes-lcm.safetensors"), "LoRA", counts)
     parser.add_argument(
         "--rank", type=number(1, 512), default=16, metavar="N", help="rank of every weight's change (%(default)s)"
     )
-    add_debug(parser)
     return parser
 
 

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cutdiff.checkpoint import load
 from cutdiff.checkpoint.control import save_control
 from cutdiff.checkpoint.model import Model
-from cutdiff.cli.arguments import BadArgument, Parser, add_debug, add_device
+from cutdiff.cli.arguments import BadArgument
 from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
 from cutdiff.cli.output import check_output
@@ -33,9 +33,10 @@ from cutdiff.output.images import save_json
 from cutdiff.sampling.noise import alphas_cumprod
 from cutdiff.scenes.render import Crop, outlines
 from cutdiff.scenes.world import Scenes
+from cutdiff.training.arguments import parser_beside
 from cutdiff.training.card import phase, write_control_card
 from cutdiff.training.consistency import noise_of
-from cutdiff.training.fit import COUNT, PLAN, Plan, check_plan, fit
+from cutdiff.training.fit import PLAN, Plan, check_plan, fit
 from cutdiff.training.unet import (
     DROPPED_CAPTION,
     DROPPED_CLAUSE,
@@ -140,24 +141,12 @@ def small_config(unet: UNetConfig) -> ControlNetConfig:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m cutdiff.training.controlnet", description=__doc__)
-    parser.add_argument("--model", type=Path, help="a model of the scenes; none: the embedded model")
-    parser.add_argument("--work", type=Path, default=Path("runs/controlnet"), help="checkpoints, log (%(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("weights/scenes-control.safetensors"), help="the network (%(default)s)"
-    )
-    add_device(parser)
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the arithmetic (%(default)s)"
-    )
-    for name, default, text in (
+    counts = (
         ("num-scenes", 4096, "pictures to encode"),
         ("steps", 1600, "steps of the training"),
         ("batch", 16, "latents in each of them"),
-    ):
-        parser.add_argument(f"--{name}", type=COUNT, default=default, metavar="N", help=f"{text} (%(default)s)")
-    add_debug(parser)
-    return parser
+    )
+    return parser_beside("controlnet", __doc__, Path("weights/scenes-control.safetensors"), "network", counts)
 
 
 if __name__ == "__main__":
