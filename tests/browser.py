@@ -32,13 +32,14 @@ class Browser:
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
-    def open(self, page: Path, width: int = 1280, height: int = 800, *, dark: bool = False) -> None:
-        """Open a file in a window of `width` by `height` CSS pixels, for a reader who prefers light or dark."""
+    def open(self, page: Path, width: int = 1280, height: int = 800, *, dark: bool = False, place: str = "") -> None:
+        """Open a file, at a #place in it, in a window of `width` by `height` CSS pixels, for a reader who prefers light
+        or dark."""
         self.resize(width, height)
         preference = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [preference]})
         self.errors()
-        self.driver.get(page.resolve().as_uri())
+        self.driver.get(page.resolve().as_uri() + place)
 
     def resize(self, width: int, height: int) -> None:
         """Make the window `width` by `height` CSS pixels, also narrower than a real one can be."""

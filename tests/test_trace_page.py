@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import Browser, opened_browser
 from PIL import Image
 from test_trace import NASTY, PROMPT, RUN
 from torch import Tensor
@@ -26,62 +26,39 @@ from cutdiff.trace.__main__ import main as compare
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
-PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-pytestmark = [
-    pytest.mark.skipif(
-        not all(PROGRAMS.values()), reason="no chromium and chromedriver here: apt install chromium-driver"
-    ),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.xdist_group("browser")
 
 
-class Browser:
+class Player(Browser):
     """A browser at a page, of which nothing but the page's own file may be loaded."""
 
-    def __init__(self) -> None:
-        options = webdriver.ChromeOptions()
-        options.binary_location = PROGRAMS["chromium"]
-        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options, webdriver.ChromeService(PROGRAMS["chromedriver"]))
-
-    def open(self, path: Path, width: int = 1280, scheme: str = "light", place: str = "") -> None:
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    def show(self, path: Path, width: int = 1280, scheme: str = "light", place: str = "") -> None:
         self.driver.get("about:blank")  # so that a page of the same address is loaded again
-        self.driver.get(path.as_uri() + place)
+        self.open(path, width, 900, dark=scheme == "dark", place=place)
 
-    def js(self, code: str, *arguments: Any) -> Any:
+    def value(self, code: str, *arguments: Any) -> Any:
         """The value of an expression."""
-        return self.driver.execute_script(f"return {code}", *arguments)
+        return self.js(f"return {code}", *arguments)
 
     def text(self, selector: str) -> str:
-        return self.js("document.querySelector(arguments[0]).textContent", selector)
+        return self.value("document.querySelector(arguments[0]).textContent", selector)
 
     def all(self, selector: str, each: str) -> list[Any]:
         """The value of an expression in `e` of every element."""
-        return self.js(f"[...document.querySelectorAll(arguments[0])].map((e) => {each})", selector)
-
-    def click(self, selector: str) -> None:
-        self.driver.find_element("css selector", selector).click()
-
-    def press(self, *keys: str) -> None:
-        webdriver.ActionChains(self.driver, duration=0).send_keys(*keys).perform()
+        return self.value(f"[...document.querySelectorAll(arguments[0])].map((e) => {each})", selector)
 
     def point(self, selector: str, column: float, row: float) -> None:
         """Move the pointer over a canvas, to a place in its own pixels."""
         canvas = self.driver.find_element("css selector", selector)
-        self.js("arguments[0].scrollIntoView({block: 'center'})", canvas)
+        self.value("arguments[0].scrollIntoView({block: 'center'})", canvas)
         box, size = (
-            self.js(f"[arguments[0].{a}, arguments[0].{b}]", canvas)
+            self.value(f"[arguments[0].{a}, arguments[0].{b}]", canvas)
             for a, b in (("clientWidth", "clientHeight"), ("width", "height"))
         )
         x, y = ((place / side - 0.5) * length for place, side, length in zip((column, row), size, box, strict=True))
-        chain = webdriver.ActionChains(self.driver, duration=0)
-        chain.move_to_element_with_offset(canvas, round(x), round(y)).perform()
+        webdriver.ActionChains(self.driver, duration=0).move_to_element_with_offset(
+            canvas, round(x), round(y)
+        ).perform()
 
     def pixels(self, selector: str) -> np.ndarray:
         """The colours of a canvas, (H, W, 3)."""
@@ -90,24 +67,25 @@ class Browser:
             "d.drawImage(c, 0, 0); return [c.height, c.width, [...d.getImageData(0, 0, c.width, c.height).data]] })"
             "(document.querySelector(arguments[0]))"
         )
-        height, width, data = self.js(code, selector)
+        height, width, data = self.value(code, selector)
         return np.array(data, dtype=float).reshape(height, width, 4)[:, :, :3]
 
     def complaints(self) -> list[str]:
         """What the console said, and all that was loaded beside the page."""
-        loaded = self.js("performance.getEntriesByType('resource').map((e) => e.name).filter((n) => !/^data:/.test(n))")
+        loaded = self.value(
+            "performance.getEntriesByType('resource').map((e) => e.name).filter((n) => !/^data:/.test(n))"
+        )
         return [entry["message"] for entry in self.driver.get_log("browser")] + loaded
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    own = Browser()
-    yield own
-    own.driver.quit()
+def browser() -> Iterator[Player]:
+    with opened_browser() as own:
+        yield Player(own.driver)
 
 
 @pytest.fixture(autouse=True)
-def no_complaints(browser: Browser) -> Iterator[None]:
+def no_complaints(browser: Player) -> Iterator[None]:
     browser.complaints()
     yield
     assert browser.complaints() == []
@@ -135,9 +113,9 @@ def drawn(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("method", ["cutdiffusion", "upsample_guidance"])
-def test_it_fits_and_shows_something(browser: Browser, drawn: Drawn, width: int, scheme: str, method: str) -> None:
-    browser.open(drawn(method=method)[0], width, scheme)
-    assert browser.js("document.documentElement.scrollWidth") == width
+def test_it_fits_and_shows_something(browser: Player, drawn: Drawn, width: int, scheme: str, method: str) -> None:
+    browser.show(drawn(method=method)[0], width, scheme)
+    assert browser.value("document.documentElement.scrollWidth") == width
     with Image.open(io.BytesIO(browser.driver.get_screenshot_as_png())) as image:
         assert image.size == (width, 900)
         colours: Any = image.convert("RGB").getcolors(1 << 24)
@@ -145,21 +123,21 @@ def test_it_fits_and_shows_something(browser: Browser, drawn: Drawn, width: int,
     background = max(colours)[1]
     assert (sum(background) < 3 * 60) == (scheme == "dark")
     wide = "[...document.querySelectorAll('main canvas')].filter((c) => c.clientWidth > 0)"
-    assert browser.js(f"{wide}.length") >= 3
-    assert browser.js(f"{wide}.every((c) => c.width > 1 && c.height > 1)")
+    assert browser.value(f"{wide}.length") >= 3
+    assert browser.value(f"{wide}.every((c) => c.width > 1 && c.height > 1)")
 
 
-def test_slider_keys_and_playing(browser: Browser, drawn: Drawn) -> None:
+def test_slider_keys_and_playing(browser: Player, drawn: Drawn) -> None:
     path, trace = drawn()
-    browser.open(path)
+    browser.show(path)
 
     def step() -> int:
-        value = int(browser.js("document.getElementById('slider').value"))
+        value = int(browser.value("document.getElementById('slider').value"))
         assert browser.text("#readout .count") == f"{value + 1} / 4"
-        spoken = browser.js("document.getElementById('slider').getAttribute('aria-valuetext')")
+        spoken = browser.value("document.getElementById('slider').getAttribute('aria-valuetext')")
         assert spoken.startswith(f"step {value + 1}, {trace.steps[value].stage}, σ ")
-        assert browser.js("!document.getElementById('patches-0').hidden") == (value < 2)
-        assert browser.js("!document.getElementById('views-0').hidden") == (value >= 2)
+        assert browser.value("!document.getElementById('patches-0').hidden") == (value < 2)
+        assert browser.value("!document.getElementById('views-0').hidden") == (value >= 2)
         return value
 
     assert step() == 0
@@ -173,7 +151,7 @@ def test_slider_keys_and_playing(browser: Browser, drawn: Drawn) -> None:
     ]:
         browser.press(key)
         assert step() == expected
-    browser.js("document.getElementById('slider').focus()")
+    browser.value("document.getElementById('slider').focus()")
     browser.press(keys.ARROW_RIGHT)
     assert step() == 1
     slider = browser.driver.find_element("id", "slider")
@@ -182,26 +160,24 @@ def test_slider_keys_and_playing(browser: Browser, drawn: Drawn) -> None:
     chain.move_to_element_with_offset(slider, round(width * (2.5 / 4 - 0.5)), 0).click().perform()
     assert step() == 2
     browser.click("#play")
-    assert browser.js("document.getElementById('play').ariaPressed") == "true"
+    assert browser.value("document.getElementById('play').ariaPressed") == "true"
     WebDriverWait(browser.driver, 20).until(
-        lambda _: browser.js("document.getElementById('play').ariaPressed") == "false"
+        lambda _: browser.value("document.getElementById('play').ariaPressed") == "false"
     )
     assert step() == 3
     browser.press(" ")  # the button has the focus
-    assert browser.js("document.getElementById('play').ariaPressed") == "true"
+    assert browser.value("document.getElementById('play').ariaPressed") == "true"
     browser.press(keys.ARROW_LEFT)
-    assert browser.js("document.getElementById('play').ariaPressed") == "false"
-    browser.open(path, place="#step-3")
+    assert browser.value("document.getElementById('play').ariaPressed") == "false"
+    browser.show(path, place="#step-3")
     assert step() == 2
 
 
 @pytest.mark.parametrize("interaction", ["channel", "pixel", "none"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_pixel_is_linked_as_the_permutation_says(
-    browser: Browser, drawn: Drawn, interaction: str, width: int
-) -> None:
+def test_a_pixel_is_linked_as_the_permutation_says(browser: Player, drawn: Drawn, interaction: str, width: int) -> None:
     path, trace = drawn(interaction=interaction)
-    browser.open(path, width, place="#step-2")
+    browser.show(path, width, place="#step-2")
     (items,) = trace.steps[1].items
     plain = torch.arange(4).view(4, 1, 1, 1).expand(4, 4, 6, 8)
     index = plain if items.permutation is None else items.permutation.expand(4, 4, 6, 8)
@@ -212,7 +188,7 @@ def test_a_pixel_is_linked_as_the_permutation_says(
             canvas = f"#patches-0 .triple > :nth-child({2 if side == 'before' else 3}) canvas"
             browser.point(canvas, column, row)
             others = (index[n, :, y, x] if side == "after" else (index[:, :, y, x] == n).int().argmax(0)).tolist()
-            told = browser.js("({...document.querySelector('#patches-0 .link').dataset})")
+            told = browser.value("({...document.querySelector('#patches-0 .link').dataset})")
             expected = {"side": side, "patch": n, "row": y, "column": x, "others": ",".join(map(str, others))}
             assert told == {key: str(value) for key, value in expected.items()}, number
             other = f"#patches-0 .triple > :nth-child({3 if side == 'before' else 2}) .channel"
@@ -222,25 +198,25 @@ def test_a_pixel_is_linked_as_the_permutation_says(
             for (left, top), (at_x, at_y) in zip(marks, centres, strict=True):
                 assert at_x <= left < at_x + 1
                 assert at_y <= top < at_y + 1
-    browser.js("scrollTo(0, 0)")
+    browser.value("scrollTo(0, 0)")
     title = browser.driver.find_element("css selector", "h1")
     webdriver.ActionChains(browser.driver, duration=0).move_to_element(title).perform()
     assert browser.text("#patches-0 .link").startswith("Point at a pixel of a patch")
 
 
-def test_pixels_are_walked_by_keys(browser: Browser, drawn: Drawn) -> None:
-    browser.open(drawn()[0])
-    browser.js("document.querySelector('#patches-0 canvas.grid').focus()")
+def test_pixels_are_walked_by_keys(browser: Player, drawn: Drawn) -> None:
+    browser.show(drawn()[0])
+    browser.value("document.querySelector('#patches-0 canvas.grid').focus()")
     keys = webdriver.Keys
     browser.press(*[keys.ARROW_RIGHT] * 9, keys.ARROW_DOWN)  # over the end of the first patch into the second
-    told = browser.js("({...document.querySelector('#patches-0 .link').dataset})")
+    told = browser.value("({...document.querySelector('#patches-0 .link').dataset})")
     assert (told["side"], told["patch"], told["row"], told["column"]) == ("before", "1", "1", "1")
-    assert browser.js("document.getElementById('slider').value") == "0"
+    assert browser.value("document.getElementById('slider').value") == "0"
 
 
-def test_patches_have_the_colours_of_the_tensors(browser: Browser, drawn: Drawn) -> None:
+def test_patches_have_the_colours_of_the_tensors(browser: Player, drawn: Drawn) -> None:
     path, trace = drawn()
-    browser.open(path, place="#step-2")
+    browser.show(path, place="#step-2")
     (end,) = (part for part in page.blocks(path.read_bytes()) if part["kind"] == "end")
     rgb, moment = torch.tensor(end["map"]), trace.steps[1]
     (items,) = moment.items
@@ -263,9 +239,9 @@ def test_patches_have_the_colours_of_the_tensors(browser: Browser, drawn: Drawn)
     check(read_after, 3, 2)
 
 
-def test_a_view_is_chosen_by_its_bar_and_by_a_click(browser: Browser, drawn: Drawn) -> None:
+def test_a_view_is_chosen_by_its_bar_and_by_a_click(browser: Player, drawn: Drawn) -> None:
     path, trace = drawn()
-    browser.open(path, place="#step-4")
+    browser.show(path, place="#step-4")
     moment, note = trace.steps[3], "#views-0 .three > :nth-child({}) .note"
     (items,) = moment.items
     browser.click("#views-0 li:nth-child(6) button")
@@ -287,8 +263,8 @@ def test_a_view_is_chosen_by_its_bar_and_by_a_click(browser: Browser, drawn: Dra
     assert browser.all("#views-0 .bar-list button", "e.ariaPressed") == ["true"] + ["false"] * 5
 
 
-def test_a_word_is_laid_over_the_estimate(browser: Browser, drawn: Drawn) -> None:
-    browser.open(drawn()[0])
+def test_a_word_is_laid_over_the_estimate(browser: Player, drawn: Drawn) -> None:
+    browser.show(drawn()[0])
     words = browser.all(".word bdi", "e.textContent")
     assert words == PROMPT.split()
     estimate = "#pictures .panels > :nth-child(2) canvas"
@@ -303,50 +279,50 @@ def test_a_word_is_laid_over_the_estimate(browser: Browser, drawn: Drawn) -> Non
 
 
 def test_two_runs_side_by_side(
-    browser: Browser, drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    browser: Player, drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, other = (drawn(**options)[0] for options in ({}, {"guidance_interval": (0.0, 0.5)}))
     assert compare([str(one), str(other.with_suffix(".png")), "--out", str(tmp_path / "both.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'both.html'}\n"
     for width in (1280, 390):
-        browser.open(tmp_path / "both.html", width)
-        assert browser.js("document.documentElement.scrollWidth") == width
+        browser.show(tmp_path / "both.html", width)
+        assert browser.value("document.documentElement.scrollWidth") == width
     parting = "document.getElementById('parting')"
-    assert (browser.js(f"{parting}.dataset.denoised"), browser.js(f"{parting}.dataset.state")) == ("2", "3")
+    assert (browser.value(f"{parting}.dataset.denoised"), browser.value(f"{parting}.dataset.state")) == ("2", "3")
     assert browser.text("#parting").startswith(
         "The runs part with the estimate of step 3: its canvas is still the same"
     )
     differences = "#pictures .run-panels:nth-child(3) .frame:nth-child({}) .note"
     for step, (state, estimate) in enumerate([(True, True), (True, True), (True, False), (False, False)], start=1):
-        browser.open(tmp_path / "both.html", place=f"#step-{step}")
+        browser.show(tmp_path / "both.html", place=f"#step-{step}")
         assert (browser.text(differences.format(1)) == "none") == state
         assert (browser.text(differences.format(2)) == "none") == estimate
     browser.click(".which-run button:nth-child(2)")
-    assert browser.js("document.getElementById('views-0').clientWidth") == 0
-    assert browser.js("document.getElementById('views-1').clientWidth") > 300
+    assert browser.value("document.getElementById('views-0').clientWidth") == 0
+    assert browser.value("document.getElementById('views-1').clientWidth") > 300
     assert compare([str(one), str(one), "--out", str(tmp_path / "both.html")]) == 0
-    browser.open(tmp_path / "both.html")
+    browser.show(tmp_path / "both.html")
     assert browser.text("#parting").startswith("The runs are the same, to the bit")
 
 
-def test_a_run_that_was_killed(browser: Browser, drawn: Drawn, tmp_path: Path) -> None:
+def test_a_run_that_was_killed(browser: Player, drawn: Drawn, tmp_path: Path) -> None:
     whole = drawn()[0].read_bytes()
     ends = [match.end() for match in page.BLOCK.finditer(whole)]
     for cut, steps in ((ends[2] + 5000, 2), (ends[0], 0)):
         (tmp_path / "cut.html").write_bytes(whole[:cut])
-        browser.open(tmp_path / "cut.html")
+        browser.show(tmp_path / "cut.html")
         after = f"after step {steps} of 4" if steps else "before its first step was recorded"
         assert (
             browser.text(".notice")
             == f"The page ends {after}: the run was killed, or still goes on (then load the page again)."
         )
-        assert browser.js("document.querySelectorAll('.lane .cell').length") == steps
+        assert browser.value("document.querySelectorAll('.lane .cell').length") == steps
     (tmp_path / "cut.html").write_bytes(whole[: ends[0] - 9])
-    browser.open(tmp_path / "cut.html")
+    browser.show(tmp_path / "cut.html")
     assert browser.text(".notice") == "The page ends before the run began."
 
 
-def test_where_nan_began(browser: Browser, tiny_model: Model, tmp_path: Path) -> None:
+def test_where_nan_began(browser: Player, tiny_model: Model, tmp_path: Path) -> None:
     def method(run: Run) -> list[Stage]:
         (stage,) = cutdiff.Settings(method="multidiffusion").method.stages(run)
 
@@ -367,13 +343,13 @@ def test_where_nan_began(browser: Browser, tiny_model: Model, tmp_path: Path) ->
 
     with pytest.raises(FloatingPointError):
         cutdiff.trace(tiny_model, PROMPT, page=tmp_path / "run.html", method=method, **RUN)
-    browser.open(tmp_path / "run.unfinished.html")
+    browser.show(tmp_path / "run.unfinished.html")
     first, second = browser.all(".notice", "e.textContent")
     assert first.startswith("The run ended after step 3 of 4: step 2 (mine, sigma ")
     assert second == "NaN or infinity begins in step 3 (mine), first in view 3 of 6. Show it"
-    assert browser.js("document.querySelectorAll('.lane .bad').length") == 1
+    assert browser.value("document.querySelectorAll('.lane .bad').length") == 1
     browser.click(".notice button")
-    assert browser.js("document.getElementById('slider').value") == "2"
+    assert browser.value("document.getElementById('slider').value") == "2"
     assert browser.text("#pictures .panels > :nth-child(2) .note").endswith("values not finite")
     shown = browser.pixels("#pictures .panels > :nth-child(2) canvas")
     bad = (shown == [255, 0, 144]).all(axis=2) | (shown == [20, 0, 12]).all(axis=2)
@@ -382,16 +358,16 @@ def test_where_nan_began(browser: Browser, tiny_model: Model, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("prompt", NASTY)
-def test_prompts_are_shown_as_typed(browser: Browser, drawn: Drawn, prompt: str) -> None:
-    browser.open(drawn(prompt, negative_prompt=prompt, num_steps=1)[0])
-    assert browser.js("document.querySelector('h1').textContent") == prompt
-    assert browser.js("document.querySelector('.negative bdi').textContent") == prompt
-    assert browser.js("document.querySelectorAll('img:not(.picture img), h1 *:not(bdi)').length") == 0
-    assert browser.js("document.title").replace(" ", "") in prompt.replace(" ", "")
-    assert len(browser.js("[...document.querySelectorAll('.facts li')].map((li) => li.textContent)")) >= 8
+def test_prompts_are_shown_as_typed(browser: Player, drawn: Drawn, prompt: str) -> None:
+    browser.show(drawn(prompt, negative_prompt=prompt, num_steps=1)[0])
+    assert browser.value("document.querySelector('h1').textContent") == prompt
+    assert browser.value("document.querySelector('.negative bdi').textContent") == prompt
+    assert browser.value("document.querySelectorAll('img:not(.picture img), h1 *:not(bdi)').length") == 0
+    assert browser.value("document.title").replace(" ", "") in prompt.replace(" ", "")
+    assert len(browser.value("[...document.querySelectorAll('.facts li')].map((li) => li.textContent)")) >= 8
 
 
-def test_a_method_of_ones_own(browser: Browser, tiny_model: Model, tmp_path: Path) -> None:
+def test_a_method_of_ones_own(browser: Player, tiny_model: Model, tmp_path: Path) -> None:
     """Stages without names, whose items are halves that were cut by hand; and one without any network."""
 
     def method(run: Run) -> list[Stage]:
@@ -401,35 +377,35 @@ def test_a_method_of_ones_own(browser: Browser, tiny_model: Model, tmp_path: Pat
         return [Stage("", range(2), halves), Stage("", range(2, 4), lambda x, sigma, step: x / (1 + sigma))]
 
     cutdiff.trace(tiny_model, PROMPT, page=tmp_path / "run.html", method=method, **RUN)
-    browser.open(tmp_path / "run.html")
-    assert browser.js("document.getElementById('items-0').clientWidth") > 0
-    assert browser.js("document.querySelectorAll('#items-0 .bar-list li').length") == 2
+    browser.show(tmp_path / "run.html")
+    assert browser.value("document.getElementById('items-0').clientWidth") > 0
+    assert browser.value("document.querySelectorAll('#items-0 .bar-list li').length") == 2
     assert browser.text(".lane .stage") == "no name"
     browser.press(webdriver.Keys.END)
-    assert browser.js("document.getElementById('items-0').clientWidth") == 0
+    assert browser.value("document.getElementById('items-0').clientWidth") == 0
     assert " 0 evaluations" in browser.text("#readout")
 
 
-def test_dark_and_light_at_will(browser: Browser, drawn: Drawn) -> None:
-    browser.open(drawn()[0])
+def test_dark_and_light_at_will(browser: Player, drawn: Drawn) -> None:
+    browser.show(drawn()[0])
     ground = "getComputedStyle(document.body).backgroundColor"
-    light = browser.js(ground)
+    light = browser.value(ground)
     browser.click("#theme")
-    dark = browser.js(ground)
+    dark = browser.value(ground)
     assert dark != light
-    browser.open(drawn()[0], scheme="dark")
-    assert browser.js(ground) == dark
+    browser.show(drawn()[0], scheme="dark")
+    assert browser.value(ground) == dark
     browser.click("#theme")
-    assert browser.js(ground) == light
+    assert browser.value(ground) == light
 
 
-def test_names_for_those_who_do_not_see(browser: Browser, drawn: Drawn) -> None:
-    browser.open(drawn()[0])
+def test_names_for_those_who_do_not_see(browser: Player, drawn: Drawn) -> None:
+    browser.show(drawn()[0])
     named = "(e) => (e.ariaLabel || e.getAttribute('aria-label') || e.textContent || e.title || '').trim().length > 0"
     shown = "[...document.querySelectorAll('button, input, canvas[role]')].filter((e) => e.clientWidth > 0)"
-    assert browser.js(f"{shown}.length") > 10
-    assert browser.js(f"{shown}.filter((e) => !({named})(e)).map((e) => e.outerHTML)") == []
-    assert browser.js("document.querySelectorAll('details tbody tr').length") == 4
+    assert browser.value(f"{shown}.length") > 10
+    assert browser.value(f"{shown}.filter((e) => !({named})(e)).map((e) => e.outerHTML)") == []
+    assert browser.value("document.querySelectorAll('details tbody tr').length") == 4
     levels = browser.all("h1, h2, h3", "Number(e.tagName[1])")
     assert levels[0] == 1
     assert all(b - a <= 1 for a, b in pairwise(levels))
