@@ -476,7 +476,13 @@ def masked_picture(model: Model, settings: Settings, size: tuple[int, int]) -> M
     encodes, given = partial(encode, model), (settings.image, settings.mask)
     if settings.place is None:
         image, mask = (fitted(picture, model, size, settings.fit)(size) for picture in given)
-        return MaskedPicture(image, is_white(mask), encodes, model.factor)
+        white = is_white(mask)
+        if not white.is_meta and not white.any():
+            raise ValueError(
+                f"mask={settings.mask.name} has nothing white where the canvas shows the image, so that nothing would "
+                "be redrawn: choose another fit or size"
+            )
+        return MaskedPicture(image, white, encodes, model.factor)
     image, mask = (picture and pixels_of(picture, model) for picture in given)
     mask = mask if mask is None else is_white(mask)
     return MaskedPicture.placed(image, mask, settings.place, size, encodes, model.factor)

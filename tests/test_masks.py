@@ -358,6 +358,9 @@ def files(tmp_path: Path) -> Path:
     Image.fromarray(as_mask(drawn_mask(1, 64, 48))).save(folder / "turned.png")
     for name, grey in (("white.png", 255), ("black.png", 0), ("dark.png", 127)):
         Image.fromarray(np.full((48, 64), grey, dtype="u1")).save(folder / name)
+    border = np.zeros((48, 64), dtype="u1")
+    border[:, :6] = 255
+    Image.fromarray(border).save(folder / "border.png")
     (folder / "empty.png").write_bytes(b"")
     (folder / "cut.png").write_bytes((folder / "mask.png").read_bytes()[:60])
     return folder
@@ -378,6 +381,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "a dark mask": ("--image image.png --mask dark.png", "--mask dark.png is black all over, so that nothing"),
     "a black mask in its place": ("--image image.png --mask black.png --place 0,0", "--mask black.png is black all"),
+    "a mask that is cropped away": (
+        "--image image.png --mask border.png",
+        "--mask border.png has nothing white where the canvas shows the image, so that nothing would be redrawn",
+    ),
     "a mask alone": ("--mask mask.png", "--mask mask.png is of an image, and none is given: give one, or leave"),
     "a place alone": ("--place 8,8", "--place 8,8 is of an image, and none is given: give one, or leave it out"),
     "a feather alone": ("--image image.png --feather 4", "--feather 4 is of a mask or a place, and none is given"),
