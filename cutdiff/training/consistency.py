@@ -20,24 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cutdiff.checkpoint import load
 from cutdiff.checkpoint.model import Model
-from cutdiff.cli.arguments import BadArgument, number
-from cutdiff.cli.device import device_of, tell_dtype
+from cutdiff.cli.arguments import number
 from cutdiff.cli.ending import exit_status
-from cutdiff.cli.output import check_output
 from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet
-from cutdiff.output.images import save_json
-from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.schedules import DISTILLED_STEPS, lcm_schedule
 from cutdiff.scenes import world
-from cutdiff.training.arguments import parser_beside
+from cutdiff.training.beside import begun, noise_of, parser_beside
 from cutdiff.training.card import phase, write_lora_card
-from cutdiff.training.fit import PLAN, Plan, check_plan, fit
+from cutdiff.training.fit import Plan, fit
 from cutdiff.training.lora import add_lora, save_lora
-from cutdiff.training.unet import DROPPED_CLAUSE, WHOLE_SCENES, Latents, encode_scenes
+from cutdiff.training.unet import DROPPED_CLAUSE, WHOLE_SCENES, Latents
 
 GUIDANCE_SCALE = 4.0
 """The guidance of the teacher, which the student does without."""
@@ -54,18 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
-    plan = {name: str(getattr(args, name)) for name in ("model", "num_scenes", "rank")}
-    check_plan(args.work, plan)
-    if args.out.suffix != ".safetensors":
-        raise BadArgument(f"--out {args.out} must end in .safetensors")
-    for flag, folder in (("--work", args.work), ("--out", args.out.parent)):
-        check_output(flag, folder)
-    model = load(args.model, device=device_of(args.device))
-    noise_of(model)
-    args.work.mkdir(parents=True, exist_ok=True)
-    save_json(args.work / PLAN, plan)
-    tell_dtype(args.dtype, model.device, getattr(torch, args.dtype))
-    latents = encode_scenes(model.vae, args.num_scenes, args.work, model.device)
+    model, latents = begun(args, "model", "num_scenes", "rank")
     changes = distil(
         model, latents, args.work, rank=args.rank, steps=args.steps, batch=args.batch,
         bfloat16=args.dtype == "bfloat16",
@@ -77,13 +61,6 @@ def _run(argv: list[str] | None) -> None:
     )
     write_lora_card(args.out, model, made, guidance_scale=GUIDANCE_SCALE, grid=DISTILLED_STEPS, rank=args.rank)
     print(f"wrote {args.out}")
-
-
-def noise_of(model: Model) -> NoiseConfig:
-    """The noise of a model that can be distilled; ValueError where its network does not predict that."""
-    if isinstance(model.noise, NoiseConfig) and model.noise.prediction_type == "epsilon":
-        return model.noise
-    raise ValueError(f"{model.source} does not predict the noise (epsilon): distil a model that does")
 
 
 def distil(

@@ -19,24 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cutdiff.checkpoint import load
 from cutdiff.checkpoint.control import save_control
 from cutdiff.checkpoint.model import Model
-from cutdiff.cli.arguments import BadArgument
-from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
-from cutdiff.cli.output import check_output
 from cutdiff.models.config import UNetConfig
 from cutdiff.models.controlnet import ControlNet, ControlNetConfig
 from cutdiff.models.layers import channels_last
-from cutdiff.output.images import save_json
 from cutdiff.sampling.noise import alphas_cumprod
 from cutdiff.scenes.render import Crop, outlines
 from cutdiff.scenes.world import Scenes
-from cutdiff.training.arguments import parser_beside
+from cutdiff.training.beside import begun, noise_of, parser_beside
 from cutdiff.training.card import phase, write_control_card
-from cutdiff.training.consistency import noise_of
-from cutdiff.training.fit import PLAN, Plan, check_plan, fit
+from cutdiff.training.fit import Plan, fit
 from cutdiff.training.unet import (
     DROPPED_CAPTION,
     DROPPED_CLAUSE,
@@ -45,7 +39,6 @@ from cutdiff.training.unet import (
     Latents,
     captions_of,
     draw_scenes,
-    encode_scenes,
     losses,
     stratified,
 )
@@ -63,18 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
-    plan = {name: str(getattr(args, name)) for name in ("model", "num_scenes", "steps", "batch")}
-    check_plan(args.work, plan)
-    if args.out.suffix != ".safetensors":
-        raise BadArgument(f"--out {args.out} must end in .safetensors")
-    for flag, folder in (("--work", args.work), ("--out", args.out.parent)):
-        check_output(flag, folder)
-    model = load(args.model, device=device_of(args.device))
-    noise_of(model)
-    args.work.mkdir(parents=True, exist_ok=True)
-    save_json(args.work / PLAN, plan)
-    tell_dtype(args.dtype, model.device, getattr(torch, args.dtype))
-    latents = encode_scenes(model.vae, args.num_scenes, args.work, model.device)
+    model, latents = begun(args, "model", "num_scenes", "steps", "batch")
     network = train_control(
         model, latents, args.work, steps=args.steps, batch=args.batch, bfloat16=args.dtype == "bfloat16"
     )
