@@ -436,7 +436,7 @@ def _controls(model: Model, settings: Settings, schedule: Schedule) -> tuple[Con
     given = zip(settings.control, hints, settings.control_scale, settings.control_interval, strict=True)
     for path, hint, scale, interval in given:
         network = control_of(model, path)
-        pixels = torch.empty(0) if hint is None else torch.from_numpy(hint.pixels()).movedim(3, 1).to(model.device)
+        pixels = torch.empty(0) if hint is None else pixels_of(hint, model)
         controls.append(Control(network, pixels, scale, _guided(schedule, interval), _compiled(network, settings)))
     return tuple(controls)
 

@@ -250,7 +250,7 @@ class Settings(Options):
         return {name: picture for name in PICTURES if (picture := getattr(self, name)) is not None}
 
     def notices(self) -> list[str]:
-        """What a user should know of how pictures and regions were read, each beginning with its option."""
+        """The things that a user should know of how pictures and regions were read, each beginning with its option."""
         return [notice for picture in self.pictures().values() for notice in picture.notices] + notices(
             self.regions or ()
         )

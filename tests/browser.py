@@ -59,7 +59,7 @@ class Browser:
         return self.js("return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector)
 
     def boxes(self, selector: str) -> list[dict[str, float]]:
-        """Where all elements of a CSS selector lie in the window: left, right, top, bottom, width and height."""
+        """The boxes of all elements of a CSS selector in the window: left, right, top, bottom, width and height."""
         script = "return [...document.querySelectorAll(arguments[0])].map(e => e.getBoundingClientRect().toJSON())"
         return self.js(script, selector)
 
@@ -88,7 +88,7 @@ class Browser:
         self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
     def picture(self) -> Image.Image:
-        """What the window shows."""
+        """The picture that the window shows."""
         return Image.open(BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
 
     def errors(self) -> list[str]:

@@ -55,7 +55,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("alone", [False, True])
     def test_a_single_file(self, nine: Tiny, alone: bool, tmp_path: Path) -> None:
-        """Of the whole model, and of its U-Net alone beside a folder of four channels."""
+        """The file is of the whole model, and of its U-Net alone beside a folder of four channels."""
         tensors = {key: value for key, value in nine.original().items() if not alone or "diffusion_model" in key}
         save_file(tensors, tmp_path / "nine.safetensors")
         folder = random_model(nine.family).save(tmp_path / "folder")
@@ -160,7 +160,7 @@ def test_a_padded_canvas_says_how_much_of_it_is_the_picture(
 
 @pytest.mark.parametrize("grain", ["channel", "pixel"])
 def test_patches_that_exchange_pixels_take_the_mask_along(quick: Model, grain: str) -> None:
-    """Of a pixel whose channels come from several patches, the mask is that of any."""
+    """A pixel whose channels come from several patches has the mask of any."""
     draws = cutdiff.Draws((0,))
     permutation = draws.permutation(0, (2, 2), (1, 4, 8, 8), grain)
     operator, canvas = Patches((2, 2), permutation), draws.noise((1, 4, 16, 16))

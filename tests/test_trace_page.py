@@ -71,7 +71,7 @@ class Player(Browser):
         return np.array(data, dtype=float).reshape(height, width, 4)[:, :, :3]
 
     def complaints(self) -> list[str]:
-        """What the console said, and all that was loaded beside the page."""
+        """The lines that the console said, and all that was loaded beside the page."""
         loaded = self.value(
             "performance.getEntriesByType('resource').map((e) => e.name).filter((n) => !/^data:/.test(n))"
         )

@@ -88,7 +88,7 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
-    """What changes when a file is written anew."""
+    """The properties of a file that change when it is written anew."""
     status = file.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Trace(Protocol):
-    """What follows a picture while it is drawn."""
+    """A trace that follows a picture while it is drawn."""
 
     @property
     def recorder(self) -> Observer:

@@ -58,7 +58,7 @@ MEANINGS = {
     "seconds": "Time for one picture, without the first batch.",
     "peak MB": "Most memory that a batch took.",
 }
-"""What the columns of the table say."""
+"""The meanings of the columns of the table."""
 
 
 def save_report(path: Path, title: str, result: Mapping[str, Any], folders: Mapping[tuple[str, int], Path]) -> None:

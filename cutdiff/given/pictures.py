@@ -44,7 +44,7 @@ class Picture:
     height: int
     count: int = 1
     notices: tuple[str, ...] = field(default=(), compare=False)
-    """What a user should know of how it was read."""
+    """The things that a user should know of how it was read."""
     source: Any = field(default=None, compare=False, repr=False)
     """The path of its file, or its pixels."""
 

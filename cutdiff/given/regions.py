@@ -44,7 +44,7 @@ class Region(Options):
     mask: Any = None
     """A picture that is white where the region is, stretched to the canvas, as `given.as_picture` takes it."""
     weight: Annotated[float, Between(0.001, 1000)] = 1.0
-    """How much the region counts where others overlap it; the background counts 1."""
+    """The weight by which the region counts where others overlap it; the background counts 1."""
     negative_prompt: str | None = None
     """The negative prompt; None: that of the run."""
 
@@ -124,7 +124,7 @@ def _checked(value: Any, folder: Path, place: str) -> tuple[Region, ...]:
 
 
 def notices(regions: tuple[Region, ...]) -> list[str]:
-    """What a user should know of regions that are drawn."""
+    """The things that a user should know of regions that are drawn."""
     if not regions:
         return []
     told = [

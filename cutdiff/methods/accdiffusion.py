@@ -64,7 +64,7 @@ class AccDiffusion(Cascade):
     """The hints of ControlNets: those that are "given" with them, or the "edges" of the picture of the phase before,
     for views alone, as AccDiffusion v2 has them."""
     edge_spread: Annotated[float, Between(0, 1)] = 0.6
-    """How far the thresholds of an edge lie from the picture's median, as a share of that."""
+    """The distance of an edge's thresholds from the picture's median, as a share of that."""
 
     @property
     def makes_hints(self) -> bool:

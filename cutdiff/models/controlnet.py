@@ -54,7 +54,7 @@ class HintEmbedding(nn.Module):
 
 
 class ControlNet(Encoder):
-    """What the U-Net reads and a hint -> residuals of its feature maps. A new one gives zeros."""
+    """The U-Net's input and a hint -> residuals of its feature maps. A new one gives zeros."""
 
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__(config.unet)

@@ -13,7 +13,7 @@ from typing import Any
 from cutdiff.output.images import write_atomically
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'"
-"""What a browser lets the page do: run its one script, which is named by its hash, and no network."""
+"""The things that a browser lets the page do: run its one script, which is named by its hash, and no network."""
 
 
 def save_page(path: Path, title: str, module: Path, data: Any) -> None:

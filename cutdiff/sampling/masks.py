@@ -63,15 +63,16 @@ class MaskedPicture:
         return cls((GREY * mask).expand(-1, 3, -1, -1), mask, encode, factor)
 
     def on_canvas(self, size: Size) -> tuple[Tensor, Tensor]:
-        """What is redrawn, (B or 1, 1, *size), bool, True for every latent of which any pixel is; and the latents of
-        the picture, (B or 1, C, *size)."""
+        """The part that is redrawn, (B or 1, 1, *size), bool, True for every latent of which any pixel is; and the
+        latents of the picture, (B or 1, C, *size)."""
         if (size, None) not in self._kept:
             picture = self.encode(self._resized(self.picture, size))
             self._kept[size, None] = F.adaptive_max_pool2d(self.mask, size).to(picture.device) > 0, picture
         return self._kept[size, None]
 
     def beside(self, size: Size, span: Span) -> tuple[Tensor, Tensor]:
-        """What an inpainting model is shown, as `Denoiser.beside`: of each latent's pixels the mask has the first."""
+        """The channels that an inpainting model is shown, as `Denoiser.beside`: of each latent's pixels the
+        mask has the first."""
         if (size, span) not in self._kept:
             picture, mask = (_padded(part, size, span) for part in (self.picture, self.mask))
             mask = F.adaptive_max_pool2d(mask, (size[0] * self.factor, size[1] * self.factor))

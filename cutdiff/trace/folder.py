@@ -32,7 +32,7 @@ class Trace:
     """The prompt, the options, the sizes, and the words whose attention the steps have."""
     steps: list[Moment]
     end: dict[str, Any] | None
-    """How the run ended; None where it was killed, or goes on."""
+    """The way the run ended; None where it was killed, or goes on."""
 
 
 def load(folder: str | Path) -> Trace:

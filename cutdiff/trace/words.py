@@ -17,8 +17,8 @@ from cutdiff.settings import Settings
 
 
 class Words:
-    """Where a network looks for each word of a prompt: the mean over heads and layers, on the finest level that reads
-    the text."""
+    """The places where a network looks for each word of a prompt: the mean over heads and layers, on the finest level
+    that reads the text."""
 
     def __init__(self, model: Model, prompt: str, settings: Settings) -> None:
         read = model.text.words(prompt) if unread_because(prompt, settings) is None else []
