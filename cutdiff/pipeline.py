@@ -19,12 +19,13 @@ from torch import Tensor
 from cutdiff.checkpoint.control import control_of
 from cutdiff.checkpoint.model import Model, dtype_name
 from cutdiff.given.pictures import Picture
-from cutdiff.given.regions import Region, check_sizes, coverage
+from cutdiff.given.regions import check_sizes
+from cutdiff.methods.in_regions import in_regions
 from cutdiff.methods.picture import drawn_on
 from cutdiff.methods.redrawn import Redrawn
 from cutdiff.methods.shared import Run, stages_of, step_at
 from cutdiff.models.compiled import compiled
-from cutdiff.models.config import SD15_UNET, Size
+from cutdiff.models.config import SD15_UNET
 from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
@@ -35,7 +36,7 @@ from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.conditioning import Prompts, encode_prompts
 from cutdiff.sampling.controls import Control
-from cutdiff.sampling.denoiser import Denoiser, Memory, Observer, Work
+from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.finite import explained
@@ -43,8 +44,6 @@ from cutdiff.sampling.fitted import Fitted
 from cutdiff.sampling.guidance import Changing, LinearGuidance
 from cutdiff.sampling.masks import MaskedPicture, is_white
 from cutdiff.sampling.operators import check_backend
-from cutdiff.sampling.regions import Bootstrapping, Layout, zipped
-from cutdiff.sampling.rows import Text
 from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
 from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
@@ -364,7 +363,7 @@ def prepare(
     try:
         stages = stages_of(settings.method, run)
         if settings.regions:
-            stages, denoisers[:] = _in_regions(run, stages, settings, encoded)
+            stages, denoisers[:] = in_regions(run, stages, settings, encoded)
         if masked is not None:
             redrawn = Redrawn(run, masked, holds=not model.unet.config.inpaints)
             stages = redrawn.stages(stages, settings.img2img_strength)
@@ -389,37 +388,6 @@ def prepare(
     if observer is not None:
         steps = _observed(steps, observer, sum(len(stage.steps) for stage in stages))
     return Prepared(settings, denoiser, draws, size, schedule, denoisers, stages, steps, sources, masked)
-
-
-def _in_regions(
-    run: Run, stages: list[Stage | Phase], settings: Settings, encoded: Callable[[Prompts], tuple[Text, Text]]
-) -> tuple[list[Stage | Phase], list[Denoiser]]:
-    """The stages of a run whose parts have prompts of their own, and the denoisers of these parts; those of its own
-    prompt are `stages`."""
-    regions: Sequence[Region] = settings.regions
-    coverages = [partial(_coverage, region) for region in regions]
-    layout = Layout(coverages, [region.weight for region in regions], [stage.size or run.size for stage in stages])
-    runs = []
-    for region in regions:
-        prompts = [region.prompt] * len(run.prompts)
-        texts = Prompts(prompts, None, settings.negative_prompt, settings.negative_prompt_2)
-        if region.negative_prompt is not None:
-            texts = Prompts(prompts, negative=region.negative_prompt)
-        positive, negative = encoded(texts)
-        denoiser = replace(run.denoiser, positive=positive, negative=negative, memory=Memory())
-        runs.append(replace(run, denoiser=denoiser, prompts=prompts))
-    all_stages = [stages_of(settings.method, each) for each in runs]
-    if layout.has_background:
-        runs, all_stages = [run, *runs], [stages, *all_stages]
-    first = range(step_at(settings.bootstrapping, run.num_steps))
-    side = run.native_size * run.denoiser.factor
-    bootstrapping = Bootstrapping(first, layout, run.draws, run.encode, side)
-    joined = zipped(all_stages, layout, run.size, bootstrapping, run.denoiser.unet.conv_in.weight.device)
-    return joined, [each.denoiser for each in runs]
-
-
-def _coverage(region: Region, size: Size) -> Tensor:
-    return torch.from_numpy(coverage(region, size))
 
 
 def _compiled(network: Encoder, settings: Settings) -> Callable[..., Any] | None:
