@@ -1,0 +1,77 @@
+"""Positions: the angles by which a transformer turns queries and keys, at any length of an axis.
+
+Source: Su et al. 2021 (arXiv 2104.09864), in two dimensions as FLUX.1 has it: the features of a head are divided among
+the axes, and those of an axis are turned in pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cutdiff.models.config import Size
+
+THETA = 10_000.0
+
+
+class Positions(Protocol):
+    """The way in which a transformer is told where the tokens of a picture lie."""
+
+    def angles(self, length: int, native: int, dim: int, time: Tensor) -> Tensor:
+        """The angles of an axis of `length` tokens, of which the network was trained on `native`: (length, dim / 2)
+        in radians, float64. `time` is a scalar: the share of noise in the state, from 0 to 1."""
+        ...
+
+    def sharpness(self, size: Size, native: int) -> float:
+        """The factor of the scores of attention before the softmax, on a picture of `size` tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class AsTrained:
+    """Positions as the network was trained on them, continued beyond its native size."""
+
+    def angles(self, length: int, native: int, dim: int, time: Tensor) -> Tensor:
+        return torch.arange(length, dtype=torch.float64, device=time.device)[:, None] * frequencies(dim, time.device)
+
+    def sharpness(self, size: Size, native: int) -> float:
+        return 1.0
+
+
+def frequencies(dim: int, device: torch.device) -> Tensor:
+    """The angles from one token to the next, of the pairs of `dim` features: (dim / 2,) float64, from 1 to 1/10000."""
+    return THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The turning of queries and keys (B, heads, L, dim) of a text and, behind it, a picture's tokens."""
+
+    cos: Tensor
+    """(L, dim / 2), float32; 1 for the text, whose angles are 0."""
+    sin: Tensor
+    sharpness: float
+
+    @staticmethod
+    def of(positions: Positions, axes: tuple[int, ...], size: Size, native: int, text: int, time: Tensor) -> Rotation:
+        """The rotation for `text` tokens and a picture of `size` tokens. `axes` are the features of each axis: that of
+        the text, which a picture does not use, the rows, and the columns."""
+        height, width = size
+        rows, columns = (positions.angles(n, native, dim, time) for n, dim in zip(size, axes[1:], strict=True))
+        parts = [
+            torch.zeros(height, width, axes[0] // 2, dtype=torch.float64, device=time.device),
+            rows[:, None].expand(-1, width, -1),
+            columns[None].expand(height, -1, -1),
+        ]
+        angles = torch.cat(parts, dim=2).flatten(0, 1)  # (h·w, dim / 2)
+        angles = torch.cat([angles.new_zeros(text, angles.shape[1]), angles])
+        return Rotation(angles.cos().float(), angles.sin().float(), positions.sharpness(size, native))
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Turn pairs of neighbouring features."""
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], dim=-1)
+        return turned.flatten(-2).to(x.dtype)
