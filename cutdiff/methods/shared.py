@@ -122,6 +122,11 @@ def on_whole_inside(changed: Callable[[int], AbstractContextManager[Denoiser]]) 
     return denoise
 
 
+def on_whole(run: Run, size: Size | None) -> CanvasDenoiser:
+    """D on the whole canvas, which the network is told to have a size in latents; None: its own."""
+    return lambda x, sigma, step: run.denoiser(x, sigma, step, original_size=size, target_size=size)
+
+
 def enlarge(
     run: Run,
     latents: Tensor,
