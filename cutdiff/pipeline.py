@@ -24,12 +24,13 @@ from cutdiff.methods.in_regions import in_regions
 from cutdiff.methods.picture import drawn_on
 from cutdiff.methods.redrawn import Redrawn
 from cutdiff.methods.shared import Run, stages_of, step_at
+from cutdiff.models.backbone import Backbone
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SD15_UNET
 from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
-from cutdiff.models.unet import Encoder
+from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
@@ -250,6 +251,8 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
     for name in ("prompt_2", "negative_prompt_2"):
         if getattr(settings, name) is not None and model.text.text_encoder_2 is None:
             raise ValueError(f"{name}={getattr(settings, name)!r} is for a second text encoder, which only SDXL has")
+    if not isinstance(model.unet, UNet):
+        _check_for_transformer(settings)
     if callable(check := getattr(settings.method, "check_native", None)):
         check(model.native_size)
     if model.unet.config.guidance_dim and not isinstance(settings.guidance, LinearGuidance):
@@ -280,6 +283,17 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
     return size, schedule
 
 
+def _check_for_transformer(settings: Settings) -> None:
+    """ValueError where the run needs a U-Net."""
+    for kind, others in (("method", "multidiffusion, cutdiffusion, magnify or climb"), ("guidance", "cfg")):
+        thing = getattr(settings, kind)
+        if what := getattr(thing, "unet_only", ""):
+            name = name_of(kind, thing)
+            raise ValueError(f"{kind}={name} {what} of a U-Net, and this model is a transformer: choose {others}")
+    if settings.control:
+        raise ValueError(f"control={settings.control[0]} is for a U-Net, and this model is a transformer: leave it out")
+
+
 def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> AnyNoise:
     """The model's noise with the shift of a run on a canvas of `size` latents. ValueError where it has none."""
     noise, shift = model.noise, settings.shift
@@ -291,7 +305,8 @@ def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> A
         return noise.shifted_by(shift)
     if shift is not None and not noise.use_dynamic_shifting:
         raise ValueError(
-            f"shift={shift} is for models whose shift grows with the size, and this one's is {noise.shift:g}"
+            f"shift={shift!r} is for models whose shift grows with the size, and this one's is {noise.shift:g} always: "
+            "give a number, or leave it out"
         )
     patch = model.unet.config.patch
     native, canvas = (
@@ -413,7 +428,7 @@ def prepare(
     return Prepared(settings, denoiser, draws, size, schedule, denoisers, stages, steps, sources, masked)
 
 
-def _compiled(network: Encoder, settings: Settings) -> Callable[..., Any] | None:
+def _compiled(network: Backbone[Any], settings: Settings) -> Callable[..., Any] | None:
     """The compiled forward pass of a network, where the run is to have any."""
     return compiled(network, cuda_graphs=settings.cuda_graphs) if settings.compile else None
 

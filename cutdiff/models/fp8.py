@@ -6,10 +6,13 @@ Format: Micikevicius et al. 2022 (arXiv 2209.05433).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from cutdiff.models.unet import Transformer, UNet
+from cutdiff.models.backbone import Backbone
+from cutdiff.models.unet import Transformer
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
@@ -69,15 +72,21 @@ def scaled_product_reference(
     return (product if bias is None else product + bias).to(dtype)
 
 
-def quantize_transformers(unet: UNet) -> None:
+KEPT = ("attn2.to_k", "attn2.to_v", "norm.linear", "norm1.linear", "norm1_context.linear")
+"""The ends of the names of layers that stay as they are: those that run once a prompt, and those that make a scale and
+a shift of a condition, which have one row for a picture."""
+
+
+def quantize_transformers(network: Backbone[Any]) -> None:
     """Put an `FP8Linear` in the place of each linear layer of the network's transformers, under its name.
 
-    The layers that make keys and values of the text stay, as they run once a prompt, and so do layers whose sides are
-    no multiples of 16.
+    The layers of `KEPT` stay, and so do layers whose sides are no multiples of 16.
     """
-    for transformer in [module for module in unet.modules() if isinstance(module, Transformer)]:
+    whole = [module for module in network.modules() if isinstance(module, Transformer)]
+    blocks = [block for stack in network.stacks() for block in stack.blocks]
+    for transformer in whole or blocks:
         for name, layer in list(transformer.named_modules()):
-            if not isinstance(layer, nn.Linear) or name.endswith(("attn2.to_k", "attn2.to_v")):
+            if not isinstance(layer, nn.Linear) or name.endswith(KEPT):
                 continue
             if layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0:
                 transformer.set_submodule(name, FP8Linear(layer))
