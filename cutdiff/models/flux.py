@@ -79,8 +79,9 @@ class SingleBlock(nn.Module):
         """x (B, M + L, dim), condition (B, dim) -> (B, M + L, dim)."""
         shift, scale, gate = self.norm(condition)
         normed = modulated(x, shift, scale)
+        gathered = self.attn(normed, rotation)
         hidden = F.gelu(self.proj_mlp(normed), approximate="tanh")
-        return x + gate * self.proj_out(torch.cat([self.attn(normed, rotation), hidden], dim=2))
+        return x + gate * self.proj_out(torch.cat([gathered, hidden], dim=2))
 
 
 class Flux(nn.Module):

@@ -145,15 +145,17 @@ class JointAttention(nn.Module):
 
     def forward(self, x: Tensor, places: Places, text: Tensor | None = None) -> Tensor:
         """x (B, L, dim), text (B, M, dim) -> what the tokens gather, (B, M + L, dim), before any layer at the end."""
-        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(x)), self._split(self.to_v(x))
-        q, k = self.norm_q(q), self.norm_k(k)
+        q = self.norm_q(self._split(self.to_q(x)))
+        k = self.norm_k(self._split(self.to_k(x)))
+        v = self._split(self.to_v(x))
         if text is not None:
-            added = [self._split(layer(text)) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj)]
-            q = torch.cat([self.norm_added_q(added[0]), q], dim=2)
-            k = torch.cat([self.norm_added_k(added[1]), k], dim=2)
-            v = torch.cat([added[2], v], dim=2)
+            q = torch.cat([self.norm_added_q(self._split(self.add_q_proj(text))), q], dim=2)
+            k = torch.cat([self.norm_added_k(self._split(self.add_k_proj(text))), k], dim=2)
+            v = torch.cat([self._split(self.add_v_proj(text)), v], dim=2)
+        q = places.turned(q)
+        k = places.turned(k)
         scale = places.sharpness / math.sqrt(q.shape[-1])
-        out = F.scaled_dot_product_attention(places.turned(q), places.turned(k), v, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
         return out.transpose(1, 2).flatten(2)
 
     def _split(self, x: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ class Rotation(Places):
 
     def turned(self, x: Tensor) -> Tensor:
         """Turn pairs of neighbouring features."""
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], dim=-1)
-        return turned.flatten(-2).to(x.dtype)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        first = (even * self.cos).sub_(odd * self.sin).to(x.dtype)  # float32 until here
+        second = (even * self.sin).add_(odd * self.cos).to(x.dtype)
+        return torch.stack([first, second], dim=-1).flatten(-2)
