@@ -39,8 +39,10 @@ from cutdiff.sampling.controls import Control
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
+from cutdiff.sampling.edm import AnyNoise
 from cutdiff.sampling.finite import explained
 from cutdiff.sampling.fitted import Fitted
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.guidance import Changing, LinearGuidance
 from cutdiff.sampling.masks import MaskedPicture, is_white
 from cutdiff.sampling.operators import check_backend
@@ -256,10 +258,11 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
     if isinstance(settings.guidance, Changing):
         with settings.guidance.changed(model.unet):  # which says so where it cannot change this network
             pass
-    schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, model.noise, settings.num_steps)
+    size = settings.canvas_size(model.native_size, model.factor)
+    noise = _shifted_noise(model, settings, size)
+    schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, noise, settings.num_steps)
     if callable(check := getattr(settings.solver, "check_schedule", None)):
         check(schedule)
-    size = settings.canvas_size(model.native_size, model.factor)
     if settings.regions:
         check_sizes(settings.regions, size)
     for hint in settings.control_image or ():
@@ -275,6 +278,26 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
         except (OSError, ValueError) as error:
             raise ValueError(f"control={str(error).removeprefix('control=')}") from None
     return size, schedule
+
+
+def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> AnyNoise:
+    """The model's noise with the shift of a run on a canvas of `size` latents. ValueError where it has none."""
+    noise, shift = model.noise, settings.shift
+    if not isinstance(noise, FlowConfig):
+        if shift is not None:
+            raise ValueError(f"shift={shift} is for models of flow matching, which this one is not: leave it out")
+        return noise
+    if isinstance(shift, float | int):
+        return noise.shifted_by(shift)
+    if shift is not None and not noise.use_dynamic_shifting:
+        raise ValueError(
+            f"shift={shift} is for models whose shift grows with the size, and this one's is {noise.shift:g}"
+        )
+    patch = model.unet.config.patch
+    native, canvas = (
+        math.prod(-(-side // patch) for side in sides) for sides in ((model.native_size, model.native_size), size)
+    )
+    return noise.shifted_for({"native": native, "canvas": canvas, None: min(native, canvas)}[shift])
 
 
 def _of_family(schedule: Any, model: Model) -> Any:

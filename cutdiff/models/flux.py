@@ -10,7 +10,7 @@ Sources: Black Forest Labs 2024, FLUX.1; Esser et al. 2024 (arXiv 2403.03206) fo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cutdiff.models.backbone import Backbone, Stack
 from cutdiff.models.layers import EmbeddingMLP, sinusoidal_embedding
 from cutdiff.models.positions import AsTrained, Positions, Rotation
 
@@ -212,7 +213,7 @@ class SingleBlock(nn.Module):
         return x + gate * self.proj_out(torch.cat([self.attn(normed, rotation), hidden], dim=2))
 
 
-class Flux(nn.Module):
+class Flux(Backbone[FluxConfig]):
     """The transformer (latents, timestep, context, pooled, guidance) -> prediction; see `forward`."""
 
     def __init__(self, config: FluxConfig) -> None:
@@ -228,6 +229,11 @@ class Flux(nn.Module):
         self.single_transformer_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
         self.norm_out = Modulation(config.dim, 2)
         self.proj_out = nn.Linear(config.dim, width)
+
+    def stacks(self) -> Iterator[Stack]:
+        """The blocks with two streams, and those with one."""
+        yield Stack(cast(Sequence[DoubleBlock], self.transformer_blocks), lambda x, text, *_: (x, text))
+        yield Stack(cast(Sequence[SingleBlock], self.single_transformer_blocks), lambda both, *_: both)
 
     def forward(
         self, latents: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, numbers: Tensor | None = None
