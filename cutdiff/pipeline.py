@@ -234,7 +234,7 @@ def _decode(model: Model, latents: Tensor, ranks: Ranks = ALONE, *, clamp: bool 
 def _in_safe_dtype(model: Model, run: Callable[[VAE, torch.dtype], Tensor]) -> tuple[Tensor, torch.dtype]:
     """The output of the VAE in its own dtype, or where it overflows there in float32; and the dtype."""
     for dtype in dict.fromkeys((model.vae_dtype, torch.float32)):
-        same = model.vae.post_quant_conv.weight.dtype == dtype
+        same = model.vae.dtype == dtype
         values = run(model.vae if same else deepcopy(model.vae).to(dtype), dtype)
         if values.is_meta or values.isfinite().all():
             return values, dtype
