@@ -154,7 +154,7 @@ class SD3(Backbone[SD3Config]):
         p = self.config.patch
         size = (-(-h // p), -(-w // p))
         x = self.pos_embed(continued(latents, p), self.positions, timestep[0].double() / 1000)
-        places = Places(self.positions.sharpness(size, self.config.native_size // p))
+        places = Places(self.positions.sharpness(size, self.config.native_size // p, context.shape[1]))
         condition = self.time_text_embed(timestep, pooled, None)
         text = self.context_embedder(context)
         for block in cast(Sequence[JointBlock], self.transformer_blocks):
