@@ -93,7 +93,7 @@ class Model:
     @property
     def vae_dtype(self) -> torch.dtype:
         """The dtype in which the VAE decodes: its weights', or float32 where it would overflow in float16."""
-        own = self.vae.post_quant_conv.weight.dtype
+        own = self.vae.dtype
         return torch.float32 if own == torch.float16 and self.vae.config.force_upcast else own
 
     def bad_weights(self) -> str:

@@ -72,24 +72,26 @@ def scaled_product_reference(
     return (product if bias is None else product + bias).to(dtype)
 
 
-KEPT = ("attn2.to_k", "attn2.to_v", "norm.linear", "norm1.linear", "norm1_context.linear")
-"""The ends of the names of layers that stay as they are: those that run once a prompt, and those that make a scale and
-a shift of a condition, which have one row for a picture."""
+OF_TEXT = ("attn2.to_k", "attn2.to_v")
+"""The ends of the names of a U-Net's layers that stay as they are, as they run once a prompt."""
+OF_CONDITION = ("norm.linear", "norm1.linear", "norm1_context.linear")
+"""Those of a transformer: a condition, of which they make shifts and scales, is one row for a picture."""
 
 
 def quantize_transformers(network: Backbone[Any]) -> None:
     """Put an `FP8Linear` in the place of each linear layer of the network's transformers, under its name.
 
-    The layers of `KEPT` stay, and so do layers whose sides are no multiples of 16.
+    The layers of `OF_TEXT` and `OF_CONDITION` stay, and so do layers whose sides are no multiples of 16.
     """
-    whole = [module for module in network.modules() if isinstance(module, Transformer)]
-    blocks = [block for stack in network.stacks() for block in stack.blocks]
-    for transformer in whole or blocks:
-        for name, layer in list(transformer.named_modules()):
-            if not isinstance(layer, nn.Linear) or name.endswith(KEPT):
+    parts, kept = [module for module in network.modules() if isinstance(module, Transformer)], OF_TEXT
+    if not parts:
+        parts, kept = [block for stack in network.stacks() for block in stack.blocks], OF_CONDITION
+    for part in parts:
+        for name, layer in list(part.named_modules()):
+            if not isinstance(layer, nn.Linear) or name.endswith(kept):
                 continue
             if layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0:
-                transformer.set_submodule(name, FP8Linear(layer))
+                part.set_submodule(name, FP8Linear(layer))
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:

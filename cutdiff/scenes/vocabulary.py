@@ -67,8 +67,6 @@ def make_flow_text() -> FluxText:
         is_encoder_decoder=False,
         use_cache=False,
         dropout_rate=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
     t5 = T5(tokenizer, T5EncoderModel(config), T5_TOKENS)
     return FluxText(_clip_tokenizer(vocabulary, merges, END), None, clip, None, t5=t5)
