@@ -24,13 +24,14 @@ from cutdiff.methods.in_regions import in_regions
 from cutdiff.methods.picture import drawn_on
 from cutdiff.methods.redrawn import Redrawn
 from cutdiff.methods.shared import Run, stages_of, step_at
+from cutdiff.models.backbone import Backbone
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SD15_UNET
 from cutdiff.models.positions import Positioned, with_positions
 from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
-from cutdiff.models.unet import Encoder, UNet
+from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
@@ -40,8 +41,10 @@ from cutdiff.sampling.controls import Control
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
+from cutdiff.sampling.edm import AnyNoise
 from cutdiff.sampling.finite import explained
 from cutdiff.sampling.fitted import Fitted
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.guidance import Changing, LinearGuidance
 from cutdiff.sampling.masks import MaskedPicture, is_white
 from cutdiff.sampling.operators import check_backend
@@ -233,7 +236,7 @@ def _decode(model: Model, latents: Tensor, ranks: Ranks = ALONE, *, clamp: bool 
 def _in_safe_dtype(model: Model, run: Callable[[VAE, torch.dtype], Tensor]) -> tuple[Tensor, torch.dtype]:
     """The output of the VAE in its own dtype, or where it overflows there in float32; and the dtype."""
     for dtype in dict.fromkeys((model.vae_dtype, torch.float32)):
-        same = model.vae.post_quant_conv.weight.dtype == dtype
+        same = model.vae.dtype == dtype
         values = run(model.vae if same else deepcopy(model.vae).to(dtype), dtype)
         if values.is_meta or values.isfinite().all():
             return values, dtype
@@ -249,6 +252,8 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
     for name in ("prompt_2", "negative_prompt_2"):
         if getattr(settings, name) is not None and model.text.text_encoder_2 is None:
             raise ValueError(f"{name}={getattr(settings, name)!r} is for a second text encoder, which only SDXL has")
+    if not isinstance(model.unet, UNet):
+        _check_for_transformer(settings)
     if callable(check := getattr(settings.method, "check_native", None)):
         check(model.native_size)
     if model.unet.config.guidance_dim and not isinstance(settings.guidance, LinearGuidance):
@@ -258,10 +263,11 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
         with settings.guidance.changed(model.unet):  # which says so where it cannot change this network
             pass
     network_of(model, settings)
-    schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, model.noise, settings.num_steps)
+    size = settings.canvas_size(model.native_size, model.factor)
+    noise = _shifted_noise(model, settings, size)
+    schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, noise, settings.num_steps)
     if callable(check := getattr(settings.solver, "check_schedule", None)):
         check(schedule)
-    size = settings.canvas_size(model.native_size, model.factor)
     if settings.regions:
         check_sizes(settings.regions, size)
     for hint in settings.control_image or ():
@@ -277,6 +283,38 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
         except (OSError, ValueError) as error:
             raise ValueError(f"control={str(error).removeprefix('control=')}") from None
     return size, schedule
+
+
+def _check_for_transformer(settings: Settings) -> None:
+    """ValueError where the run needs a U-Net."""
+    for kind, others in (("method", "multidiffusion, cutdiffusion, magnify or climb"), ("guidance", "cfg")):
+        thing = getattr(settings, kind)
+        if what := getattr(thing, "unet_only", ""):
+            name = name_of(kind, thing)
+            raise ValueError(f"{kind}={name} {what} of a U-Net, and this model is a transformer: choose {others}")
+    if settings.control:
+        raise ValueError(f"control={settings.control[0]} is for a U-Net, and this model is a transformer: leave it out")
+
+
+def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> AnyNoise:
+    """The model's noise with the shift of a run on a canvas of `size` latents. ValueError where it has none."""
+    noise, shift = model.noise, settings.shift
+    if not isinstance(noise, FlowConfig):
+        if shift is not None:
+            raise ValueError(f"shift={shift} is for models of flow matching, which this one is not: leave it out")
+        return noise
+    if isinstance(shift, float | int):
+        return noise.shifted_by(shift)
+    if shift is not None and not noise.use_dynamic_shifting:
+        raise ValueError(
+            f"shift={shift!r} is for models whose shift grows with the size, and this one's is {noise.shift:g} always: "
+            "give a number, or leave it out"
+        )
+    patch = model.unet.config.patch
+    native, canvas = (
+        math.prod(-(-side // patch) for side in sides) for sides in ((model.native_size, model.native_size), size)
+    )
+    return noise.shifted_for({"native": native, "canvas": canvas, None: min(native, canvas)}[shift])
 
 
 def network_of(model: Model, settings: Settings) -> UNet:
@@ -407,7 +445,7 @@ def prepare(
     return Prepared(settings, denoiser, draws, size, schedule, denoisers, stages, steps, sources, masked)
 
 
-def _compiled(network: Encoder, settings: Settings) -> Callable[..., Any] | None:
+def _compiled(network: Backbone[Any], settings: Settings) -> Callable[..., Any] | None:
     """The compiled forward pass of a network, where the run is to have any."""
     return compiled(network, cuda_graphs=settings.cuda_graphs) if settings.compile else None
 

@@ -30,7 +30,7 @@ PICTURES = ("image", "mask")
 FILES = (*PICTURES, "regions", *CONTROL_FILES)
 """The options that are files."""
 LATER = (
-    "image", "strength", "fit", "invert", "mask", "feather", "place", "regions", "bootstrapping", *CONTROLS,
+    "image", "strength", "fit", "invert", "mask", "feather", "place", "regions", "bootstrapping", *CONTROLS, "shift",
     "positions",
 )  # fmt: skip
 """The options that old records do not know, which no record names where they have their defaults."""
@@ -127,6 +127,9 @@ class Settings(Options):
     object with `angles` and `sharpness`; None: as it was trained. Views of native size have nothing beyond it."""
     num_steps: Count = 50
     """The steps of each phase, where a method draws a cascade of sizes."""
+    shift: Annotated[float, Between(1e-3, 1e3)] | Literal["native", "canvas"] | None = None
+    """The shift of a flow model's times towards noise, a factor, or as its schedule has it for a picture of the
+    "native" size or the "canvas"; None: for the smaller of both, so that a large canvas has the one of the training."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
     """The shares of the steps between which guidance is on; elsewhere the prompt alone is evaluated, at half the cost.
     Both ends are rounded up to whole steps (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""

@@ -61,7 +61,7 @@ from cutdiff.checkpoint.model import sha256
 from cutdiff.checkpoint.schedulers import NOISE_DEFAULTS, SCHEDULERS, noise_config, noise_to_diffusers
 from cutdiff.checkpoint.single import split
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
-from cutdiff.models.unet import UNet
+from cutdiff.models.unet import UNet, as_unet
 from cutdiff.models.vae import VAE
 from cutdiff.sampling.noise import SPREAD_BY, NoiseConfig
 
@@ -139,7 +139,7 @@ class TestFolder:
         if not maps.exists():
             pytest.skip("the kernel does not list mapped files")
         model = load(folder)
-        address = model.unet.conv_in.weight.data_ptr()
+        address = as_unet(model.unet).conv_in.weight.data_ptr()
         for line in maps.read_text().splitlines():
             start, end = (int(bound, 16) for bound in line.split()[0].split("-"))
             if start <= address < end:
@@ -674,10 +674,11 @@ class TestConfigs:
         ("field", "value"),
         [
             ("act_fn", "gelu"),
-            ("shift_factor", 0.1),
+            ("shift_factor", "0.1"),
+            ("shift_factor", 1e9),
             ("latents_mean", [0.0, 0.1, 0.2, "0.3"]),
             ("latents_std", [1.0, 1.0, 1.0, None]),
-            ("use_quant_conv", False),
+            ("use_quant_conv", "no"),
             ("use_post_quant_conv", False),
             ("mid_block_add_attention", False),
             ("down_block_types", ["DownEncoderBlock2D"]),

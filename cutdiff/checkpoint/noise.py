@@ -7,13 +7,14 @@ configuration, and epsilon.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor
 
 from cutdiff.checkpoint import edm
 from cutdiff.options import not_one_of
 from cutdiff.sampling.edm import AnyNoise, EDMConfig
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.settings import PREDICTION_TYPES, SPACINGS
 
@@ -40,7 +41,12 @@ class NoiseOptions:
                 raise ValueError(f"{name}={not_one_of(value, known)}")
 
     def check_fit(self, noise: AnyNoise) -> None:
-        """Raise ValueError for an option about betas or timesteps if the model is an EDM model, which has neither."""
+        """Raise ValueError for an option that the model's kind has no use for: about betas or timesteps on an EDM
+        model, which has neither, and any on a model of flow matching."""
+        if isinstance(noise, FlowConfig):
+            for name, value in asdict(self).items():
+                if value is not None:
+                    raise ValueError(f"{name}={value} is not for a model of flow matching: leave it out")
         for name in ("zero_terminal_snr", "timestep_spacing"):
             value = getattr(self, name)
             if isinstance(noise, EDMConfig) and value is not None:
@@ -72,6 +78,8 @@ def decide_noise(
     kind, kind_source = _prediction_type(options.prediction_type, keys, metadata) or (noise.prediction_type, source)
     if isinstance(noise, EDMConfig):
         return replace(noise, prediction_type=kind), {"prediction_type": kind_source, "edm": source}
+    if isinstance(noise, FlowConfig):
+        return noise, dict.fromkeys(noise.described(), source)
     zero, zero_source = _zero_terminal_snr(options.zero_terminal_snr, keys) or (noise.rescale_betas_zero_snr, source)
     spacing, spacing_source = noise.timestep_spacing, source
     if options.timestep_spacing is not None:

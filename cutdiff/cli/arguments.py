@@ -34,7 +34,7 @@ YEAR = 365 * 24 * 3600
 """The seconds that --rank-timeout may have at most."""
 SHARED = ("strength",)
 """The options of a run that a method may have too, whose text is read for the one that has it."""
-HOW = (*TABLES, "positions", "num_steps", "guidance_interval")
+HOW = (*TABLES, "positions", "num_steps", "shift", "guidance_interval")
 """The options of a run that say how a picture is drawn, and neither which one nor where."""
 
 

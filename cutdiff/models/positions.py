@@ -71,13 +71,24 @@ def frequencies(dim: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """The turning of queries and keys (B, heads, L, dim) of a text and, behind it, a picture's tokens."""
+class Places:
+    """What attention knows of the places of its tokens; here their number alone."""
+
+    sharpness: float
+    """The factor of the scores of attention before the softmax."""
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Queries or keys (B, heads, L, dim), as they are compared."""
+        return x
+
+
+@dataclass(frozen=True)
+class Rotation(Places):
+    """Places that turn queries and keys: those of a text and, behind it, a picture's tokens."""
 
     cos: Tensor
     """(L, dim / 2), float32; 1 for the text, whose angles are 0."""
     sin: Tensor
-    sharpness: float
 
     @staticmethod
     def of(positions: Positions, axes: tuple[int, ...], size: Size, native: int, text: int, time: Tensor) -> Rotation:
@@ -92,13 +103,14 @@ class Rotation:
         ]
         angles = torch.cat(parts, dim=2).flatten(0, 1)  # (h·w, dim / 2)
         angles = torch.cat([angles.new_zeros(text, angles.shape[1]), angles])
-        return Rotation(angles.cos().float(), angles.sin().float(), positions.sharpness(size, native, text))
+        return Rotation(positions.sharpness(size, native, text), angles.cos().float(), angles.sin().float())
 
     def turned(self, x: Tensor) -> Tensor:
         """Turn pairs of neighbouring features."""
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], dim=-1)
-        return turned.flatten(-2).to(x.dtype)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        first = (even * self.cos).sub_(odd * self.sin).to(x.dtype)  # float32 until here
+        second = (even * self.sin).add_(odd * self.cos).to(x.dtype)
+        return torch.stack([first, second], dim=-1).flatten(-2)
 
 
 @runtime_checkable
