@@ -26,10 +26,11 @@ from cutdiff.methods.redrawn import Redrawn
 from cutdiff.methods.shared import Run, stages_of, step_at
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SD15_UNET
+from cutdiff.models.positions import Positioned, with_positions
 from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
-from cutdiff.models.unet import Encoder
+from cutdiff.models.unet import Encoder, UNet
 from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
@@ -39,8 +40,10 @@ from cutdiff.sampling.controls import Control
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
+from cutdiff.sampling.edm import AnyNoise
 from cutdiff.sampling.finite import explained
 from cutdiff.sampling.fitted import Fitted
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.guidance import Changing, LinearGuidance
 from cutdiff.sampling.masks import MaskedPicture, is_white
 from cutdiff.sampling.operators import check_backend
@@ -48,7 +51,7 @@ from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
 from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
 from cutdiff.settings import Fit, Settings, left_to_model
-from cutdiff.specs import name_of
+from cutdiff.specs import name_of, resolve
 
 CPU_VIEW_BATCH = 16
 """The patches or views at once on a CPU where nobody says; more are not faster there."""
@@ -232,7 +235,7 @@ def _decode(model: Model, latents: Tensor, ranks: Ranks = ALONE, *, clamp: bool 
 def _in_safe_dtype(model: Model, run: Callable[[VAE, torch.dtype], Tensor]) -> tuple[Tensor, torch.dtype]:
     """The output of the VAE in its own dtype, or where it overflows there in float32; and the dtype."""
     for dtype in dict.fromkeys((model.vae_dtype, torch.float32)):
-        same = model.vae.post_quant_conv.weight.dtype == dtype
+        same = model.vae.dtype == dtype
         values = run(model.vae if same else deepcopy(model.vae).to(dtype), dtype)
         if values.is_meta or values.isfinite().all():
             return values, dtype
@@ -256,10 +259,12 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
     if isinstance(settings.guidance, Changing):
         with settings.guidance.changed(model.unet):  # which says so where it cannot change this network
             pass
-    schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, model.noise, settings.num_steps)
+    network_of(model, settings)
+    size = settings.canvas_size(model.native_size, model.factor)
+    noise = _shifted_noise(model, settings, size)
+    schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, noise, settings.num_steps)
     if callable(check := getattr(settings.solver, "check_schedule", None)):
         check(schedule)
-    size = settings.canvas_size(model.native_size, model.factor)
     if settings.regions:
         check_sizes(settings.regions, size)
     for hint in settings.control_image or ():
@@ -275,6 +280,40 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
         except (OSError, ValueError) as error:
             raise ValueError(f"control={str(error).removeprefix('control=')}") from None
     return size, schedule
+
+
+def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> AnyNoise:
+    """The model's noise with the shift of a run on a canvas of `size` latents. ValueError where it has none."""
+    noise, shift = model.noise, settings.shift
+    if not isinstance(noise, FlowConfig):
+        if shift is not None:
+            raise ValueError(f"shift={shift} is for models of flow matching, which this one is not: leave it out")
+        return noise
+    if isinstance(shift, float | int):
+        return noise.shifted_by(shift)
+    if shift is not None and not noise.use_dynamic_shifting:
+        raise ValueError(
+            f"shift={shift} is for models whose shift grows with the size, and this one's is {noise.shift:g}"
+        )
+    patch = model.unet.config.patch
+    native, canvas = (
+        math.prod(-(-side // patch) for side in sides) for sides in ((model.native_size, model.native_size), size)
+    )
+    return noise.shifted_for({"native": native, "canvas": canvas, None: min(native, canvas)}[shift])
+
+
+def network_of(model: Model, settings: Settings) -> UNet:
+    """The model's network as a run has it: told by the positions of the run where tokens lie, if it has any.
+    ValueError where the network has none to change."""
+    if settings.positions is None:
+        return model.unet
+    positions = resolve("positions", settings.positions)
+    if not isinstance(model.unet, Positioned):
+        raise ValueError(
+            f"positions={name_of('positions', positions)} is for a transformer that turns queries and keys by where "
+            f"tokens lie, and this model has a {type(model.unet).__name__}: leave it out"
+        )
+    return with_positions(model.unet, positions)
 
 
 def _of_family(schedule: Any, model: Model) -> Any:
@@ -324,8 +363,9 @@ def prepare(
     encodes, masked, beside = partial(encode, model), masked_picture(model, settings, size), None
     if model.unet.config.inpaints:
         beside = (masked or MaskedPicture.all_redrawn(size, encodes, model.factor)).beside
+    network = network_of(model, settings)
     denoiser = make_denoiser(
-        unet=model.unet,
+        unet=network,
         timestep=schedule.timestep,
         coefficients=model.noise.coefficients,
         positive=positive,
@@ -334,7 +374,7 @@ def prepare(
         beside=beside,
         guided=_guided(schedule, settings.guidance_interval),
         factor=model.factor,
-        compiled=_compiled(model.unet, settings),
+        compiled=_compiled(network, settings),
         controls=_controls(model, settings, schedule),
         ranks=ranks,
         items_of_a_call=settings.view_batch_size,

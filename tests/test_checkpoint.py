@@ -674,10 +674,11 @@ class TestConfigs:
         ("field", "value"),
         [
             ("act_fn", "gelu"),
-            ("shift_factor", 0.1),
+            ("shift_factor", "0.1"),
+            ("shift_factor", 1e9),
             ("latents_mean", [0.0, 0.1, 0.2, "0.3"]),
             ("latents_std", [1.0, 1.0, 1.0, None]),
-            ("use_quant_conv", False),
+            ("use_quant_conv", "no"),
             ("use_post_quant_conv", False),
             ("mid_block_add_attention", False),
             ("down_block_types", ["DownEncoderBlock2D"]),

@@ -260,6 +260,9 @@ def published_vae(config: VAEConfig) -> AutoencoderKL:
         "latent_channels": config.latent_channels,
         "norm_num_groups": config.norm_groups,
         "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+        "use_quant_conv": config.quant_conv,
+        "use_post_quant_conv": config.quant_conv,
     }
     return AutoencoderKL(**shape)
 

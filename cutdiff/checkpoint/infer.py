@@ -189,7 +189,8 @@ def infer_vae(tensors: Mapping[str, Tensor], like: VAEConfig) -> VAEConfig:
         out_channels=shapes.of("decoder.conv_out.weight")[0],
         channels=tuple(shapes.of(f"encoder.{level}.{i}.{layer}.0.conv1.weight")[0] for i in levels),
         layers_per_block=shapes.count(f"encoder.{level}.0.{layer}."),
-        latent_channels=shapes.of("post_quant_conv.weight")[0],
+        latent_channels=shapes.of("decoder.conv_in.weight")[1],
+        quant_conv="quant_conv.weight" in tensors,
     )
 
 

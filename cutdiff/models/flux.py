@@ -9,7 +9,7 @@ network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cutdiff.models.backbone import Backbone, Stack
 from cutdiff.models.joint import (
     EMBEDDED,
     Conditions,
@@ -84,7 +85,7 @@ class SingleBlock(nn.Module):
         return x + gate * self.proj_out(torch.cat([gathered, hidden], dim=2))
 
 
-class Flux(nn.Module):
+class Flux(Backbone[FluxConfig]):
     """The transformer (latents, timestep, context, pooled, guidance) -> prediction; see `forward`."""
 
     def __init__(self, config: FluxConfig) -> None:
@@ -102,6 +103,11 @@ class Flux(nn.Module):
         self.single_transformer_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
         self.norm_out = Modulation(config.dim, 2)
         self.proj_out = nn.Linear(config.dim, width)
+
+    def stacks(self) -> Iterator[Stack]:
+        """The blocks with two streams, and those with one."""
+        yield Stack(cast(Sequence[JointBlock], self.transformer_blocks), lambda x, text, *_: (x, text))
+        yield Stack(cast(Sequence[SingleBlock], self.single_transformer_blocks), lambda both, *_: both)
 
     def forward(
         self, latents: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, numbers: Tensor | None = None

@@ -9,13 +9,14 @@ for blocks in which the picture also attends to itself alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from cutdiff.models.backbone import Backbone, Stack
 from cutdiff.models.config import Size
 from cutdiff.models.joint import Conditions, JointBlock, JointConfig, Modulation, continued, modulated
 from cutdiff.models.positions import AsTrained, Places, Positions, frequencies
@@ -113,7 +114,7 @@ def _turned(sin: Tensor, cos: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
     return (sin * c + cos * s).to(sin.dtype), (cos * c - sin * s).to(sin.dtype)
 
 
-class SD3(nn.Module):
+class SD3(Backbone[SD3Config]):
     """The transformer (latents, timestep, context, pooled) -> prediction; see `forward`."""
 
     def __init__(self, config: SD3Config) -> None:
@@ -137,6 +138,9 @@ class SD3(nn.Module):
         self.norm_out = Modulation(config.dim, 2)
         self.proj_out = nn.Linear(config.dim, config.latent_channels * config.patch**2)
 
+    def stacks(self) -> Iterator[Stack]:
+        yield Stack(cast(Sequence[JointBlock], self.transformer_blocks), lambda x, text, *_: (x, text))
+
     def forward(
         self, latents: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, numbers: Tensor | None = None
     ) -> Tensor:
@@ -150,7 +154,7 @@ class SD3(nn.Module):
         p = self.config.patch
         size = (-(-h // p), -(-w // p))
         x = self.pos_embed(continued(latents, p), self.positions, timestep[0].double() / 1000)
-        places = Places(self.positions.sharpness(size, self.config.native_size // p))
+        places = Places(self.positions.sharpness(size, self.config.native_size // p, context.shape[1]))
         condition = self.time_text_embed(timestep, pooled, None)
         text = self.context_embedder(context)
         for block in cast(Sequence[JointBlock], self.transformer_blocks):

@@ -305,7 +305,7 @@ def decoding(model: Model, size: Size) -> Usage:
     """
     dtype = model.vae_dtype
     weights, vae = weight_bytes(model), model.vae
-    if vae.post_quant_conv.weight.dtype != dtype:
+    if vae.dtype != dtype:
         vae = deepcopy(vae).to(dtype)
         weights += _bytes(vae)
     (n, flops), (m, more) = ((side * side, _decoded(vae, (side, side), banded=False).flops) for side in (8, 16))
@@ -322,7 +322,7 @@ def decoding(model: Model, size: Size) -> Usage:
 
 @torch.no_grad()
 def _decoded(vae: VAE, size: Size, *, banded: bool | None = None) -> Usage:
-    latents = torch.empty(1, vae.config.latent_channels, *size, dtype=vae.post_quant_conv.weight.dtype, device="meta")
+    latents = torch.empty(1, vae.config.latent_channels, *size, dtype=vae.dtype, device="meta")
     with Meter() as meter:
         return meter.aside(lambda: vae.decode(latents, banded=banded))
 
