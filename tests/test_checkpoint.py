@@ -409,8 +409,8 @@ class TestStrictness:
 
 class TestWrongParts:
     def test_other_pipeline(self, copy: Path) -> None:
-        edit_json(copy / "model_index.json", _class_name="FluxPipeline")
-        with pytest.raises(ValueError, match="is a FluxPipeline"):
+        edit_json(copy / "model_index.json", _class_name="KolorsPipeline")
+        with pytest.raises(ValueError, match="is a KolorsPipeline"):
             load(copy)
 
     @pytest.mark.parametrize(
@@ -695,7 +695,7 @@ class TestConfigs:
     @pytest.mark.parametrize(
         ("field", "value"),
         [
-            ("_class_name", "FlowMatchEulerDiscreteScheduler"),
+            ("_class_name", "FlowMatchLCMScheduler"),
             ("trained_betas", [0.1, 0.2]),
             ("thresholding", True),
             ("use_lu_lambdas", True),
