@@ -26,10 +26,11 @@ from cutdiff.methods.redrawn import Redrawn
 from cutdiff.methods.shared import Run, stages_of, step_at
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SD15_UNET
+from cutdiff.models.positions import Positioned, with_positions
 from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
-from cutdiff.models.unet import Encoder
+from cutdiff.models.unet import Encoder, UNet
 from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
@@ -50,7 +51,7 @@ from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
 from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
 from cutdiff.settings import Fit, Settings, left_to_model
-from cutdiff.specs import name_of
+from cutdiff.specs import name_of, resolve
 
 CPU_VIEW_BATCH = 16
 """The patches or views at once on a CPU where nobody says; more are not faster there."""
@@ -258,6 +259,7 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
     if isinstance(settings.guidance, Changing):
         with settings.guidance.changed(model.unet):  # which says so where it cannot change this network
             pass
+    network_of(model, settings)
     size = settings.canvas_size(model.native_size, model.factor)
     noise = _shifted_noise(model, settings, size)
     schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, noise, settings.num_steps)
@@ -298,6 +300,20 @@ def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> A
         math.prod(-(-side // patch) for side in sides) for sides in ((model.native_size, model.native_size), size)
     )
     return noise.shifted_for({"native": native, "canvas": canvas, None: min(native, canvas)}[shift])
+
+
+def network_of(model: Model, settings: Settings) -> UNet:
+    """The model's network as a run has it: told by the positions of the run where tokens lie, if it has any.
+    ValueError where the network has none to change."""
+    if settings.positions is None:
+        return model.unet
+    positions = resolve("positions", settings.positions)
+    if not isinstance(model.unet, Positioned):
+        raise ValueError(
+            f"positions={name_of('positions', positions)} is for a transformer that turns queries and keys by where "
+            f"tokens lie, and this model has a {type(model.unet).__name__}: leave it out"
+        )
+    return with_positions(model.unet, positions)
 
 
 def _of_family(schedule: Any, model: Model) -> Any:
@@ -347,8 +363,9 @@ def prepare(
     encodes, masked, beside = partial(encode, model), masked_picture(model, settings, size), None
     if model.unet.config.inpaints:
         beside = (masked or MaskedPicture.all_redrawn(size, encodes, model.factor)).beside
+    network = network_of(model, settings)
     denoiser = make_denoiser(
-        unet=model.unet,
+        unet=network,
         timestep=schedule.timestep,
         coefficients=model.noise.coefficients,
         positive=positive,
@@ -357,7 +374,7 @@ def prepare(
         beside=beside,
         guided=_guided(schedule, settings.guidance_interval),
         factor=model.factor,
-        compiled=_compiled(model.unet, settings),
+        compiled=_compiled(network, settings),
         controls=_controls(model, settings, schedule),
         ranks=ranks,
         items_of_a_call=settings.view_batch_size,

@@ -14,7 +14,7 @@ from cutdiff.given.controls import CONTROL_FILES, CONTROLS, check_hints, read_co
 from cutdiff.given.pictures import Picture, as_picture
 from cutdiff.given.regions import as_regions, notices
 from cutdiff.options import Between, Count, Options, Share, checked, options_of, read, short
-from cutdiff.sources import source_hash
+from cutdiff.sources import described, source_hash
 from cutdiff.specs import TABLES
 
 VERSION = "0.1.0"
@@ -31,6 +31,7 @@ FILES = (*PICTURES, "regions", *CONTROL_FILES)
 """The options that are files."""
 LATER = (
     "image", "strength", "fit", "invert", "mask", "feather", "place", "regions", "bootstrapping", *CONTROLS, "shift",
+    "positions",
 )  # fmt: skip
 """The options that old records do not know, which no record names where they have their defaults."""
 STRENGTH = 0.5
@@ -121,6 +122,9 @@ class Settings(Options):
     """A spec, an object with `sigmas(model_noise, num_steps)`, or a list of sigmas that ends with 0."""
     guidance: Any = "cfg"
     """A spec, or a function of (conditional, unconditional, sigma, step)."""
+    positions: Any = None
+    """The way in which a transformer is told where tokens lie beyond its native size, in all methods: a spec, or an
+    object with `angles` and `sharpness`; None: as it was trained. Views of native size have nothing beyond it."""
     num_steps: Count = 50
     """The steps of each phase, where a method draws a cascade of sizes."""
     shift: Annotated[float, Between(1e-3, 1e3)] | Literal["native", "canvas"] | None = None
@@ -154,6 +158,8 @@ class Settings(Options):
         own |= {name: as_picture(name, own[name]) for name in PICTURES}
         own["regions"] = as_regions(own["regions"])
         own |= read_controls(own)
+        if own["positions"] is not None:
+            own["positions"] = specs.part("positions", "positions", own["positions"])
         self._give_strength(own, options)
         things = {kind: specs.resolve(kind, own[kind], options) for kind in TABLES}
         for kind, thing in things.items():
@@ -241,6 +247,8 @@ class Settings(Options):
             own["strength"] = self.img2img_strength
         own |= {name: picture.described() for name, picture in self.pictures().items()}
         own["regions"] = self.regions and [region.described() for region in self.regions]
+        if self.positions is not None and not isinstance(self.positions, str):
+            own["positions"] = described(self.positions)
         if self.control_image:
             own["control_image"] = [hint.described() for hint in self.control_image]
         own = {name: value for name, value in own.items() if name not in LATER or value != getattr(Settings, name)}

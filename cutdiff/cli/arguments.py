@@ -34,7 +34,7 @@ YEAR = 365 * 24 * 3600
 """The seconds that --rank-timeout may have at most."""
 SHARED = ("strength",)
 """The options of a run that a method may have too, whose text is read for the one that has it."""
-HOW = (*TABLES, "num_steps", "shift", "guidance_interval")
+HOW = (*TABLES, "positions", "num_steps", "shift", "guidance_interval")
 """The options of a run that say how a picture is drawn, and neither which one nor where."""
 
 
@@ -227,7 +227,10 @@ def add_how(group: Group) -> None:
     for kind, table in TABLES.items():
         add_option(group, own[kind]._replace(type=str), f"NAME,option=value of {', '.join(table)}, or module:object")
     for name in HOW:
-        if name not in TABLES:
+        if name == "positions":
+            known = f"NAME,option=value of {', '.join(specs.POSITIONS)}, or module:object: where a transformer is told"
+            add_option(group, own[name]._replace(type=str), f"{known} that tokens lie beyond its native size")
+        elif name not in TABLES:
             add_option(group, own[name])
 
 

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from cutdiff.methods.shared import Run, on_whole_inside
 from cutdiff.models.inside import replaced, self_attentions, size_at
+from cutdiff.models.positions import entropy_factor
 from cutdiff.models.unet import UNet
 from cutdiff.options import Options
 from cutdiff.sampling.denoiser import Denoiser
@@ -48,8 +49,3 @@ def scaled_attention(unet: UNet, size: Size) -> Iterator[None]:
             factor = entropy_factor(math.prod(size_at(size, level)), math.prod(size_at((native, native), level)))
             changes.enter_context(replaced(attention, scale=factor * attention.scale))
         yield
-
-
-def entropy_factor(tokens: int, native_tokens: int) -> float:
-    """sqrt(log_T N), 1 where N = T; a single native token has no entropy to keep and counts as two."""
-    return math.sqrt(math.log(tokens, max(2, native_tokens))) if tokens != native_tokens else 1.0

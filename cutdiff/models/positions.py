@@ -6,13 +6,16 @@ the axes, and those of an axis are turned in pairs.
 
 from __future__ import annotations
 
+import math
+from copy import copy
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from cutdiff.models.config import Size
+from cutdiff.options import Options
 
 THETA = 10_000.0
 
@@ -25,20 +28,41 @@ class Positions(Protocol):
         in radians, float64. `time` is a scalar: the share of noise in the state, from 0 to 1."""
         ...
 
-    def sharpness(self, size: Size, native: int) -> float:
-        """The factor of the scores of attention before the softmax, on a picture of `size` tokens."""
+    def sharpness(self, size: Size, native: int, text: int) -> float:
+        """The factor of the scores of attention before the softmax, on a picture of `size` tokens and beside it `text`
+        tokens."""
         ...
 
 
 @dataclass(frozen=True)
-class AsTrained:
-    """Positions as the network was trained on them, continued beyond its native size."""
+class AsTrained(Options):
+    """Positions as the network was trained on them, continued beyond its native size.
+
+    The base of those in `extrapolation`, which change the frequencies of an axis that is longer than native.
+    """
+
+    proportional: bool = False
+    """Sharpen attention by sqrt(log_T N), for N tokens where the network was trained on T: its entropy stays what it
+    was (Jin et al. 2023, arXiv 2306.08645)."""
 
     def angles(self, length: int, native: int, dim: int, time: Tensor) -> Tensor:
-        return torch.arange(length, dtype=torch.float64, device=time.device)[:, None] * frequencies(dim, time.device)
+        turns = frequencies(dim, time.device)
+        if length > native:
+            turns = self.extrapolated(turns, length, native, time)
+        return torch.arange(length, dtype=torch.float64, device=time.device)[:, None] * turns
 
-    def sharpness(self, size: Size, native: int) -> float:
-        return 1.0
+    def extrapolated(self, turns: Tensor, length: int, native: int, time: Tensor) -> Tensor:
+        """The frequencies (dim / 2,) of an axis that is longer than native; `turns` are those of training."""
+        return turns
+
+    def sharpness(self, size: Size, native: int, text: int) -> float:
+        tokens = max(math.prod(size), native**2) + text
+        return entropy_factor(tokens, native**2 + text) if self.proportional else 1.0
+
+
+def entropy_factor(tokens: int, native_tokens: int) -> float:
+    """sqrt(log_T N), 1 where N = T; a single native token has no entropy to keep and counts as two."""
+    return math.sqrt(math.log(tokens, max(2, native_tokens))) if tokens != native_tokens else 1.0
 
 
 def frequencies(dim: int, device: torch.device) -> Tensor:
@@ -47,13 +71,24 @@ def frequencies(dim: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """The turning of queries and keys (B, heads, L, dim) of a text and, behind it, a picture's tokens."""
+class Places:
+    """What attention knows of the places of its tokens; here their number alone."""
+
+    sharpness: float
+    """The factor of the scores of attention before the softmax."""
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Queries or keys (B, heads, L, dim), as they are compared."""
+        return x
+
+
+@dataclass(frozen=True)
+class Rotation(Places):
+    """Places that turn queries and keys: those of a text and, behind it, a picture's tokens."""
 
     cos: Tensor
     """(L, dim / 2), float32; 1 for the text, whose angles are 0."""
     sin: Tensor
-    sharpness: float
 
     @staticmethod
     def of(positions: Positions, axes: tuple[int, ...], size: Size, native: int, text: int, time: Tensor) -> Rotation:
@@ -68,10 +103,26 @@ class Rotation:
         ]
         angles = torch.cat(parts, dim=2).flatten(0, 1)  # (h·w, dim / 2)
         angles = torch.cat([angles.new_zeros(text, angles.shape[1]), angles])
-        return Rotation(angles.cos().float(), angles.sin().float(), positions.sharpness(size, native))
+        return Rotation(positions.sharpness(size, native, text), angles.cos().float(), angles.sin().float())
 
     def turned(self, x: Tensor) -> Tensor:
         """Turn pairs of neighbouring features."""
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], dim=-1)
-        return turned.flatten(-2).to(x.dtype)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        first = (even * self.cos).sub_(odd * self.sin).to(x.dtype)  # float32 until here
+        second = (even * self.sin).add_(odd * self.cos).to(x.dtype)
+        return torch.stack([first, second], dim=-1).flatten(-2)
+
+
+@runtime_checkable
+class Positioned(Protocol):
+    """A network whose positions can be changed."""
+
+    positions: Positions
+
+
+def with_positions(network: Any, positions: Positions) -> Any:
+    """A copy of a network that is `Positioned`, on the same tensors and with other positions; the network itself stays
+    as it is."""
+    changed = copy(network)
+    changed.positions = positions
+    return changed
