@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from cutdiff import specs
+from cutdiff.files import BadFile
 from cutdiff.given.controls import CONTROLS
 from cutdiff.options import MAX_FLOAT32, Between, Option, nearest, not_one_of, options_of, read
 from cutdiff.parallel.lines import write
@@ -34,6 +35,8 @@ YEAR = 365 * 24 * 3600
 """The seconds that --rank-timeout may have at most."""
 SHARED = ("strength",)
 """The options of a run that a method may have too, whose text is read for the one that has it."""
+OF_IMAGE = ("strength", "fit", "invert", "mask", "feather", "place")
+"""The options of a run that say what is done with its image."""
 HOW = (*TABLES, "num_steps", "guidance_interval")
 """The options of a run that say how a picture is drawn, and neither which one nor where."""
 
@@ -41,15 +44,25 @@ HOW = (*TABLES, "num_steps", "guidance_interval")
 class BadArgument(Exception):
     """An argument that cannot be used; its message is the line that the user reads."""
 
+    status = 2
+    """The exit status of the command line."""
+
+
+class UnusableFile(BadArgument):
+    """An argument that names a file which is no good."""
+
+    status = 1
+
 
 def of_flag(error: Exception) -> BadArgument:
     """`name=value …` as `--name value …`, and `name=True …` as `--name …` where the value may be True. A message that
     names no option stays as it is."""
+    kind = UnusableFile if isinstance(error, BadFile) else BadArgument
     name, separator, rest = str(error).partition("=")
     if not (separator and name.isidentifier()):
-        return BadArgument(str(error))
+        return kind(str(error))
     words = re.sub("^True (?!must be )", "", rest).replace("num_steps=", f"{flag_of('num_steps')} ")
-    return BadArgument(f"{flag_of(name)} {words}")
+    return kind(f"{flag_of(name)} {words}")
 
 
 @contextmanager
@@ -310,14 +323,14 @@ def _add_prompt(group: Group) -> None:
     add_option(group, own["negative_prompt"], "what not to draw")
     add_option(group, own["prompt_2"], "for SDXL's second text encoder; none: PROMPT")
     add_option(group, own["negative_prompt_2"], "for the second; none: the negative prompt")
-    add_option(group, own["width"], "in pixels; none: twice the native size")
+    add_option(group, own["width"])
     add_option(group, own["height"])
     add_option(group, own["seed"])
     add_option(group, own["image"], "the picture to start from; without PROMPT, the prompt is then empty")
     group.add_argument(
         "--images", type=Path, metavar="DIR", help="in the place of --image, a picture for each one in a folder"
     )
-    for name in ("strength", "fit", "invert", "mask", "feather", "place", "regions", "bootstrapping"):
+    for name in (*OF_IMAGE, "regions", "bootstrapping"):
         add_option(group, own[name])
     add_controls(group)
     group.add_argument(
