@@ -73,9 +73,8 @@ def check_owned(names: Iterable[str], options: Mapping[str, Any]) -> None:
     for name in names:
         owners = OWNERS.get(name, ())
         if owners and all(options.get(owner) is None for owner in owners):
-            raise ValueError(
-                f"{name}={short(options[name])} goes with {' or '.join(owners)}: give that, or leave it out"
-            )
+            what = f"{short(options[name])} goes with {' or '.join(owners)}"
+            raise ValueError(f"{name}={what}: give that, or leave it out")
         if name == "fit" and options.get("place") is not None:
             what = f"{short(options[name])} resizes the image, and place puts it where it is"
             raise ValueError(f"{name}={what}: leave one out")

@@ -398,10 +398,18 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "a mask alone": ("--mask mask.png", "--mask mask.png is of an image, and none is given: give one, or leave"),
     "a place alone": ("--place 8,8", "--place 8,8 is of an image, and none is given: give one, or leave it out"),
-    "a feather alone": ("--image image.png --feather 4", "--feather 4 is of a mask or a place, and none is given"),
+    "a feather alone": (
+        "--image image.png --feather 4",
+        "--feather 4 goes with mask or place: give that, or leave it out",
+    ),
     "a feather too wide": (
         "--image image.png --mask mask.png --feather 9999",
         "--feather: 9999 must be a whole number in",
+    ),
+    "the usual feather alone": ("--image image.png --feather 16", "--feather 16 goes with mask or place: give that"),
+    "half of a place": (
+        "--image image.png --place None,3",
+        "--place: None, 3 must be 2 values, each a whole number at le",
     ),
     "a mask of 0 bytes": ("--image image.png --mask empty.png", "has 0 bytes: give a picture"),
     "a mask that is cut off": ("--image image.png --mask cut.png", "cut.png cannot be read to its end"),
@@ -424,17 +432,35 @@ REFUSED: dict[str, tuple[str, str]] = {
         "--image image.png --mask mask.png --invert",
         "and mask=mask.png draws a part anew: leave one out",
     ),
-    "a place and a fit": ("--image image.png --place 0,0 --fit stretch", "and fit='stretch' resizes it: leave one out"),
-    "half a place": ("--image image.png --place 5", "must be 2 values"),
+    "a place and a fit": (
+        "--image image.png --place 0,0 --fit stretch",
+        "--fit 'stretch' resizes the image, and place puts",
+    ),
+    "a place and the usual fit": (
+        "--image image.png --place 0,0 --fit cover",
+        "--fit 'cover' resizes the image, and pl",
+    ),
+    "half a place": ("--image image.png --place 5", "--place: 5 must be 2 values"),
     "a strength of nothing": ("--image image.png --mask mask.png --strength 0", "would draw nothing on the image"),
 }
+
+
+BAD_FILES = (
+    "a white mask",
+    "a black mask",
+    "a dark mask",
+    "a black mask in its place",
+    "a mask of 0 bytes",
+    "a mask that is cut off",
+)
+"""The input of which the mask's file is no good."""
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_redrawn(name: str, files: Path, command_line: CommandLine) -> None:
     text, message = REFUSED[name]
     arguments = [files / word if word.endswith(".png") else word for word in text.split()]
-    command_line.refuses([*QUICK, *SIZE, *arguments], 2, message)
+    command_line.refuses([*QUICK, *SIZE, *arguments], 1 if name in BAD_FILES else 2, message)
 
 
 def test_a_place_needs_a_canvas(files: Path, command_line: CommandLine) -> None:

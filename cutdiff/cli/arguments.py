@@ -316,7 +316,7 @@ def _add_prompt(group: Group) -> None:
         f"change by step, a AND b:1.2 adds prompts up; none: {DEMO_PROMPT!r}",
     )  # fmt: skip
     group.add_argument(
-        "--prompts", type=Path, metavar="FILE",
+        "--prompts", type=_path, metavar="FILE",
         help="in the place of PROMPT, a prompt a line, or a JSON object with a prompt and options of its own: "
         '{"prompt": "a tent", "width": 256, "seed": 7}; blank lines and those that begin with # are skipped',
     )  # fmt: skip
@@ -328,7 +328,7 @@ def _add_prompt(group: Group) -> None:
     add_option(group, own["seed"])
     add_option(group, own["image"], "the picture to start from; without PROMPT, the prompt is then empty")
     group.add_argument(
-        "--images", type=Path, metavar="DIR", help="in the place of --image, a picture for each one in a folder"
+        "--images", type=_path, metavar="DIR", help="in the place of --image, a picture for each one in a folder"
     )
     for name in (*OF_IMAGE, "regions", "bootstrapping"):
         add_option(group, own[name])
@@ -355,7 +355,7 @@ def _add_model(group: Group) -> None:
         "several times",
     )  # fmt: skip
     group.add_argument(
-        "--lora-dir", type=Path, metavar="DIR", help="folder of the LoRAs that a prompt names: <lora:NAME:SCALE>"
+        "--lora-dir", type=_path, metavar="DIR", help="folder of the LoRAs that a prompt names: <lora:NAME:SCALE>"
     )
     group.add_argument(
         "--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts; none: as the model says"
@@ -378,7 +378,7 @@ def _add_model(group: Group) -> None:
 
 def _add_run(group: Group) -> None:
     own = options_of(Settings)
-    group.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
+    group.add_argument("--out", type=_path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
     group.add_argument("--overwrite", action="store_true", help="draw over other pictures of the same names")
     group.add_argument(
         "--trace", action="store_true", help="write a page of what happens at each step beside the picture"
@@ -411,6 +411,12 @@ def _add_run(group: Group) -> None:
     group.add_argument("--log-json", action="store_true", help="print a JSON object for each picture, not its path")
     group.add_argument("-v", "--verbose", action="store_true", help="tell what was read and what it cost")
     add_debug(group)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' names nothing: give a path")
+    return Path(text)
 
 
 def _seconds(text: str) -> float:
