@@ -155,7 +155,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     ),
     "cosine scale -1": (
         ["--method", "demofusion", "--cosine-scales", "3", "1", "-1"],
-        "argument --cosine-scales: (3, 1, -1) must be 3 values, each a finite number at least 0",
+        "argument --cosine-scales: 3, 1, -1 must be 3 values, each a finite number at least 0",
     ),
     "cosine scales of another method": (
         ["--cosine-scales", "3", "1", "1"],
@@ -167,7 +167,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     ),
     "guidance interval NaN": (
         ["--guidance-interval", "0", "nan"],
-        "argument --guidance-interval: (0, 'nan') must be 2 values, each a finite number in 0 … 1",
+        "argument --guidance-interval: 0, 'nan' must be 2 values, each a finite number in 0 … 1",
     ),
     "word threshold 2": (
         ["--method", "accdiffusion", "--word-threshold", "2"],

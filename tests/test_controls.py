@@ -305,7 +305,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "scale NaN": (["OK", "--control-scale", "nan"], "--control-scale"),
     "two scales": (
         ["OK", "--control-scale", "1", "--control-scale", "1"],
-        "--control-scale 1.0, 1.0 has 2 for 1 of control",
+        " 1.0, 1.0 has 2 for 1 of control",
     ),
     "interval": (["OK", "--control-interval", "0.5", "1.5"], "--control-interval"),
     "interval backwards": (["OK", "--control-interval", "0.5", "0.2"], "--control-interval 0.5,0.2 must be two shares"),
@@ -325,7 +325,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a picture for a network": (["--control", "hint.png", "--control-image", "hint.png"], "--control hint.png"),
     "a hint without a name": (
         ["--control", "edges.safetensors", "--control-image", ""],
-        "--control-image '' names no fi",
+        "'' names no file",
     ),
     "an interval between two steps": (
         ["OK", "--steps", "10", "--control-interval", "0.51", "0.59"],
@@ -333,8 +333,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "an interval before the steps of img2img": (
         ["OK", "--steps", "10", "--control-interval", "0", "0.6", "--image", "hint.png", "--strength", "0.4"],
-        "--control-interval 0,0.6 holds none of the 4 steps, which begin at 0.6 of the schedule, so that the ControlNet "
-        "would not count: widen it, or give a greater strength",
+        "--control-interval 0,0.6 holds none of the 4 steps, which begin at 0.6 of the schedule, so that the "
+        "ControlNet would not count: widen it, or give a greater strength",
     ),
     "an odd hint": (
         ["--control", "edges.safetensors", "--control-image", "odd.png"],

@@ -101,7 +101,7 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
                 prompt, own = parse_line(line)
             if whole := next((name for name in own if name in of_run), None):
                 raise BadArgument(f"{whole} is for all lines: give {flag_of(whole)} on the command line")
-            own |= {name: _beside(args.prompts, own[name]) for name in FILES if name in own}
+            own |= {name: _beside(args.prompts.parent, name, own[name]) for name in FILES if name in own}
             requests.append(Request(prompt, _settings(prompt, args, own), number, own))
         except (ValueError, BadArgument) as error:
             bad.append(BadLine(args, number, error))
@@ -276,13 +276,13 @@ def _parsed(name: str, spec: Any) -> tuple[str, dict[str, Any]] | None:
         return None
 
 
-def _beside(file: Path, names: Any) -> Any:
-    """The paths of files whose names, one or a list, or regions with masks, stand in a file of prompts."""
-    if isinstance(names, list):
-        return [_beside(file, name) for name in names]
-    if isinstance(names, dict):
-        return {**names, "mask": _beside(file, names["mask"])} if "mask" in names else names
-    return file.parent / names if isinstance(names, str) and names else names
+def _beside(folder: Path, option: str, value: Any) -> Any:
+    """The paths of files whose names, one or a list, or those of the masks of regions, stand in a file of prompts."""
+    if isinstance(value, list):
+        return [each if (option, type(each)) == ("regions", str) else _beside(folder, option, each) for each in value]
+    if isinstance(value, dict):
+        return {**value, "mask": _beside(folder, "mask", value["mask"])} if "mask" in value else value
+    return folder / value if isinstance(value, str) and value else value
 
 
 def _settings(prompt: str, args: argparse.Namespace, own: dict[str, Any]) -> Settings:
