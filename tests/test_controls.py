@@ -142,6 +142,27 @@ def test_a_control_counts_between_its_shares_of_the_steps(tiny_model: Model, con
     assert torch.equal(shown[4][0], second)
 
 
+def test_a_control_that_no_step_reads_is_told_of(
+    quick_folder: Path, control: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """magnify takes a given picture without its first steps, which the settings alone do not say."""
+    hint(128, 128).save(tmp_path / "hint.png")
+    command = ["a", "--model", str(quick_folder), "--device", "cpu", "--method", "magnify", "--steps", "4", "--out"]
+    command += [str(tmp_path / "out"), "--control", str(control), "--control-image", str(tmp_path / "hint.png")]
+    command += ["--image", str(tmp_path / "hint.png")]
+    for interval, is_told in ((["0", "0.2"], True), (["0", "1"], False)):
+        assert main([*command, "--control-interval", *interval]) == 0
+        said = "the ControlNet of --control-interval 0 0.2 was not read: this method evaluates the network in none of"
+        assert (said in capsys.readouterr().err) is is_told
+
+
+def test_the_hint_says_the_size_where_an_image_is_given_too(tiny_model: Model, control: Path) -> None:
+    """The other side of it too where one is given; only its own fits."""
+    own: dict[str, Any] = {"control": str(control), "control_image": hint(64, 128), "image": hint(64, 64)}
+    for given in ({}, {"width": 128}, {"height": 64}):
+        assert Settings(**own, **given).canvas_size(8, 8) == (8, 16)
+
+
 @torch.no_grad()
 def test_several_add_up(tiny_model: Model, control: Path) -> None:
     """Two of one network and hint at scales that add up to 1 are that one."""
