@@ -250,8 +250,10 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
         raise ValueError(f"cuda_graphs=True needs a GPU, and the device is {model.device}: leave it out")
     model.text.skipping(settings.clip_skip)
     for name in ("prompt_2", "negative_prompt_2"):
-        if getattr(settings, name) is not None and model.text.text_encoder_2 is None:
-            raise ValueError(f"{name}={getattr(settings, name)!r} is for a second text encoder, which only SDXL has")
+        if getattr(settings, name) is not None and len(model.text.encoders) < 2:
+            raise ValueError(
+                f"{name}={getattr(settings, name)!r} is for a second text encoder, which this model does not have"
+            )
     if not isinstance(model.unet, UNet):
         _check_for_transformer(settings)
     if callable(check := getattr(settings.method, "check_native", None)):
