@@ -317,7 +317,7 @@ def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> A
     return noise.shifted_for({"native": native, "canvas": canvas, None: min(native, canvas)}[shift])
 
 
-def network_of(model: Model, settings: Settings) -> UNet:
+def network_of(model: Model, settings: Settings) -> Backbone[Any]:
     """The model's network as a run has it: told by the positions of the run where tokens lie, if it has any.
     ValueError where the network has none to change."""
     if settings.positions is None:
