@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
 from cutdiff.checkpoint.read import check_end
 from cutdiff.checkpoint.vae import OtherVAE, read_vae
 from cutdiff.checkpoint.weights import read_weights
+from cutdiff.models.config import UNetConfig
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
 from cutdiff.models.machine import keep_freed_memory
 from cutdiff.models.unet import UNet
@@ -220,8 +222,8 @@ def _read_unet(
     networks = parts.networks
     if blueprint.unet != parts.blueprint.unet:
         with outlined("unet", unet):
-            networks = replace(networks, unet=UNet(blueprint.unet))
-    keys = unet_keys(networks.unet)
+            networks = replace(networks, unet=UNet(cast(UNetConfig, blueprint.unet)))
+    keys = unet_keys(cast(UNet, networks.unet))
     weights = {**parts.weights, "unet": {keys.get(key, key): tensor for key, tensor in unet.items()}}
     files = {name: path for name, path in parts.files.items() if not name.startswith("unet/")}
     sources = {name: str(config) for name in weights if name != "unet"} | parts.sources
@@ -285,7 +287,7 @@ def _read_single(
 def _reading_as(blueprint: Blueprint, unet: Mapping[str, Tensor]) -> Blueprint:
     """The blueprint of a folder for a U-Net from elsewhere, which alone says if it reads a mask: an inpainting model's
     folder serves for the model that it was made from, and that one's for the inpainting model."""
-    return replace(blueprint, unet=replace(blueprint.unet, in_channels=unet_channels(unet)[0]))
+    return replace(blueprint, unet=replace(cast(UNetConfig, blueprint.unet), in_channels=unet_channels(unet)[0]))
 
 
 def _named_files(vae: Path | None, other: OtherVAE) -> dict[str, Path]:

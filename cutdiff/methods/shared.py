@@ -123,6 +123,11 @@ def on_whole_inside(changed: Callable[[int], AbstractContextManager[Denoiser]]) 
     return denoise
 
 
+def on_whole(run: Run, size: Size | None) -> CanvasDenoiser:
+    """D on the whole canvas, which the network is told to have a size in latents; None: its own."""
+    return lambda x, sigma, step: run.denoiser(x, sigma, step, original_size=size, target_size=size)
+
+
 def enlarge(
     run: Run,
     latents: Tensor,
@@ -163,6 +168,13 @@ def scalable(guidance: Any, asked: str) -> Any:
 def step_at(share: float, num_steps: int) -> int:
     """The first of `num_steps` that lies at or after a share of them."""
     return math.ceil(round(share * num_steps, 9))  # 0.28 · 50 is 14, whatever floats say
+
+
+def between(schedule: Schedule, shares: tuple[float, float]) -> Callable[[float], bool]:
+    """Tells for a sigma whether it is one of those of a schedule's steps between two shares of them, or lies there."""
+    first, last = (step_at(share, schedule.num_steps) for share in shares)
+    high, low = schedule.sigmas[first] if first else math.inf, schedule.sigmas[last]
+    return lambda sigma: low < sigma <= high
 
 
 def falling(weight: float, steps: range) -> Weight:

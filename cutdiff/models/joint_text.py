@@ -80,11 +80,16 @@ class T5:
 class FluxText(TextEncoders):
     """The text side of FLUX.1: the context is T5's states, and the pooled state is CLIP's of the prompt's beginning."""
 
+    layer: int = 1
     t5: T5
 
+    @staticmethod
+    def widths(first: Any, second: Any, t5: Any) -> tuple[int, int]:
+        return t5.d_model, first.hidden_size
+
     @property
-    def encoders(self) -> list[Any]:
-        return [*self.clips, self.t5.encoder]
+    def parts(self) -> list[tuple[Any, PreTrainedTokenizerBase]]:
+        return [*super().parts, (self.t5.encoder, self.t5.tokenizer)]
 
     def on(self, device: torch.device) -> Self:
         return replace(super().on(device), t5=self.t5.on(device))

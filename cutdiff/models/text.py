@@ -76,6 +76,11 @@ class TextEncoders:
     encodes_on: torch.device | None = None
     """The device to which encoders are copied for the time of encoding; None: they encode where they are."""
 
+    @staticmethod
+    def widths(first: Any, second: Any, t5: Any) -> tuple[int, int]:
+        """The widths of the context and the pooled state, by the configurations of the encoders that there are."""
+        return first.hidden_size + (second.hidden_size if second else 0), second.projection_dim if second else 0
+
     @property
     def tokenizers(self) -> list[PreTrainedTokenizerBase]:
         return [tokenizer for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer is not None]
@@ -86,9 +91,14 @@ class TextEncoders:
         return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
 
     @property
+    def parts(self) -> list[tuple[Any, PreTrainedTokenizerBase]]:
+        """All encoders and their tokenizers, in the order of a diffusers folder: `text_encoder`, `text_encoder_2`, …"""
+        return [*zip(self.clips, self.tokenizers, strict=True)]
+
+    @property
     def encoders(self) -> list[Any]:
-        """All encoders, in the order of a diffusers folder: `text_encoder`, `text_encoder_2`, …"""
-        return self.clips
+        """All encoders, in the order of `parts`."""
+        return [encoder for encoder, _ in self.parts]
 
     @property
     def device(self) -> torch.device:

@@ -105,6 +105,8 @@ class Work:
     observers: list[Observer] = field(default_factory=list)
     reads_negative: bool = False
     """True once a step has read the negative prompt."""
+    counted: set[Callable[[float], bool]] = field(default_factory=set, repr=False)
+    """The `is_on` of those controls that have counted at a step."""
     flags: Flags = field(default_factory=Flags, repr=False)
     """The flags that kernels set where an estimate of x0 is not finite."""
 
@@ -357,6 +359,7 @@ class Denoiser:
     def with_hints(self, rows: Rows, canvas: Tensor) -> Rows:
         """The rows with the hints of those controls that count at their sigma, gathered as they are from the canvas."""
         controls = self.controls_at(rows.sigma)
+        self.work.counted.update(control.is_on for control in controls)
         if controls and len(canvas) != rows.num_images:
             raise ValueError(
                 f"a ControlNet has hints of whole canvases, and {len(canvas)} items of {rows.num_images} images have "
