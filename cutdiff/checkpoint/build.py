@@ -16,14 +16,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.files import listed
-from cutdiff.checkpoint.kinds import TEXT_ENCODERS, kind_of, networks_of
+from cutdiff.checkpoint.kinds import TEXT_ENCODERS, kind_of, networks_of, t5_length
 from cutdiff.checkpoint.model import MergedLora, Model
 from cutdiff.checkpoint.t5 import TABLE, TIED, T5Part, tie
 from cutdiff.checkpoint.weights import FP8
 from cutdiff.models.backbone import Backbone, Shape
 from cutdiff.models.config import VAEConfig
-from cutdiff.models.joint_text import T5
+from cutdiff.models.joint_text import T5, NoT5
 from cutdiff.models.layers import channels_last
+from cutdiff.models.text import TextEncoders
 from cutdiff.models.vae import VAE
 from cutdiff.sampling.edm import AnyNoise
 from cutdiff.sampling.flow import FlowConfig
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
         CLIPTokenizer,
         T5EncoderModel,
     )
-
-    from cutdiff.models.text import TextEncoders
 
 OTHER_INPUTS = {
     5: "one that also reads a depth map",
@@ -79,7 +78,7 @@ class Blueprint:
     noise: AnyNoise
     zeros_for_empty_negative: bool
     t5: T5Part | None = None
-    """The T5 encoder of a transformer, where it has one."""
+    """The T5 encoder of a transformer; SD3 runs without one too."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,7 +107,7 @@ class Blueprint:
             (self.unet.context_dim, context_dim, f"the {network}'s context width and the text encoders'"),
             (self.unet.pooled_dim, pooled_dim, f"the {network}'s pooled width and the text encoders'"),
         ):
-            if ours != theirs:
+            if theirs is not None and ours != theirs:
                 raise ValueError(f"{what} differ, {ours} and {theirs}: the parts are not of one text-to-image model")
         tokenizers: list[tuple[Any, Any]] = [(self.tokenizer, first), (self.tokenizer_2, second)]
         for tokenizer, encoder in [*tokenizers, (self.t5 and self.t5.tokenizer, t5)]:
@@ -142,7 +141,7 @@ class Networks:
 
     unet: Backbone[Any]
     vae: VAE
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection
     text_encoder_2: CLIPTextModelWithProjection | None
     t5: T5EncoderModel | None = None
 
@@ -163,7 +162,7 @@ def empty_networks(blueprint: Blueprint, keys: Mapping[str, Collection[str]]) ->
     with outlined("vae", keys.get("vae")):
         vae = VAE(blueprint.vae)
     with outlined("text_encoder", keys.get("text_encoder")):
-        first = CLIPTextModel(blueprint.text_encoder)
+        first = (CLIPTextModelWithProjection if kind.text.pools_first else CLIPTextModel)(blueprint.text_encoder)
     with outlined("text_encoder_2", keys.get("text_encoder_2")):
         second = CLIPTextModelWithProjection(blueprint.text_encoder_2) if blueprint.text_encoder_2 else None
     with outlined(last, keys.get(last)):
@@ -234,10 +233,13 @@ def model_of(blueprint: Blueprint, networks: Networks, **origin: Any) -> Model:
 
 
 def _text_encoders(blueprint: Blueprint, networks: Networks) -> TextEncoders:
-    beside: dict[str, Any] = {}
+    kind, beside = kind_of(blueprint.unet), dict[str, Any]()
     if blueprint.t5 and networks.t5:
         beside["t5"] = T5(blueprint.t5.tokenizer, networks.t5, blueprint.t5.length)
-    return kind_of(blueprint.unet).text(
+    elif kind.text is not TextEncoders:
+        dtype = networks.text_encoder.dtype
+        beside["t5"] = NoT5(blueprint.unet.context_dim, t5_length(blueprint.unet), dtype)
+    return kind.text(
         tokenizer=blueprint.tokenizer,
         tokenizer_2=blueprint.tokenizer_2,
         text_encoder=networks.text_encoder,

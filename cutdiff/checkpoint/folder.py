@@ -17,14 +17,15 @@ from cutdiff.checkpoint.configs import unet_config, vae_config
 from cutdiff.checkpoint.fields import boolean
 from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.keys import modern_vae
-from cutdiff.checkpoint.kinds import FLUX, TEXT_ENCODERS, UNET, Kind, t5_length
+from cutdiff.checkpoint.kinds import FLUX, SD3, TEXT_ENCODERS, UNET, Kind, t5_length
 from cutdiff.checkpoint.read import find_weights, read_json, variants
 from cutdiff.checkpoint.schedulers import noise_config
 from cutdiff.checkpoint.single import Parts
 from cutdiff.checkpoint.tokenizer import read_tokenizer
 from cutdiff.checkpoint.weights import read_weights
-from cutdiff.models.config import FLUX_VAE, SD_VAE, SDXL_VAE, UNetConfig, VAEConfig
+from cutdiff.models.config import FLUX_VAE, SD3_VAE, SD_VAE, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.sampling.edm import AnyNoise
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.settings import check_preferred
 
 if TYPE_CHECKING:
@@ -43,11 +44,14 @@ class Layout:
     vae: VAEConfig
     text_layer: int = 1
     t5: bool = False
+    spacing: str | None = None
+    """The rule for the times of a run, where a pipeline of flow matching has one."""
 
 
 SDXL = Layout(UNET, 2, SDXL_VAE, text_layer=2)
 SD = Layout(UNET, 1, SD_VAE)
-FLUX_1 = Layout(FLUX, 1, FLUX_VAE, t5=True)
+FLUX_1 = Layout(FLUX, 1, FLUX_VAE, t5=True, spacing="trailing")
+SD_3 = Layout(SD3, 2, SD3_VAE, text_layer=2, t5=True, spacing="linspace")
 PIPELINES = {
     "StableDiffusionXLPipeline": SDXL,
     "StableDiffusionXLImg2ImgPipeline": SDXL,
@@ -60,6 +64,9 @@ PIPELINES = {
     "FluxPipeline": FLUX_1,
     "FluxImg2ImgPipeline": FLUX_1,
     "FluxInpaintPipeline": FLUX_1,
+    "StableDiffusion3Pipeline": SD_3,
+    "StableDiffusion3Img2ImgPipeline": SD_3,
+    "StableDiffusion3InpaintPipeline": SD_3,
 }
 """The pipelines whose folders are read, and what these have. One model may be saved by any of its family."""
 PREFERRED = "sampling.json"
@@ -89,6 +96,7 @@ def read_blueprint(folder: Path, *, needs_vae: bool = True) -> Blueprint:
         raise ValueError(f"{folder} is a {pipeline}: only {' and '.join(PIPELINES)} folders are read")
     layout = PIPELINES[pipeline]
     kind, is_sd = layout.kind, layout is SD
+    without_t5 = layout is SD_3 and index.get(TEXT_ENCODERS[2]) == [None, None]
     if layout is SDXL and index.get("text_encoder") == [None, None]:
         raise ValueError(f"{folder} is an SDXL refiner, which only finishes pictures: pass the base model")
     if needs_vae and not (folder / "vae").exists():
@@ -96,6 +104,7 @@ def read_blueprint(folder: Path, *, needs_vae: bool = True) -> Blueprint:
     first, tokenizer = _read_text(folder, "text_encoder", "tokenizer")
     second, tokenizer_2 = _read_text(folder, "text_encoder_2", "tokenizer_2") if layout.clips > 1 else (None, None)
     unet = parse(folder / kind.folder / "config.json", _repaired_unet if is_sd else kind.parse)
+    noise = parse(folder / "scheduler" / "scheduler_config.json", _repaired_noise if is_sd else noise_config)
     return Blueprint(
         unet=unet,
         vae=_read_vae(folder / "vae", layout.vae, needed=needs_vae),
@@ -104,9 +113,11 @@ def read_blueprint(folder: Path, *, needs_vae: bool = True) -> Blueprint:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         text_layer=layout.text_layer,
-        noise=parse(folder / "scheduler" / "scheduler_config.json", _repaired_noise if is_sd else noise_config),
+        noise=replace(noise, timestep_spacing=layout.spacing)
+        if isinstance(noise, FlowConfig) and layout.spacing
+        else noise,
         zeros_for_empty_negative=layout is SDXL and parse(index_path, _zeros_for_empty),
-        t5=_read_t5(folder, TEXT_ENCODERS[layout.clips], t5_length(unet)) if layout.t5 else None,
+        t5=_read_t5(folder, TEXT_ENCODERS[layout.clips], t5_length(unet)) if layout.t5 and not without_t5 else None,
     )
 
 

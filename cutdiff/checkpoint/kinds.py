@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from cutdiff.checkpoint.configs import unet_config, unet_to_diffusers
-from cutdiff.checkpoint.transformer_configs import flux_config, flux_to_diffusers
+from cutdiff.checkpoint.transformer_configs import flux_config, flux_to_diffusers, sd3_config, sd3_to_diffusers
 from cutdiff.models.backbone import Backbone, Shape
 from cutdiff.models.config import UNetConfig
 from cutdiff.models.flux import Flux, FluxConfig
-from cutdiff.models.joint_text import FluxText
+from cutdiff.models.joint_text import FluxText, SD3Text
+from cutdiff.models.sd3 import SD3 as SD3Network
+from cutdiff.models.sd3 import SD3Config
 from cutdiff.models.text import TextEncoders
 from cutdiff.models.unet import UNet
 
@@ -34,11 +36,16 @@ class Kind:
     write: Callable[[Any], dict[str, Any]]
     """Configuration -> config.json."""
     text: type[TextEncoders]
+    family: str = ""
+    """The name of the family, where there is one family of the kind."""
+    encoders: int = 0
+    """The number of text encoders, where all models of the kind have as many."""
 
 
 UNET = Kind(UNet, "unet", "UNet2DConditionModel", unet_config, unet_to_diffusers, TextEncoders)
-FLUX = Kind(Flux, "transformer", "FluxTransformer2DModel", flux_config, flux_to_diffusers, FluxText)
-KINDS: dict[type, Kind] = {UNetConfig: UNET, FluxConfig: FLUX}
+FLUX = Kind(Flux, "transformer", "FluxTransformer2DModel", flux_config, flux_to_diffusers, FluxText, "FLUX.1", 2)
+SD3 = Kind(SD3Network, "transformer", "SD3Transformer2DModel", sd3_config, sd3_to_diffusers, SD3Text, "SD3", 3)
+KINDS: dict[type, Kind] = {UNetConfig: UNET, FluxConfig: FLUX, SD3Config: SD3}
 """The kind of each configuration."""
 
 

@@ -12,14 +12,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from cutdiff.checkpoint import edm, folder, lora, single
+from cutdiff.checkpoint import edm, folder, lora, single, transformers
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks, build_model, check_inputs, empty_networks, model_of, outlined
 from cutdiff.checkpoint.embeddings import EmbeddingError, add_embeddings, read_inversion
 from cutdiff.checkpoint.families import Family, family_of
 from cutdiff.checkpoint.files import quoted
-from cutdiff.checkpoint.infer import infer_blueprint, unet_channels
+from cutdiff.checkpoint.infer import infer_blueprint, infer_vae, unet_channels
 from cutdiff.checkpoint.keys import unet_keys
+from cutdiff.checkpoint.kinds import TEXT_ENCODERS, Kind, kind_of
 from cutdiff.checkpoint.locate import locate, name_of
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
@@ -30,6 +31,7 @@ from cutdiff.models.config import UNetConfig
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
 from cutdiff.models.machine import keep_freed_memory
 from cutdiff.models.unet import UNet
+from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.sampling.edm import AnyNoise
 
@@ -244,6 +246,8 @@ def _read_single(
     tensors, metadata = read_weights(source, dtype)
     with _named(source):
         tensors = single.with_averages(tensors)
+        if transformer := transformers.kind_in(tensors):
+            return _read_transformer(tensors, *transformer, source, vae, options, config, dtype)
         if unet := single.lone_unet(tensors):
             if config is None:
                 raise ValueError("a U-Net alone: pass --config FOLDER, whose other networks it then has")
@@ -282,6 +286,55 @@ def _read_single(
         weights["vae"] = other.tensors
         files |= _named_files(vae, other)
     return _Parts(blueprint, networks, weights, files, decided_by, {} if vae is None else {"vae": str(vae)})
+
+
+def _read_transformer(
+    tensors: dict[str, Tensor],
+    kind: Kind,
+    prefix: str,
+    source: Path,
+    vae: Path | None,
+    options: NoiseOptions,
+    config: Path | None,
+    dtype: torch.dtype,
+) -> _Parts:
+    """A file's networks, and for those that it lacks the ones of the folder `config`."""
+    weights = transformers.split(tensors, kind, prefix)
+    if config is None:
+        missing = [name for name in (*TEXT_ENCODERS[: kind.encoders], "vae") if name not in weights]
+        lacking = f" and the networks that it lacks, {', '.join(missing)}" if missing else ""
+        raise ValueError(
+            f"a transformer of {kind.family}, and a file holds no tokenizers: pass --config FOLDER, a diffusers folder of "
+            f"its model, for them, its scheduler{lacking}"
+        )
+    blueprint = folder.read_blueprint(config, needs_vae=vae is None and "vae" not in weights)
+    if kind_of(blueprint.unet) is not kind:
+        raise ValueError(f"its {kind.class_name} does not fit the folder {config}: pass one of its own family")
+    unet = transformers.infer(weights[kind.folder], blueprint.unet)
+    if unet.guidance_dim != blueprint.unet.guidance_dim:
+        reads = "reads the guidance scale" if unet.guidance_dim else "reads no guidance scale"
+        raise ValueError(f"its transformer {reads}, unlike that of {config}: pass the folder of its own model")
+    other = None if vae is None else read_vae(vae, blueprint.vae, dtype=dtype)
+    noise, decided_by = decide_noise(options, blueprint.noise)
+    own_vae = infer_vae(weights["vae"], blueprint.vae) if "vae" in weights else blueprint.vae
+    blueprint = replace(blueprint, unet=unet, noise=noise, vae=other.config if other else own_vae)
+    if other is not None:
+        weights["vae"] = other.tensors
+    elif "vae" in weights:
+        with outlined("vae", weights["vae"]):
+            weights["vae"] = single.convert_vae(weights["vae"], VAE(blueprint.vae))
+    shards = folder.weight_files(config, [name for name in blueprint.names if name not in weights])
+    files = {str(file.relative_to(config)): file for some in shards.values() for file in some}
+    weights = {**weights, **folder.read_folder(shards, dtype)}
+    networks = empty_networks(blueprint, weights)
+    return _Parts(
+        blueprint,
+        networks,
+        folder.named_for(networks, weights),
+        {source.name: source, **files} | ({} if other is None else _named_files(vae, other)),
+        decided_by,
+        dict.fromkeys(shards, str(config)) | ({} if vae is None else {"vae": str(vae)}),
+    )
 
 
 def _reading_as(blueprint: Blueprint, unet: Mapping[str, Tensor]) -> Blueprint:

@@ -18,7 +18,7 @@ from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.configs import vae_to_diffusers
 from cutdiff.checkpoint.fields import DIFFUSERS_VERSION
 from cutdiff.checkpoint.folder import PREFERRED, tokenizer_of
-from cutdiff.checkpoint.kinds import FLUX, TEXT_ENCODERS, Kind, kind_of
+from cutdiff.checkpoint.kinds import FLUX, SD3, TEXT_ENCODERS, Kind, kind_of
 from cutdiff.checkpoint.schedulers import noise_to_diffusers
 from cutdiff.models.backbone import Backbone
 from cutdiff.models.vae import VAE
@@ -95,6 +95,10 @@ def _pipeline(kind: Kind, text: TextEncoders, task: str, zeros_for_empty_negativ
     none = [None, None]
     if kind is FLUX:
         return {"_class_name": "FluxPipeline", "image_encoder": none, "feature_extractor": none}
+    if kind is SD3:
+        without = [] if len(text.parts) > 2 else [TEXT_ENCODERS[2], tokenizer_of(TEXT_ENCODERS[2])]
+        names = ("image_encoder", "feature_extractor", *without)
+        return {"_class_name": "StableDiffusion3Pipeline", **dict.fromkeys(names, none)}
     if text.text_encoder_2 is None:
         beside = {"requires_safety_checker": False, "safety_checker": none, "feature_extractor": none}
         return {"_class_name": f"StableDiffusion{task}Pipeline", **beside}
