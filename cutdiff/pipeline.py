@@ -307,15 +307,15 @@ def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> A
 
 
 def network_of(model: Model, settings: Settings) -> Backbone[Any]:
-    """The model's network as a run has it: told by the positions of the run where tokens lie, if it has any.
-    ValueError where the network has none to change."""
+    """The model's network as a run has it, with the positions of the run where there are any. ValueError where the
+    network has none to change."""
     if settings.positions is None:
         return model.unet
     positions = resolve("positions", settings.positions)
     if not isinstance(model.unet, Positioned):
         raise ValueError(
-            f"positions={name_of('positions', positions)} is for a transformer that turns queries and keys by where "
-            f"tokens lie, and this model has a {type(model.unet).__name__}: leave it out"
+            f"positions={name_of('positions', positions)} is for a transformer that is told where its tokens lie, "
+            f"and this model has a {type(model.unet).__name__}: leave it out"
         )
     return with_positions(model.unet, positions)
 
