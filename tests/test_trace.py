@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,23 @@ def test_attention_of_words_is_that_of_the_network(tiny_model: Model) -> None:
     whole, _ = recorded(tiny_model, method="direct", height=64, width=64)
     windows, _ = recorded(tiny_model, method="multidiffusion", height=64, width=64)  # of one window: the same
     torch.testing.assert_close(whole[0].attention, windows[0].attention)
+
+
+def test_a_network_that_takes_the_rows_apart_gives_no_maps(tiny_model: Model) -> None:
+    """The rows of a guidance pair, one after the other: which of them read the prompt is not known."""
+
+    def method(run: Run) -> list[Stage]:
+        def network(call: Call) -> Tensor:
+            halves = [run.denoiser.evaluate(tuple(part[half::2] for part in call.inputs)) for half in (0, 1)]
+            return torch.stack(halves, dim=1).flatten(0, 1)
+
+        return cutdiff.Settings(method="multidiffusion").method.stages(
+            replace(run, denoiser=replace(run.denoiser, network=network))
+        )
+
+    moments, _ = recorded(tiny_model, method=method)
+    assert [moment.attention for moment in moments] == [None] * 4
+    assert all(len(moment.items[0].estimates) == 6 for moment in moments)
 
 
 @pytest.mark.parametrize(
