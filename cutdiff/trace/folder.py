@@ -22,6 +22,7 @@ from cutdiff.trace.page import finite
 from cutdiff.trace.recorder import Items, Moment
 
 RUN, STEPS, END = "trace.json", "steps.jsonl", "end.json"
+SUFFIX = ".trace"
 
 
 @dataclass(frozen=True)
