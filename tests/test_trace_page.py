@@ -25,7 +25,6 @@ from cutdiff.trace import load, page
 from cutdiff.trace.__main__ import main as compare
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
 pytestmark = pytest.mark.xdist_group("browser")
 
 
@@ -161,9 +160,7 @@ def test_slider_keys_and_playing(browser: Player, drawn: Drawn) -> None:
     assert step() == 2
     browser.click("#play")
     assert browser.value("document.getElementById('play').ariaPressed") == "true"
-    WebDriverWait(browser.driver, 20).until(
-        lambda _: browser.value("document.getElementById('play').ariaPressed") == "false"
-    )
+    browser.wait("document.getElementById('play').ariaPressed === 'false'")
     assert step() == 3
     browser.press(" ")  # the button has the focus
     assert browser.value("document.getElementById('play').ariaPressed") == "true"
