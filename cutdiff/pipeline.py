@@ -250,8 +250,10 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
         raise ValueError(f"cuda_graphs=True needs a GPU, and the device is {model.device}: leave it out")
     model.text.skipping(settings.clip_skip)
     for name in ("prompt_2", "negative_prompt_2"):
-        if getattr(settings, name) is not None and model.text.text_encoder_2 is None:
-            raise ValueError(f"{name}={getattr(settings, name)!r} is for a second text encoder, which only SDXL has")
+        if getattr(settings, name) is not None and len(model.text.encoders) < 2:
+            raise ValueError(
+                f"{name}={getattr(settings, name)!r} is for a second text encoder, which this model does not have"
+            )
     if not isinstance(model.unet, UNet):
         _check_for_transformer(settings)
     if callable(check := getattr(settings.method, "check_native", None)):
@@ -305,15 +307,15 @@ def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> A
 
 
 def network_of(model: Model, settings: Settings) -> Backbone[Any]:
-    """The model's network as a run has it: told by the positions of the run where tokens lie, if it has any.
-    ValueError where the network has none to change."""
+    """The model's network as a run has it, with the positions of the run where there are any. ValueError where the
+    network has none to change."""
     if settings.positions is None:
         return model.unet
     positions = resolve("positions", settings.positions)
     if not isinstance(model.unet, Positioned):
         raise ValueError(
-            f"positions={name_of('positions', positions)} is for a transformer that turns queries and keys by where "
-            f"tokens lie, and this model has a {type(model.unet).__name__}: leave it out"
+            f"positions={name_of('positions', positions)} is for a transformer that is told where its tokens lie, "
+            f"and this model has a {type(model.unet).__name__}: leave it out"
         )
     return with_positions(model.unet, positions)
 

@@ -350,11 +350,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "an interval between two steps": (
         ["OK", "--steps", "10", "--control-interval", "0.51", "0.59"],
-        "--control-interval 0.51,0.59 holds none of the 10 steps, which begin at 0 of the schedule, so that",
+        "--control-interval 0.51,0.59 holds none of the 10 steps that are taken, at 0, 0.1, … 0.9, so",
     ),
     "an interval before the steps of img2img": (
         ["OK", "--steps", "10", "--control-interval", "0", "0.6", "--image", "hint.png", "--strength", "0.4"],
-        "--control-interval 0,0.6 holds none of the 4 steps, which begin at 0.6 of the schedule, so that the "
+        "--control-interval 0,0.6 holds none of the 4 steps that are taken, at 0.6, 0.7, … 0.9, so that the "
         "ControlNet would not count: widen it, or give a greater strength",
     ),
     "an odd hint": (

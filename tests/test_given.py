@@ -124,9 +124,16 @@ def test_objects_are_pictures_too() -> None:
 
 BAD_OBJECTS: dict[str, tuple[Any, str]] = {
     "a number": (3, r"image=3 must be a file, a PIL image, an array \(H, W, 3\) or a tensor \(3, H, W\)"),
-    "channels": (torch.zeros(4, 8, 8), r"image=Tensor of \(4, 8, 8\) must be \(B, 3, H, W\) or less"),
+    "several PIL images": (
+        [two_colors(), two_colors()],
+        r"image=\[<PIL\..*\] must be .* \(3, H, W\); several, as one array \(B, H, W, 3\) or tensor \(B, 3, H, W\)$",
+    ),
+    "channels": (torch.zeros(4, 8, 8), r"image=Tensor of \(4, 8, 8\) must be \(3, H, W\) or \(B, 3, H, W\): move cha"),
     "channels last": (torch.zeros(8, 8, 3), r"image=Tensor of \(8, 8, 3\) must be"),
-    "channels first": (np.zeros((3, 8, 8)), r"image=ndarray of \(3, 8, 8\) must be \(B, H, W, 3\) or less"),
+    "channels first": (
+        np.zeros((3, 8, 8)),
+        r"image=ndarray of \(3, 8, 8\) must be \(H, W, 3\) or \(B, H, W, 3\): move chan",
+    ),
     "nothing": (torch.zeros(3, 0, 8), r"image=Tensor of \(3, 0, 8\) must be"),
     "below 0": (torch.full((3, 8, 8), -1.0), r"holds torch.float32 from -1 to -1: give 8 bits, or floats in \[0, 1\]"),
     "NaN": (torch.full((3, 8, 8), torch.nan), r"holds torch.float32 from nan to nan"),

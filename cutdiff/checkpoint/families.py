@@ -96,11 +96,11 @@ OTHERS = (
     (r".*motion_modules\.", "a motion module (AnimateDiff), which makes a model draw films and is none"),
     (
         r"(model\.diffusion_model\.)?joint_blocks\.",
-        "an SD3 transformer without its first block, so the file is incomplete: download it again",
+        "SD3's transformer without its first block: download it again",
     ),
     (
         r"(model\.diffusion_model\.)?double_blocks\.",
-        "no transformer of FLUX.1, whose first block has other layers, so it is incomplete or of another family",
+        "no whole transformer of FLUX.1: its first block lacks layers",
     ),
     (r"emb_params|clip_l|clip_g|string_to_param", "a textual inversion, which is not built"),
     (r"shared\.weight|encoder\.block\.", "a T5 text encoder alone, which is read as a part of a model's folder"),

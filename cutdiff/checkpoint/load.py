@@ -304,8 +304,8 @@ def _read_transformer(
         missing = [name for name in (*TEXT_ENCODERS[: kind.encoders], "vae") if name not in weights]
         lacking = f" and the networks that it lacks, {', '.join(missing)}" if missing else ""
         raise ValueError(
-            f"a transformer of {kind.family}, and a file holds no tokenizers: pass --config FOLDER, a diffusers folder of "
-            f"its model, for them, its scheduler{lacking}"
+            f"{kind.family} alone, without tokenizers, which no file holds: pass --config FOLDER, a diffusers folder of "
+            f"its model, for these, its scheduler{lacking}"
         )
     blueprint = folder.read_blueprint(config, needs_vae=vae is None and "vae" not in weights)
     if kind_of(blueprint.unet) is not kind:

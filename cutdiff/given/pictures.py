@@ -199,8 +199,9 @@ def _of_object(option: str, value: Any) -> tuple[np.ndarray, list[str]]:
         return _decoded(option, f"{type(value).__name__} of {value.size}", lambda: value.copy())
     is_tensor = not isinstance(value, np.ndarray)
     if is_tensor and not hasattr(value, "detach"):
+        several = "; several, as one array (B, H, W, 3) or tensor (B, 3, H, W)" * isinstance(value, tuple | list)
         raise ValueError(
-            f"{option}={short(value)} must be a file, a PIL image, an array (H, W, 3) or a tensor (3, H, W)"
+            f"{option}={short(value)} must be a file, a PIL image, an array (H, W, 3) or a tensor (3, H, W){several}"
         )
     array: Any = value
     if is_tensor:
@@ -211,7 +212,8 @@ def _of_object(option: str, value: Any) -> tuple[np.ndarray, list[str]]:
     array = array[None] if array.ndim == 3 else array
     said = f"{option}={type(value).__name__} of {tuple(value.shape)}"
     if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
-        raise ValueError(f"{said} must be {'(B, 3, H, W) or less' if is_tensor else '(B, H, W, 3) or less'}")
+        shapes, place = ("(3, H, W) or (B, 3, H, W)", "first") if is_tensor else ("(H, W, 3) or (B, H, W, 3)", "last")
+        raise ValueError(f"{said} must be {shapes}: move channels {place}")
     _check_size(said, array.shape[1] * array.shape[2])
     pixels = np.array(np.broadcast_to(array, (*array.shape[:3], 3)), dtype=np.float32, order="C")
     if array.dtype == np.uint8:

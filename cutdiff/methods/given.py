@@ -67,7 +67,9 @@ def _check_interval(settings: Settings, interval: tuple[float, float]) -> None:
     begin = num_steps - step_at(settings.img2img_strength, num_steps) if is_img2img else 0
     first, last = (step_at(share, num_steps) for share in interval)
     if max(first, begin) >= last:
-        taken = f"the {num_steps - begin} steps, which begin at {begin / num_steps:g} of the schedule"
+        shares = [f"{step / num_steps:.3g}" for step in range(begin, num_steps)]
+        places = ", ".join(shares if len(shares) < 4 else [*shares[:2], f"… {shares[-1]}"])
+        taken = f"the {num_steps - begin} steps that are taken, at {places}"
         raise ValueError(
             f"control_interval={interval[0]:g},{interval[1]:g} holds none of {taken}, so that the ControlNet would not "
             f"count: widen it{', or give a greater strength' * is_img2img}"

@@ -1,18 +1,16 @@
 """HiFlow (Bu et al. 2025, arXiv 2504.06232): pictures that grow, led by the way on which the smaller one came about.
 
-The estimates of x0 at each step of a smaller picture, enlarged, are the reference flow. A larger one is aligned to it
-in three ways (section 3.3): it begins with the enlarged picture and noise; the low band of each estimate x0 is moved to
-that of the reference, ref, by a weight α; and its change from step to step to that of the reference by a weight β. The
-paper writes the latter of velocities, (state − x0) / t. That is for the distance from the reference, δ = x0 − ref:
-δ + β·(t / t'·δ' − δ), where t' and δ' are those of the step before. With t = σ / (1 + σ) both suit any noise. The
-weights fall by equal parts from step to step, to 0 after the last.
+The estimates of x0 at each step of a smaller picture, enlarged, are the reference. A larger picture is aligned to it in
+three ways (section 3.3): it begins with the enlarged picture and noise; the low band of each estimate is moved to that
+of the reference by a weight α, and its change from step to step to that of the reference by a weight β. The paper has
+the latter for velocities, (state − x0) / t. For the distance δ from the reference that is δ + β·(t / t'·δ' − δ), with
+t' and δ' of the step before. With t = σ / (1 + σ) both suit any noise. α and β fall by equal parts, to 0 at the end.
 
 Positions of a transformer are not a part of it: give `--positions ntk,factor=10,proportional=True`, near to the code's.
 Defaults are those of the published code (github.com/Bujiazi/HiFlow) for 2048 and 4096 pixels with FLUX.1-dev: 16 and 10
 of 30 steps. As there, the reference is enlarged in latents, and is what the network says, without the alignment; the
-picture is enlarged in pixels and sharpened by a blur that is drawn. It pads the canvas by a latent in every other step,
-which is not here; and here a larger picture may take more steps than the one before, in which the reference is the
-first that there was.
+picture is enlarged in pixels and sharpened by a blur that is drawn. Its padding of the canvas in every other step is
+not here. A larger picture that takes more steps than the one before has the first reference there was in these.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cutdiff.methods.picture import canvases, first_picture
-from cutdiff.methods.shared import Run, Stages, enlarge, falling, on_whole, step_at, with_guidance_scale
+from cutdiff.methods.shared import Run, Stages, enlarge, falling, on_whole, phase_sizes, step_at, with_guidance_scale
 from cutdiff.methods.trajectory import Trajectory
 from cutdiff.options import Between, Options, Scale, Share
 from cutdiff.sampling.resize import renoise
@@ -71,11 +69,11 @@ class HiFlow(Options):
         return {"strengths": (share, share)}
 
     def stages(self, run: Run) -> Stages:
-        native, larger = canvases(run, DOUBLED if self.factors is None else self.factors)
-        conditioning_size = native if self.size_conditioning == "native" else None
-        denoise = first_picture(replace(run, size=native), on_whole(run, conditioning_size))
+        first, larger = canvases(run, DOUBLED if self.factors is None else self.factors)
+        conditioning_size = phase_sizes(run.size, run.native_size)[0] if self.size_conditioning == "native" else None
+        denoise = first_picture(replace(run, size=first), on_whole(run, conditioning_size))
         before = Trajectory(denoise, run.num_steps, keeps=bool(larger))
-        stages: Stages = [Stage("phase 1", range(run.num_steps), before, native)]
+        stages: Stages = [Stage("phase 1", range(run.num_steps), before, first)]
         run = with_guidance_scale(run, self.detail_guidance_scale)
         for number, size in larger:
             own = Trajectory(on_whole(run, conditioning_size), run.num_steps, keeps=size != run.size)

@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from cutdiff.methods.picture import canvases, first_picture
-from cutdiff.methods.shared import Run, Space, Stages, enlarge, on_whole, with_guidance_scale
+from cutdiff.methods.shared import Run, Space, Stages, enlarge, on_whole, phase_sizes, with_guidance_scale
 from cutdiff.options import Options, Scale
 from cutdiff.sampling.split import Split
 from cutdiff.sampling.stages import Phase, Stage
@@ -54,10 +54,10 @@ class IMax(Options):
         object.__setattr__(self, "held_band", part("split", "held_band", self.held_band))
 
     def stages(self, run: Run) -> Stages:
-        native, larger = canvases(run, ())
-        conditioning_size = native if self.size_conditioning == "native" else None
-        denoise = first_picture(replace(run, size=native), on_whole(run, conditioning_size))
-        stages: Stages = [Stage("native", range(run.num_steps), denoise, native)]
+        first, larger = canvases(run, ())
+        conditioning_size = phase_sizes(run.size, run.native_size)[0] if self.size_conditioning == "native" else None
+        denoise = first_picture(replace(run, size=first), on_whole(run, conditioning_size))
+        stages: Stages = [Stage("native", range(run.num_steps), denoise, first)]
         if not larger:
             return stages
         steps, split = range(run.num_steps, 2 * run.num_steps), resolve("split", self.held_band)
