@@ -20,7 +20,7 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import random_model
 from cutdiff.given.regions import Region
 from cutdiff.plan import main
-from cutdiff.planning.forecast import decoding, outline, sized, walk, weight_bytes
+from cutdiff.planning.forecast import SDXL, decoding, outline, sized, walk, weight_bytes
 from cutdiff.planning.meter import Meter
 from cutdiff.settings import Settings
 from cutdiff.specs import METHODS, SOLVERS
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 def sizes_of(model: Model) -> Model:
     """The same model on the meta device."""
-    return sized(model.unet.config, model.vae.config, model.dtype)
+    return sized(SDXL._replace(network=model.unet.config, vae=model.vae.config, noise=model.noise), model.dtype)
 
 
 @pytest.fixture(scope="module")
