@@ -301,9 +301,9 @@ def one_block_for_all(network: Backbone[Any], meter: Meter) -> Iterator[None]:
 
     with ExitStack() as changes:
         for blocks, skip in network.stacks():
-            first, *others = blocks
-            changes.enter_context(replaced(first, forward=partial(count, first.forward, len(blocks))))
-            for block in others:
+            for first in blocks[:1]:  # a network may have no block of a kind
+                changes.enter_context(replaced(first, forward=partial(count, first.forward, len(blocks))))
+            for block in blocks[1:]:
                 changes.enter_context(replaced(block, forward=skip))
         yield
 
