@@ -43,7 +43,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from cutdiff.checkpoint import load
 from cutdiff.checkpoint import text as clip
-from cutdiff.checkpoint.build import NETWORKS, assign
+from cutdiff.checkpoint.build import assign
 from cutdiff.checkpoint.configs import (
     UNET_FIXED,
     VAE_FIXED,
@@ -56,6 +56,7 @@ from cutdiff.checkpoint.families import SDXL
 from cutdiff.checkpoint.files import LISTED
 from cutdiff.checkpoint.infer import infer_blueprint, infer_unet
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
+from cutdiff.checkpoint.kinds import TEXT_ENCODERS
 from cutdiff.checkpoint.load import load_outline
 from cutdiff.checkpoint.model import sha256
 from cutdiff.checkpoint.schedulers import NOISE_DEFAULTS, SCHEDULERS, noise_config, noise_to_diffusers
@@ -220,7 +221,7 @@ class TestFolder:
 
     def test_diffusers_opens_a_half_precision_folder_in_one_dtype(self, tiny: Tiny, tmp_path: Path) -> None:
         pipeline = StableDiffusionXLPipeline.from_pretrained(tiny.save(tmp_path / "half", torch.float16))
-        assert {getattr(pipeline, name).dtype for name in NETWORKS} == {torch.float32}
+        assert {getattr(pipeline, name).dtype for name in ("unet", "vae", *TEXT_ENCODERS[:2])} == {torch.float32}
 
     def test_diffusers_reads_ours(self, tiny: Tiny, folder: Path) -> None:
         pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
@@ -408,8 +409,8 @@ class TestStrictness:
 
 class TestWrongParts:
     def test_other_pipeline(self, copy: Path) -> None:
-        edit_json(copy / "model_index.json", _class_name="FluxPipeline")
-        with pytest.raises(ValueError, match="is a FluxPipeline"):
+        edit_json(copy / "model_index.json", _class_name="KolorsPipeline")
+        with pytest.raises(ValueError, match="is a KolorsPipeline"):
             load(copy)
 
     @pytest.mark.parametrize(
@@ -694,7 +695,7 @@ class TestConfigs:
     @pytest.mark.parametrize(
         ("field", "value"),
         [
-            ("_class_name", "FlowMatchEulerDiscreteScheduler"),
+            ("_class_name", "FlowMatchLCMScheduler"),
             ("trained_betas", [0.1, 0.2]),
             ("thresholding", True),
             ("use_lu_lambdas", True),

@@ -279,7 +279,7 @@ def vae_to_diffusers(config: VAEConfig, *, sample_size: int) -> dict[str, Any]:
         "force_upcast": config.force_upcast,
         "latents_mean": config.latents_mean,
         "latents_std": config.latents_std,
-        "shift_factor": config.shift_factor or None,
+        "shift_factor": config.shift_factor,
         "use_quant_conv": config.quant_conv,
         "use_post_quant_conv": config.quant_conv,
     }

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
+from cutdiff.checkpoint.kinds import networks_of
 from cutdiff.files import opened
 from cutdiff.models.backbone import Backbone
 from cutdiff.models.controlnet import ControlNet
@@ -98,11 +98,9 @@ class Model:
 
     def bad_weights(self) -> str:
         """A message that names the weights that hold NaN or infinity; empty where there are none."""
-        networks: dict[str, nn.Module] = {"unet": self.unet, "vae": self.vae}
-        networks |= dict(zip(("text_encoder", "text_encoder_2"), self.text.encoders, strict=False))
         bad = {
             f"{name}: {key}": weight
-            for name, network in networks.items()
+            for name, network in networks_of(self.unet, self.vae, self.text.encoders).items()
             for key, weight in network.state_dict().items()
             if weight.is_floating_point() and not (weight if weight.itemsize > 1 else weight.float()).isfinite().all()
         }

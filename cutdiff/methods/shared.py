@@ -170,6 +170,13 @@ def step_at(share: float, num_steps: int) -> int:
     return math.ceil(round(share * num_steps, 9))  # 0.28 · 50 is 14, whatever floats say
 
 
+def between(schedule: Schedule, shares: tuple[float, float]) -> Callable[[float], bool]:
+    """Tells for a sigma whether it is one of those of a schedule's steps between two shares of them, or lies there."""
+    first, last = (step_at(share, schedule.num_steps) for share in shares)
+    high, low = schedule.sigmas[first] if first else math.inf, schedule.sigmas[last]
+    return lambda sigma: low < sigma <= high
+
+
 def falling(weight: float, steps: range) -> Weight:
     """A weight that falls by equal amounts from `weight` at the first of the steps to 0 after the last."""
     return lambda sigma, step: weight * (steps.stop - step) / len(steps)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,12 +69,20 @@ class TextEncoders:
 
     tokenizer: PreTrainedTokenizerBase
     tokenizer_2: PreTrainedTokenizerBase | None
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection
     text_encoder_2: CLIPTextModelWithProjection | None
     layer: int = 2
     """The layer whose states are read, counted from the end: 1 is the last."""
+    pools_first: ClassVar[bool] = False
+    """True where the first encoder has a projected pooled state too."""
     encodes_on: torch.device | None = None
     """The device to which encoders are copied for the time of encoding; None: they encode where they are."""
+
+    @staticmethod
+    def widths(first: Any, second: Any, t5: Any) -> tuple[int | None, int]:
+        """The widths of the context and the pooled state, by the configurations of the encoders that there are; None
+        where these do not say it."""
+        return first.hidden_size + (second.hidden_size if second else 0), second.projection_dim if second else 0
 
     @property
     def tokenizers(self) -> list[PreTrainedTokenizerBase]:
@@ -86,9 +94,14 @@ class TextEncoders:
         return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
 
     @property
+    def parts(self) -> list[tuple[Any, PreTrainedTokenizerBase]]:
+        """All encoders and their tokenizers, in the order of a diffusers folder: `text_encoder`, `text_encoder_2`, …"""
+        return [*zip(self.clips, self.tokenizers, strict=True)]
+
+    @property
     def encoders(self) -> list[Any]:
-        """All encoders, in the order of a diffusers folder: `text_encoder`, `text_encoder_2`, …"""
-        return self.clips
+        """All encoders, in the order of `parts`."""
+        return [encoder for encoder, _ in self.parts]
 
     @property
     def device(self) -> torch.device:
