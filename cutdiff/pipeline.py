@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import resource
 import sys
@@ -21,12 +22,14 @@ from cutdiff.methods.in_regions import in_regions
 from cutdiff.methods.picture import drawn_on
 from cutdiff.methods.redrawn import Redrawn
 from cutdiff.methods.shared import Run, between, stages_of
+from cutdiff.models.backbone import Backbone
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SD15_UNET
+from cutdiff.models.positions import Positioned, with_positions
 from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
-from cutdiff.models.unet import Encoder
+from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
@@ -35,7 +38,9 @@ from cutdiff.sampling.conditioning import Prompts, encode_prompts
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
+from cutdiff.sampling.edm import AnyNoise
 from cutdiff.sampling.finite import explained
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.guidance import Changing, LinearGuidance
 from cutdiff.sampling.masks import MaskedPicture
 from cutdiff.sampling.operators import check_backend
@@ -43,7 +48,7 @@ from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
 from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
 from cutdiff.settings import Settings, check_owned, left_to_model
-from cutdiff.specs import name_of
+from cutdiff.specs import name_of, resolve
 
 CPU_VIEW_BATCH = 16
 """The patches or views at once on a CPU where nobody says; more are not faster there."""
@@ -231,7 +236,7 @@ def _decode(model: Model, latents: Tensor, ranks: Ranks = ALONE, *, clamp: bool 
 def _in_safe_dtype(model: Model, run: Callable[[VAE, torch.dtype], Tensor]) -> tuple[Tensor, torch.dtype]:
     """The output of the VAE in its own dtype, or where it overflows there in float32; and the dtype."""
     for dtype in dict.fromkeys((model.vae_dtype, torch.float32)):
-        same = model.vae.post_quant_conv.weight.dtype == dtype
+        same = model.vae.dtype == dtype
         values = run(model.vae if same else deepcopy(model.vae).to(dtype), dtype)
         if values.is_meta or values.isfinite().all():
             return values, dtype
@@ -245,8 +250,12 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
         raise ValueError(f"cuda_graphs=True needs a GPU, and the device is {model.device}: leave it out")
     model.text.skipping(settings.clip_skip)
     for name in ("prompt_2", "negative_prompt_2"):
-        if getattr(settings, name) is not None and model.text.text_encoder_2 is None:
-            raise ValueError(f"{name}={getattr(settings, name)!r} is for a second text encoder, which only SDXL has")
+        if getattr(settings, name) is not None and len(model.text.encoders) < 2:
+            raise ValueError(
+                f"{name}={getattr(settings, name)!r} is for a second text encoder, which this model does not have"
+            )
+    if not isinstance(model.unet, UNet):
+        _check_for_transformer(settings)
     if callable(check := getattr(settings.method, "check_native", None)):
         check(model.native_size)
     if model.unet.config.guidance_dim and not isinstance(settings.guidance, LinearGuidance):
@@ -255,12 +264,60 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
     if isinstance(settings.guidance, Changing):
         with settings.guidance.changed(model.unet):  # which says so where it cannot change this network
             pass
-    schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, model.noise, settings.num_steps)
+    network_of(model, settings)
+    size = settings.canvas_size(model.native_size, model.factor)
+    noise = _shifted_noise(model, settings, size)
+    schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, noise, settings.num_steps)
     if callable(check := getattr(settings.solver, "check_schedule", None)):
         check(schedule)
-    size = settings.canvas_size(model.native_size, model.factor)
     check_given(model, settings, size, schedule)
     return size, schedule
+
+
+def _check_for_transformer(settings: Settings) -> None:
+    """ValueError where the run needs a U-Net."""
+    for kind, others in (("method", "multidiffusion, cutdiffusion, magnify or climb"), ("guidance", "cfg")):
+        thing = getattr(settings, kind)
+        if what := getattr(thing, "unet_only", ""):
+            name = name_of(kind, thing)
+            raise ValueError(f"{kind}={name} {what} of a U-Net, and this model is a transformer: choose {others}")
+    if settings.control:
+        raise ValueError(f"control={settings.control[0]} is for a U-Net, and this model is a transformer: leave it out")
+
+
+def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> AnyNoise:
+    """The model's noise with the shift of a run on a canvas of `size` latents. ValueError where it has none."""
+    noise, shift = model.noise, settings.shift
+    if not isinstance(noise, FlowConfig):
+        if shift is not None:
+            raise ValueError(f"shift={shift} is for models of flow matching, which this one is not: leave it out")
+        return noise
+    if isinstance(shift, float | int):
+        return noise.shifted_by(shift)
+    if shift is not None and not noise.use_dynamic_shifting:
+        raise ValueError(
+            f"shift={shift!r} is for models whose shift grows with the size, and this one's is {noise.shift:g} always: "
+            "give a number, or leave it out"
+        )
+    patch = model.unet.config.patch
+    native, canvas = (
+        math.prod(-(-side // patch) for side in sides) for sides in ((model.native_size, model.native_size), size)
+    )
+    return noise.shifted_for({"native": native, "canvas": canvas, None: min(native, canvas)}[shift])
+
+
+def network_of(model: Model, settings: Settings) -> Backbone[Any]:
+    """The model's network as a run has it, with the positions of the run where there are any. ValueError where the
+    network has none to change."""
+    if settings.positions is None:
+        return model.unet
+    positions = resolve("positions", settings.positions)
+    if not isinstance(model.unet, Positioned):
+        raise ValueError(
+            f"positions={name_of('positions', positions)} is for a transformer that is told where its tokens lie, "
+            f"and this model has a {type(model.unet).__name__}: leave it out"
+        )
+    return with_positions(model.unet, positions)
 
 
 def _of_family(schedule: Any, model: Model) -> Any:
@@ -311,8 +368,9 @@ def prepare(
     masked = masked_picture(model, settings, size, encodes)
     if model.unet.config.inpaints:
         beside = (masked or MaskedPicture.all_redrawn(size, encodes, model.factor)).beside
+    network = network_of(model, settings)
     denoiser = make_denoiser(
-        unet=model.unet,
+        unet=network,
         timestep=schedule.timestep,
         coefficients=model.noise.coefficients,
         positive=positive,
@@ -321,7 +379,7 @@ def prepare(
         beside=beside,
         guided=between(schedule, settings.guidance_interval),
         factor=model.factor,
-        compiled=_compiled(model.unet, settings),
+        compiled=_compiled(network, settings),
         controls=controls_of(model, settings, schedule, partial(_compiled, settings=settings)),
         ranks=ranks,
         items_of_a_call=settings.view_batch_size,
@@ -377,7 +435,7 @@ def prepare(
     return Prepared(settings, denoiser, draws, size, schedule, denoisers, stages, steps, sources, masked)
 
 
-def _compiled(network: Encoder, settings: Settings) -> Callable[..., Any] | None:
+def _compiled(network: Backbone[Any], settings: Settings) -> Callable[..., Any] | None:
     """The compiled forward pass of a network, where the run is to have any."""
     return compiled(network, cuda_graphs=settings.cuda_graphs) if settings.compile else None
 

@@ -15,7 +15,7 @@ from cutdiff.given.controls import CONTROL_FILES, CONTROLS, check_hints, read_co
 from cutdiff.given.pictures import Picture, as_picture
 from cutdiff.given.regions import as_regions, notices
 from cutdiff.options import Between, Count, Options, Share, checked, options_of, read, short
-from cutdiff.sources import source_hash
+from cutdiff.sources import described, source_hash
 from cutdiff.specs import TABLES
 
 VERSION = "0.1.0"
@@ -31,7 +31,8 @@ PICTURES = ("image", "mask")
 FILES = (*PICTURES, "regions", *CONTROL_FILES)
 """The options that are files."""
 LATER = (
-    "image", "strength", "fit", "invert", "mask", "feather", "place", "regions", "bootstrapping", *CONTROLS,
+    "image", "strength", "fit", "invert", "mask", "feather", "place", "regions", "bootstrapping", *CONTROLS, "shift",
+    "positions",
 )  # fmt: skip
 """The options that old records do not know, which no record names where they have their defaults."""
 OWNERS = {"fit": ("image",), "feather": ("mask", "place"), "bootstrapping": ("regions",)}
@@ -136,8 +137,14 @@ class Settings(Options):
     """A spec, an object with `sigmas(model_noise, num_steps)`, or a list of sigmas that ends with 0."""
     guidance: Any = "cfg"
     """A spec, or a function of (conditional, unconditional, sigma, step)."""
+    positions: Any = None
+    """The way in which a transformer is told where tokens lie beyond its native size, in all methods: a spec, or an
+    object with `angles` and `sharpness`; None: as it was trained. Views of native size have nothing beyond it."""
     num_steps: Count = 50
     """The steps of each phase, where a method draws a cascade of sizes."""
+    shift: Annotated[float, Between(1e-3, 1e3)] | Literal["native", "canvas"] | None = None
+    """The shift of a flow model's times towards noise, a factor, or as its schedule has it for a picture of the
+    "native" size or the "canvas"; None: for the smaller of both, so that a large canvas has the one of the training."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
     """The shares of the steps between which guidance is on; elsewhere the prompt alone is evaluated, at half the cost.
     Both ends are rounded up to whole steps (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""
@@ -167,6 +174,8 @@ class Settings(Options):
         own |= {name: as_picture(name, own[name]) for name in PICTURES}
         own["regions"] = as_regions(own["regions"])
         own |= read_controls(own)
+        if own["positions"] is not None:
+            own["positions"] = specs.part("positions", "positions", own["positions"])
         self._give_strength(own, options)
         things = {kind: specs.resolve(kind, own[kind], options) for kind in TABLES}
         for kind, thing in things.items():
@@ -246,6 +255,8 @@ class Settings(Options):
             own["strength"] = self.img2img_strength
         own |= {name: picture.described() for name, picture in self.pictures().items()}
         own["regions"] = self.regions and [region.described() for region in self.regions]
+        if self.positions is not None and not isinstance(self.positions, str):
+            own["positions"] = described(self.positions)
         if self.control_image:
             own["control_image"] = [hint.described() for hint in self.control_image]
         own = {name: value for name, value in own.items() if name not in LATER or value != getattr(Settings, name)}

@@ -16,9 +16,9 @@ import cutdiff
 from cutdiff import Draws, Settings
 from cutdiff.checkpoint.model import Model
 from cutdiff.evaluation import score
-from cutdiff.methods.magnify import Trajectory
 from cutdiff.methods.picture import canvases
 from cutdiff.methods.shared import Run, stages_of
+from cutdiff.methods.trajectory import Trajectory
 from cutdiff.output.images import to_pil
 from cutdiff.planning.forecast import outline, walk
 from cutdiff.sample import main
@@ -40,6 +40,7 @@ def picture() -> Tensor:
     return score.true_renders(score.scenes(2), 128)[:1].float() / 255
 
 
+LED = ("imax", "hiflow")
 OF_NATIVE = {
     "upscale": 2 * STEPS,
     "magnify": 2 * STEPS,
@@ -47,6 +48,7 @@ OF_NATIVE = {
     "demofusion": 2 * STEPS,
     "accdiffusion": 0,
     "diffusehigh": 2 * STEPS,
+    **dict.fromkeys(LED, 2 * STEPS),
     "freescale": 2 * STEPS,
     "rectifiedhr": 2,
     "frecas": 2,
@@ -66,7 +68,7 @@ def test_a_given_picture_is_the_native_one(method: str, tiny_model: Model) -> No
     assert not torch.allclose(given.images, other.images, atol=0.01), "the picture is looked at"
 
 
-@pytest.mark.parametrize("method", ["magnify,hold=trajectory", "climb", "demofusion", "diffusehigh", "freescale"])
+@pytest.mark.parametrize("method", ["magnify,hold=trajectory", "climb", "demofusion", "diffusehigh", "freescale", *LED])
 def test_it_is_as_if_the_method_had_drawn_it(method: str, tiny_model: Model) -> None:
     """The same large picture comes of a first stage whose estimates are all the picture's latents."""
     image = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))

@@ -37,7 +37,7 @@ SHARED = ("strength",)
 """The options of a run that a method may have too, whose text is read for the one that has it."""
 OF_IMAGE = ("strength", "fit", "invert", "mask", "feather", "place")
 """The options of a run that say what is done with its image."""
-HOW = (*TABLES, "num_steps", "guidance_interval")
+HOW = (*TABLES, "positions", "num_steps", "shift", "guidance_interval")
 """The options of a run that say how a picture is drawn, and neither which one nor where."""
 
 
@@ -240,7 +240,10 @@ def add_how(group: Group) -> None:
     for kind, table in TABLES.items():
         add_option(group, own[kind]._replace(type=str), f"NAME,option=value of {', '.join(table)}, or module:object")
     for name in HOW:
-        if name not in TABLES:
+        if name == "positions":
+            known = f"NAME,option=value of {', '.join(specs.POSITIONS)}, or module:object: where a transformer is told"
+            add_option(group, own[name]._replace(type=str), f"{known} that tokens lie beyond its native size")
+        elif name not in TABLES:
             add_option(group, own[name])
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from cutdiff.checkpoint.model import Model
 from cutdiff.models.attention import recorded_attention, text_levels
 from cutdiff.models.config import Size
+from cutdiff.models.unet import as_unet
 from cutdiff.sampling.denoiser import Call, Observer
 from cutdiff.sampling.operators import Operator, Patches
 from cutdiff.sampling.overlaps import Torus
@@ -145,9 +146,8 @@ class Recorder(Observer):
     def listening(self) -> Iterator[Recorder]:
         """Record the attention over the words for the time of the block; what an error cut short becomes a moment."""
         with ExitStack() as closed:
-            levels = text_levels(self.model.unet)
-            if self.words is not None and self.words.names and levels:
-                recording = recorded_attention(self.model.unet, level=levels[0])
+            if self.words is not None and self.words.names and (levels := text_levels(as_unet(self.model.unet))):
+                recording = recorded_attention(as_unet(self.model.unet), level=levels[0])
                 self.words.maps = closed.enter_context(recording)
             try:
                 yield self
