@@ -33,6 +33,8 @@ METHODS = {
     "accdiffusion": "cutdiff.methods.accdiffusion:AccDiffusion",
     "diffusehigh": "cutdiff.methods.diffusehigh:DiffuseHigh",
     "frecas": "cutdiff.methods.frecas:FreCaS",
+    "imax": "cutdiff.methods.imax:IMax",
+    "hiflow": "cutdiff.methods.hiflow:HiFlow",
     "rectifiedhr": "cutdiff.methods.rectifiedhr:RectifiedHR",
     "upscale": "cutdiff.methods.upscale:Upscale",
     "magnify": "cutdiff.methods.magnify:Magnify",
@@ -73,6 +75,14 @@ SPLITS = {
     "butterworth": "cutdiff.sampling.split:Butterworth",
     "wavelet": "cutdiff.sampling.split:Wavelet",
 }
+POSITIONS = {
+    "as_trained": "cutdiff.models.positions:AsTrained",
+    "interpolation": "cutdiff.models.extrapolation:Interpolation",
+    "ntk": "cutdiff.models.extrapolation:NTK",
+    "yarn": "cutdiff.models.extrapolation:YaRN",
+    "dype": "cutdiff.models.extrapolation:DyPE",
+    "ultraimage": "cutdiff.models.extrapolation:UltraImage",
+}
 UPSCALERS = {
     "bicubic": "cutdiff.methods.upscale:bicubic",
     "bilinear": "cutdiff.methods.upscale:bilinear",
@@ -80,7 +90,7 @@ UPSCALERS = {
 }
 TABLES = {"method": METHODS, "solver": SOLVERS, "schedule": SCHEDULES, "guidance": GUIDANCE}
 """The objects that a run is given, by kind."""
-NAMED = {**TABLES, "split": SPLITS, "upscaler": UPSCALERS}
+NAMED = {**TABLES, "split": SPLITS, "upscaler": UPSCALERS, "positions": POSITIONS}
 """All that has names, the parts too that only options of others are given."""
 SHAPES = {
     "method": "a dataclass with `stages(run)`, or a function of a `Run`",
@@ -89,8 +99,18 @@ SHAPES = {
     "guidance": "a function of (conditional, unconditional, sigma, step)",
     "split": "an object with `low(x)`",
     "upscaler": "a function of (images, size)",
+    "positions": "an object with `angles(…)` and `sharpness(…)`",
 }
 """The shape of an object of each kind."""
+METHODS_OF = {
+    "method": ("stages",),
+    "solver": ("start",),
+    "schedule": ("sigmas",),
+    "guidance": ("begin",),
+    "split": ("low",),
+    "positions": ("angles", "sharpness"),
+}
+"""The methods that an object of a kind has, if it is no function."""
 
 
 _ADDRESS = r"\w[\w.]*:\w+"
@@ -279,8 +299,7 @@ def _valued(options: dict[str, Any], known: dict[str, Option]) -> dict[str, Any]
 
 
 def _fits(kind: str, thing: Any) -> bool:
-    attribute = {"method": "stages", "solver": "start", "schedule": "sigmas", "split": "low"}.get(kind, "")
-    if callable(getattr(thing, attribute, None)) or (kind == "guidance" and callable(getattr(thing, "begin", None))):
+    if kind in METHODS_OF and all(callable(getattr(thing, name, None)) for name in METHODS_OF[kind]):
         return True
     return kind in ("method", "guidance", "upscaler") and callable(thing) and not inspect.isbuiltin(thing)
 

@@ -33,7 +33,7 @@ from cutdiff.output.images import save_json
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import EULER_TERMINAL_ALPHA, NoiseConfig, noise_table
 from cutdiff.sampling.operators import Permutation
-from cutdiff.sampling.schedules import karras_sigmas
+from cutdiff.sampling.spreads import karras_sigmas
 from cutdiff.scenes.world import captions
 
 ORDERS = RESULTS / "order"

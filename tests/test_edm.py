@@ -34,7 +34,8 @@ from cutdiff.models.vae import VAE
 from cutdiff.sample import main
 from cutdiff.sampling.edm import EDMConfig
 from cutdiff.sampling.noise import NoiseConfig
-from cutdiff.sampling.schedules import ModelSchedule, edm_schedule, make_schedule
+from cutdiff.sampling.schedules import ModelSchedule, make_schedule
+from cutdiff.sampling.schedules import only_schedule as edm_schedule
 from cutdiff.sampling.stages import Stage, solve
 from cutdiff.specs import SOLVERS, resolve
 

@@ -225,6 +225,8 @@ def vae_configs(draw: st.DrawFn) -> VAEConfig:
         latent_channels=draw(st.integers(1, 8)),
         norm_groups=draw(st.sampled_from([2, 4])),
         scaling_factor=draw(st.floats(0.1, 2)),
+        shift_factor=draw(st.sampled_from([0.0, 0.0609, -1.5])),
+        quant_conv=draw(st.booleans()),
     )
 
 
@@ -244,7 +246,7 @@ def test_vae_decodes_as_the_published_one(config: VAEConfig, seed: int, batch: i
     latents = torch.randn(batch, config.latent_channels, height, width, generator=generator(seed))
     images = ours.decode(latents)
     assert images.shape == (batch, config.out_channels, height * config.factor, width * config.factor)
-    expected = theirs.decode(latents / config.scaling_factor, return_dict=False)[0]
+    expected = theirs.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
     assert relative_error(images, expected) <= TOLERANCE
 
 
@@ -256,7 +258,7 @@ def test_vae_encodes_as_the_published_one(config: VAEConfig, seed: int, batch: i
     ours, theirs = same_vaes(config, seed)
     images = torch.rand(batch, config.in_channels, height, width, generator=generator(seed)) * 2 - 1
     distribution, expected = ours.encode(images), theirs.encode(images, return_dict=False)[0]
-    assert relative_error(distribution.mean, expected.mean * config.scaling_factor) <= TOLERANCE
+    assert relative_error(distribution.mean, (expected.mean - config.shift_factor) * config.scaling_factor) <= TOLERANCE
     assert relative_error(distribution.std, expected.std * config.scaling_factor) <= TOLERANCE
     unscaled = distribution.logvar - 2 * math.log(config.scaling_factor)
     torch.testing.assert_close(unscaled, expected.logvar, rtol=1e-5, atol=1e-4)

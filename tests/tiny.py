@@ -17,9 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from cutdiff.checkpoint import save_folder
 from cutdiff.checkpoint import text as clip
-from cutdiff.checkpoint.build import NETWORKS
 from cutdiff.checkpoint.families import SD21, SDXL, Family
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
+from cutdiff.checkpoint.kinds import networks_of
 from cutdiff.checkpoint.model import Model
 from cutdiff.models.config import SD15_UNET, SD21_UNET, UNetConfig, VAEConfig
 from cutdiff.models.text import TextEncoders
@@ -32,6 +32,8 @@ WITHOUT_VIEWS = (
     "attention_scaling",
     "scalecrafter",
     "hidiffusion",
+    "imax",
+    "hiflow",
     "rectifiedhr",
     "frecas",
     "diffusehigh",
@@ -214,7 +216,7 @@ def put_in_cache(cache: Path, repository: str, folder: Path) -> None:
 
 
 def networks(model: Model | Tiny) -> dict[str, nn.Module]:
-    return dict(zip(NETWORKS, (model.unet, model.vae, *model.text.encoders), strict=False))
+    return networks_of(model.unet, model.vae, model.text.encoders)
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from threading import get_ident
@@ -16,18 +16,27 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.files import listed
+from cutdiff.checkpoint.kinds import TEXT_ENCODERS, kind_of, networks_of, t5_length
 from cutdiff.checkpoint.model import MergedLora, Model
+from cutdiff.checkpoint.t5 import TABLE, TIED, T5Part, tie
 from cutdiff.checkpoint.weights import FP8
-from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.models.backbone import Backbone, Shape
+from cutdiff.models.config import VAEConfig
+from cutdiff.models.joint_text import T5, NoT5
 from cutdiff.models.layers import channels_last
-from cutdiff.models.unet import UNet
+from cutdiff.models.text import TextEncoders
 from cutdiff.models.vae import VAE
 from cutdiff.sampling.edm import AnyNoise
+from cutdiff.sampling.flow import FlowConfig
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    from cutdiff.models.text import TextEncoders
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5EncoderModel,
+    )
 
 OTHER_INPUTS = {
     5: "one that also reads a depth map",
@@ -42,10 +51,11 @@ FAR_MORE = 2
 """The multiple of its file's tensors beyond which a configuration is of another network, and not a file incomplete."""
 FIRST = {
     "unet": ("conv_in.weight", "input_blocks.0.0.weight"),
+    "transformer": ("proj_out.weight", "final_layer.linear.weight"),
     "vae": ("encoder.conv_in.weight",),
     **dict.fromkeys(
-        ("text_encoder", "text_encoder_2"),
-        (f"{clip.PREFIX}embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
+        TEXT_ENCODERS,
+        (f"{clip.PREFIX}embeddings.token_embedding.weight", "embeddings.token_embedding.weight", TABLE, TIED),
     ),
 }
 """Names of which the weights of a network have one; other files than a network's do not have them."""
@@ -55,7 +65,8 @@ FIRST = {
 class Blueprint:
     """A model without its weights: configurations, tokenizers and the schedule of noise."""
 
-    unet: UNetConfig
+    unet: Shape
+    """The configuration of the network that is sampled with, a U-Net or a transformer."""
     vae: VAEConfig
     text_encoder: CLIPTextConfig
     text_encoder_2: CLIPTextConfig | None
@@ -66,43 +77,51 @@ class Blueprint:
     """The layer of the text encoders that is read, counted from the end: 1 is the last."""
     noise: AnyNoise
     zeros_for_empty_negative: bool
+    t5: T5Part | None = None
+    """The T5 encoder of a transformer; SD3 runs without one too."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the model's networks, as in `Networks`."""
-        return NETWORKS if self.text_encoder_2 else NETWORKS[:-1]
+        """The names of the model's networks, those of a diffusers folder's sub-folders."""
+        count = sum(part is not None for part in (self.text_encoder, self.text_encoder_2, self.t5))
+        return kind_of(self.unet).folder, "vae", *TEXT_ENCODERS[:count]
 
     def __post_init__(self) -> None:
         """Raise ValueError where the parts do not fit each other, naming both numbers."""
         first, second = self.text_encoder, self.text_encoder_2
+        t5, kind = self.t5.config if self.t5 else None, kind_of(self.unet)
+        network = "U-Net" if kind.folder == "unet" else kind.folder
+        context_dim, pooled_dim = kind.text.widths(first, second, t5)
         check_inputs(self.unet.in_channels, self.unet.out_channels)
         for ours, theirs, what in (
             (
                 self.unet.out_channels if self.unet.inpaints else self.unet.in_channels,
                 self.vae.latent_channels,
-                "channels of the U-Net's input and of the VAE's latents",
-            ),
-            (self.unet.out_channels, self.vae.latent_channels, "channels of the U-Net's output and the VAE's latents"),
-            (
-                self.unet.context_dim,
-                first.hidden_size + (second.hidden_size if second else 0),
-                "the U-Net's context width and the text encoders' together",
+                f"channels of the {network}'s input and of the VAE's latents",
             ),
             (
-                self.unet.pooled_dim,
-                second.projection_dim if second else 0,
-                "the U-Net's pooled width and the second text encoder's projection",
+                self.unet.out_channels,
+                self.vae.latent_channels,
+                f"channels of the {network}'s output and the VAE's latents",
             ),
+            (self.unet.context_dim, context_dim, f"the {network}'s context width and the text encoders'"),
+            (self.unet.pooled_dim, pooled_dim, f"the {network}'s pooled width and the text encoders'"),
         ):
-            if ours != theirs:
+            if theirs is not None and ours != theirs:
                 raise ValueError(f"{what} differ, {ours} and {theirs}: the parts are not of one text-to-image model")
-        for tokenizer, encoder in ((self.tokenizer, first), (self.tokenizer_2, second)):
+        tokenizers: list[tuple[Any, Any]] = [(self.tokenizer, first), (self.tokenizer_2, second)]
+        for tokenizer, encoder in [*tokenizers, (self.t5 and self.t5.tokenizer, t5)]:
             if tokenizer and encoder and (last := max(tokenizer.get_vocab().values())) >= encoder.vocab_size:
                 raise ValueError(
                     f"the tokenizer has ids to {last}, its encoder only {encoder.vocab_size} tokens: "
                     "take both from one model"
                 )
         lengths = [tokenizer.model_max_length for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer]
+        if isinstance(self.noise, FlowConfig) != (kind.folder == "transformer"):
+            raise ValueError(
+                f"a {network} and {type(self.noise).__name__.removesuffix('Config')} noise do not fit each other, only "
+                "transformers with flow matching: take the scheduler and the network from one model"
+            )
         if len({*lengths}) > 1:
             raise ValueError(f"the tokenizers cut prompts at different lengths, {lengths[0]} and {lengths[1]} tokens")
 
@@ -118,35 +137,37 @@ def check_inputs(inputs: int, outputs: int) -> None:
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of a model; the names of the fields are those of a diffusers folder's sub-folders."""
+    """The networks of a model."""
 
-    unet: UNet
+    unet: Backbone[Any]
     vae: VAE
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection
     text_encoder_2: CLIPTextModelWithProjection | None
+    t5: T5EncoderModel | None = None
 
     def named(self) -> dict[str, nn.Module]:
-        """The networks that the model has, by field name."""
-        return {name: network for name in NETWORKS if (network := getattr(self, name)) is not None}
-
-
-NETWORKS = tuple(field.name for field in fields(Networks))
+        """The networks that the model has, by the names of a diffusers folder's sub-folders."""
+        texts = (self.text_encoder, self.text_encoder_2, self.t5)
+        return networks_of(self.unet, self.vae, [encoder for encoder in texts if encoder is not None])
 
 
 def empty_networks(blueprint: Blueprint, keys: Mapping[str, Collection[str]]) -> Networks:
     """The networks on the meta device, which have keys and shapes but take no memory. `keys` has the names in the files
     of those that are read. The errors are those of `outlined`."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-    with outlined("unet", keys.get("unet")):
-        unet = UNet(blueprint.unet)
+    kind, last = kind_of(blueprint.unet), blueprint.names[-1]
+    with outlined(kind.folder, keys.get(kind.folder)):
+        unet = kind.network(blueprint.unet)
     with outlined("vae", keys.get("vae")):
         vae = VAE(blueprint.vae)
     with outlined("text_encoder", keys.get("text_encoder")):
-        first = CLIPTextModel(blueprint.text_encoder)
+        first = (CLIPTextModelWithProjection if kind.text.pools_first else CLIPTextModel)(blueprint.text_encoder)
     with outlined("text_encoder_2", keys.get("text_encoder_2")):
         second = CLIPTextModelWithProjection(blueprint.text_encoder_2) if blueprint.text_encoder_2 else None
-    return Networks(unet, vae, first, second)
+    with outlined(last, keys.get(last)):
+        t5 = T5EncoderModel(blueprint.t5.config) if blueprint.t5 else None
+    return Networks(unet, vae, first, second, t5)
 
 
 @contextmanager
@@ -212,14 +233,19 @@ def model_of(blueprint: Blueprint, networks: Networks, **origin: Any) -> Model:
 
 
 def _text_encoders(blueprint: Blueprint, networks: Networks) -> TextEncoders:
-    from cutdiff.models.text import TextEncoders
-
-    return TextEncoders(
+    kind, beside = kind_of(blueprint.unet), dict[str, Any]()
+    if blueprint.t5 and networks.t5:
+        beside["t5"] = T5(blueprint.t5.tokenizer, networks.t5, blueprint.t5.length)
+    elif kind.text is not TextEncoders:
+        dtype = networks.text_encoder.dtype
+        beside["t5"] = NoT5(blueprint.unet.context_dim, t5_length(blueprint.unet), dtype)
+    return kind.text(
         tokenizer=blueprint.tokenizer,
         tokenizer_2=blueprint.tokenizer_2,
         text_encoder=networks.text_encoder,
         text_encoder_2=networks.text_encoder_2,
         layer=blueprint.text_layer,
+        **beside,
     )
 
 
@@ -228,6 +254,7 @@ def assign(
 ) -> None:
     """Put `tensors` in the place of a meta network's parameters, and make it ready to run without gradients.
 
+    In float16, layers of transformers' encoders that are known to overflow there stay in float32, as by transformers.
     Raises ValueError, headed by `name`, that lists missing, unexpected and mis-shaped keys, and keys that hold
     integers.
     """
@@ -253,8 +280,11 @@ def assign(
         raise ValueError(
             f"{name}: the weights do not fit the network: {_why_not({*filter(problems.get, problems)})}. Keys {kinds}"
         )
-    network.load_state_dict({key: tensors[key].to(device, dtype) for key in expected}, strict=True, assign=True)
+    wide = getattr(network, "_keep_in_fp32_modules", None) or () if dtype == torch.float16 else ()
+    dtypes = {key: dtype if {*wide}.isdisjoint(key.split(".")) else torch.float32 for key in expected}
+    network.load_state_dict({key: tensors[key].to(device, dtypes[key]) for key in expected}, strict=True, assign=True)
     clip.materialise_positions(network, device)
+    tie(network)
     network.eval().requires_grad_(False)
     if device.type != "cpu":  # on a CPU it would copy mapped weights; elsewhere they are copies anyway
         channels_last(network)

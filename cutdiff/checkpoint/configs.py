@@ -14,6 +14,7 @@ from cutdiff.checkpoint.fields import (
     boolean,
     factor,
     integer,
+    offset,
     per_channel,
     per_level,
     refuse_unknown,
@@ -118,9 +119,6 @@ NO_CONTROL = (
 
 VAE_FIXED: dict[str, Any] = {
     "act_fn": "silu",
-    "shift_factor": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
 VAE_DEFAULTS: dict[str, Any] = {
@@ -136,6 +134,9 @@ VAE_DEFAULTS: dict[str, Any] = {
     "force_upcast": True,
     "latents_mean": None,
     "latents_std": None,
+    "shift_factor": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
 }
 VAE_IGNORED = {"sample_size"}
 
@@ -240,6 +241,9 @@ def vae_config(config: Mapping[str, Any]) -> VAEConfig:
     for name in ("down_block_types", "up_block_types"):
         if sequence(fields, name) != [VAE_DEFAULTS[name][0]] * len(channels):
             unsupported(name, fields[name], f"{VAE_DEFAULTS[name][0]!r} for each of {len(channels)} levels")
+    quant_conv = boolean(fields, "use_quant_conv")
+    if boolean(fields, "use_post_quant_conv") != quant_conv:
+        unsupported("use_post_quant_conv", fields["use_post_quant_conv"], f"{quant_conv}, as use_quant_conv is")
     return VAEConfig(
         in_channels=integer(fields, "in_channels"),
         out_channels=integer(fields, "out_channels"),
@@ -251,6 +255,8 @@ def vae_config(config: Mapping[str, Any]) -> VAEConfig:
         force_upcast=boolean(fields, "force_upcast"),
         latents_mean=per_channel(fields, "latents_mean"),
         latents_std=per_channel(fields, "latents_std"),
+        shift_factor=offset(fields, "shift_factor"),
+        quant_conv=quant_conv,
     )
 
 
@@ -273,6 +279,9 @@ def vae_to_diffusers(config: VAEConfig, *, sample_size: int) -> dict[str, Any]:
         "force_upcast": config.force_upcast,
         "latents_mean": config.latents_mean,
         "latents_std": config.latents_std,
+        "shift_factor": config.shift_factor,
+        "use_quant_conv": config.quant_conv,
+        "use_post_quant_conv": config.quant_conv,
     }
 
 

@@ -94,10 +94,16 @@ OTHERS = (
     ),
     (r"image_proj\.|ip_adapter\.", "an IP-Adapter, which guides a model and is none"),
     (r".*motion_modules\.", "a motion module (AnimateDiff), which makes a model draw films and is none"),
-    (r"(model\.diffusion_model\.)?joint_blocks\.", "an SD 3 model, whose transformer is not built here"),
-    (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux model, whose transformer is not built here"),
+    (
+        r"(model\.diffusion_model\.)?joint_blocks\.",
+        "SD3's transformer without its first block: download it again",
+    ),
+    (
+        r"(model\.diffusion_model\.)?double_blocks\.",
+        "no whole transformer of FLUX.1: its first block lacks layers",
+    ),
     (r"emb_params|clip_l|clip_g|string_to_param", "a textual inversion, which is not built"),
-    (r"shared\.weight|encoder\.block\.", "a T5 text encoder, which models of the families read here do not have"),
+    (r"shared\.weight|encoder\.block\.", "a T5 text encoder alone, which is read as a part of a model's folder"),
     (r"decoder\.layers\.|encoder\.layers\.\d+\.(conv|weight)", "a tiny autoencoder (TAESD), which is not built here"),
     (
         r"down_blocks\.|text_model\.|encoder\.layers\.|embeddings\.",

@@ -70,6 +70,14 @@ def factor(fields: Mapping[str, Any], name: str) -> float:
     return value
 
 
+def offset(fields: Mapping[str, Any], name: str) -> float:
+    """The field as a number, not so large that it must be a mistake; null is 0."""
+    value = fields[name] or 0.0
+    if type(value) not in (int, float) or not abs(value) <= MAX_FACTOR:
+        unsupported(name, value, f"a number from {-MAX_FACTOR:g} to {MAX_FACTOR:g}")
+    return value
+
+
 def sequence(fields: Mapping[str, Any], name: str) -> list[Any]:
     """The field as a list that has an entry for each level, whatever the entries are."""
     if not isinstance(fields[name], list | tuple) or not 1 <= len(fields[name]) <= MAX_LEVELS:

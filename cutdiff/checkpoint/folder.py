@@ -3,49 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
+from cutdiff.checkpoint import t5
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks
 from cutdiff.checkpoint.configs import unet_config, vae_config
 from cutdiff.checkpoint.fields import boolean
 from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.keys import modern_vae
+from cutdiff.checkpoint.kinds import FLUX, SD3, TEXT_ENCODERS, UNET, Kind, t5_length
 from cutdiff.checkpoint.read import find_weights, read_json, variants
 from cutdiff.checkpoint.schedulers import noise_config
 from cutdiff.checkpoint.single import Parts
 from cutdiff.checkpoint.tokenizer import read_tokenizer
 from cutdiff.checkpoint.weights import read_weights
-from cutdiff.models.config import SD_VAE, SDXL_VAE, UNetConfig, VAEConfig
+from cutdiff.models.config import FLUX_VAE, SD3_VAE, SD_VAE, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.sampling.edm import AnyNoise
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.settings import check_preferred
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The networks in the folder of a pipeline, and a VAE of its family."""
+
+    kind: Kind
+    clips: int
+    """The number of CLIP's encoders."""
+    vae: VAEConfig
+    text_layer: int = 1
+    t5: bool = False
+    spacing: str | None = None
+    """The rule for the times of a run, where a pipeline of flow matching has one."""
+
+
+SDXL = Layout(UNET, 2, SDXL_VAE, text_layer=2)
+SD = Layout(UNET, 1, SD_VAE)
+FLUX_1 = Layout(FLUX, 1, FLUX_VAE, t5=True, spacing="trailing")
+SD_3 = Layout(SD3, 2, SD3_VAE, text_layer=2, t5=True, spacing="linspace")
 PIPELINES = {
-    "StableDiffusionXLPipeline": True,
-    "StableDiffusionXLImg2ImgPipeline": True,
-    "StableDiffusionXLInpaintPipeline": True,
-    "StableDiffusionPipeline": False,
-    "StableDiffusionImg2ImgPipeline": False,
-    "StableDiffusionInpaintPipeline": False,
-    "LatentConsistencyModelPipeline": False,
-    "LatentConsistencyModelImg2ImgPipeline": False,
+    "StableDiffusionXLPipeline": SDXL,
+    "StableDiffusionXLImg2ImgPipeline": SDXL,
+    "StableDiffusionXLInpaintPipeline": SDXL,
+    "StableDiffusionPipeline": SD,
+    "StableDiffusionImg2ImgPipeline": SD,
+    "StableDiffusionInpaintPipeline": SD,
+    "LatentConsistencyModelPipeline": SD,
+    "LatentConsistencyModelImg2ImgPipeline": SD,
+    "FluxPipeline": FLUX_1,
+    "FluxImg2ImgPipeline": FLUX_1,
+    "FluxInpaintPipeline": FLUX_1,
+    "StableDiffusion3Pipeline": SD_3,
+    "StableDiffusion3Img2ImgPipeline": SD_3,
+    "StableDiffusion3InpaintPipeline": SD_3,
 }
-"""The pipelines whose folders are read, and whether they have two text encoders. One model may be saved by any."""
+"""The pipelines whose folders are read, and what these have. One model may be saved by any of its family."""
 PREFERRED = "sampling.json"
 """The file, which diffusers does not read, that says the preferred options of a run."""
 OLD_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
 OLD_SIZE = 64
 """The least native size, in latents, in a configuration that was written before release 0.9. Like OLD_SCHEDULER it
 repairs mistakes in early folders of SD 1, as diffusers' StableDiffusionPipeline does."""
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+STEMS: dict[str, str] = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model")
 """The names of weight files without their suffix; a network that is not listed has `model`."""
 
 
@@ -64,23 +94,30 @@ def read_blueprint(folder: Path, *, needs_vae: bool = True) -> Blueprint:
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
         raise ValueError(f"{folder} is a {pipeline}: only {' and '.join(PIPELINES)} folders are read")
-    has_two = PIPELINES[pipeline]
-    if has_two and index.get("text_encoder") == [None, None]:
+    layout = PIPELINES[pipeline]
+    kind, is_sd = layout.kind, layout is SD
+    without_t5 = layout is SD_3 and index.get(TEXT_ENCODERS[2]) == [None, None]
+    if layout is SDXL and index.get("text_encoder") == [None, None]:
         raise ValueError(f"{folder} is an SDXL refiner, which only finishes pictures: pass the base model")
     if needs_vae and not (folder / "vae").exists():
         raise ValueError(f"{folder} has no vae: pass one as --vae")
     first, tokenizer = _read_text(folder, "text_encoder", "tokenizer")
-    second, tokenizer_2 = _read_text(folder, "text_encoder_2", "tokenizer_2") if has_two else (None, None)
+    second, tokenizer_2 = _read_text(folder, "text_encoder_2", "tokenizer_2") if layout.clips > 1 else (None, None)
+    unet = parse(folder / kind.folder / "config.json", _repaired_unet if is_sd else kind.parse)
+    noise = parse(folder / "scheduler" / "scheduler_config.json", _repaired_noise if is_sd else noise_config)
     return Blueprint(
-        unet=parse(folder / "unet" / "config.json", unet_config if has_two else _repaired_unet),
-        vae=_read_vae(folder / "vae", SDXL_VAE if has_two else SD_VAE, needed=needs_vae),
+        unet=unet,
+        vae=_read_vae(folder / "vae", layout.vae, needed=needs_vae),
         text_encoder=first,
         text_encoder_2=second,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
-        text_layer=2 if second else 1,
-        noise=parse(folder / "scheduler" / "scheduler_config.json", noise_config if has_two else _repaired_noise),
-        zeros_for_empty_negative=has_two and parse(index_path, _zeros_for_empty),
+        text_layer=layout.text_layer,
+        noise=replace(noise, timestep_spacing=layout.spacing)
+        if isinstance(noise, FlowConfig) and layout.spacing
+        else noise,
+        zeros_for_empty_negative=layout is SDXL and parse(index_path, _zeros_for_empty),
+        t5=_read_t5(folder, TEXT_ENCODERS[layout.clips], t5_length(unet)) if layout.t5 and not without_t5 else None,
     )
 
 
@@ -128,14 +165,30 @@ def named_for(networks: Networks, weights: Parts) -> Parts:
     """The same tensors under the networks' own keys, which those of text encoders are not in all releases."""
     named = networks.named()
     return {
-        name: clip.named_for(named[name], tensors) if name.startswith("text") else tensors
+        name: text_named_for(named[name], tensors) if name in TEXT_ENCODERS else tensors
         for name, tensors in weights.items()
     }
+
+
+def text_named_for(encoder: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a text encoder under its own keys."""
+    return t5.with_both_names(tensors) if t5.TABLE in encoder.state_dict() else clip.named_for(encoder, tensors)
 
 
 def _read_text(folder: Path, encoder: str, tokenizer: str) -> tuple[CLIPTextConfig, CLIPTokenizer]:
     config = parse(folder / encoder / "config.json", clip.clip_config)
     return config, read_tokenizer(folder / tokenizer, config.max_position_embeddings)
+
+
+def tokenizer_of(encoder: str) -> str:
+    """The sub-folder of the tokenizer of a text encoder, by that one's sub-folder."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def _read_t5(folder: Path, encoder: str, length: int) -> t5.T5Part:
+    config = parse(folder / encoder / "config.json", t5.t5_config)
+    tokenizer = t5.read_t5_tokenizer(folder / tokenizer_of(encoder), length)
+    return t5.T5Part(config, tokenizer, min(length, tokenizer.model_max_length))
 
 
 def _read_vae(folder: Path, family: VAEConfig, *, needed: bool) -> VAEConfig:

@@ -34,7 +34,7 @@ def infer_blueprint(parts: Parts, family: Family, noise: AnyNoise, vae: VAEConfi
 
     Raises ValueError where a key that shows a size is missing, or the cache has no tokenizer.
     """
-    shapes = {name: _Shapes(name, part) for name, part in parts.items()}
+    shapes = {name: Shapes(name, part) for name, part in parts.items()}
     tokenizer = cached_tokenizer()
     encoders, tokenizers = [], []
     for text in family.texts:
@@ -56,7 +56,7 @@ def infer_blueprint(parts: Parts, family: Family, noise: AnyNoise, vae: VAEConfi
 
 
 @dataclass(frozen=True)
-class _Shapes:
+class Shapes:
     """The shapes of one network's tensors; `name` is the network's, for errors."""
 
     name: str
@@ -76,14 +76,14 @@ class _Shapes:
 
 def unet_channels(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """The channels of a U-Net's input and output, in either layout. ValueError where a key is missing."""
-    shapes = _Shapes("unet", tensors)
+    shapes = Shapes("unet", tensors)
     first, last = ("conv_in", "conv_out") if "conv_in.weight" in tensors else ("input_blocks.0.0", "out.2")
     return shapes.of(f"{first}.weight")[1], shapes.of(f"{last}.weight")[0]
 
 
 def infer_unet(tensors: Mapping[str, Tensor], pooled_dim: int, family: Family, prediction_type: str) -> UNetConfig:
     """The sizes of a U-Net in the original layout; what no shape shows is as in its family."""
-    shapes = _Shapes("unet", tensors)
+    shapes = Shapes("unet", tensors)
     in_channels, out_channels = unet_channels(tensors)
     channels, layers = _levels(shapes)
     depths = _depths(layers)
@@ -119,7 +119,7 @@ def infer_unet(tensors: Mapping[str, Tensor], pooled_dim: int, family: Family, p
 
 def infer_control(tensors: Mapping[str, Tensor], unet: UNetConfig) -> ControlNetConfig:
     """The sizes of a ControlNet in either layout; what no shape shows is as in the U-Net that it is for."""
-    shapes = _Shapes("ControlNet", tensors)
+    shapes = Shapes("ControlNet", tensors)
     if f"{HINT}.0.weight" in tensors:
         channels, layers = _levels(shapes)
         first, mid = "input_blocks.0.0", "middle_block.1"
@@ -142,7 +142,8 @@ def infer_control(tensors: Mapping[str, Tensor], unet: UNetConfig) -> ControlNet
     if attended:
         projection = shapes.of(attended[0].partition("transformer_blocks")[0] + "proj_in.weight")
         changed = {"context_dim": shapes.of(attended[0])[1], "linear_projections": len(projection) == 2}
-    heads = unet.num_heads if len(unet.num_heads) == len(channels) else (1,) * len(channels)
+    is_alike = tuple(channels) == unet.channels
+    heads, groups = (unet.num_heads, unet.norm_groups) if is_alike else ((1,) * len(channels), 1)
     return ControlNetConfig(
         replace(
             unet,
@@ -153,6 +154,7 @@ def infer_control(tensors: Mapping[str, Tensor], unet: UNetConfig) -> ControlNet
             mid_transformer_layers=shapes.count(f"{mid}.transformer_blocks."),
             up_transformer_layers=None,
             num_heads=heads,
+            norm_groups=groups,
             **changed,
         ),
         hint_widths=tuple(shapes.of(f"{name}.weight")[0] for name in convolutions[:-1:2]),
@@ -160,7 +162,7 @@ def infer_control(tensors: Mapping[str, Tensor], unet: UNetConfig) -> ControlNet
     )
 
 
-def _levels(shapes: _Shapes) -> tuple[list[int], list[list[int]]]:
+def _levels(shapes: Shapes) -> tuple[list[int], list[list[int]]]:
     """The channels of each level in the original layout, and the depth of the transformer of each of its layers."""
     channels: list[int] = [shapes.of("input_blocks.0.0.weight")[0]]
     layers: list[list[int]] = [[]]
@@ -180,7 +182,7 @@ def _depths(layers: Sequence[Sequence[int]]) -> tuple[int | tuple[int, ...], ...
 
 def infer_vae(tensors: Mapping[str, Tensor], like: VAEConfig) -> VAEConfig:
     """The sizes of a VAE in the original or the diffusers layout; what no shape shows is as in `like`."""
-    shapes = _Shapes("vae", tensors)
+    shapes = Shapes("vae", tensors)
     level, layer = ("down", "block") if shapes.count("encoder.down.") else ("down_blocks", "resnets")
     levels = range(shapes.count(f"encoder.{level}."))
     return replace(
@@ -189,11 +191,12 @@ def infer_vae(tensors: Mapping[str, Tensor], like: VAEConfig) -> VAEConfig:
         out_channels=shapes.of("decoder.conv_out.weight")[0],
         channels=tuple(shapes.of(f"encoder.{level}.{i}.{layer}.0.conv1.weight")[0] for i in levels),
         layers_per_block=shapes.count(f"encoder.{level}.0.{layer}."),
-        latent_channels=shapes.of("post_quant_conv.weight")[0],
+        latent_channels=shapes.of("decoder.conv_in.weight")[1],
+        quant_conv="quant_conv.weight" in tensors,
     )
 
 
-def _infer_text(shapes: _Shapes, tokenizer: CLIPTokenizer, activation: str) -> CLIPTextConfig:
+def _infer_text(shapes: Shapes, tokenizer: CLIPTokenizer, activation: str) -> CLIPTextConfig:
     vocab_size, width = shapes.of(f"{clip.PREFIX}embeddings.token_embedding.weight")
     sizes = {
         "vocab_size": vocab_size,

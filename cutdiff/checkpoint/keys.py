@@ -87,7 +87,7 @@ def vae_keys(vae: VAE) -> dict[str, str]:
     Shapes are the same except for attention weights, (C, C, 1, 1) in the original and (C, C) in diffusers.
     """
     config = vae.config
-    modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    modules = {name: name for name in ("quant_conv", "post_quant_conv")}
     resnets: dict[str, str] = {}
     levels = len(config.channels)
     for side in ("encoder", "decoder"):

@@ -7,27 +7,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from cutdiff.checkpoint import edm, folder, lora, single
+from cutdiff.checkpoint import edm, folder, lora, single, transformers
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.build import Blueprint, Networks, build_model, check_inputs, empty_networks, model_of, outlined
 from cutdiff.checkpoint.embeddings import EmbeddingError, add_embeddings, read_inversion
 from cutdiff.checkpoint.families import Family, family_of
 from cutdiff.checkpoint.files import quoted
-from cutdiff.checkpoint.infer import infer_blueprint, unet_channels
+from cutdiff.checkpoint.infer import infer_blueprint, infer_vae, unet_channels
 from cutdiff.checkpoint.keys import unet_keys
+from cutdiff.checkpoint.kinds import TEXT_ENCODERS, Kind, kind_of
 from cutdiff.checkpoint.locate import locate, name_of
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
 from cutdiff.checkpoint.read import check_end
 from cutdiff.checkpoint.vae import OtherVAE, read_vae
 from cutdiff.checkpoint.weights import read_weights
+from cutdiff.models.config import UNetConfig
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
 from cutdiff.models.machine import keep_freed_memory
 from cutdiff.models.unet import UNet
+from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.sampling.edm import AnyNoise
 
@@ -220,8 +224,8 @@ def _read_unet(
     networks = parts.networks
     if blueprint.unet != parts.blueprint.unet:
         with outlined("unet", unet):
-            networks = replace(networks, unet=UNet(blueprint.unet))
-    keys = unet_keys(networks.unet)
+            networks = replace(networks, unet=UNet(cast(UNetConfig, blueprint.unet)))
+    keys = unet_keys(cast(UNet, networks.unet))
     weights = {**parts.weights, "unet": {keys.get(key, key): tensor for key, tensor in unet.items()}}
     files = {name: path for name, path in parts.files.items() if not name.startswith("unet/")}
     sources = {name: str(config) for name in weights if name != "unet"} | parts.sources
@@ -242,6 +246,8 @@ def _read_single(
     tensors, metadata = read_weights(source, dtype)
     with _named(source):
         tensors = single.with_averages(tensors)
+        if transformer := transformers.kind_in(tensors):
+            return _read_transformer(tensors, *transformer, source, vae, options, config, dtype)
         if unet := single.lone_unet(tensors):
             if config is None:
                 raise ValueError("a U-Net alone: pass --config FOLDER, whose other networks it then has")
@@ -282,10 +288,59 @@ def _read_single(
     return _Parts(blueprint, networks, weights, files, decided_by, {} if vae is None else {"vae": str(vae)})
 
 
+def _read_transformer(
+    tensors: dict[str, Tensor],
+    kind: Kind,
+    prefix: str,
+    source: Path,
+    vae: Path | None,
+    options: NoiseOptions,
+    config: Path | None,
+    dtype: torch.dtype,
+) -> _Parts:
+    """A file's networks, and for those that it lacks the ones of the folder `config`."""
+    weights = transformers.split(tensors, kind, prefix)
+    if config is None:
+        missing = [name for name in (*TEXT_ENCODERS[: kind.encoders], "vae") if name not in weights]
+        lacking = f" and the networks that it lacks, {', '.join(missing)}" if missing else ""
+        raise ValueError(
+            f"{kind.family} alone, without tokenizers, which no file holds: pass --config FOLDER, a diffusers folder of "
+            f"its model, for these, its scheduler{lacking}"
+        )
+    blueprint = folder.read_blueprint(config, needs_vae=vae is None and "vae" not in weights)
+    if kind_of(blueprint.unet) is not kind:
+        raise ValueError(f"its {kind.class_name} does not fit the folder {config}: pass one of its own family")
+    unet = transformers.infer(weights[kind.folder], blueprint.unet)
+    if unet.guidance_dim != blueprint.unet.guidance_dim:
+        reads = "reads the guidance scale" if unet.guidance_dim else "reads no guidance scale"
+        raise ValueError(f"its transformer {reads}, unlike that of {config}: pass the folder of its own model")
+    other = None if vae is None else read_vae(vae, blueprint.vae, dtype=dtype)
+    noise, decided_by = decide_noise(options, blueprint.noise)
+    own_vae = infer_vae(weights["vae"], blueprint.vae) if "vae" in weights else blueprint.vae
+    blueprint = replace(blueprint, unet=unet, noise=noise, vae=other.config if other else own_vae)
+    if other is not None:
+        weights["vae"] = other.tensors
+    elif "vae" in weights:
+        with outlined("vae", weights["vae"]):
+            weights["vae"] = single.convert_vae(weights["vae"], VAE(blueprint.vae))
+    shards = folder.weight_files(config, [name for name in blueprint.names if name not in weights])
+    files = {str(file.relative_to(config)): file for some in shards.values() for file in some}
+    weights = {**weights, **folder.read_folder(shards, dtype)}
+    networks = empty_networks(blueprint, weights)
+    return _Parts(
+        blueprint,
+        networks,
+        folder.named_for(networks, weights),
+        {source.name: source, **files} | ({} if other is None else _named_files(vae, other)),
+        decided_by,
+        dict.fromkeys(shards, str(config)) | ({} if vae is None else {"vae": str(vae)}),
+    )
+
+
 def _reading_as(blueprint: Blueprint, unet: Mapping[str, Tensor]) -> Blueprint:
     """The blueprint of a folder for a U-Net from elsewhere, which alone says if it reads a mask: an inpainting model's
     folder serves for the model that it was made from, and that one's for the inpainting model."""
-    return replace(blueprint, unet=replace(blueprint.unet, in_channels=unet_channels(unet)[0]))
+    return replace(blueprint, unet=replace(cast(UNetConfig, blueprint.unet), in_channels=unet_channels(unet)[0]))
 
 
 def _named_files(vae: Path | None, other: OtherVAE) -> dict[str, Path]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
+from cutdiff.checkpoint.kinds import networks_of
 from cutdiff.files import opened
+from cutdiff.models.backbone import Backbone
 from cutdiff.models.controlnet import ControlNet
 from cutdiff.models.fp8 import FP8Linear
-from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.sampling.edm import AnyNoise
 
@@ -51,7 +51,8 @@ class Model:
     Its networks are in evaluation mode, and a run leaves no trace in them.
     """
 
-    unet: UNet
+    unet: Backbone[Any]
+    """The network that is sampled with, a U-Net or a transformer."""
     vae: VAE
     text: TextEncoders
     noise: AnyNoise
@@ -78,30 +79,28 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
+        return self.unet.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.conv_in.weight.dtype
+        return self.unet.dtype
 
     @property
     def fp8(self) -> bool:
-        """True where the U-Net's transformers multiply in 8 bits."""
+        """True where the network's transformers multiply in 8 bits."""
         return any(isinstance(module, FP8Linear) for module in self.unet.modules())
 
     @property
     def vae_dtype(self) -> torch.dtype:
         """The dtype in which the VAE decodes: its weights', or float32 where it would overflow in float16."""
-        own = self.vae.post_quant_conv.weight.dtype
+        own = self.vae.dtype
         return torch.float32 if own == torch.float16 and self.vae.config.force_upcast else own
 
     def bad_weights(self) -> str:
         """A message that names the weights that hold NaN or infinity; empty where there are none."""
-        networks: dict[str, nn.Module] = {"unet": self.unet, "vae": self.vae}
-        networks |= dict(zip(("text_encoder", "text_encoder_2"), self.text.encoders, strict=False))
         bad = {
             f"{name}: {key}": weight
-            for name, network in networks.items()
+            for name, network in networks_of(self.unet, self.vae, self.text.encoders).items()
             for key, weight in network.state_dict().items()
             if weight.is_floating_point() and not (weight if weight.itemsize > 1 else weight.float()).isfinite().all()
         }

@@ -7,13 +7,14 @@ configuration, and epsilon.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor
 
 from cutdiff.checkpoint import edm
 from cutdiff.options import not_one_of
 from cutdiff.sampling.edm import AnyNoise, EDMConfig
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.settings import PREDICTION_TYPES, SPACINGS
 
@@ -40,7 +41,14 @@ class NoiseOptions:
                 raise ValueError(f"{name}={not_one_of(value, known)}")
 
     def check_fit(self, noise: AnyNoise) -> None:
-        """Raise ValueError for an option about betas or timesteps if the model is an EDM model, which has neither."""
+        """Raise ValueError for an option about betas or timesteps if the model is an EDM model, which has neither, and
+        for any if it is one of flow matching."""
+        for name, value in asdict(self).items():
+            if isinstance(noise, FlowConfig) and value is not None:
+                raise ValueError(
+                    f"{name}={value} is not for a model of flow matching, which predicts velocities at times from 1 to "
+                    "0 whatever it says: leave it out"
+                )
         for name in ("zero_terminal_snr", "timestep_spacing"):
             value = getattr(self, name)
             if isinstance(noise, EDMConfig) and value is not None:
@@ -62,16 +70,21 @@ def decide_noise(
     `tensors` and `metadata` are those of a single file. Without a scheduler the rest is as in SDXL, SD 1.5 and SD 2.1,
     which agree. If a source other than the scheduler says that the noise ends at zero SNR, timesteps are spaced from
     the last one on ("trailing", Lin et al. 2023), or no step would begin there. The markers of an EDM model decide all
-    of its noise, whatever stands beside them; `check_fit` refuses options that it has no use for. Raises ValueError for
-    metadata that are unknown or contradict each other, and for markers without numbers.
+    of its noise, whatever stands beside them, and flow matching leaves nothing to decide; `check_fit` refuses options
+    that are of no use then. Raises ValueError for metadata that are unknown or contradict each other, and for markers
+    without numbers.
     """
     keys, metadata, source = tensors or {}, metadata or {}, "scheduler" if scheduler else DEFAULT
     if marked := edm.marked_noise(keys, scheduler):
         (scheduler, source), keys, metadata = marked, {}, {}
     noise = scheduler or NoiseConfig()
+    if isinstance(noise, FlowConfig):
+        return noise, {"prediction_type": source, "flow": source}
     kind, kind_source = _prediction_type(options.prediction_type, keys, metadata) or (noise.prediction_type, source)
     if isinstance(noise, EDMConfig):
         return replace(noise, prediction_type=kind), {"prediction_type": kind_source, "edm": source}
+    if isinstance(noise, FlowConfig):
+        return noise, dict.fromkeys(noise.described(), source)
     zero, zero_source = _zero_terminal_snr(options.zero_terminal_snr, keys) or (noise.rescale_betas_zero_snr, source)
     spacing, spacing_source = noise.timestep_spacing, source
     if options.timestep_spacing is not None:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from cutdiff.checkpoint.model import Model
 from cutdiff.models.config import UNetConfig, VAEConfig
+from cutdiff.models.flux import Flux, FluxConfig
 from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextStates
-from cutdiff.models.unet import UNet
+from cutdiff.models.unet import UNet, as_unet
 from cutdiff.models.vae import VAE
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.noise import NoiseConfig
 
 TOKENS = 77
@@ -47,20 +49,22 @@ class GivenText:
         return self.states.repeat(len(prompts))
 
 
-def random_model(unet: UNetConfig, vae: VAEConfig, device: torch.device, seed: int = 0) -> Model:
+def random_model(network: UNetConfig | FluxConfig, vae: VAEConfig, device: torch.device, seed: int = 0) -> Model:
     """A model of these shapes in float32; seed and device determine its weights and the states of all its prompts."""
     with torch.device("meta"):
-        networks = UNet(unet), VAE(vae)
-    for network in networks:
-        network.to_empty(device=device).requires_grad_(False)
-        randomise(network, seed)
+        networks = (Flux(network) if isinstance(network, FluxConfig) else UNet(network)), VAE(vae)
+    for part in networks:
+        part.to_empty(device=device).requires_grad_(False)
+        randomise(part, seed)
         if device.type != "cpu":  # a model that is loaded has this layout there
-            channels_last(network)
+            channels_last(part)
     rng = torch.Generator(device).manual_seed(seed + 1)
-    context = torch.randn(1, TOKENS, unet.context_dim, generator=rng, device=device)
-    pooled = torch.randn(1, unet.pooled_dim, generator=rng, device=device)
+    context = torch.randn(1, TOKENS, network.context_dim, generator=rng, device=device)
+    pooled = torch.randn(1, network.pooled_dim, generator=rng, device=device)
     text: Any = GivenText(TextStates(context, pooled))
-    return Model(*networks, text, NoiseConfig(), zeros_for_empty_negative=True, source="random weights", files={})
+    noise = FlowConfig() if isinstance(network, FluxConfig) else NoiseConfig()
+    zeros = not isinstance(network, FluxConfig)
+    return Model(*networks, text, noise, zeros_for_empty_negative=zeros, source="random weights", files={})
 
 
 def cast(model: Model, dtype: torch.dtype) -> Model:
@@ -72,7 +76,7 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
 
 def changed(model: Model, change: Callable[[UNet], None]) -> Model:
     """The model with a copy of its U-Net, to which `change` is applied."""
-    unet = deepcopy(model.unet)
+    unet = deepcopy(as_unet(model.unet))
     change(unet)
     return replace(model, unet=unet)
 

@@ -7,24 +7,26 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cutdiff.checkpoint import t5
 from cutdiff.checkpoint import text as clip
-from cutdiff.checkpoint.configs import unet_to_diffusers, vae_to_diffusers
+from cutdiff.checkpoint.configs import vae_to_diffusers
 from cutdiff.checkpoint.fields import DIFFUSERS_VERSION
-from cutdiff.checkpoint.folder import PREFERRED
+from cutdiff.checkpoint.folder import PREFERRED, tokenizer_of
+from cutdiff.checkpoint.kinds import FLUX, SD3, TEXT_ENCODERS, Kind, kind_of
 from cutdiff.checkpoint.schedulers import noise_to_diffusers
-from cutdiff.models.unet import UNet
+from cutdiff.models.backbone import Backbone
 from cutdiff.models.vae import VAE
 from cutdiff.sampling.edm import AnyNoise
 from cutdiff.settings import check_preferred
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Tokenizer
 
     from cutdiff.models.text import TextEncoders
 
@@ -34,7 +36,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 def save_folder(
     folder: str | Path,
     *,
-    unet: UNet,
+    unet: Backbone[Any],
     vae: VAE,
     text: TextEncoders,
     noise: AnyNoise,
@@ -48,47 +50,60 @@ def save_folder(
     nobody says otherwise.
 
     Every file appears whole or not at all, and replaces one of the same name. Raises ValueError for a weight that is
-    not finite in `dtype` or has 8 bits, a U-Net or a layer of text states that the layout cannot express, or a
+    not finite in `dtype` or has 8 bits, a network or a layer of text states that the layout cannot express, or a
     tokenizer with tokens beside its vocabulary.
     """
     folder = Path(folder)
     check_preferred(preferred)
-    unet_fields = unet_to_diffusers(unet.config)
-    layer = len(text.encoders)
+    kind = kind_of(unet.config)
+    unet_fields = kind.write(unet.config)
+    layer = len(text.clips)
+    if type(text) is not kind.text:
+        raise ValueError(f"text={type(text).__name__} is not for a {kind.folder}, which needs {kind.text.__name__}")
     if text.layer != layer:
         raise ValueError(f"text.layer={text.layer} cannot be saved: the folder's pipeline reads {layer} from the end")
     vae_fields = vae_to_diffusers(vae.config, sample_size=unet.config.native_size * vae.config.factor)
     scheduler_fields = noise_to_diffusers(noise)
-    task = "Inpaint" if unet.config.inpaints else ""
-    index = {
-        "_class_name": f"StableDiffusion{task}Pipeline",
+    index: dict[str, Any] = {
+        **_pipeline(kind, text, "Inpaint" if unet.config.inpaints else "", zeros_for_empty_negative),
         "_diffusers_version": DIFFUSERS_VERSION,
         "scheduler": ["diffusers", scheduler_fields["_class_name"]],
-        "unet": ["diffusers", "UNet2DConditionModel"],
+        kind.folder: ["diffusers", kind.class_name],
         "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
     }
-    if text.text_encoder_2 is None:
-        index |= {"requires_safety_checker": False, "safety_checker": [None, None], "feature_extractor": [None, None]}
-    else:
-        index |= {
-            "_class_name": f"StableDiffusionXL{task}Pipeline",
-            "add_watermarker": False,
-            "force_zeros_for_empty_prompt": zeros_for_empty_negative,
-            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        }
-    _write_network(folder / "unet", "diffusion_pytorch_model", unet.state_dict(), unet_fields, dtype)
+    texts = [*zip(TEXT_ENCODERS, text.parts, strict=False)]
+    for name, (encoder, _) in texts:
+        tokenizer = "CLIPTokenizer" if encoder in text.clips else "T5TokenizerFast"
+        index |= {name: ["transformers", type(encoder).__name__], tokenizer_of(name): ["transformers", tokenizer]}
+    _write_network(folder / kind.folder, "diffusion_pytorch_model", unet.state_dict(), unet_fields, dtype)
     _write_network(folder / "vae", "diffusion_pytorch_model", vae.state_dict(), vae_fields, dtype)
-    for suffix, encoder, tokenizer in zip(("", "_2"), text.encoders, text.tokenizers, strict=False):
-        tensors = clip.with_prefix(encoder.state_dict())
-        _write_network(folder / f"text_encoder{suffix}", "model", tensors, _clip_fields(encoder), dtype)
-        _write_tokenizer(folder / f"tokenizer{suffix}", tokenizer)
+    for name, (encoder, tokenizer) in texts:
+        if encoder in text.clips:
+            tensors, fields, write = clip.with_prefix(encoder.state_dict()), _clip_fields(encoder), _write_tokenizer
+        else:
+            tensors, fields, write = t5.with_one_name(encoder.state_dict()), t5.fields(encoder), _write_t5_tokenizer
+        _write_network(folder / name, "model", tensors, fields, dtype)
+        write(folder / tokenizer_of(name), tokenizer)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_fields)
     if preferred:
         _write_json(folder / PREFERRED, preferred)
     _write_json(folder / "model_index.json", index)
+
+
+def _pipeline(kind: Kind, text: TextEncoders, task: str, zeros_for_empty_negative: bool) -> dict[str, Any]:
+    """The pipeline in a model_index.json, and what it is without."""
+    none = [None, None]
+    if kind is FLUX:
+        return {"_class_name": "FluxPipeline", "image_encoder": none, "feature_extractor": none}
+    if kind is SD3:
+        without = [] if len(text.parts) > 2 else [TEXT_ENCODERS[2], tokenizer_of(TEXT_ENCODERS[2])]
+        names = ("image_encoder", "feature_extractor", *without)
+        return {"_class_name": "StableDiffusion3Pipeline", **dict.fromkeys(names, none)}
+    if text.text_encoder_2 is None:
+        beside = {"requires_safety_checker": False, "safety_checker": none, "feature_extractor": none}
+        return {"_class_name": f"StableDiffusion{task}Pipeline", **beside}
+    beside = {"add_watermarker": False, "force_zeros_for_empty_prompt": zeros_for_empty_negative}
+    return {"_class_name": f"StableDiffusionXL{task}Pipeline", **beside}
 
 
 def _write_network(
@@ -137,6 +152,15 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     _write(folder / "merges.txt", lambda part: part.write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8"))
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(folder / "tokenizer_config.json", fields)
+
+
+def _write_t5_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    content = json.loads(cast("T5Tokenizer", tokenizer).backend_tokenizer.to_str())
+    extra = sum(piece.startswith(t5.EXTRA) for piece, _ in content["model"]["vocab"])
+    fields = {"tokenizer_class": "T5Tokenizer", "model_max_length": tokenizer.model_max_length, "extra_ids": extra}
+    _write_json(folder / "tokenizer.json", content)
+    _write_json(folder / "special_tokens_map.json", t5.SPECIAL)
+    _write_json(folder / "tokenizer_config.json", {**fields, **t5.SPECIAL})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cutdiff.checkpoint.fields import DIFFUSERS_VERSION, boolean, require, unsupported
 from cutdiff.sampling.edm import AnyNoise, EDMConfig
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.noise import NoiseConfig
 
 NOISE_FIXED: dict[str, Any] = {
@@ -75,6 +76,11 @@ CLIPPING = ("DDIM", "DDPM", "Heun", "LCM", "TCD")
 """Schedulers whose names begin so read `clip_sample`; in others it is a leftover without effect."""
 EDM_SCHEDULERS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
 """The schedulers of EDM models; their defaults are those of `EDMConfig`."""
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+"""The schedulers of flow matching; their defaults are those of `FlowConfig`."""
+FLOW_FIXED: dict[str, Any] = {"invert_sigmas": False}
+NOT_IN_FILES = ("timestep_spacing", "image_seq_len")
+"""The fields of `FlowConfig` that stand in no file: pipelines say the first, and a run the second."""
 EDM_FIXED: dict[str, Any] = {"thresholding": False, "final_sigmas_type": "zero"}
 
 
@@ -87,8 +93,15 @@ def noise_config(config: Mapping[str, Any]) -> AnyNoise:
     if name in EDM_SCHEDULERS:
         require(config, EDM_FIXED)
         return EDMConfig(**{key: config[key] for key in asdict(EDMConfig()) if key in config})
+    if name in FLOW_SCHEDULERS:
+        require(config, FLOW_FIXED)
+        known = [key for key in asdict(FlowConfig()) if key not in NOT_IN_FILES]
+        fields: dict[str, Any] = {key: config[key] for key in known if key in config}
+        fields["shift_terminal"] = fields.get("shift_terminal") or None  # 0 and null are one to diffusers
+        return FlowConfig(**fields)
     if name not in SCHEDULERS:
-        unsupported("_class_name", name, f"one of {', '.join(sorted([*SCHEDULERS, *EDM_SCHEDULERS]))}")
+        known = sorted([*SCHEDULERS, *EDM_SCHEDULERS, *FLOW_SCHEDULERS])
+        unsupported("_class_name", name, f"one of {', '.join(known)}")
     require(config, NOISE_FIXED)
     fields = {**NOISE_DEFAULTS, **SCHEDULERS[name], **config}
     fields |= {field: boolean(fields, field) for field, value in NOISE_DEFAULTS.items() if isinstance(value, bool)}
@@ -99,6 +112,9 @@ def noise_config(config: Mapping[str, Any]) -> AnyNoise:
 
 def noise_to_diffusers(noise: AnyNoise) -> dict[str, Any]:
     """A scheduler_config.json for Euler, with the fields that DDIM and PNDM read when a user turns it into one."""
+    if isinstance(noise, FlowConfig):
+        fields = {key: value for key, value in asdict(noise).items() if key not in NOT_IN_FILES}
+        return {"_class_name": FLOW_SCHEDULERS[0], "_diffusers_version": DIFFUSERS_VERSION, **fields}
     if isinstance(noise, EDMConfig):
         return {"_class_name": "EDMEulerScheduler", "_diffusers_version": DIFFUSERS_VERSION, **asdict(noise)}
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import cast
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from cutdiff.checkpoint.families import UNET_PREFIX, Family
 from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.keys import original_attention, unet_keys, vae_keys
 from cutdiff.checkpoint.noise import MARKS
+from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 
 Parts = dict[str, dict[str, Tensor]]
@@ -90,7 +92,7 @@ def lone_unet(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
 
 def convert(parts: Parts, networks: Networks) -> Parts:
     """The same tensors under the networks' own keys. Unknown keys stay, so that the strict assignment lists them."""
-    unet = unet_keys(networks.unet)
+    unet = unet_keys(cast(UNet, networks.unet))
     return {
         "unet": {unet.get(key, key): tensor for key, tensor in parts["unet"].items()},
         "vae": convert_vae(parts["vae"], networks.vae),

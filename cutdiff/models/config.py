@@ -117,9 +117,15 @@ class VAEConfig:
     """The mean of each channel of unscaled latents; scaled latents then have the mean 0."""
     latents_std: tuple[float, ...] | None = None
     """The standard deviation of each channel of unscaled latents; that of scaled latents is then `scaling_factor`."""
+    shift_factor: float = 0.0
+    """The mean of unscaled latents, for all channels; scaled latents then have the mean 0."""
+    quant_conv: bool = True
+    """True where a 1×1 convolution stands on the latents' side of encoder and decoder, as in U-Nets' families."""
 
     def __post_init__(self) -> None:
         mean, std = self.latents_mean, self.latents_std
+        if mean and self.shift_factor:
+            raise ValueError(f"latents_mean={mean} and shift_factor={self.shift_factor} are two means: leave one out")
         if (mean, std) != (None, None) and not len(mean or ()) == len(std or ()) == self.latent_channels:
             raise ValueError(
                 f"latents_mean={mean} and latents_std={std} must have {self.latent_channels} numbers each, "
@@ -153,3 +159,5 @@ SD15_UNET = UNetConfig(
 SD21_UNET = replace(SD15_UNET, num_heads=(5, 10, 20, 20), context_dim=1024, linear_projections=True, native_size=96)
 """The U-Net of SD 2.1, which predicts v; that of SD 2.1 base, which predicts epsilon, has the native size 64."""
 SD_VAE = VAEConfig(scaling_factor=0.18215, force_upcast=False)
+SD3_VAE = VAEConfig(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, quant_conv=False)
+FLUX_VAE = replace(SD3_VAE, scaling_factor=0.3611, shift_factor=0.1159)

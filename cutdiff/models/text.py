@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,37 +69,55 @@ class TextEncoders:
 
     tokenizer: PreTrainedTokenizerBase
     tokenizer_2: PreTrainedTokenizerBase | None
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection
     text_encoder_2: CLIPTextModelWithProjection | None
     layer: int = 2
     """The layer whose states are read, counted from the end: 1 is the last."""
+    pools_first: ClassVar[bool] = False
+    """True where the first encoder has a projected pooled state too."""
     encodes_on: torch.device | None = None
     """The device to which encoders are copied for the time of encoding; None: they encode where they are."""
+
+    @staticmethod
+    def widths(first: Any, second: Any, t5: Any) -> tuple[int | None, int]:
+        """The widths of the context and the pooled state, by the configurations of the encoders that there are; None
+        where these do not say it."""
+        return first.hidden_size + (second.hidden_size if second else 0), second.projection_dim if second else 0
 
     @property
     def tokenizers(self) -> list[PreTrainedTokenizerBase]:
         return [tokenizer for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer is not None]
 
     @property
-    def encoders(self) -> list[CLIPTextModel | CLIPTextModelWithProjection]:
+    def clips(self) -> list[CLIPTextModel | CLIPTextModelWithProjection]:
+        """CLIP's encoders, in the order of `tokenizers`."""
         return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
+
+    @property
+    def parts(self) -> list[tuple[Any, PreTrainedTokenizerBase]]:
+        """All encoders and their tokenizers, in the order of a diffusers folder: `text_encoder`, `text_encoder_2`, …"""
+        return [*zip(self.clips, self.tokenizers, strict=True)]
+
+    @property
+    def encoders(self) -> list[Any]:
+        """All encoders, in the order of `parts`."""
+        return [encoder for encoder, _ in self.parts]
 
     @property
     def device(self) -> torch.device:
         return self.text_encoder.device
 
-    def offloaded(self) -> TextEncoders:
+    def offloaded(self) -> Self:
         """Encoders that rest on the CPU; `encode` copies them to the device of these encoders while it runs."""
         return replace(self.on(torch.device("cpu")), encodes_on=self.device)
 
-    def on(self, device: torch.device) -> TextEncoders:
+    def on(self, device: torch.device) -> Self:
         """A copy with its weights on `device`; it shares the weights that are there already."""
-        weights = [tensor for encoder in self.encoders for tensor in (*encoder.parameters(), *encoder.buffers())]
-        moved = {id(tensor): _moved(tensor, device) for tensor in weights}
+        moved = moved_copies(self.clips, device)
         first, second = deepcopy((self.text_encoder, self.text_encoder_2), moved)
         return replace(self, text_encoder=first, text_encoder_2=second, encodes_on=None)
 
-    def skipping(self, clip_skip: int | None) -> TextEncoders:
+    def skipping(self, clip_skip: int | None) -> Self:
         """The same encoders read at another layer, counted from the end as A1111 does: 1 is the last; None: this one.
 
         diffusers' `clip_skip` counts on from the layer that the family was trained with: its 0 is 1 here for SD 1.5,
@@ -107,7 +125,7 @@ class TextEncoders:
         """
         if clip_skip is None:
             return self
-        depth = min(encoder.config.num_hidden_layers for encoder in self.encoders)
+        depth = min(encoder.config.num_hidden_layers for encoder in self.clips)
         left_out = int(depth == CUT_DEPTH)
         if not 1 <= clip_skip - left_out <= depth:
             raise ValueError(
@@ -181,9 +199,15 @@ class TextEncoders:
     def _encode_chunk(self, read: Sequence[Tokens]) -> TextStates:
         """The tokens that each encoder reads -> states, the context weighted."""
         states = self.encode_tokens(*(part.ids for part in read))
-        contexts = states.context.split([encoder.config.hidden_size for encoder in self.encoders], dim=2)
+        contexts = states.context.split([encoder.config.hidden_size for encoder in self.clips], dim=2)
         context = [weighted(part, tokens.weights) for part, tokens in zip(contexts, read, strict=True)]
         return TextStates(torch.cat(context, dim=2), states.pooled)
+
+
+def moved_copies(encoders: Sequence[nn.Module], device: torch.device) -> dict[int, Any]:
+    """The tensors of the encoders on a device, by the ids of their own: what `deepcopy` then takes in their place."""
+    weights = [tensor for encoder in encoders for tensor in (*encoder.parameters(), *encoder.buffers())]
+    return {id(tensor): _moved(tensor, device) for tensor in weights}
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

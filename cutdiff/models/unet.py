@@ -8,13 +8,14 @@ names are the keys of diffusers checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cutdiff.models.backbone import Backbone, Context, Stack
 from cutdiff.models.config import UNetConfig
 from cutdiff.models.layers import (
     Attention,
@@ -27,9 +28,6 @@ from cutdiff.models.layers import (
     guidance_embedding,
     sinusoidal_embedding,
 )
-
-Context = Tensor | TextContext
-"""The states of the text (B, L, context_dim), or the keys and values that `UNet.read` made of them."""
 
 
 class GEGLU(nn.Module):
@@ -178,7 +176,7 @@ class MidBlock(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class Encoder(Backbone[UNetConfig]):
     """The way down, the middle, and the embedding of all that the network is conditioned on."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -216,6 +214,12 @@ class Encoder(nn.Module):
         """
         blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
         return TextContext({block.attn2: block.attn2.keys_and_values(states) for block in blocks})
+
+    def stacks(self) -> Iterator[Stack]:
+        """The blocks of each transformer."""
+        for module in self.modules():
+            if isinstance(module, Transformer):
+                yield Stack(cast(Sequence[TransformerBlock], module.transformer_blocks), lambda x, context: x)
 
     def embed_conditions(self, timesteps: Tensor, pooled: Tensor, size_ids: Tensor) -> Tensor:
         """The time, and in SDXL pooled text and numbers of size and crop, as one vector an item: (B, time_dim)."""
@@ -280,6 +284,13 @@ class UNet(Encoder):
             size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else None
             x = level(x, own, time, context, size)
         return self.conv_out(self.conv_norm_out(x))
+
+
+def as_unet(network: Backbone[Any]) -> UNet:
+    """The network, if it is a U-Net. ValueError where it is not."""
+    if not isinstance(network, UNet):
+        raise ValueError(f"needs a U-Net, and this model's network is a {type(network).__name__}: choose another model")
+    return network
 
 
 def skip_widths(config: UNetConfig) -> list[int]:

@@ -213,11 +213,18 @@ class VAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        widths = (2 * config.latent_channels, config.latent_channels)
+        self.quant_conv, self.post_quant_conv = (
+            nn.Conv2d(width, width, 1) if config.quant_conv else nn.Identity() for width in widths
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.decoder.conv_in.weight.dtype
 
     def encode(self, images: Tensor, *, banded: bool | None = None) -> DiagonalGaussian:
-        """Images (B, 3, H, W) in [-1, 1] -> the distribution of scaled latents (B, 4, H/factor, W/factor).
+        """Images (B, 3, H, W) in [-1, 1] -> the distribution of scaled latents (B, C, H/factor, W/factor).
 
         `banded` means what it means for `decode`.
         """
@@ -229,7 +236,7 @@ class VAE(nn.Module):
         return DiagonalGaussian(scaled, logvar.clamp(-30, 20) + 2 * (math.log(scale) - spread.log()))
 
     def decode(self, latents: Tensor, *, banded: bool | None = None, ranks: Ranks = ALONE) -> Tensor:
-        """Scaled latents (B, 4, h, w) -> images (B, 3, h·factor, w·factor), about [-1, 1], not clamped.
+        """Scaled latents (B, C, h, w) -> images (B, 3, h·factor, w·factor), about [-1, 1], not clamped.
 
         With `banded`, rows are computed in bands, in bounded memory, with the same result to rounding but without
         gradients (see `bands`). None: if the picture is large and nothing asks for gradients. `ranks` share the bands,
@@ -276,7 +283,9 @@ class VAE(nn.Module):
                 layer.ranks = ALONE
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and deviation of each channel of unscaled latents, (C, 1, 1) each; 0 and 1 if none are known."""
+        """The mean and deviation of each channel of unscaled latents, (C, 1, 1) each; if none are known, those of
+        all."""
         channels = self.config.latent_channels
-        mean, std = self.config.latents_mean or (0.0,) * channels, self.config.latents_std or (1.0,) * channels
+        mean = self.config.latents_mean or (self.config.shift_factor,) * channels
+        std = self.config.latents_std or (1.0,) * channels
         return latents.new_tensor(mean)[:, None, None], latents.new_tensor(std)[:, None, None]

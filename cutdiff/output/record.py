@@ -26,7 +26,14 @@ from cutdiff.settings import PICTURES, VERSION, Settings
 from cutdiff.sources import source_hash
 from cutdiff.specs import described_options
 
-LATER = ("up_transformer_layers", "guidance_dim", "use_exponential_sigmas", "use_beta_sigmas")
+LATER = (
+    "up_transformer_layers",
+    "guidance_dim",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "shift_factor",
+    "quant_conv",
+)
 """The fields of configurations that old records do not know, in which models had the defaults."""
 NO_RECORD = (AttributeError, KeyError, TypeError)
 """The errors of `comparable`."""

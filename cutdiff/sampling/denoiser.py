@@ -1,4 +1,4 @@
-"""The U-Net as a denoiser: text, guidance, size conditioning and preconditioning around one network evaluation."""
+"""The network as a denoiser: text, guidance, size conditioning and preconditioning around one network evaluation."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cutdiff.models.backbone import Backbone
 from cutdiff.models.config import Size
 from cutdiff.models.layers import TextContext
 from cutdiff.models.text import TextStates
-from cutdiff.models.unet import UNet
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.controls import Control, residuals
 from cutdiff.sampling.flags import Flags
@@ -108,6 +109,8 @@ class Work:
     observers: list[Observer] = field(default_factory=list)
     reads_negative: bool = False
     """True once a step has read the negative prompt."""
+    counted: set[Callable[[float], bool]] = field(default_factory=set, repr=False)
+    """The `is_on` of those controls that have counted at a step."""
     flags: Flags = field(default_factory=Flags, repr=False)
     """The flags that kernels set where an estimate of x0 is not finite."""
 
@@ -147,7 +150,8 @@ class Denoiser:
     affected.
     """
 
-    unet: UNet
+    unet: Backbone[Any]
+    """The network, a U-Net or a transformer."""
     timestep: Callable[[float], float]
     """The timestep of a sigma, as `Schedule.timestep` has it."""
     coefficients: Callable[[float], Coefficients]
@@ -165,13 +169,13 @@ class Denoiser:
     guidance_sigma: float | None = None
     """The sigma that guidance is told; None: that of the estimate. For an estimate beside the one of a step."""
     network: Network | None = None
-    """A method's own network in the place of one pass of the U-Net, made of calls of `evaluate`."""
+    """A method's own network in the place of one pass of the model's, made of calls of `evaluate`."""
     shares_rows: bool = True
     """Let ranks share the rows. A method that looks into the network may need all of them on every rank."""
     keeps_text: bool = True
     """Make keys and values of the prompt once. Not for a method that changes `to_k` or `to_v` of `attn2`."""
     compiled: Callable[..., Tensor] | None = None
-    """The compiled forward pass that takes the place of the U-Net's."""
+    """The compiled forward pass that takes the place of the network's."""
     controls: tuple[Control, ...] = ()
     """The ControlNets whose residuals are added in the U-Net."""
     ranks: Ranks = ALONE
@@ -278,7 +282,7 @@ class Denoiser:
         prompt is evaluated unless the weights add up to 1.
         """
         c_in, c_skip, c_out = self.coefficients(sigma)
-        dtype = self.unet.conv_in.weight.dtype
+        dtype = self.unet.dtype
         source = canvas if shown is None else shown
         rows = self.rows_of(operator, sigma, step, positive)
         rows = self.with_hints(rows, canvas)
@@ -367,6 +371,7 @@ class Denoiser:
     def with_hints(self, rows: Rows, canvas: Tensor) -> Rows:
         """The rows with the hints of those controls that count at their sigma, gathered as they are from the canvas."""
         controls = self.controls_at(rows.sigma)
+        self.work.counted.update(control.is_on for control in controls)
         if controls and len(canvas) != rows.num_images:
             raise ValueError(
                 f"a ControlNet has hints of whole canvases, and {len(canvas)} items of {rows.num_images} images have "
@@ -375,12 +380,12 @@ class Denoiser:
         return rows._replace(hints=tuple(each.gathered(rows.operator, canvas, self.backend) for each in controls))
 
     def run(self, inputs: Inputs) -> Tensor:
-        """The prediction of the U-Net, with the residuals of its controls, for rows that are not counted."""
+        """The prediction of the network, with the residuals of its controls, for rows that are not counted."""
         read, hints = inputs[:5], inputs[5:]
         return (self.compiled or self.unet)(*read, *([residuals(hints, read)] if hints else []))
 
     def evaluate(self, inputs: Inputs) -> Tensor:
-        """One pass of the U-Net over the rows, which are counted."""
+        """One pass of the network over the rows, which are counted."""
         prediction = self.run(inputs)
         if self.shares_rows or self.ranks.leads:
             self.work.evaluations += len(inputs[0])

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.noise import LEAST, MOST, NoiseConfig
 from cutdiff.sampling.preconditioning import Coefficients, velocity
 from cutdiff.settings import PREDICTION_TYPES
@@ -78,6 +79,22 @@ class EDMConfig:
         low, high = self._warped(self.sigma_min), self._warped(self.sigma_max)
         return self.timestep(float(self._unwarped(np.float64(low + fraction * (high - low)))))
 
+    def ends(self, num_steps: int) -> tuple[float, float]:
+        """The first sigma of a run and its last one above 0, whatever its number of steps."""
+        return self.sigma_max, self.sigma_min
+
+    def init_scale(self, sigma: float) -> float:
+        """The factor of the noise that a run begins with at a sigma: as if a picture lay beneath it."""
+        return math.hypot(sigma, 1)
+
+    def time(self, sigma: float) -> float:
+        """Sigma itself."""
+        return sigma
+
+    def of_time(self, time: float) -> float:
+        """The sigma that is the time."""
+        return time
+
     def _warped(self, sigma: float) -> float:
         """The function of sigma that the schedule takes even steps of."""
         return sigma ** (1 / self.rho) if self.sigma_schedule == "karras" else math.log(sigma)
@@ -87,5 +104,7 @@ class EDMConfig:
         return even**self.rho if self.sigma_schedule == "karras" else np.exp(even)
 
 
-AnyNoise = NoiseConfig | EDMConfig
+Continuous = EDMConfig | FlowConfig
+"""The noise of a model that was trained on all sigmas of a range, which have one schedule for all solvers."""
+AnyNoise = NoiseConfig | Continuous
 """The noise that a model of any kind was trained on."""

@@ -56,8 +56,7 @@ class NoiseConfig:
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
-        if len(asked := [name for name in SPREAD_BY if getattr(self, name)]) > 1:
-            raise ValueError(f"{' and '.join(asked)} are True, and sigmas are spread by one rule: keep one")
+        check_spread(self)
         for name in ("beta_start", "beta_end"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < 1:
@@ -92,6 +91,12 @@ class NoiseConfig:
         return epsilon(sigma) if self.prediction_type == "epsilon" else velocity(sigma)
 
 
+def check_spread(config: object) -> None:
+    """ValueError where the fields of a model's noise ask for several rules between the first and the last sigma."""
+    if len(asked := [name for name in SPREAD_BY if getattr(config, name)]) > 1:
+        raise ValueError(f"{' and '.join(asked)} are True, and sigmas are spread by one rule: keep one")
+
+
 class Timesteps(Protocol):
     """A model's way of telling its network how much noise there is."""
 
@@ -109,6 +114,15 @@ class Timesteps(Protocol):
 
     def timestep_at(self, fraction: float) -> float:
         """The timestep at such a place."""
+        ...
+
+    def time(self, sigma: float) -> float:
+        """The variable in which the published solvers take straight steps, and spread them: sigma itself, but in flows
+        their time."""
+        ...
+
+    def of_time(self, time: float) -> float:
+        """The sigma of such a one."""
         ...
 
 
@@ -135,6 +149,14 @@ class NoiseTable:
     def timestep_at(self, fraction: float) -> float:
         """The timestep of which such a share is cleaner, at most the last one."""
         return min(fraction * len(self.sigmas), len(self.sigmas) - 1.0)
+
+    def time(self, sigma: float) -> float:
+        """Sigma itself."""
+        return sigma
+
+    def of_time(self, time: float) -> float:
+        """The sigma that is the time."""
+        return time
 
 
 @np.errstate(all="ignore")  # what is not finite is refused

@@ -27,3 +27,9 @@ def velocity(sigma: float, sigma_data: float = 1.0) -> Coefficients:
     that is 1, it predicts v of the VP state (Salimans & Ho 2022, arXiv 2202.00512). EDM's own predicts the negative."""
     scale = math.hypot(sigma, sigma_data)
     return Coefficients(1 / scale, sigma_data**2 / scale**2, -sigma * sigma_data / scale)
+
+
+def flow(sigma: float) -> Coefficients:
+    """The coefficients of a network that reads (1 − t)·x0 + t·noise at t = sigma / (1 + sigma), and predicts the
+    velocity noise − x0 (Lipman et al. 2022, arXiv 2210.02747)."""
+    return Coefficients(1 / (1 + sigma), 1 / (1 + sigma), -sigma / (1 + sigma))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cutdiff.models.backbone import Backbone, Context
 from cutdiff.models.config import Size
 from cutdiff.models.layers import TextContext
 from cutdiff.models.text import TextStates, TextSum
-from cutdiff.models.unet import Context, Encoder
 from cutdiff.sampling.controls import Hint
 from cutdiff.sampling.operators import Operator, upload
 
@@ -20,7 +20,7 @@ GATHERED_BYTES = 256 << 20
 """The most bytes of the text's keys and values that are kept for the rows of calls, and not gathered by every layer in
 every call: those of 10 rows of SDXL in 16 bits. In larger calls the layers' work outweighs their gathers."""
 Inputs = tuple[Tensor, Tensor, Context, Tensor, Tensor, *tuple[Hint, ...]]
-"""The rows that the U-Net reads: latents, timesteps, context, pooled, size ids. Behind them stand the hints of the
+"""The rows that the network reads: latents, timesteps, context, pooled, size ids. Behind them stand the hints of the
 ControlNets that count in the step. All are indexed by rows."""
 Text = TextStates | TextSum | Callable[[int], TextStates | TextSum]
 """Text states of B rows, a sum of such, or a function that gives either for the number of a step. It gives the same
@@ -108,7 +108,7 @@ class Texts:
     class _Read(NamedTuple):
         """The text of the distinct rows, and what it was made from."""
 
-        sources: tuple[TextStates | Encoder, ...]
+        sources: tuple[TextStates | Backbone[Any], ...]
         """The states of the negative prompt and of the terms, and the networks."""
         context: Context
         pooled: Tensor
@@ -118,7 +118,7 @@ class Texts:
     def __init__(self) -> None:
         self._kept: dict[int, Texts._Read] = {}  # by the number of copies
 
-    def read(self, networks: Sequence[Encoder], text: StepText, copies: int, *, keeps: bool) -> Texts._Read:
+    def read(self, networks: Sequence[Backbone[Any]], text: StepText, copies: int, *, keeps: bool) -> Texts._Read:
         """The text of each image, or of each item that has its own. Where the run `keeps` any, what layers make of the
         prompt, which all items of an image share at every step, is kept; of a view's own states, it is not."""
         sources = (text.negative, *text.terms, *networks)
@@ -131,10 +131,11 @@ class Texts:
             pooled = torch.stack([s.pooled for s in states], dim=1).flatten(0, 1)
             read = self._Read(sources, context, pooled, {})
             if keeps and text.is_kept:
-                kept = [network.read(context).kept for network in networks]
-                read = self._kept[copies] = read._replace(
-                    context=TextContext({layer: pair for each in kept for layer, pair in each.items()})
-                )
+                parts = [network.read(context) for network in networks]
+                kept = [part.kept for part in parts if isinstance(part, TextContext)]
+                if kept:
+                    context = TextContext({layer: pair for each in kept for layer, pair in each.items()})
+                read = self._kept[copies] = read._replace(context=context)
         return read
 
     @staticmethod

@@ -4,8 +4,7 @@ A schedule that is passed in gives the sigmas, `sigmas(model_noise, num_steps)`;
 of a run of them. The model's own is that of the published scheduler of the solver, so that a run here can be compared
 with one there step by step.
 
-Sources: Karras et al. 2022 (2206.00364), equation 5; the exponential one is k-diffusion's (it has no paper); Lee et al.
-2024 (2407.12173) for the one of a beta distribution; Sabour et al. 2024 (2404.14507) for Align Your Steps; Lin et al.
+Sources: those of `spreads`; Sabour et al. 2024 (2404.14507) for Align Your Steps; Lin et al.
 2023 (2305.08891), section 3.3, for steps that begin at the last timestep.
 """
 
@@ -13,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Protocol
 
@@ -22,16 +22,16 @@ import numpy as np
 import torch
 
 from cutdiff.options import Between, Options
-from cutdiff.sampling.edm import AnyNoise, EDMConfig
-from cutdiff.sampling.noise import EULER_TERMINAL_ALPHA, SPREAD_BY, NoiseConfig, NoiseTable, Timesteps, noise_table
+from cutdiff.sampling.edm import AnyNoise, Continuous, EDMConfig
+from cutdiff.sampling.flow import FlowConfig
+from cutdiff.sampling.noise import EULER_TERMINAL_ALPHA, NoiseConfig, NoiseTable, Timesteps, noise_table
+from cutdiff.sampling.spreads import BETA_SHAPE, KARRAS_RHO, SPREADS, beta_sigmas, exponential_sigmas, karras_sigmas
 from cutdiff.specs import name_of
 
 DDIM_TERMINAL_ALPHA = 2.0**-44
 """DDIM's own formula has no singularity there; with this alpha (sigma 4·10⁶) sigma space agrees to float32 rounding."""
-KARRAS_RHO = 7.0
-BETA_SHAPE = 0.6
 MAX_STEPS = 1000
-"""The most steps on an EDM model: as many as models with timesteps have of them."""
+"""The most steps on a model without whole timesteps: as many as others have of them."""
 
 ALIGNED = {
     "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
@@ -93,10 +93,11 @@ class Schedule:
         noise, gaps, to = self.noise, np.diff(self.timesteps), 0.0 if low > 0 else self.targets[-1]
         if not isinstance(noise, NoiseTable) or (len(gaps) > 1 and np.ptp(gaps) > 1):
             high, low = min(high, self.sigmas[0]), max(low, self.sigmas[-2])
-            own, places = -np.log(self.sigmas[:-1]), np.arange(self.num_steps)
-            first, last = np.interp([-math.log(high), -math.log(low)], own, places)
+            own, places = -np.log([*map(noise.time, self.sigmas[:-1])]), np.arange(self.num_steps)
+            first, last = np.interp([-math.log(noise.time(high)), -math.log(noise.time(low))], own, places)
             steps = np.linspace(first, last, count)
-            return self.visiting([high, *np.exp(-np.interp(steps[1:], places, own)).tolist(), 0.0])
+            between = map(noise.of_time, np.exp(-np.interp(steps[1:], places, own)).tolist())
+            return self.visiting([high, *between, 0.0])
         start, end, total = math.ceil(noise.timestep(high)), round(noise.timestep(low)), len(noise.sigmas)
         timesteps, stride = torch.linspace(start, end, count, dtype=torch.float32, device="cpu").tolist(), 0
         if count <= start - end + 1:
@@ -132,26 +133,28 @@ class ModelSchedule(Options):
 
 @dataclass(frozen=True)
 class Karras(Options):
-    """Even steps of sigma^(1/rho) between the model's own first and last sigma (Karras et al. 2022, equation 5)."""
+    """Even steps of sigma^(1/rho) between the model's own first and last sigma (Karras et al. 2022, equation 5); in
+    flows, of their time to that power."""
 
     rho: Annotated[float, Between(1, 1000)] = KARRAS_RHO
     """The larger, the more of the steps are at small sigmas."""
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
-        return [*karras_sigmas(*_ends(model_noise, num_steps), num_steps, self.rho), 0.0]
+        return _spread(model_noise, num_steps, partial(karras_sigmas, rho=self.rho))
 
 
 @dataclass(frozen=True)
 class Exponential(Options):
-    """Even steps of sigma's logarithm between the model's own first and last sigma."""
+    """Even steps of sigma's logarithm between the model's own first and last sigma; in flows, of their time's."""
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
-        return [*exponential_sigmas(*_ends(model_noise, num_steps), num_steps), 0.0]
+        return _spread(model_noise, num_steps, exponential_sigmas)
 
 
 @dataclass(frozen=True)
 class Beta(Options):
-    """Quantiles of a beta distribution, at even steps, between the model's own ends (Lee et al. 2024, 2407.12173)."""
+    """Quantiles of a beta distribution, at even steps, between the model's own ends (Lee et al. 2024, 2407.12173); in
+    flows, those of their time."""
 
     alpha: Annotated[float, Between(1e-3, 1e3)] = BETA_SHAPE
     """The distribution's first shape: below 1, many steps are near the first sigma."""
@@ -159,7 +162,7 @@ class Beta(Options):
     """The distribution's second shape: below 1, many steps are near the last sigma."""
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
-        return [*beta_sigmas(*_ends(model_noise, num_steps), num_steps, self.alpha, self.beta), 0.0]
+        return _spread(model_noise, num_steps, partial(beta_sigmas, alpha=self.alpha, beta=self.beta))
 
 
 @dataclass(frozen=True)
@@ -167,13 +170,16 @@ class SGMUniform(Options):
     """Even steps of the timestep from the training's last one, so that one more would be its first: `sgm_uniform` of
     ComfyUI and A1111. Timesteps are not rounded, and log sigma is linear between whole ones.
 
-    It differs from `trailing` by less than two timesteps. On EDM models its steps are even ones of log sigma.
+    It differs from `trailing` by less than two timesteps. On EDM models its steps are even ones of log sigma, and in
+    flows it is `trailing`.
     """
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
         if isinstance(model_noise, EDMConfig):
             low, high = np.log([model_noise.sigma_min, model_noise.sigma_max])
             return [*np.exp(np.linspace(high, low, num_steps + 1)[:-1]).tolist(), 0.0]
+        if isinstance(model_noise, FlowConfig):
+            return Trailing().sigmas(model_noise, num_steps)
         logs = np.log(noise_table(model_noise, EULER_TERMINAL_ALPHA).sigmas)
         timesteps = np.linspace(len(logs) - 1, 0, num_steps + 1)[:-1]
         return [*np.exp(np.interp(timesteps, np.arange(len(logs)), logs)).tolist(), 0.0]
@@ -182,16 +188,16 @@ class SGMUniform(Options):
 @dataclass(frozen=True)
 class Trailing(Options):
     """Even whole timesteps of which the first is the training's last (Lin et al. 2023): diffusers' spacing "trailing",
-    on a model whose own is another."""
+    on a model whose own is another. In flows, even times from 1 on before their shift, as FLUX.1 has them."""
 
-    def spaced(self, model_noise: AnyNoise) -> NoiseConfig:
+    def spaced(self, model_noise: AnyNoise) -> NoiseConfig | FlowConfig:
         """The model's noise with this spacing. ValueError where it has no timesteps."""
         if isinstance(model_noise, EDMConfig):
             raise ValueError("schedule=trailing goes by timesteps, which an EDM model has not: choose sgm_uniform")
         return replace(model_noise, timestep_spacing="trailing", **dict.fromkeys(SPREADS, False))
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
-        return euler_schedule(self.spaced(model_noise), num_steps).sigmas
+        return model_schedule(self.spaced(model_noise), num_steps).sigmas
 
 
 @dataclass(frozen=True)
@@ -206,8 +212,9 @@ class AlignYourSteps(Options):
     """The family whose table it is; None: the model's own."""
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
-        if isinstance(model_noise, EDMConfig):
-            raise ValueError("schedule=align_your_steps has no table for EDM models: choose karras or sgm_uniform")
+        if not isinstance(model_noise, NoiseConfig):
+            kind = "EDM models" if isinstance(model_noise, EDMConfig) else "models of flow matching"
+            raise ValueError(f"schedule=align_your_steps has no table for {kind}: choose karras or sgm_uniform")
         if self.table is None:
             raise ValueError("schedule=align_your_steps needs a table: give table=sd15 or sdxl")
         logs = np.log(ALIGNED[self.table])
@@ -217,10 +224,10 @@ class AlignYourSteps(Options):
 
 @dataclass(frozen=True)
 class Listed(Options):
-    """Sigmas that are given one by one."""
+    """Sigmas that are given one by one, or in flows their times."""
 
     values: tuple[Annotated[float, Between(0)], ...]
-    """The sigmas, falling, the last one 0: one more than there are steps."""
+    """The sigmas, or in flows times from 1 on, falling, the last one 0: one more than there are steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,7 +235,11 @@ class Listed(Options):
             raise ValueError(f"schedule={self.values} must hold two sigmas or more, falling, the last one 0")
 
     def sigmas(self, model_noise: AnyNoise, num_steps: int) -> Sequence[float]:
-        return self.values
+        if not isinstance(model_noise, FlowConfig):
+            return self.values
+        if self.values[0] > 1:
+            raise ValueError(f"schedule={self.values} has times above 1, which this model's noise ends with: give less")
+        return [*map(model_noise.of_time, self.values)]
 
 
 def make_schedule(schedule: SigmaSchedule, solver: Any, noise: AnyNoise, num_steps: int) -> Schedule:
@@ -251,13 +262,14 @@ def make_schedule(schedule: SigmaSchedule, solver: Any, noise: AnyNoise, num_ste
 
 
 def model_schedule(noise: AnyNoise, num_steps: int) -> Schedule:
-    """The model's own sigmas, as the published EulerDiscreteScheduler or EDMEulerScheduler picks them."""
-    return edm_schedule(noise, num_steps) if isinstance(noise, EDMConfig) else euler_schedule(noise, num_steps)
+    """The model's own sigmas, as the published EulerDiscreteScheduler, EDMEulerScheduler or
+    FlowMatchEulerDiscreteScheduler picks them."""
+    return euler_schedule(noise, num_steps) if isinstance(noise, NoiseConfig) else only_schedule(noise, num_steps)
 
 
 def ddim_model_schedule(noise: AnyNoise, num_steps: int) -> Schedule:
-    """The model's own sigmas, as the published DDIMScheduler picks them; EDM models have one schedule for all."""
-    return edm_schedule(noise, num_steps) if isinstance(noise, EDMConfig) else ddim_schedule(noise, num_steps)
+    """The model's own sigmas, as the published DDIMScheduler picks them, or those that all solvers have."""
+    return ddim_schedule(noise, num_steps) if isinstance(noise, NoiseConfig) else only_schedule(noise, num_steps)
 
 
 def euler_schedule(config: NoiseConfig, num_steps: int) -> Schedule:
@@ -283,8 +295,8 @@ def ddim_schedule(config: NoiseConfig, num_steps: int) -> Schedule:
 
 
 def lcm_model_schedule(noise: AnyNoise, num_steps: int) -> Schedule:
-    """The model's own sigmas, as the published LCMScheduler picks them; EDM models have one schedule for all."""
-    return edm_schedule(noise, num_steps) if isinstance(noise, EDMConfig) else lcm_schedule(noise, num_steps)
+    """The model's own sigmas, as the published LCMScheduler picks them, or those that all solvers have."""
+    return lcm_schedule(noise, num_steps) if isinstance(noise, NoiseConfig) else only_schedule(noise, num_steps)
 
 
 def lcm_schedule(config: NoiseConfig, num_steps: int) -> Schedule:
@@ -302,39 +314,11 @@ def lcm_schedule(config: NoiseConfig, num_steps: int) -> Schedule:
     return Schedule(tuple(timesteps), tuple(sigmas), tuple(sigmas[1:]), math.hypot(sigmas[0], 1), table)
 
 
-def edm_schedule(config: EDMConfig, num_steps: int) -> Schedule:
-    """Sigmas, and what the network is told, as the published EDMEulerScheduler picks them."""
+def only_schedule(config: Continuous, num_steps: int) -> Schedule:
+    """The schedule of a model that has one for all solvers."""
     _check_num_steps(config, num_steps)
-    # As there, noise is scaled as if a picture lay beneath it, also where the first sigma is not the largest.
-    return _visiting([*config.sigmas(num_steps), 0.0], config, math.hypot(config.sigma_max, 1))
-
-
-def karras_sigmas(high: float, low: float, num_steps: int, rho: float = KARRAS_RHO) -> list[float]:
-    """Even steps of sigma^(1/rho) from `high` to `low`, which are exact also where they round to others."""
-    ramp = np.linspace(0, 1, num_steps)
-    first, last = high ** (1 / rho), low ** (1 / rho)
-    sigmas = [float(s) for s in (first + ramp * (last - first)) ** rho]
-    sigmas[-1], sigmas[0] = low, high
-    return sigmas
-
-
-def exponential_sigmas(high: float, low: float, num_steps: int) -> list[float]:
-    """Even steps of log sigma from `high` to `low`."""
-    return np.exp(np.linspace(math.log(high), math.log(low), num_steps)).tolist()
-
-
-def beta_sigmas(
-    high: float, low: float, num_steps: int, alpha: float = BETA_SHAPE, beta: float = BETA_SHAPE
-) -> list[float]:
-    """Quantiles of a beta distribution at even steps, from `high` to `low`."""
-    from scipy.stats import beta as distribution
-
-    shares = distribution.ppf(1 - np.linspace(0, 1, num_steps), alpha, beta)
-    return (low + shares * (high - low)).tolist()
-
-
-SPREADS = dict(zip(SPREAD_BY, (karras_sigmas, exponential_sigmas, beta_sigmas), strict=True))
-"""The sigmas between the first and the last one, by the field of a model's noise that asks for them."""
+    # As in the published schedulers, noise is scaled for the largest sigma, also where the first one is another.
+    return _visiting([*config.sigmas(num_steps), 0.0], config, config.init_scale(config.sigma_max))
 
 
 def _visiting(sigmas: list[float], noise: Timesteps, init_scale: float) -> Schedule:
@@ -344,24 +328,32 @@ def _visiting(sigmas: list[float], noise: Timesteps, init_scale: float) -> Sched
 
 def _init_scale(noise: AnyNoise, sigmas: list[float]) -> float:
     """The factor of the first noise; where its sigma is not the largest one, a picture is taken to lie beneath it."""
-    beneath = isinstance(noise, EDMConfig) or noise.timestep_spacing == "leading"
-    return math.hypot(sigmas[0], 1) if beneath else max(sigmas)
+    if not isinstance(noise, NoiseConfig):
+        return noise.init_scale(sigmas[0])
+    return math.hypot(sigmas[0], 1) if noise.timestep_spacing == "leading" else max(sigmas)
+
+
+def _spread(noise: AnyNoise, num_steps: int, rule: Callable[[float, float, int], list[float]]) -> list[float]:
+    """The sigmas that a rule spreads over the model's time, between its own first and last one, and 0."""
+    timesteps = _timesteps(noise)
+    high, low = map(timesteps.time, _ends(noise, num_steps))
+    return [*map(timesteps.of_time, rule(high, low, num_steps)), 0.0]
 
 
 def _ends(noise: AnyNoise, num_steps: int) -> tuple[float, float]:
     """The first sigma of the model's own schedule and the last one above 0."""
-    if isinstance(noise, EDMConfig):
-        return noise.sigma_max, noise.sigma_min
+    if not isinstance(noise, NoiseConfig):
+        return noise.ends(num_steps)
     table, timesteps = noise_table(noise, EULER_TERMINAL_ALPHA), _spaced_timesteps(noise, num_steps)
     return table.sigma(timesteps[0]), table.sigma(timesteps[-1])
 
 
 def _timesteps(noise: AnyNoise) -> Timesteps:
-    return noise if isinstance(noise, EDMConfig) else noise_table(noise, EULER_TERMINAL_ALPHA)
+    return noise_table(noise, EULER_TERMINAL_ALPHA) if isinstance(noise, NoiseConfig) else noise
 
 
 def _check_num_steps(noise: AnyNoise, num_steps: int) -> None:
-    if isinstance(noise, EDMConfig) and not 1 <= num_steps <= MAX_STEPS:
+    if not isinstance(noise, NoiseConfig) and not 1 <= num_steps <= MAX_STEPS:
         raise ValueError(f"num_steps={num_steps} must be between 1 and {MAX_STEPS}")
 
 

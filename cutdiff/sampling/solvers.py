@@ -112,13 +112,14 @@ class SecondOrder(Options):
 
 @dataclass(frozen=True)
 class Heun(SecondOrder):
-    """Euler's step, and then the mean of the slopes at both of its ends (Karras et al. 2022, algorithm 1)."""
+    """Euler's step, and then the mean of the slopes at both of its ends (Karras et al. 2022, algorithm 1): slopes over
+    sigma, or in flows over their time, as the published FlowMatchHeunDiscreteScheduler has them."""
 
     def check_schedule(self, schedule: Schedule) -> None:
-        """ValueError too where the first step is one from an infinite sigma: its slopes would count the difference of
-        both estimates more than the noise that is left."""
+        """ValueError too where the first step is one from an infinite sigma: its slopes over sigma would count the
+        difference of both estimates more than the noise that is left."""
         super().check_schedule(schedule)
-        first, second = schedule.sigmas[:2]
+        first, second = map(schedule.noise.time, schedule.sigmas[:2])
         if first >= INFINITE and first > 2 * second**2:
             raise ValueError(
                 f"solver=heun cannot step from sigma {first:g}, which stands for the infinite one of a zero terminal "
@@ -131,9 +132,11 @@ class Heun(SecondOrder):
             ahead = euler_step(x, denoised, sigma, target)
             if target == 0:
                 return ahead
-            # The slopes are (x - denoised) / sigma, which is the same at `ahead`, and (ahead - there) / target.
+            # The slopes are (x - denoised) / sigma, which is the same at `ahead`, and (ahead - there) / target. In the
+            # state and the time of a flow their mean is this same line, with times in the weight.
             there = yield ahead, target
-            return euler_step(x, torch.lerp(denoised, there, sigma / (2 * target)), sigma, target)
+            weight = schedule.noise.time(sigma) / (2 * schedule.noise.time(target))
+            return euler_step(x, torch.lerp(denoised, there, weight), sigma, target)
 
         return step
 
@@ -288,6 +291,20 @@ def finished(step: Tensor | Estimating, estimate: Callable[[Tensor, float], Tens
             asked = step.send(estimate(*asked))
     except StopIteration as end:
         return end.value
+
+
+def adds_noise(solver: Solver, schedule: Schedule) -> bool:
+    """True for a solver that asks for noise at any step of a schedule."""
+    asked: list[int] = []
+
+    def noise(shape: tuple[int, ...], step: int, *part: int) -> Tensor:
+        asked.append(step)
+        return torch.zeros(shape)
+
+    x, take = torch.zeros(1, 1, 1, 1), solver.start(schedule, noise)
+    for i in range(schedule.num_steps):
+        finished(take(x, x, i), lambda x, sigma: x)
+    return bool(asked)
 
 
 def euler_step(x: Tensor, denoised: Tensor, sigma: float, target: float) -> Tensor:

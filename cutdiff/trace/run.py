@@ -121,7 +121,7 @@ class Tracing:
             "factor": model.factor,
             "num_steps": num_steps,
             "words": self.words,
-            "words_unread": unread_because(self.prompt, settings),
+            "words_unread": unread_because(self.model, self.prompt, settings),
         }
         told["map"], head = model_map(model), pages.head(self.prompt)
         with _writing(self.page):

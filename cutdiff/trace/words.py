@@ -13,6 +13,7 @@ from cutdiff.models.attention import AttentionMaps, recorded_attention, text_lev
 from cutdiff.models.config import Size
 from cutdiff.models.editing import described
 from cutdiff.models.inside import size_at
+from cutdiff.models.unet import UNet, as_unet
 from cutdiff.sampling.denoiser import Call
 from cutdiff.sampling.operators import Operator, Patches
 from cutdiff.sampling.resize import resize
@@ -24,11 +25,12 @@ class Words:
     that reads the text."""
 
     def __init__(self, model: Model, prompt: str, settings: Settings) -> None:
-        read = model.text.words(prompt) if unread_because(prompt, settings) is None else []
+        read = model.text.words(prompt) if unread_because(model, prompt, settings) is None else []
         self.names = [name for name, _ in read]
         self.places = [places for _, places in read]
-        self.unet, self.levels = model.unet, len(model.unet.config.channels)
-        self.finest = next(iter(text_levels(model.unet)), None) if self.names else None
+        self.unet = model.unet
+        self.levels = len(model.unet.config.channels) if isinstance(model.unet, UNet) else 0
+        self.finest = next(iter(text_levels(as_unet(model.unet))), None) if self.names else None
         self.maps: AttentionMaps | None = None
 
     @contextmanager
@@ -39,7 +41,7 @@ class Words:
             yield
             return
         prompted = slice(call.copies - call.num_terms, None, call.copies)
-        with recorded_attention(self.unet, level=self.finest, rows=prompted) as self.maps:
+        with recorded_attention(as_unet(self.unet), level=self.finest, rows=prompted) as self.maps:
             yield
 
     def take(self) -> Tensor | None:
@@ -65,8 +67,10 @@ class Words:
         return resize(canvas, (-(-size[0] // scale), -(-size[1] // scale)), "area")[0].cpu()
 
 
-def unread_because(prompt: str, settings: Settings) -> str | None:
+def unread_because(model: Model, prompt: str, settings: Settings) -> str | None:
     """The reason why the words of a run have no maps; None where they have."""
     if described(prompt, settings.num_steps) is not None:
         return "the prompt changes by step, or is a sum of prompts"
+    if not isinstance(model.unet, UNet):
+        return "a transformer has no attention over the text alone"
     return "the network is compiled" if settings.compile else None

@@ -16,6 +16,7 @@ from cutdiff.checkpoint.header import read_header
 from cutdiff.checkpoint.locate import name_of
 from cutdiff.checkpoint.model import Model, sha256
 from cutdiff.files import json_lines, json_of
+from cutdiff.scenes.vocabulary import PART
 
 HISTORY = "training.json"
 PREFERRED = {"guidance_scale": 4.0}
@@ -105,6 +106,33 @@ The seconds include whatever else the machine did, but not the encoding of the p
 ```
 """
 
+FLOW_CARD = """# The embedded rectified-flow transformer
+
+A model of FLUX.1's architecture, small enough to live in the repository: native size {native} latents ({pixels} px),
+transformer {transformer:.1f} M parameters, the VAE of the other embedded model ({vae:.1f} M), a CLIP text encoder of
+{clip:.2f} M and a T5 encoder of {t5:.2f} M, stored in float16. It knows one world, the scenes that `cutdiff/scenes`
+renders, and was trained on nothing else. It is licensed as the code is, under Apache-2.0. diffusers' FluxPipeline reads
+the folder, too.
+
+It was made by `python -m cutdiff.training.flow`:
+
+{phases}
+
+The seconds include whatever else the machine did, but not the encoding of the pictures. The loss is the squared error
+of the predicted velocity.
+
+The network is told neither size nor crop. So pictures that show a part of a scene, down to a fifth of its side, have
+captions that begin with "{part}". A tenth of the captions is dropped, for guidance with a negative prompt.
+
+{curves}
+
+## SHA-256
+
+```
+{hashes}
+```
+"""
+
 
 def phase(name: str, quantity: str, log: Path, *, data: str, device: torch.device, dtype: str) -> dict[str, Any]:
     """Describe a finished phase of training from its log: its data, its cost, and `quantity` over its steps."""
@@ -134,15 +162,26 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 def write_card(folder: Path, history: list[dict[str, Any]]) -> None:
     """Write README.md and the history of its phases beside the finished model in `folder`."""
     model = load(folder)
-    text = CARD.format(
+    _write_card(folder, model, history, CARD, unet=_millions(model.unet), text=_millions(model.text.text_encoder))
+
+
+def write_flow_card(folder: Path, made: dict[str, Any]) -> None:
+    """Write README.md and the history beside the finished transformer in `folder`."""
+    model = load(folder)
+    clip, t5 = map(_millions, model.text.encoders)
+    transformer = _millions(model.unet)
+    _write_card(folder, model, [made], FLOW_CARD, transformer=transformer, clip=clip, t5=t5, part=PART)
+
+
+def _write_card(folder: Path, model: Model, history: list[dict[str, Any]], card: str, **facts: Any) -> None:
+    text = card.format(
         native=model.native_size,
         pixels=model.native_size * model.factor,
-        unet=_millions(model.unet),
         vae=_millions(model.vae),
-        text=_millions(model.text.text_encoder),
         phases="\n".join(map(_line, history)),
         curves="\n\n".join(_curve(p) for p in history),
         hashes="\n".join(f"{digest}  {name}" for name, digest in sorted(model.hashes.items())),
+        **facts,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / HISTORY).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")

@@ -120,7 +120,17 @@ def _optimizers(module: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     adamw = partial(torch.optim.AdamW, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     if plan.muon_learning_rate is None:
         return [adamw(module.parameters())]
-    ends = ("conv_in", "conv_out", "quant_conv", "embed", "text_projection", "heads")
+    ends = (
+        "conv_in",
+        "conv_out",
+        "quant_conv",
+        "embed",
+        "text_projection",
+        "heads",
+        "transformer.proj_out",
+        "shared",
+        "bias.weight",
+    )
     named = list(module.named_parameters())
     hidden = [p for name, p in named if p.ndim >= 2 and not any(end in name for end in ends)]
     chosen = {id(p) for p in hidden}

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cutdiff.models.config import VAEConfig
 from cutdiff.models.layers import channels_last
@@ -28,6 +28,7 @@ def train_vae(folder: Path, *, steps: int, batch: int, device: torch.device, bfl
     vae = VAE(CONFIG).to(device)
     channels_last(vae)
     # The latents start with little noise: with unit noise, the decoder would learn to ignore them first.
+    assert isinstance(vae.quant_conv, nn.Conv2d)
     assert vae.quant_conv.bias is not None
     vae.quant_conv.bias.data[CONFIG.latent_channels :] = -6.0
 

@@ -16,6 +16,7 @@ import torch
 from cutdiff.checkpoint.build import Networks
 from cutdiff.checkpoint.keys import unet_keys
 from cutdiff.checkpoint.text import PREFIX
+from cutdiff.models.unet import UNet
 
 PREFIXES = {
     "unet": ("lora_unet_", "unet_", "lycoris_", "diffusion_model_", ""),
@@ -113,7 +114,8 @@ def flat(module: str) -> str:
 
 def targets(networks: Networks) -> dict[str, Target]:
     """The weights of the networks by all flat names that files give their modules, and biases with BIAS behind that."""
-    original = {ours: theirs for theirs, ours in unet_keys(networks.unet).items()}
+    unet = networks.unet if isinstance(networks.unet, UNet) else None
+    original = {} if unet is None else {ours: theirs for theirs, ours in unet_keys(unet).items()}
     table: dict[str, Target] = {}
     for name, network in networks.named().items():
         for key, weight in network.state_dict().items():
