@@ -141,7 +141,7 @@ def load(
         folder_of_config = None if config is None else locate(config, "config")
         parts = _read_single(source, vae, options, folder_of_config, dtype, needs_t5=needs_t5)
     if not needs_t5 and not issubclass(kind_of(parts.blueprint.unet).text, SD3Text):
-        raise ValueError("text_encoder_3='none' is for models of SD3, which can do without T5: leave it out")
+        raise ValueError("text_encoder_3=none is for models of SD3, which can do without T5: leave it out")
     options.check_fit(parts.blueprint.noise)
     if check_weights:
         for file in parts.files.values():
