@@ -19,11 +19,21 @@ MAX_LOG = 1 << 28
 """The most bytes of a log, of which a long run writes some megabytes."""
 
 
+class BadFile(ValueError):
+    """The error of a file that is there and is no good, where other errors of the kind are of what names it."""
+
+
+def reworded(error: Exception, message: str) -> ValueError:
+    """An error with another message, of the same of the two kinds."""
+    return BadFile(message) if isinstance(error, BadFile) else ValueError(message)
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file, or a link to one, to read bytes.
 
-    Raises FileNotFoundError where there is no file, and ValueError where it is something else or cannot be read.
+    Raises FileNotFoundError where there is no file, ValueError where it is something else, and BadFile where it cannot
+    be read.
     """
     try:
         mode = path.stat().st_mode
@@ -36,7 +46,7 @@ def opened(path: Path) -> Iterator[BufferedReader]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: check the path") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): check its permissions and its disk") from None
+        raise BadFile(f"{path} cannot be read ({error.strerror}): check its permissions and its disk") from None
 
 
 def size_of(file: BufferedReader) -> int:
@@ -45,12 +55,20 @@ def size_of(file: BufferedReader) -> int:
 
 
 def contents(path: Path, most: int, remedy: str = "which are all that is read: give a smaller file") -> bytes:
-    """The bytes of a file that is opened as above. ValueError, which ends in `remedy`, for more than `most`."""
+    """The bytes of a file that is opened as above. BadFile, which ends in `remedy`, for more than `most`."""
     with opened(path) as file:
         size = size_of(file)
         if size > most:
-            raise ValueError(f"{path} has {size} bytes, more than {most}, {remedy}")
+            raise BadFile(f"{path} has {size} bytes, more than {most}, {remedy}")
         return file.read(size)
+
+
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of its pairs, as an `object_pairs_hook`. ValueError where two have the same name."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r:.60} is given twice in one object")
+    return dict(pairs)
 
 
 def json_of(path: Path, most: int = MAX_LOG) -> Any:

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
 from numbers import Integral, Real
+from pathlib import PurePath
 from textwrap import dedent
 from threading import Lock
 from types import NoneType, UnionType
@@ -128,7 +129,8 @@ def words(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}"
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(words(arg) for arg in args))
+        several = any(_item_kinds(arg) is not None for arg in args)
+        return ("; or " if several else " or ").join(dict.fromkeys(words(arg) for arg in args))
     if origin is list or (origin is tuple and args[-1:] == (Ellipsis,)):
         return f"a list, each {words(args[0])}"
     if origin is tuple:
@@ -139,9 +141,13 @@ def words(kind: Any) -> str:
 
 
 def short(value: object) -> str:
-    """A value as an error shows it: the middle of a long one is left out, and of a huge number its length is told."""
+    """A value as an error shows it: a path as its text, a tuple without brackets, a long one without its middle, and a
+    huge number by its length."""
+    if isinstance(value, PurePath):
+        value = str(value)
     try:
-        text = repr(value)
+        text = ", ".join(map(short, value)) if isinstance(value, tuple | list) and value else repr(value)
+        text = f"[{text}]" if isinstance(value, list) and value else text
     except ValueError:  # Python writes integers of some thousand digits only
         return "a number of thousands of digits"
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"

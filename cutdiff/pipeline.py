@@ -16,41 +16,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutdiff.checkpoint.control import control_of
 from cutdiff.checkpoint.model import Model, dtype_name
-from cutdiff.given.pictures import Picture
-from cutdiff.given.regions import check_sizes
+from cutdiff.methods.given import check_counts, check_given, controls_of, fitted, masked_picture
 from cutdiff.methods.in_regions import in_regions
 from cutdiff.methods.picture import drawn_on
 from cutdiff.methods.redrawn import Redrawn
-from cutdiff.methods.shared import Run, stages_of, step_at
+from cutdiff.methods.shared import Run, between, stages_of
+from cutdiff.models.backbone import Backbone
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SD15_UNET
 from cutdiff.models.positions import Positioned, with_positions
 from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
-from cutdiff.models.unet import Encoder, UNet
+from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
 from cutdiff.sampling.conditioning import Prompts, encode_prompts
-from cutdiff.sampling.controls import Control
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
 from cutdiff.sampling.edm import AnyNoise
 from cutdiff.sampling.finite import explained
-from cutdiff.sampling.fitted import Fitted
 from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.guidance import Changing, LinearGuidance
-from cutdiff.sampling.masks import MaskedPicture, is_white
+from cutdiff.sampling.masks import MaskedPicture
 from cutdiff.sampling.operators import check_backend
 from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
 from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
-from cutdiff.settings import Fit, Settings, left_to_model
+from cutdiff.settings import Settings, check_owned, left_to_model
 from cutdiff.specs import name_of, resolve
 
 CPU_VIEW_BATCH = 16
@@ -163,6 +160,9 @@ def generate(
     negatives += [region.negative_prompt for region in settings.regions or ()]
     if any(negatives) and not prepared.denoiser.work.reads_negative:
         record["negative_prompt_unread"] = True
+    if unread := [c for c in prepared.denoiser.controls if c.is_on not in prepared.denoiser.work.counted]:
+        numbers = [prepared.denoiser.controls.index(control) for control in unread]
+        record["control_unread"] = [record["control_interval"][number] for number in numbers]
     if any(prompt) and all(denoiser is not prepared.denoiser for denoiser in prepared.denoisers):
         record["prompt_unread"] = True
     return Result(images, latents, record)
@@ -172,6 +172,7 @@ def with_options(model: Model, settings: Settings | None, options: dict[str, Any
     """The settings with these options; the very same ones where there are none, whose sources stand as they were. Where
     options alone are given, the model's preferences are taken for those that they leave open."""
     if settings is None:
+        check_owned(options, options)
         return Settings(**{**left_to_model(options, model.preferred), **options})
     return replace(settings, **options) if options else settings
 
@@ -253,6 +254,8 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
             raise ValueError(
                 f"{name}={getattr(settings, name)!r} is for a second text encoder, which this model does not have"
             )
+    if not isinstance(model.unet, UNet):
+        _check_for_transformer(settings)
     if callable(check := getattr(settings.method, "check_native", None)):
         check(model.native_size)
     if model.unet.config.guidance_dim and not isinstance(settings.guidance, LinearGuidance):
@@ -267,21 +270,19 @@ def canvas_and_schedule(model: Model, settings: Settings) -> tuple[tuple[int, in
     schedule = make_schedule(_of_family(settings.schedule, model), settings.solver, noise, settings.num_steps)
     if callable(check := getattr(settings.solver, "check_schedule", None)):
         check(schedule)
-    if settings.regions:
-        check_sizes(settings.regions, size)
-    for hint in settings.control_image or ():
-        sides = tuple(side * model.factor for side in size)
-        if (hint.height, hint.width) != sides:
-            raise ValueError(
-                f"control_image={hint.name} has {hint.width}×{hint.height} pixels, and the picture will have "
-                f"{sides[1]}×{sides[0]}: resize it, or leave width and height out"
-            )
-    for path in settings.control or ():
-        try:
-            control_of(model, path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"control={str(error).removeprefix('control=')}") from None
+    check_given(model, settings, size, schedule)
     return size, schedule
+
+
+def _check_for_transformer(settings: Settings) -> None:
+    """ValueError where the run needs a U-Net."""
+    for kind, others in (("method", "multidiffusion, cutdiffusion, magnify or climb"), ("guidance", "cfg")):
+        thing = getattr(settings, kind)
+        if what := getattr(thing, "unet_only", ""):
+            name = name_of(kind, thing)
+            raise ValueError(f"{kind}={name} {what} of a U-Net, and this model is a transformer: choose {others}")
+    if settings.control:
+        raise ValueError(f"control={settings.control[0]} is for a U-Net, and this model is a transformer: leave it out")
 
 
 def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> AnyNoise:
@@ -295,7 +296,8 @@ def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> A
         return noise.shifted_by(shift)
     if shift is not None and not noise.use_dynamic_shifting:
         raise ValueError(
-            f"shift={shift} is for models whose shift grows with the size, and this one's is {noise.shift:g}"
+            f"shift={shift!r} is for models whose shift grows with the size, and this one's is {noise.shift:g} always: "
+            "give a number, or leave it out"
         )
     patch = model.unet.config.patch
     native, canvas = (
@@ -304,16 +306,16 @@ def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> A
     return noise.shifted_for({"native": native, "canvas": canvas, None: min(native, canvas)}[shift])
 
 
-def network_of(model: Model, settings: Settings) -> UNet:
-    """The model's network as a run has it: told by the positions of the run where tokens lie, if it has any.
-    ValueError where the network has none to change."""
+def network_of(model: Model, settings: Settings) -> Backbone[Any]:
+    """The model's network as a run has it, with the positions of the run where there are any. ValueError where the
+    network has none to change."""
     if settings.positions is None:
         return model.unet
     positions = resolve("positions", settings.positions)
     if not isinstance(model.unet, Positioned):
         raise ValueError(
-            f"positions={name_of('positions', positions)} is for a transformer that turns queries and keys by where "
-            f"tokens lie, and this model has a {type(model.unet).__name__}: leave it out"
+            f"positions={name_of('positions', positions)} is for a transformer that is told where its tokens lie, "
+            f"and this model has a {type(model.unet).__name__}: leave it out"
         )
     return with_positions(model.unet, positions)
 
@@ -345,7 +347,7 @@ def prepare(
     if not prompts:
         raise ValueError("prompt is an empty list: give at least one prompt")
     _check_texts(prompts, settings)
-    _check_pictures(prompts, settings)
+    check_counts(prompts, settings)
     size, schedule = canvas_and_schedule(model, settings)
     if isinstance(observer, type) or isinstance(draws, str | type):
         what = f"observer={observer}" if isinstance(observer, type) else f"draws={draws!r}"
@@ -362,7 +364,8 @@ def prepare(
     positive, negative = encoded(
         Prompts(prompts, settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2)
     )
-    encodes, masked, beside = partial(encode, model), masked_picture(model, settings, size), None
+    encodes, beside = partial(encode, model), None
+    masked = masked_picture(model, settings, size, encodes)
     if model.unet.config.inpaints:
         beside = (masked or MaskedPicture.all_redrawn(size, encodes, model.factor)).beside
     network = network_of(model, settings)
@@ -374,10 +377,10 @@ def prepare(
         negative=negative,
         guidance=settings.guidance,
         beside=beside,
-        guided=_guided(schedule, settings.guidance_interval),
+        guided=between(schedule, settings.guidance_interval),
         factor=model.factor,
         compiled=_compiled(network, settings),
-        controls=_controls(model, settings, schedule),
+        controls=controls_of(model, settings, schedule, partial(_compiled, settings=settings)),
         ranks=ranks,
         items_of_a_call=settings.view_batch_size,
         backend=settings.backend,
@@ -432,23 +435,9 @@ def prepare(
     return Prepared(settings, denoiser, draws, size, schedule, denoisers, stages, steps, sources, masked)
 
 
-def _compiled(network: Encoder, settings: Settings) -> Callable[..., Any] | None:
+def _compiled(network: Backbone[Any], settings: Settings) -> Callable[..., Any] | None:
     """The compiled forward pass of a network, where the run is to have any."""
     return compiled(network, cuda_graphs=settings.cuda_graphs) if settings.compile else None
-
-
-def _controls(model: Model, settings: Settings, schedule: Schedule) -> tuple[Control, ...]:
-    """The ControlNets of a run, which were checked, with their hints."""
-    if not settings.control:
-        return ()
-    hints = settings.control_image or [None] * len(settings.control)  # a method makes them
-    controls = []
-    given = zip(settings.control, hints, settings.control_scale, settings.control_interval, strict=True)
-    for path, hint, scale, interval in given:
-        network = control_of(model, path)
-        pixels = torch.empty(0) if hint is None else pixels_of(hint, model)
-        controls.append(Control(network, pixels, scale, _guided(schedule, interval), _compiled(network, settings)))
-    return tuple(controls)
 
 
 def _check_texts(prompts: Sequence[str], settings: Settings) -> None:
@@ -461,56 +450,12 @@ def _check_texts(prompts: Sequence[str], settings: Settings) -> None:
             raise ValueError(f"{name} names {match[0]}: load the model with loras=[(FILE, SCALE)], and leave it out")
 
 
-def _check_pictures(prompts: Sequence[str], settings: Settings) -> None:
-    """ValueError where there are several pictures of a kind and another number of prompts."""
-    hints = [("control_image", hint) for hint in settings.control_image or ()]
-    for name, picture in [*settings.pictures().items(), *hints]:
-        if picture.count not in (1, len(prompts)):
-            raise ValueError(f"{name} holds {picture.count} pictures for {len(prompts)} prompts: give one, or as many")
-
-
-def fitted(picture: Picture, model: Model, size: tuple[int, int], fit: Fit) -> Fitted:
-    """The pixels of a picture for canvases of the shape of `size`, in latents, on the model's device."""
-    return Fitted.to(size, pixels_of(picture, model), fit, model.factor)
-
-
-def pixels_of(picture: Picture, model: Model) -> Tensor:
-    """The pixels of a picture (B, 3, h, w), on the model's device."""
-    return torch.from_numpy(picture.pixels()).movedim(3, 1).to(model.device)
-
-
-def masked_picture(model: Model, settings: Settings, size: tuple[int, int]) -> MaskedPicture | None:
-    """The given picture and what is redrawn of it, on the canvas of `size` latents; None where nothing is held."""
-    if not settings.redraws:
-        return None
-    encodes, given = partial(encode, model), (settings.image, settings.mask)
-    if settings.place is None:
-        image, mask = (fitted(picture, model, size, settings.fit)(size) for picture in given)
-        white = is_white(mask)
-        if not white.is_meta and not white.any():
-            raise ValueError(
-                f"mask={settings.mask.name} has nothing white where the canvas shows the image, so that nothing would "
-                "be redrawn: choose another fit or size"
-            )
-        return MaskedPicture(image, white, encodes, model.factor)
-    image, mask = (picture and pixels_of(picture, model) for picture in given)
-    mask = mask if mask is None else is_white(mask)
-    return MaskedPicture.placed(image, mask, settings.place, size, encodes, model.factor)
-
-
 def _observed(steps: Iterator[Step], observer: Observer, num_steps: int) -> Iterator[Step]:
     """The steps, each after the observer has heard of it."""
     observer.begin(num_steps)
     for step in steps:
         observer.step(step)
         yield step
-
-
-def _guided(schedule: Schedule, interval: tuple[float, float]) -> Callable[[float], bool]:
-    """Tells for a sigma whether it is one of a share of the schedule's, or between them."""
-    first, last = (step_at(share, schedule.num_steps) for share in interval)
-    high, low = schedule.sigmas[first] if first else math.inf, schedule.sigmas[last]
-    return lambda sigma: low < sigma <= high
 
 
 def _init_scale(first: Stage | Phase, schedule: Schedule) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 from cutdiff.cli.arguments import (
     DTYPES,
+    OF_IMAGE,
     BadArgument,
     Parser,
     add_controls,
@@ -30,7 +31,7 @@ from cutdiff.cli.arguments import (
 from cutdiff.cli.ending import exit_status
 from cutdiff.options import options_of
 from cutdiff.parallel.lines import say, write_line
-from cutdiff.settings import Settings, left_to_model
+from cutdiff.settings import Settings, check_owned, left_to_model
 
 TFLOPS = 790.0
 """The rate of a plain bfloat16 product of large matrices on an H200."""
@@ -132,6 +133,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         if not 0 < value < math.inf or (name == "utilisation" and value > 1):
             raise BadArgument(f"--{name} {value} must be above 0{', at most 1' * (name == 'utilisation')}")
     with errors_by_flag():
+        check_owned(args.options, args.options)
         return Settings(**args.options)
 
 
@@ -141,8 +143,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description="Compute what drawing a picture takes, without drawing it.",
     )
     picture, own = parser.add_argument_group("picture"), options_of(Settings)
-    add_option(picture, own["width"], "in pixels; none: twice the native size")
-    for name in ("height", "image", "strength", "fit", "invert", "mask", "place", "regions", "bootstrapping"):
+    for name in ("width", "height", "image", *OF_IMAGE, "regions", "bootstrapping"):
         add_option(picture, own[name])
     add_controls(picture)
     parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: SDXL-base's sizes")

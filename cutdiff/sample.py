@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cutdiff.cli.arguments import BadArgument, as_taken, of_flag, parse
 from cutdiff.cli.drawing import Trace, draw_all, leave_out, tell
@@ -64,7 +64,8 @@ def _run(argv: list[str] | None) -> None:
             if args.trace:
                 from cutdiff.trace import is_page_of
 
-                pictures = [replace(each, finished=each.finished and is_page_of(each.path)) for each in pictures]
+                how = _how(args)
+                pictures = [replace(each, finished=each.finished and is_page_of(each.path, **how)) for each in pictures]
             if taken and process() == 0:
                 tell(as_taken(taken))
             if launch.group.leads:
@@ -107,10 +108,9 @@ def _followed(model: Model, args: argparse.Namespace, picture: Picture) -> Itera
         return
     from cutdiff.trace import Unwritable, tracing
 
-    page, how = picture.path.with_suffix(".html"), {"every": args.trace_every, "decode": args.trace_decode}
-    trace = None
+    page, trace = picture.path.with_suffix(".html"), None
     try:
-        with tracing(model, picture.prompt, picture.settings, page, **how, data=args.trace_data) as trace:
+        with tracing(model, picture.prompt, picture.settings, page, **_how(args)) as trace:
             yield trace
     except Unwritable as error:
         raise Failure(str(error)) from None
@@ -118,6 +118,11 @@ def _followed(model: Model, args: argparse.Namespace, picture: Picture) -> Itera
         if trace is not None and trace.path.exists():
             tell(f"the trace of {picture.path.name} up to there is {trace.path}")
         raise
+
+
+def _how(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a trace."""
+    return {"every": args.trace_every, "decode": args.trace_decode, "data": args.trace_data}
 
 
 def _check_processes(args: argparse.Namespace) -> None:

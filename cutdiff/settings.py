@@ -5,11 +5,12 @@ This module imports no torch; what the objects need is imported where `Settings`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args
 
 from cutdiff import specs
+from cutdiff.files import BadFile
 from cutdiff.given.controls import CONTROL_FILES, CONTROLS, check_hints, read_controls
 from cutdiff.given.pictures import Picture, as_picture
 from cutdiff.given.regions import as_regions, notices
@@ -34,6 +35,8 @@ LATER = (
     "positions",
 )  # fmt: skip
 """The options that old records do not know, which no record names where they have their defaults."""
+OWNERS = {"fit": ("image",), "feather": ("mask", "place"), "bootstrapping": ("regions",)}
+"""The options with a default that mean nothing without one of others."""
 STRENGTH = 0.5
 """The share of the steps that a picture is drawn on by, where nobody says."""
 Fit = Literal["cover", "contain", "stretch"]
@@ -66,6 +69,18 @@ def check_preferred(preferred: Mapping[str, Any]) -> None:
     Settings(**preferred)
 
 
+def check_owned(names: Iterable[str], options: Mapping[str, Any]) -> None:
+    """ValueError where an option of these names, if only with its default, belongs to others that are not given."""
+    for name in names:
+        owners = OWNERS.get(name, ())
+        if owners and all(options.get(owner) is None for owner in owners):
+            what = f"{short(options[name])} goes with {' or '.join(owners)}"
+            raise ValueError(f"{name}={what}: give that, or leave it out")
+        if name == "fit" and options.get("place") is not None:
+            what = f"{short(options[name])} resizes the image, and place puts it where it is"
+            raise ValueError(f"{name}={what}: leave one out")
+
+
 @dataclass(frozen=True, init=False)
 class Settings(Options):
     """All that a run can be given. `Settings(method="magnify", structure_fraction=0.5)` takes the options below, and by
@@ -85,7 +100,7 @@ class Settings(Options):
     height: int | None = None
     """The height in pixels, a multiple of 8; None: twice the model's native size, or as the image's shape has it."""
     width: int | None = None
-    """The width, likewise."""
+    """The width, a multiple of 8; None: twice the model's native size, or as the image's shape has it."""
     image: Any = None
     """The picture to start from, a file: methods that draw a native picture first take it for that one, all others
     begin with it, noised, at `strength`."""
@@ -108,8 +123,8 @@ class Settings(Options):
     control: Any = None
     """A ControlNet that guides by a hint, its file or folder, or several."""
     control_image: Any = None
-    """The hint of the ControlNet of the same number, a picture of the size to be drawn, a file; it says the size where
-    width and height do not."""
+    """The hint of the ControlNet of the same number, a picture of the size to be drawn, a file; it says the size, where
+    an image is given too, unless width and height do."""
     control_scale: Any = None
     """The factor of what a ControlNet adds, in 0 … 10, one for each; None: 1."""
     control_interval: Any = None
@@ -155,6 +170,7 @@ class Settings(Options):
 
     def __init__(self, /, **options: Any) -> None:
         own = {field.name: options.pop(field.name, field.default) for field in fields(Settings)}
+        check_owned([name for name in OWNERS if own[name] != getattr(Settings, name)], own)
         own |= {name: as_picture(name, own[name]) for name in PICTURES}
         own["regions"] = as_regions(own["regions"])
         own |= read_controls(own)
@@ -178,20 +194,16 @@ class Settings(Options):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIDE:
                 raise ValueError(f"{name}={short(value)} must be a positive multiple of 8, at most {MAX_SIDE}")
-        if self.image is None and self.fit != Settings.fit:
-            raise ValueError(f"fit={self.fit!r} is of an image, and none is given: give one, or leave it out")
         self._check_mask()
         if self.invert and (self.image is None or getattr(self.method, "takes_picture", False)):
             cause = "no image is given" if self.image is None else f"{self.method_name} takes the image without noise"
             raise ValueError(f"invert={self.invert} is of the noise on an image, and {cause}: leave it out")
         makes_hints = getattr(self.method, "makes_hints", False)
-        check_hints(self.control, self.control_image, specs.spec_of("method", self.method) if makes_hints else "")
+        check_hints(self.control, self.control_image, self.method_name if makes_hints else "")
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval={self.guidance_interval} must be two shares, 0 ≤ from ≤ to ≤ 1")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={short(self.seed)} must lie in 0 … 2⁶⁴ − 1")
-        if self.regions is None and self.bootstrapping != Settings.bootstrapping:
-            raise ValueError(f"bootstrapping={self.bootstrapping} is for regions, and there are none: leave it out")
         for kind in ("method", "guidance"):
             if self.compile and getattr(thing := getattr(self, kind), "changes_network", False):
                 name = specs.name_of(kind, thing)
@@ -208,8 +220,6 @@ class Settings(Options):
         said = f"mask={mask.name}" if mask is not None else place and f"place={place[0]},{place[1]}"
         if image is None and said:
             raise ValueError(f"{said} is of an image, and none is given: give one, or leave it out")
-        if not self.redraws and self.feather != Settings.feather:
-            raise ValueError(f"feather={self.feather} is of a mask or a place, and none is given: leave it out")
         if self.redraws and self.invert:
             raise ValueError(f"invert={self.invert} is of the whole image, and {said} draws a part anew: leave one out")
         if image is not None and mask is not None:
@@ -220,7 +230,7 @@ class Settings(Options):
                 fault = "black all over, so that nothing would be redrawn: make that white"
                 if mask.white:
                     fault = "white all over, so that nothing of the image would be held: leave it out"
-                raise ValueError(f"mask={mask.name} is {fault}")
+                raise BadFile(f"mask={mask.name} is {fault}")
         if place is not None:
             self._check_place(place)
 
@@ -229,8 +239,6 @@ class Settings(Options):
         said, image = f"place={place[0]},{place[1]}", self.image
         if self.height is None or self.width is None:
             raise ValueError(f"{said} needs the size of the canvas: give width and height")
-        if self.fit != Settings.fit:
-            raise ValueError(f"{said} puts the image where it is, and fit={self.fit!r} resizes it: leave one out")
         most = self.width - image.width, self.height - image.height
         sizes = f"the image has {image.width}×{image.height} pixels and the canvas {self.width}×{self.height}"
         if min(most) < 0:
@@ -332,17 +340,26 @@ class Settings(Options):
         height, width = self._sides(2 * native_size * factor, factor)
         for name, value in (("height", height), ("width", width)):
             if value % factor:
-                raise ValueError(
-                    f"{name}={value} must be a multiple of {factor}; try {value // factor * factor or factor}"
-                )
+                below = value // factor * factor
+                near = f"{below} or {below + factor}" if below else factor
+                raise ValueError(f"{self._giver(name)} must be a multiple of {factor}; try {near}")
         return height // factor, width // factor
+
+    def _giver(self, side: str) -> str:
+        """The option that gives the height or width, and its value, as the beginning of an error."""
+        own = getattr(self, side)
+        if own is None and self.control_image:
+            hint = self.control_image[0]
+            return f"control_image={hint.name} has {hint.width}×{hint.height} pixels, and its {side}"
+        return f"{side}={own}"
 
     def _sides(self, usual: int, factor: int) -> tuple[int, int]:
         """Height and width in pixels; one that is not given is `usual`, or as the shape of the image has it, to whole
         latents, where then the longer one is `usual`."""
         height, width, image = self.height, self.width, self.image
-        if self.control_image and height is None and width is None:
-            return self.control_image[0].height, self.control_image[0].width
+        if self.control_image:
+            hint = self.control_image[0]
+            height, width = height or hint.height, width or hint.width
         if image is None or (height is not None and width is not None):
             return usual if height is None else height, usual if width is None else width
         share = image.height / image.width

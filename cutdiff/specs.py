@@ -33,6 +33,8 @@ METHODS = {
     "accdiffusion": "cutdiff.methods.accdiffusion:AccDiffusion",
     "diffusehigh": "cutdiff.methods.diffusehigh:DiffuseHigh",
     "frecas": "cutdiff.methods.frecas:FreCaS",
+    "imax": "cutdiff.methods.imax:IMax",
+    "hiflow": "cutdiff.methods.hiflow:HiFlow",
     "rectifiedhr": "cutdiff.methods.rectifiedhr:RectifiedHR",
     "upscale": "cutdiff.methods.upscale:Upscale",
     "magnify": "cutdiff.methods.magnify:Magnify",

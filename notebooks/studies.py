@@ -57,6 +57,12 @@ def cell(method: Any = "cutdiffusion", size: int = 256, **options: Any) -> Cell:
     return Cell(",".join([settings.method_name, *(f"{name}={value}" for name, value in options.items())]), settings)
 
 
+FLOW = Path(__file__).parents[1] / "weights" / "scenes-flow"
+"""The transformer of studies `flow-…`, whose results have a folder of their own."""
+INSIDE_A_UNET = ("attention_scaling", "scalecrafter", "hidiffusion", "freescale", "accdiffusion")
+"""The methods that need what only a U-Net has inside."""
+POSITIONED = ("interpolation", "ntk", "yarn", "dype", "ultraimage")
+"""The positions with which study `flow-…` draws the whole canvas at once."""
 WHOLE = ("direct", "attention_scaling", "scalecrafter", "hidiffusion")
 """The methods that show the network the whole canvas at all steps."""
 MENDED = {"structure": "mean", "detail_guidance_scale": 1.0, "upsample_guidance": 1.0}
@@ -79,6 +85,15 @@ WEIGHTS: tuple[dict[str, Any], ...] = ({}, {"view_weights": "gaussian"}, {"view_
 """The weights of views of study `seams`, the first of which are the default, uniform ones."""
 SHARES = tuple(i / 10 for i in range(10))
 """The shares of the steps that the details of study `entry` leave out: they begin at sigmas from 8.4 to 0.04."""
+
+
+def on_flow(size: int) -> list[Cell]:
+    """The methods that a transformer can draw with, and direct inference with other positions."""
+    options = {"frecas": {"map_weight": 0.0}}  # its attention maps are of a U-Net
+    return [
+        *(cell(method, size, **options.get(method, {})) for method in METHODS if method not in INSIDE_A_UNET),
+        *(cell("direct", size, positions=positions) for positions in POSITIONED),
+    ]
 
 
 STUDIES: dict[str, list[Cell]] = {
@@ -163,6 +178,12 @@ STUDIES: dict[str, list[Cell]] = {
         *(cell(method, 256, **CHOICE) for method in ("magnify", "cutdiffusion")),
     ],
     "better": [cell(method, size) for size in (256, 512) for method in ("cutdiffusion", "demofusion", "magnify")],
+    **{f"flow-{n}x{n}": on_flow(128 * n) for n in (2, 3, 4)},
+    "flow-choice": [
+        *(cell("direct", 128, **CHOICE, guidance_scale=scale) for scale in (2.0, 3.0, 4.0, 6.0)),
+        *(cell("direct", 128, **CHOICE, shift=shift) for shift in (1.5, 2.0, 3.0)),
+        *(cell("direct", 128, **CHOICE, num_steps=steps) for steps in (20, 50)),
+    ],
     "limit": [
         cell("direct", 128),  # a 1×1 grid, on which all three methods are one
         *(cell(method, side * 128) for side in range(2, 7) for method in ("direct", "cutdiffusion", "magnify")),
@@ -291,18 +312,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> None:
     part, parts = args.part
     device = device_of(args.device)
-    loaded = partial(cutdiff.load, args.model, device=device, dtype=dtype_of(args.dtype, device))
-    model = loaded()
+    loaded = partial(cutdiff.load, device=device, dtype=dtype_of(args.dtype, device))
+    model = loaded(args.model)
     tell_dtype(args.dtype, model.device, model.dtype)
     judged = Testbed(model, BASE, args.num, args.out, args.batch)
     for study in args.studies:
         mine, testbed, results = STUDIES[study][part - 1 :: parts], judged, args.results
-        if study == "choice":
+        if study.startswith("flow-"):
+            testbed, results = replace(judged, model=loaded(FLOW), folder=args.out / "flow"), results / "flow"
+        if study.endswith("choice"):
             base = replace(BASE, **CHOICE)
-            testbed = replace(judged, base=base, folder=args.out / study, caption_seed=CHOICE_SEED)
+            testbed = replace(testbed, base=base, folder=testbed.folder / study, caption_seed=CHOICE_SEED)
         elif study == "few-steps":
             base, results = replace(BASE, num_steps=8, **FEW), results / study
-            testbed = replace(judged, model=loaded(loras=[(LORA, 1.0)]), base=base, folder=args.out / study)
+            testbed = replace(judged, model=loaded(args.model, loras=[(LORA, 1.0)]), base=base, folder=args.out / study)
         measure(mine, testbed, results)
         for side in dict.fromkeys(cell.side for cell in mine):
             measure_floor(side, replace(judged, model=testbed.model), results)

@@ -18,7 +18,7 @@ from cutdiff.methods.cutdiffusion import CutDiffusion
 from cutdiff.methods.direct import direct
 from cutdiff.methods.magnify import Magnify
 from cutdiff.methods.shared import Run, stages_of
-from cutdiff.models.unet import Context, UNet
+from cutdiff.models.unet import Context, UNet, as_unet
 from cutdiff.sampling.denoiser import Call, Denoiser
 from cutdiff.sampling.operators import grid_for
 from cutdiff.sampling.stages import Phase, Stage
@@ -107,7 +107,7 @@ def deep_reused_direct(k: int) -> Method:
 
 def reusing_denoiser(run: Run, k: int, stage: Stage) -> Denoiser:
     """A denoiser for a stage that runs the levels below the finest one in the first of every `k` steps only."""
-    unet = run.denoiser.unet
+    unet = as_unet(run.denoiser.unet)
     kept: dict[int, Tensor] = {}  # the output of the levels below, by the number of a pass in its step
     passes, last = count(), -1
 

@@ -15,6 +15,8 @@ from diffusers.schedulers import (
     scheduling_edm_euler,
     scheduling_euler_ancestral_discrete,
     scheduling_euler_discrete,
+    scheduling_flow_match_euler_discrete,
+    scheduling_flow_match_heun_discrete,
     scheduling_heun_discrete,
     scheduling_lcm,
     scheduling_unipc_multistep,
@@ -39,6 +41,8 @@ MODULES = (
     scheduling_edm_euler,
     scheduling_dpmsolver_multistep,
     scheduling_euler_ancestral_discrete,
+    scheduling_flow_match_euler_discrete,
+    scheduling_flow_match_heun_discrete,
     scheduling_heun_discrete,
     scheduling_lcm,
     scheduling_unipc_multistep,
@@ -108,7 +112,12 @@ def drawing(fresh: Tensor) -> Iterator[None]:
     def randn_tensor(*_: Any, dtype: torch.dtype, **__: Any) -> Tensor:
         return next(rows).to(dtype)
 
-    modules = (scheduling_euler_ancestral_discrete, scheduling_dpmsolver_multistep, scheduling_lcm)
+    modules = (
+        scheduling_euler_ancestral_discrete,
+        scheduling_dpmsolver_multistep,
+        scheduling_lcm,
+        scheduling_flow_match_euler_discrete,
+    )
     with ExitStack() as patches:
         for module in modules:
             patches.enter_context(patch.object(module, "randn_tensor", randn_tensor))

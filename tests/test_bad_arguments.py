@@ -94,7 +94,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     "size 0": (["--height", "0"], "--height 0 must be a positive multiple of 8, at most 32768"),
     "size -8": (["--height", "-8"], "--height -8 must be a positive multiple of 8"),
     "size 12": (["--height", "12"], "--height 12 must be a multiple of 8; try 8"),
-    "size 100": (["--width", "100"], "--width 100 must be a multiple of 8; try 96"),
+    "size 100": (["--width", "100"], "--width 100 must be a multiple of 8; try 96 or 104"),
     "size 1,000,000": (["--width", "1000000"], "--width 1000000 must be a positive multiple of 8, at most 32768"),
     "size 12.5": (["--width", "12.5"], "argument --width: 12.5 must be a whole number"),
     "trace every 0": (
@@ -155,7 +155,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     ),
     "cosine scale -1": (
         ["--method", "demofusion", "--cosine-scales", "3", "1", "-1"],
-        "argument --cosine-scales: (3, 1, -1) must be 3 values, each a finite number at least 0",
+        "argument --cosine-scales: 3, 1, -1 must be 3 values, each a finite number at least 0",
     ),
     "cosine scales of another method": (
         ["--cosine-scales", "3", "1", "1"],
@@ -167,7 +167,7 @@ SAMPLING: dict[str, tuple[list[str], str]] = {
     ),
     "guidance interval NaN": (
         ["--guidance-interval", "0", "nan"],
-        "argument --guidance-interval: (0, 'nan') must be 2 values, each a finite number in 0 … 1",
+        "argument --guidance-interval: 0, 'nan' must be 2 values, each a finite number in 0 … 1",
     ),
     "word threshold 2": (
         ["--method", "accdiffusion", "--word-threshold", "2"],
@@ -260,13 +260,22 @@ LINES: dict[bytes, str] = {
     b'{"prompt": "a", "guidance": 3}': "--guidance 3 must be a function of (conditional, unconditional, sigma, step), ",
     b'{"prompt": "a", "guidance_scal": 3}': f"--guidance-scal 3 {OF_DIRECT}: did you mean 'guidance_scale'?",
     b'{"prompt": "a", "zzz": 3}': f"--zzz 3 {OF_DIRECT}",
-    b'{"prompt": "a", "out": "elsewhere"}': f"--out 'elsewhere' {OF_DIRECT}",
+    b'{"prompt": "a", "out": "elsewhere"}': "out is for all lines: give --out on the command line",
+    b'{"prompt": "a", "images": "folder"}': "images is for all lines: give --images on the command line",
+    b"a tent --lora tents": "lora is for all lines: give --lora on the command line",
+    b'{"prompt": "a", "image": ["a.png"]}': "--image ['",
+    b'{"prompt": "a", "control": ["x", 3], "control_image": "y"}': "--control 3 must be a file or a folder of a Contr",
+    b'{"prompt": "a", "regions": ["a tent"]}': "--regions region 1: 'a tent' is no object: write one such as in",
+    b'{"prompt": "a", "regions": {"prompt": "x"}}': "--regions {'prompt': 'x'} must be a list of regions, such as",
+    b'{"prompt": "a", "regions": [{"prompt": "x", "prompt": "y"}]}': "a line that begins with { must be a JSON object "
+    "('prompt' is given twice in one object)",
+    b'{"prompt": "a", "fit": "cover"}': "--fit 'cover' goes with image: give that, or leave it out",
     b'{"prompt": "a", "steps": 3, "num_steps": 3}': "num_steps is given twice",
     b'{"prompt": "a", "width": "many"}': "--width 'many' must be a whole number",
     b'{"prompt": "a", "width": 256.5}': "--width 256.5 must be a whole number",
     b'{"prompt": "a", "seed": null}': "--seed None must be a whole number",
     b'{"prompt": "a", "stride": 8}': f"--stride 8 {OF_DIRECT}, but of {WITH_VIEWS}",
-    b'{"prompt": "a", "width": {"side": 256}}': "width must be a text, a number or a list of numbers, not an object",
+    b'{"prompt": "a", "width": {"side": 256}}': "width must be a text, a number or a list, not an object",
     b'{"prompt": "a", "width": true}': "--width True must be a whole number",
     b'{"prompt": "a", "width": [256]}': "--width [256] must be a whole number",
     DEMOFUSION + b"3}": "--cosine-scales 3 must be 3 values, each a finite number at least 0",
@@ -284,7 +293,7 @@ LINES: dict[bytes, str] = {
     b"a tent --ar 16:9": f"--ar '16:9' {OF_DIRECT}",
     b"a tent --width many": "--width 'many' must be a whole number",
     b"a tent --width 100": "--width 100 must be a multiple of 8",
-    b"a tent --width 128 136": "--width (128, 136) must be a whole number",
+    b"a tent --width 128 136": "--width 128, 136 must be a whole number",
     b"a tent --steps 3 --num-steps 3": "num-steps is given twice",
     b"a tent --prompt b": "prompt is given twice",
     b"--width 128": "a line of options needs a prompt: begin with it, or give",
@@ -330,7 +339,7 @@ def test_another_format_for_a_file_of_prompts(
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
     command_line.refuses(
-        ["--prompts", file], 2, f"--prompts {file} cannot be read (it is {what}", "): give a text file"
+        ["--prompts", file], 1, f"--prompts {file} cannot be read (it is {what}", "): give a text file"
     )
 
 
@@ -338,4 +347,4 @@ def test_another_format_for_a_file_of_prompts(
 def test_file_without_prompts(content: bytes, tmp_path: Path, command_line: CommandLine) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
-    command_line.refuses(["--prompts", file], 2, f"--prompts {file} holds no prompt: give at least one line")
+    command_line.refuses(["--prompts", file], 1, f"--prompts {file} holds no prompt: give at least one line")

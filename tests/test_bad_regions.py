@@ -93,7 +93,8 @@ def test_refused(name: str, folder: Path, command_line: CommandLine) -> None:
     text = content if isinstance(content, str | bytes) and name in TEXTS else json.dumps(content)
     path = folder / "r.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    line = command_line.refuses(["--regions", path, "--model", "nowhere"], 2, expected)
+    status = 2 if "LoRA" in name else 1
+    line = command_line.refuses(["--regions", path, "--model", "nowhere"], status, expected)
     assert line.startswith("--regions ")
 
 
@@ -102,7 +103,9 @@ def test_refused(name: str, folder: Path, command_line: CommandLine) -> None:
     [
         (["--regions", "nowhere.json"], "--regions nowhere.json does not exist: check the path"),
         (["--regions", "."], "--regions . is a folder where a file belongs"),
-        (["--bootstrapping", "0.5"], "--bootstrapping 0.5 is for regions, and there are none: leave it out"),
+        (["--bootstrapping", "0.5"], "--bootstrapping 0.5 goes with regions: give that, or leave it out"),
+        (["--bootstrapping", "0.2"], "--bootstrapping 0.2 goes with regions: give that, or leave it out"),
+        (["--regions", ""], "--regions '' names no file: give one of regions, such as"),
         (["--bootstrapping", "2"], "argument --bootstrapping: 2 must be a finite number in 0 … 1"),
     ],
 )

@@ -31,6 +31,7 @@ from cutdiff.checkpoint.random_model import cast, network_inputs, random_model
 from cutdiff.models.config import SDXL_UNET
 from cutdiff.models.fused import FusedGEGLU, FusedGroupNorm
 from cutdiff.models.layers import channels_last
+from cutdiff.models.unet import as_unet
 from cutdiff.planning.meter import Meter
 from cutdiff.settings import Settings
 
@@ -100,7 +101,7 @@ def test_the_compiled_loop_is_captured_whole_and_ends_in_the_same_latents(
     (*_, (_, plain)), (*_, (_, compiled)) = (loop.steps(2) for loop in loops.values())
     assert ((compiled - plain).norm() / plain.norm()).item() < 1e-4
     assert loops["d"].unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert small.unet.conv_in.weight.is_contiguous()
+    assert as_unet(small.unet).conv_in.weight.is_contiguous()
 
 
 @pytest.mark.parametrize("num_steps", [4, 5])
@@ -286,7 +287,7 @@ def test_each_variant_of_layers_changes_what_it_names(small: Model) -> None:
     for name in ("fused", "fused-norm", "fused-gate", "contiguous"):
         unet = variant(name, small, SETTINGS).model.unet
         modules = [type(module) for module in unet.modules()]
-        kinds[name] = FusedGroupNorm in modules, FusedGEGLU in modules, unet.conv_in.weight.is_contiguous()
+        kinds[name] = FusedGroupNorm in modules, FusedGEGLU in modules, as_unet(unet).conv_in.weight.is_contiguous()
     assert kinds == {
         "fused": (True, True, False),
         "fused-norm": (True, False, False),

@@ -62,7 +62,7 @@ from cutdiff.checkpoint.model import sha256
 from cutdiff.checkpoint.schedulers import NOISE_DEFAULTS, SCHEDULERS, noise_config, noise_to_diffusers
 from cutdiff.checkpoint.single import split
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
-from cutdiff.models.unet import UNet
+from cutdiff.models.unet import UNet, as_unet
 from cutdiff.models.vae import VAE
 from cutdiff.sampling.noise import SPREAD_BY, NoiseConfig
 
@@ -140,7 +140,7 @@ class TestFolder:
         if not maps.exists():
             pytest.skip("the kernel does not list mapped files")
         model = load(folder)
-        address = model.unet.conv_in.weight.data_ptr()
+        address = as_unet(model.unet).conv_in.weight.data_ptr()
         for line in maps.read_text().splitlines():
             start, end = (int(bound, 16) for bound in line.split()[0].split("-"))
             if start <= address < end:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,10 @@ from cutdiff.sampling.noise import NoiseConfig, alphas_cumprod
 from cutdiff.scenes import world
 from cutdiff.scenes.read import read
 from cutdiff.training import consistency
-from cutdiff.training.fit import Plan
 from cutdiff.training.lora import LowRank, add_lora, save_lora
 from cutdiff.training.unet import encode_scenes
 
 LORA = Path(__file__).parents[1] / "weights" / "scenes-lcm.safetensors"
-
-
-def train(folder: Path, model: Path, steps: int) -> bytes:
-    """Train a LoRA from the command line; returns its file's bytes, which are none where the training failed."""
-    arguments = ["--model", str(model), "--work", str(folder / "work"), "--out", str(folder / "lora.safetensors")]
-    arguments += ["--device", "cpu", "--dtype", "float32", "--num-scenes", "64", "--batch", "3", "--rank", "2"]
-    status = consistency.main([*arguments, "--steps", str(steps)])
-    return b"" if status else (folder / "lora.safetensors").read_bytes()
 
 
 def test_the_loss_is_that_of_the_paper(tmp_path: Path, quick_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,53 +64,6 @@ def test_the_loss_is_that_of_the_paper(tmp_path: Path, quick_folder: Path, monke
     down = shares[lower].sqrt() * x0 + (1 - shares[lower]).sqrt() * eps
     error = estimate(x, upper) - estimate(down, lower)
     torch.testing.assert_close(given.detach(), ((error**2 + 1e-6).sqrt() - 1e-3).mean(), rtol=1e-5, atol=0)
-
-
-def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, quick_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(consistency, "Plan", lambda *steps, **rates: Plan(*steps, **{**rates, "checkpoint_every": 2}))
-    whole = train(tmp_path / "whole", quick_folder, 5)
-    captions, calls = world.captions, []
-
-    def stopping(*arguments: Any) -> list[str]:
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise OSError("stopped")
-        return captions(*arguments)
-
-    monkeypatch.setattr(world, "captions", stopping)
-    assert train(tmp_path / "stopped", quick_folder, 5) == b""
-    assert train(tmp_path / "stopped", quick_folder, 5) == whole
-    assert len(calls) == 4 + 3, "the first two steps are not taken again"
-
-
-def test_a_training_writes_a_lora_that_is_loaded_and_a_card_that_fits(
-    tmp_path: Path, quick_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    written = train(tmp_path, quick_folder, 2)
-    model = cutdiff.load(quick_folder, loras=[(tmp_path / "lora.safetensors", 1.0)])
-    plain = cutdiff.load(quick_folder).unet
-    assert any((p - q).any() for p, q in zip(model.unet.parameters(), plain.parameters(), strict=True))
-    card = (tmp_path / "lora.md").read_text(encoding="utf-8")
-    assert "2 steps of 3 of 64 pictures" in card
-    assert f"{hashlib.sha256(written).hexdigest()}  lora.safetensors" in card
-    name = "unet/diffusion_pytorch_model.safetensors"
-    assert f"{model.hashes[name]}  quick/{name}" in card
-    others = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "lora.safetensors"), "--rank", "3"]
-    assert consistency.main([*others, "--model", str(quick_folder)]) == 2
-    assert "holds another training" in capsys.readouterr().err
-
-
-def test_a_network_that_does_not_predict_the_noise_is_refused(
-    tmp_path: Path, quick_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = Path(shutil.copytree(quick_folder, tmp_path / "velocity"))
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "v_prediction"}))
-    assert train(tmp_path, folder, 2) == b""
-    assert "velocity does not predict the noise (epsilon): distil a model that does" in capsys.readouterr().err
-    assert [*tmp_path.iterdir()] == [folder]
 
 
 def test_what_is_loaded_is_what_was_trained(tmp_path: Path, quick_folder: Path) -> None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from renders import scenes
@@ -20,8 +19,6 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.scenes import world
 from cutdiff.scenes.read import places
 from cutdiff.scenes.render import Crop, outlines, render
-from cutdiff.training import controlnet
-from cutdiff.training.fit import Plan
 
 CONTROL = Path(__file__).parents[1] / "weights" / "scenes-control.safetensors"
 
@@ -65,43 +62,6 @@ def test_places_are_where_a_scene_has_them() -> None:
     assert not any((masks[a] & masks[b]).any() for a, b in (("subject", "ridge"), ("ridge", "ground")))
     center = (masks["subject"] * torch.arange(128)).sum((1, 2)) / masks["subject"].sum((1, 2)) / 128
     torch.testing.assert_close(center, some.subject_x, rtol=0, atol=0.02)
-
-
-def train(folder: Path, model: Path, steps: int) -> bytes:
-    """Train a ControlNet from the command line; returns its file's bytes, which are none where the training failed."""
-    out = folder / "control.safetensors"
-    arguments = ["--model", str(model), "--work", str(folder / "work"), "--out", str(out), "--device", "cpu"]
-    arguments += ["--dtype", "float32", "--num-scenes", "64", "--batch", "3", "--steps", str(steps)]
-    return b"" if controlnet.main(arguments) else out.read_bytes()
-
-
-def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, quick_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(controlnet, "Plan", lambda *steps, **rates: Plan(*steps, **{**rates, "checkpoint_every": 2}))
-    whole = train(tmp_path / "whole", quick_folder, 4)
-    captions, calls = world.captions, []
-
-    def stopping(*arguments: Any) -> list[str]:
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise OSError("stopped")
-        return captions(*arguments)
-
-    monkeypatch.setattr(world, "captions", stopping)
-    assert train(tmp_path / "stopped", quick_folder, 4) == b""
-    assert train(tmp_path / "stopped", quick_folder, 4) == whole
-    assert len(calls) == 4 + 2, "the first two steps are not taken again"
-    path, model = tmp_path / "whole" / "control.safetensors", cutdiff.load(quick_folder)
-    assert any(p.any() for p in load_control(path, model).controlnet_down_blocks.parameters())
-    card = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert "4 steps of 3 of 64 pictures" in card
-    assert f"{hashlib.sha256(whole).hexdigest()}  control.safetensors" in card
-    name = "unet/diffusion_pytorch_model.safetensors"
-    assert f"{model.hashes[name]}  quick/{name}" in card
-    capsys.readouterr()
-    assert train(tmp_path / "whole", quick_folder, 5) == b""
-    assert "holds another training" in capsys.readouterr().err
 
 
 def test_the_embedded_control_is_small_and_of_the_embedded_model(model: Model) -> None:

@@ -142,6 +142,27 @@ def test_a_control_counts_between_its_shares_of_the_steps(tiny_model: Model, con
     assert torch.equal(shown[4][0], second)
 
 
+def test_a_control_that_no_step_reads_is_told_of(
+    quick_folder: Path, control: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """magnify takes a given picture without its first steps, which the settings alone do not say."""
+    hint(128, 128).save(tmp_path / "hint.png")
+    command = ["a", "--model", str(quick_folder), "--device", "cpu", "--method", "magnify", "--steps", "4", "--out"]
+    command += [str(tmp_path / "out"), "--control", str(control), "--control-image", str(tmp_path / "hint.png")]
+    command += ["--image", str(tmp_path / "hint.png")]
+    for interval, is_told in ((["0", "0.2"], True), (["0", "1"], False)):
+        assert main([*command, "--control-interval", *interval]) == 0
+        said = "the ControlNet of --control-interval 0 0.2 was not read: this method evaluates the network in none of"
+        assert (said in capsys.readouterr().err) is is_told
+
+
+def test_the_hint_says_the_size_where_an_image_is_given_too(tiny_model: Model, control: Path) -> None:
+    """The other side of it too where one is given; only its own fits."""
+    own: dict[str, Any] = {"control": str(control), "control_image": hint(64, 128), "image": hint(64, 64)}
+    for given in ({}, {"width": 128}, {"height": 64}):
+        assert Settings(**own, **given).canvas_size(8, 8) == (8, 16)
+
+
 @torch.no_grad()
 def test_several_add_up(tiny_model: Model, control: Path) -> None:
     """Two of one network and hint at scales that add up to 1 are that one."""
@@ -268,13 +289,13 @@ def test_a_file_that_is_none(name: str, control: Path, quick_folder: Path, comma
     save_file(damage(load_file(control)), path)
     hint(64, 64).save(picture)
     arguments = ["a", "--model", quick_folder, "--control", path, "--control-image", picture]
-    command_line.refuses(arguments, 2, f"--control {path}", message)
+    command_line.refuses(arguments, 1, f"--control {path}", message)
 
 
 @pytest.mark.parametrize(
     ("unet", "widths", "message"),
     [
-        (SD15_TINY, WIDTHS, "channels=(32, 64, 64, 64) and the U-Net (16, 32)"),
+        (SD15_TINY, WIDTHS, "own: it has channels=(32, 64, 64, 64) and the U-Net (16, 32)"),
         (replace(QUICK_UNET, context_dim=30), WIDTHS, "context_dim=30 and the U-Net 128"),
         (replace(QUICK_UNET, context_dim=128), (4, 4, 8), "its hint has 4 pixels for a latent, and the model's VAE 8"),
     ],
@@ -286,24 +307,27 @@ def test_a_control_of_another_family(
     save_control(path, random_control(unet, widths=widths))
     hint(64, 64).save(picture)
     arguments = ["a", "--model", quick_folder, "--control", path, "--control-image", picture]
-    command_line.refuses(arguments, 2, f"--control {path}", message, "made for this model's family")
+    command_line.refuses(arguments, 1, f"--control {path}", message, "made for this model's family")
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "no hint": (["--control", "edges.safetensors"], "--control-image 0 pictures for 1 of control: give one with each"),
+    "no hint": (["--control", "edges.safetensors"], "--control edges.safetensors has no hint: give control_image"),
     "one hint for two": (
         ["--control", "edges.safetensors", "--control", "edges.safetensors", "--control-image", "hint.png"],
-        "--control-image 1 picture for 2 of control: give one with each",
+        "--control-image hint.png has 1 for 2 of control: give one with each",
     ),
     "a hint alone": (["--control-image", "hint.png"], "--control-image 'hint.png' goes with control"),
     "a scale alone": (["--control-scale", "1"], "--control-scale 1.0 goes with control"),
     "scale": (
         ["OK", "--control-scale", "11"],
-        "--control-scale (11.0,) must be a list, each a finite number in 0 … 10",
+        "--control-scale 11.0 must be a finite number in 0 … 10",
     ),
-    "scale below 0": (["OK", "--control-scale", "-0.5"], "--control-scale (-0.5,) must be"),
+    "scale below 0": (["OK", "--control-scale", "-0.5"], "--control-scale -0.5 must be"),
     "scale NaN": (["OK", "--control-scale", "nan"], "--control-scale"),
-    "two scales": (["OK", "--control-scale", "1", "--control-scale", "1"], "has 2 values for 1 of control"),
+    "two scales": (
+        ["OK", "--control-scale", "1", "--control-scale", "1"],
+        " 1.0, 1.0 has 2 for 1 of control",
+    ),
     "interval": (["OK", "--control-interval", "0.5", "1.5"], "--control-interval"),
     "interval backwards": (["OK", "--control-interval", "0.5", "0.2"], "--control-interval 0.5,0.2 must be two shares"),
     "empty interval": (["OK", "--control-interval", "0.5", "0.5"], "0 ≤ from < to ≤ 1"),
@@ -320,7 +344,31 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "empty name": (["--control", "", "--control-image", "hint.png"], "--control '' must be a file or a folder"),
     "a picture for a network": (["--control", "hint.png", "--control-image", "hint.png"], "--control hint.png"),
+    "a hint without a name": (
+        ["--control", "edges.safetensors", "--control-image", ""],
+        "'' names no file",
+    ),
+    "an interval between two steps": (
+        ["OK", "--steps", "10", "--control-interval", "0.51", "0.59"],
+        "--control-interval 0.51,0.59 holds none of the 10 steps that are taken, at 0, 0.1, … 0.9, so",
+    ),
+    "an interval before the steps of img2img": (
+        ["OK", "--steps", "10", "--control-interval", "0", "0.6", "--image", "hint.png", "--strength", "0.4"],
+        "--control-interval 0,0.6 holds none of the 4 steps that are taken, at 0.6, 0.7, … 0.9, so that the "
+        "ControlNet would not count: widen it, or give a greater strength",
+    ),
+    "an odd hint": (
+        ["--control", "edges.safetensors", "--control-image", "odd.png"],
+        "--control-image odd.png has 92×61 pixels, and its height must be a multiple of 8; try 56 or 64",
+    ),
+    "an odd hint beside an image": (
+        ["--control", "edges.safetensors", "--control-image", "odd.png", "--image", "hint.png", "--width", "96"],
+        "--control-image odd.png has 92×61 pixels, and its height must be a multiple of 8",
+    ),
+    "a hint and half of another size": (["OK", "--width", "64"], "--control-image hint.png has 96×64 pixels, and the"),
 }
+BAD_HINTS = ("one value", "no picture", "a picture for a network")
+"""The input of which a file is no good."""
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -331,11 +379,13 @@ def test_bad_input(
     monkeypatch.chdir(folder)
     (folder / "edges.safetensors").write_bytes(control.read_bytes())
     hint(64, 96).save(folder / "hint.png")
+    hint(61, 92).save(folder / "odd.png")
     PIL.Image.new("RGB", (96, 64), "gray").save(folder / "gray.png")
     arguments, message = BAD[name]
+    status = 1 if name in BAD_HINTS else 2
     usable = ["--control", "edges.safetensors", "--control-image", "hint.png"]
     given = [word for each in arguments for word in (usable if each == "OK" else [each])]
-    command_line.refuses(["a", "--model", quick_folder, *given], 2, message)
+    command_line.refuses(["a", "--model", quick_folder, *given], status, message)
 
 
 def test_items_without_a_canvas_have_no_hints(tiny_model: Model, control: Path) -> None:
@@ -407,10 +457,10 @@ def test_edges_are_cannys() -> None:
         ({"method": "accdiffusion,hints=edges"}, "hints='edges' are for a ControlNet"),
         (
             {"method": "accdiffusion,hints=edges", "control": "a", "control_image": np.eye(64)},
-            "control_image=pixels is not for accdiffusion",
+            "control_image=pixels is not for accdiffusion, which makes hints itself: leave it out",
         ),
         ({"method": "accdiffusion,edge_spread=0.5"}, "edge_spread=0.5 is for hints='edges'"),
-        ({"method": "accdiffusion", "control": "a"}, "control_image=0 pictures for 1 of control"),
+        ({"method": "accdiffusion", "control": "a"}, "control=a has no hint: give control_image"),
     ],
 )
 def test_hints_that_a_method_makes(options: dict[str, Any], message: str) -> None:

@@ -124,9 +124,16 @@ def test_objects_are_pictures_too() -> None:
 
 BAD_OBJECTS: dict[str, tuple[Any, str]] = {
     "a number": (3, r"image=3 must be a file, a PIL image, an array \(H, W, 3\) or a tensor \(3, H, W\)"),
-    "channels": (torch.zeros(4, 8, 8), r"image=Tensor of \(4, 8, 8\) must be \(B, 3, H, W\) or less"),
+    "several PIL images": (
+        [two_colors(), two_colors()],
+        r"image=\[<PIL\..*\] must be .* \(3, H, W\); several, as one array \(B, H, W, 3\) or tensor \(B, 3, H, W\)$",
+    ),
+    "channels": (torch.zeros(4, 8, 8), r"image=Tensor of \(4, 8, 8\) must be \(3, H, W\) or \(B, 3, H, W\): move cha"),
     "channels last": (torch.zeros(8, 8, 3), r"image=Tensor of \(8, 8, 3\) must be"),
-    "channels first": (np.zeros((3, 8, 8)), r"image=ndarray of \(3, 8, 8\) must be \(B, H, W, 3\) or less"),
+    "channels first": (
+        np.zeros((3, 8, 8)),
+        r"image=ndarray of \(3, 8, 8\) must be \(H, W, 3\) or \(B, H, W, 3\): move chan",
+    ),
     "nothing": (torch.zeros(3, 0, 8), r"image=Tensor of \(3, 0, 8\) must be"),
     "below 0": (torch.full((3, 8, 8), -1.0), r"holds torch.float32 from -1 to -1: give 8 bits, or floats in \[0, 1\]"),
     "NaN": (torch.full((3, 8, 8), torch.nan), r"holds torch.float32 from nan to nan"),
@@ -199,7 +206,8 @@ def test_files_that_are_no_pictures(name: str, command_line: CommandLine, tmp_pa
         content(path)
     else:
         path.write_bytes(content)
-    command_line.refuses(["--image", path], 2, f"--image {path} {words}")
+    status = 2 if name in ("missing", "a folder", "a pipe") else 1
+    command_line.refuses(["--image", path], status, f"--image {path} {words}")
 
 
 BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
@@ -222,6 +230,11 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "a square first": (
         ["--method", "diffusehigh", "--native-shape", "square"], "--native-shape 'square' is of a picture that is drawn"
     ),
+    "noise on the way back": (
+        ["--invert", "--method", "direct", "--solver", "lcm"],
+        "--invert leads back to the image by steps without noise, and lcm adds some: choose euler, or an eta of 0",
+    ),
+    "a width between": (["--width", "300"], "--width 300 must be a multiple of 8; try 296 or 304"),
     "one step": (["--method", "rectifiedhr", "--steps", "1"], "--steps 1 has no step after the image: give at least 2"),
     "a shape that is too long": (
         ["--width", "16384"], "--height 40960 follows from the shape of the image, 16×40, and is more than 32768: give"
@@ -242,7 +255,10 @@ def test_options_that_do_not_suit_a_picture(name: str, command_line: CommandLine
     ("arguments", "words"),
     [
         (["--strength", "0.5"], "--strength 0.5 is of an image, and none is given: give one, or leave it out"),
-        (["--fit", "contain"], "--fit 'contain' is of an image, and none is given: give one, or leave it out"),
+        (["--fit", "contain"], "--fit 'contain' goes with image: give that, or leave it out"),
+        (["--fit", "cover"], "--fit 'cover' goes with image: give that, or leave it out"),
+        (["--image", ""], "--image '' names no file: give a picture"),
+        (["--images", ""], "argument --images: '' names nothing: give a path"),
         (["--invert"], "--invert is of the noise on an image, and no image is given: leave it out"),
         (["--images", "nowhere"], "--images nowhere cannot be read (No such file or directory): give a folder of pict"),
         (["--images", "pyproject.toml"], "--images pyproject.toml cannot be read (Not a directory): give a folder"),
@@ -250,5 +266,8 @@ def test_options_that_do_not_suit_a_picture(name: str, command_line: CommandLine
         (["--images", "a", "--prompts", "b"], "--images a takes the place of --prompts b: give one of them"),
     ],
 )
-def test_options_of_no_picture(arguments: list[str], words: str, command_line: CommandLine) -> None:
+def test_options_of_no_picture(
+    arguments: list[str], words: str, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
     command_line.refuses(arguments, 2, words)

@@ -91,7 +91,7 @@ def test_modules_form_no_circle() -> None:
 
 
 def test_methods_import_no_other_method() -> None:
-    parts = ("methods.shared", "methods.in_regions", "methods.picture", "methods.redrawn", "methods.tiled")
+    parts = [f"methods.{name}" for name in ("shared", "in_regions", "picture", "redrawn", "tiled", "trajectory")]
     methods = {name for name in MODULES if name.startswith("methods.") and name not in parts}
     for name in methods:
         assert not methods & set(imports(name)), name

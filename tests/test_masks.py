@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import random_model
-from cutdiff.pipeline import masked_picture, prepare
+from cutdiff.methods.given import masked_picture
+from cutdiff.pipeline import prepare
 from cutdiff.planning.forecast import sized, walk
 from cutdiff.sample import main
 from cutdiff.sampling.denoiser import Call
@@ -52,11 +53,11 @@ def drawn_mask(seed: int, height: int, width: int) -> Tensor:
 
 
 def distances(mask: Tensor) -> Tensor:
-    """The distance of each pixel to the nearest white one on the axis where it is farther, (H, W), one by one."""
+    """The distance of each pixel to the nearest white one in a straight line, (H, W), one by one."""
     rows, columns = torch.nonzero(mask[0, 0], as_tuple=True)
     y, x = (torch.arange(side) for side in mask.shape[2:])
-    apart = torch.maximum((y[:, None, None] - rows).abs(), (x[None, :, None] - columns).abs())
-    return apart.amin(dim=2)
+    squares = (y[:, None, None] - rows).square() + (x[None, :, None] - columns).square()
+    return squares.amin(dim=2).double().sqrt()
 
 
 class TestFeather:
@@ -79,6 +80,15 @@ class TestFeather:
         assert bool((falls <= 0).all())
         assert falls.min() > -0.2
         assert weights[13:].tolist() == [0] * 7
+
+    def test_is_round(self) -> None:
+        """It reaches as far from a corner as from a side."""
+        mask = torch.zeros(1, 1, 41, 41)
+        mask[0, 0, 20, 20] = 1
+        weights = feathered(mask, 15)[0, 0]
+        for y, x in ((20, 30), (10, 20), (26, 28), (14, 12)):
+            assert weights[y, x] == pytest.approx(1 / 3)
+        assert weights[20 + 11, 20 + 11] == 0, "15.6 pixels away"
 
     @given(seed=st.integers(0, 99), feather=st.integers(0, 9))
     def test_the_picture_is_kept_to_the_bit(self, seed: int, feather: int) -> None:
@@ -279,7 +289,7 @@ class TestPlace:
 
     def test_what_is_beside_it_begins_as_its_border_goes_on(self, tiny_model: Model) -> None:
         settings = Settings(image=pixels(3, 64, 64), place=(16, 8), height=128, width=96)
-        given = masked_picture(tiny_model, settings, (16, 12))
+        given = masked_picture(tiny_model, settings, (16, 12), partial(cutdiff.encode, tiny_model))
         assert given is not None
         image = as_image(pixels(3, 64, 64))
         assert torch.equal(given.picture[0, :, 8:72, 16:80], image[0])
@@ -293,7 +303,7 @@ class TestMask:
         picture[5:15, 20:50] = 255
         for fit in ("cover", "contain", "stretch"):
             settings = Settings(image=picture, mask=picture, height=64, width=64, fit=fit)
-            given = masked_picture(tiny_model, settings, (8, 8))
+            given = masked_picture(tiny_model, settings, (8, 8), partial(cutdiff.encode, tiny_model))
             assert given is not None
             assert torch.equal(given.mask > 0, given.picture[:, :1] >= 0.5)
             assert 0 < given.mask.mean() < 1
@@ -301,7 +311,8 @@ class TestMask:
     def test_grey_is_white_from_the_middle_on(self, tiny_model: Model) -> None:
         mask = np.full((64, 64), 127, dtype="u1")
         mask[:, 20:] = 128
-        given = masked_picture(tiny_model, Settings(image=pixels(1, 64, 64), mask=mask, height=64, width=64), (8, 8))
+        settings = Settings(image=pixels(1, 64, 64), mask=mask, height=64, width=64)
+        given = masked_picture(tiny_model, settings, (8, 8), partial(cutdiff.encode, tiny_model))
         assert given is not None
         assert torch.equal(given.mask[0, 0] > 0, torch.from_numpy(mask) == 128)
 
@@ -387,10 +398,18 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "a mask alone": ("--mask mask.png", "--mask mask.png is of an image, and none is given: give one, or leave"),
     "a place alone": ("--place 8,8", "--place 8,8 is of an image, and none is given: give one, or leave it out"),
-    "a feather alone": ("--image image.png --feather 4", "--feather 4 is of a mask or a place, and none is given"),
+    "a feather alone": (
+        "--image image.png --feather 4",
+        "--feather 4 goes with mask or place: give that, or leave it out",
+    ),
     "a feather too wide": (
         "--image image.png --mask mask.png --feather 9999",
         "--feather: 9999 must be a whole number in",
+    ),
+    "the usual feather alone": ("--image image.png --feather 16", "--feather 16 goes with mask or place: give that"),
+    "half of a place": (
+        "--image image.png --place None,3",
+        "--place: None, 3 must be 2 values, each a whole number at le",
     ),
     "a mask of 0 bytes": ("--image image.png --mask empty.png", "has 0 bytes: give a picture"),
     "a mask that is cut off": ("--image image.png --mask cut.png", "cut.png cannot be read to its end"),
@@ -413,17 +432,35 @@ REFUSED: dict[str, tuple[str, str]] = {
         "--image image.png --mask mask.png --invert",
         "and mask=mask.png draws a part anew: leave one out",
     ),
-    "a place and a fit": ("--image image.png --place 0,0 --fit stretch", "and fit='stretch' resizes it: leave one out"),
-    "half a place": ("--image image.png --place 5", "must be 2 values"),
+    "a place and a fit": (
+        "--image image.png --place 0,0 --fit stretch",
+        "--fit 'stretch' resizes the image, and place puts",
+    ),
+    "a place and the usual fit": (
+        "--image image.png --place 0,0 --fit cover",
+        "--fit 'cover' resizes the image, and pl",
+    ),
+    "half a place": ("--image image.png --place 5", "--place: 5 must be 2 values"),
     "a strength of nothing": ("--image image.png --mask mask.png --strength 0", "would draw nothing on the image"),
 }
+
+
+BAD_FILES = (
+    "a white mask",
+    "a black mask",
+    "a dark mask",
+    "a black mask in its place",
+    "a mask of 0 bytes",
+    "a mask that is cut off",
+)
+"""The input of which the mask's file is no good."""
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_redrawn(name: str, files: Path, command_line: CommandLine) -> None:
     text, message = REFUSED[name]
     arguments = [files / word if word.endswith(".png") else word for word in text.split()]
-    command_line.refuses([*QUICK, *SIZE, *arguments], 2, message)
+    command_line.refuses([*QUICK, *SIZE, *arguments], 1 if name in BAD_FILES else 2, message)
 
 
 def test_a_place_needs_a_canvas(files: Path, command_line: CommandLine) -> None:

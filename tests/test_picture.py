@@ -16,9 +16,9 @@ import cutdiff
 from cutdiff import Draws, Settings
 from cutdiff.checkpoint.model import Model
 from cutdiff.evaluation import score
-from cutdiff.methods.magnify import Trajectory
 from cutdiff.methods.picture import canvases
 from cutdiff.methods.shared import Run, stages_of
+from cutdiff.methods.trajectory import Trajectory
 from cutdiff.output.images import to_pil
 from cutdiff.planning.forecast import outline, walk
 from cutdiff.sample import main
@@ -40,6 +40,7 @@ def picture() -> Tensor:
     return score.true_renders(score.scenes(2), 128)[:1].float() / 255
 
 
+LED = ("imax", "hiflow")
 OF_NATIVE = {
     "upscale": 2 * STEPS,
     "magnify": 2 * STEPS,
@@ -47,6 +48,7 @@ OF_NATIVE = {
     "demofusion": 2 * STEPS,
     "accdiffusion": 0,
     "diffusehigh": 2 * STEPS,
+    **dict.fromkeys(LED, 2 * STEPS),
     "freescale": 2 * STEPS,
     "rectifiedhr": 2,
     "frecas": 2,
@@ -66,7 +68,7 @@ def test_a_given_picture_is_the_native_one(method: str, tiny_model: Model) -> No
     assert not torch.allclose(given.images, other.images, atol=0.01), "the picture is looked at"
 
 
-@pytest.mark.parametrize("method", ["magnify,hold=trajectory", "climb", "demofusion", "diffusehigh", "freescale"])
+@pytest.mark.parametrize("method", ["magnify,hold=trajectory", "climb", "demofusion", "diffusehigh", "freescale", *LED])
 def test_it_is_as_if_the_method_had_drawn_it(method: str, tiny_model: Model) -> None:
     """The same large picture comes of a first stage whose estimates are all the picture's latents."""
     image = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
@@ -276,6 +278,47 @@ def test_a_set_of_given_pictures_goes_on(
     assert main(command) == 2
     assert f"{names[0]}.png was drawn with --image" in capsys.readouterr().err
     assert files(out).keys() == before.keys() | {f"{names[1]}.png"}
+
+
+def test_a_folder_of_given_pictures_may_be_that_of_the_drawn_ones(
+    quick_folder: Path, picture: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that were drawn of others there are not drawn on; one that was drawn otherwise is, as from any folder."""
+    for name in ("a.png", "b.png"):
+        to_pil(picture[0]).save(tmp_path / name)
+    (tmp_path / "b.json").write_text(json.dumps({"image": None, "prompt": "a tent"}))
+    command = ["--model", str(quick_folder), "--images", str(tmp_path), "--width", "64", "--steps", "1"]
+    command += ["--method", "upscale", "--device", "cpu", "--out"]
+    for again in (False, True):
+        assert main([*command, str(tmp_path / ".." / tmp_path.name)]) == 0
+        said = capsys.readouterr().err
+        drawn = "2 pictures of --images were drawn of others there, as their records say, and are left out"
+        assert (drawn in said) is again
+        assert ("2 of 2 pictures are finished already" in said) is again
+        assert {*files(tmp_path)} >= {f"{name}-upscale-64x64-seed0.png" for name in "ab"}
+        assert len([*tmp_path.glob("*.png")]) == 4
+    assert main([*command, str(tmp_path / "out")]) == 0
+    assert len([*(tmp_path / "out").glob("*.png")]) == 4, "elsewhere all pictures of the folder are taken"
+
+
+def test_any_name_of_a_given_picture_makes_one_of_a_drawn_one(
+    quick_folder: Path, picture: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Long ones are cut and those of several lines become one; each still has a name of its own, which stays."""
+    given, out = tmp_path / "given", tmp_path / "out"
+    given.mkdir()
+    for name in ("a" * 240, "a" * 241, "ä" * 120, "of two\nlines", "of two\tlines", "plain"):
+        to_pil(picture[0]).save(given / f"{name}.png")
+    command = ["--model", str(quick_folder), "--images", str(given), "--width", "64", "--steps", "1"]
+    command += ["--method", "upscale", "--device", "cpu", "--out", str(out)]
+    assert main(command) == 0
+    names = sorted(Path(line).name for line in capsys.readouterr().out.splitlines())
+    assert names == sorted(path.name for path in out.glob("*.png"))
+    assert [name[:15] for name in names if name[0] == "o"] == ["of two_lines-" + name[13:15] for name in names[2:4]]
+    assert "plain-upscale-64x64-seed0.png" in names
+    assert len(names) == 6
+    assert main(command) == 0
+    assert "6 of 6 pictures are finished already" in capsys.readouterr().err
 
 
 def test_a_line_of_prompts_names_a_picture_beside_it(

@@ -277,6 +277,8 @@ def test_the_largest_size_on_many_devices(capsys: pytest.CaptureFixture[str]) ->
         (["--method", "magnify,strid=8"], 2, "did you mean 'stride'?"),
         (["--method", "nowhere:Mine"], 2, "there is no module 'nowhere'"),
         (["--model", "nowhere"], 2, "nowhere does not exist"),
+        (["--fit", "cover"], 2, "--fit 'cover' goes with image: give that, or leave it out"),
+        (["--feather", "16"], 2, "--feather 16 goes with mask or place: give that, or leave it out"),
         (["--model", "README.md"], 1, "README.md is no safetensors file"),
     ],
 )

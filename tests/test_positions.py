@@ -10,16 +10,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.methods.shared import Run
+from cutdiff.models.config import Size
 from cutdiff.models.extrapolation import NTK, DyPE, Interpolation, UltraImage, YaRN, ramp
 from cutdiff.models.flux import Flux, FluxConfig
 from cutdiff.models.positions import AsTrained, frequencies, with_positions
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.stages import Stage
 from cutdiff.specs import POSITIONS, resolve
 
@@ -230,35 +232,89 @@ def test_time_reaches_positions_and_the_network_itself_is_as_before() -> None:
 
 
 class Looking(AsTrained):
-    """Positions of one's own, which the run shows to its method."""
+    """Positions of one's own."""
 
 
-def test_a_run_has_the_positions_and_the_model_has_its_own(tiny_model: Model) -> None:
-    unet = with_positions(tiny_model.unet, AsTrained())  # a stand-in for a network that has any
-    model, read = replace(tiny_model, unet=unet), []
+class Learned(nn.Module):
+    """Positions of one's own that are a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def angles(self, length: int, native: int, dim: int, time: Tensor) -> Tensor:
+        return AsTrained().angles(length, native, dim, time) * self.weight
+
+    def sharpness(self, size: Size, native: int, text: int) -> float:
+        return 1.0
+
+
+def test_positions_that_are_a_module_become_no_part_of_the_network() -> None:
+    network = flux()
+    changed = with_positions(network, Learned())
+    assert isinstance(changed.positions, Learned)
+    assert network.positions == AsTrained()
+    assert changed.state_dict().keys() == network.state_dict().keys()
+
+
+@pytest.fixture(scope="module")
+def flow_model(tiny_model: Model) -> Model:
+    """A random transformer, trained with flow matching, in the place of the U-Net."""
+    unet = tiny_model.unet.config
+    torch.manual_seed(0)
+    network = Flux(replace(TINY, context_dim=unet.context_dim, pooled_dim=unet.pooled_dim))
+    return replace(tiny_model, unet=network.eval().requires_grad_(False), noise=FlowConfig())
+
+
+def drawn(model: Model, method: Any, positions: Any, side: int = 128) -> cutdiff.Result:
+    options: dict[str, Any] = {"num_steps": 2, "guidance_scale": 3, "height": side, "width": 96}
+    return cutdiff.generate(model, "a red tent", method=method, positions=positions, **options)
+
+
+def test_a_run_has_the_positions_and_the_model_has_its_own(flow_model: Model) -> None:
+    read = []
 
     def method(run: Run) -> list[Stage]:
-        read.append(run.denoiser.unet.positions)  # pyright: ignore[reportAttributeAccessIssue]
+        read.append(run.denoiser.unet.positions)
         return [Stage("one", range(run.num_steps), run.denoiser)]
 
-    record: dict[str, Any] = {}
-    for positions in ("ntk,factor=10", YaRN(), Looking(), None):
-        run = cutdiff.generate(model, "a", method=method, positions=positions, num_steps=1, height=64, width=64)
-        record[str(positions)] = run.record.get("positions"), run.record["fingerprint"]
+    given_ = ("ntk,factor=10", YaRN(), Looking(), None)
+    records = [drawn(flow_model, method, positions).record for positions in given_]
     assert read == [NTK(factor=10), YaRN(), Looking(), AsTrained()]
-    assert unet.positions == AsTrained()
-    texts = [text for text, _ in record.values()]
+    assert flow_model.unet.positions == AsTrained()
+    texts = [record.get("positions") for record in records]
     assert texts[0] == "ntk,proportional=False,factor=10.0"
     assert texts[1] == "yarn,proportional=False,fast=32.0,slow=1.0,temperature=True"
-    assert texts[2].startswith("<Looking ")
+    assert str(texts[2]).startswith("<Looking ")
     assert texts[3] is None
-    assert len({fingerprint for _, fingerprint in record.values()}) == 4
+    assert len({record["fingerprint"] for record in records}) == 4
+
+
+@pytest.mark.parametrize("method", ["direct", "imax", "hiflow", "diffusehigh", "rectifiedhr", "upsample_guidance"])
+def test_whatever_sees_more_than_the_native_size_is_told_otherwise(flow_model: Model, method: str) -> None:
+    trained = drawn(flow_model, method, None)
+    assert torch.equal(trained.latents, drawn(flow_model, method, "as_trained").latents)
+    changed = drawn(flow_model, method, "ntk")
+    assert not torch.allclose(trained.latents, changed.latents, rtol=1e-3, atol=1e-3)
+    assert changed.record["network_evaluations"] == trained.record["network_evaluations"]
+
+
+@pytest.mark.parametrize(
+    ("method", "side"), [("multidiffusion", 128), ("magnify", 128), ("upscale", 128), ("direct", 64)]
+)
+def test_what_sees_the_native_size_alone_is_the_same_to_the_bit(flow_model: Model, method: str, side: int) -> None:
+    options: dict[str, Any] = {"num_steps": 2, "height": side, "width": side}
+    trained, changed = (
+        cutdiff.generate(flow_model, "a", method=method, positions=positions, **options).latents
+        for positions in (None, "dype")
+    )
+    assert torch.equal(trained, changed)
 
 
 @pytest.mark.parametrize(
     ("positions", "words"),
     [
-        ("ntk", r"^positions=ntk is for a transformer .* this model has a UNet: leave it out$"),
+        ("ntk", r"^positions=ntk is for a transformer .* and this model has a UNet: leave it out$"),
         ("nkt", r"^positions='nkt' is not one of as_trained, .*: did you mean 'ntk'\?$"),
         ("ntk,factor=0.5", r"^positions='ntk,factor=0.5': factor=0.5 must be a finite number at least 1 or None$"),
         ("dype,of=pi", r"^positions='dype,of=pi': of='pi' is not one of yarn, ntk, interpolation"),

@@ -16,15 +16,18 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 READMES = [path for path in ROOT.rglob("README.md") if not {".ci", "venv", ".venv"} & {*path.parts}]
 
 
-def test_its_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs as it stands there, but with two steps and at native size."""
+@pytest.mark.parametrize("name", ["README.md", "cutdiff/cli/README.md"])
+def test_its_python_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It runs as it stands there, in a clone, but with two steps."""
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    monkeypatch.chdir(tmp_path)
     options = {"num_steps": 2}
     monkeypatch.setattr(cutdiff, "generate", partial(generate, **options), raising=False)
     monkeypatch.setattr(cutdiff, "denoise", partial(denoise, **options), raising=False)
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(block, name, "exec"), {"__name__": "readme"})
 
 
 def test_a_newcomer_reads_it_at_a_sitting() -> None:

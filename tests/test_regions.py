@@ -395,6 +395,13 @@ def test_a_set_with_regions_goes_on(quick_folder: Path, tmp_path: Path, capsys: 
     assert record["regions"][1]["mask"]["name"] == "half.png"
     assert record["network_evaluations"] == 4
     assert "so PROMPT was not read" in capsys.readouterr().err
+    inline = [drawn[0], {**drawn[1], "mask": "own/half.png"}]
+    (tmp_path / "inline.txt").write_text(json.dumps({"prompt": "b", "regions": inline, "bootstrapping": 1}))
+    again = [str(tmp_path / "inline.txt") if word == str(prompts) else word for word in run]
+    assert main([str(tmp_path / "in") if word == str(out) else word for word in again]) == 0
+    (path,) = (tmp_path / "in").glob("*.json")
+    assert json.loads(path.read_text())["fingerprint"] == record["fingerprint"], "they may stand in the line itself"
+    capsys.readouterr()
     before = second.stat().st_mtime_ns
     first.unlink()
     (folder / "half.png").rename(folder / "other.png")
@@ -416,6 +423,13 @@ def test_a_region_that_others_overlap_is_told_of(
     run = ["a", "--model", str(quick_folder), "--method", "direct", "--steps", "1", "--width", "64", "--height", "64"]
     assert main([*run, "--regions", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")]) == 0
     assert "cutdiff: --regions region 2 ('b') has 50% of what it covers" in capsys.readouterr().err
+
+
+def test_a_transparent_mask_is_said_to_be_that_of_its_region() -> None:
+    mask = Image.new("RGBA", (8, 8), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 4, 8))
+    (notice,) = Settings(regions=[Region("a", (0.5, 0, 1, 1)), Region("b", mask=mask)]).notices()
+    assert notice.startswith("regions=region 2: mask=Image of (8, 8) has transparent parts")
 
 
 def test_a_plan_counts_regions_whose_terms_change(tiny_model: Model) -> None:

@@ -35,6 +35,7 @@ from cutdiff.sampling.solvers import (
     Euler,
     EulerAncestral,
     Solver,
+    adds_noise,
     euler_step,
     finished,
     noise_scale,
@@ -385,7 +386,10 @@ def test_noise_is_asked_only_for_what_is_needed() -> None:
     schedule = make_schedule(resolve("schedule", [2.0, 1.0, 0.0]), Euler(), NoiseConfig(), 2)
     noisy = {"ddim,eta=0.5", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "lcm"}
     quiet = {name for name in SOLVERS if name not in noisy}
-    for solver in quiet | {"euler_ancestral,eta=0", "dpmpp_2m_sde,eta=0", "dpmpp_sde,eta=0"}:
+    quiet |= {"euler_ancestral,eta=0", "dpmpp_2m_sde,eta=0", "dpmpp_sde,eta=0"}
+    for names, adds in ((noisy, True), (quiet, False)):
+        assert all(adds_noise(resolve("solver", name), schedule) is adds for name in names)
+    for solver in quiet:
         take = resolve("solver", solver).start(schedule, no_noise)
         for i in range(2):
             finished(take(x, denoised, i), lambda x, sigma: denoised)

@@ -262,9 +262,10 @@ def test_every_key_of_the_full_networks_is_the_published_one(
 @CONFIGS
 @torch.no_grad()
 def test_bfloat16_is_close_to_float32(config: FluxConfig | SD3Config) -> None:
-    network, given = build(config), inputs(config)
-    exact = network(*given)
-    rounded = network.bfloat16()(*(tensor.bfloat16() if i != 1 else tensor for i, tensor in enumerate(given)))
+    """The time and the guidance scale, whose embeddings turn by radians, keep their digits."""
+    network, (latents, timestep, context, pooled, numbers) = build(config), inputs(config)
+    exact = network(latents, timestep, context, pooled, numbers)
+    rounded = network.bfloat16()(latents.bfloat16(), timestep, context.bfloat16(), pooled.bfloat16(), numbers)
     assert rounded.dtype is torch.bfloat16
     assert 1e-4 < relative_error(rounded.float(), exact) < 0.03
 
@@ -302,9 +303,9 @@ def test_an_image_does_not_depend_on_its_neighbours(config: FluxConfig | SD3Conf
 @torch.no_grad()
 def test_they_compile_without_a_graph_break_at_fixed_and_changing_sizes(config: FluxConfig | SD3Config) -> None:
     torch.compiler.reset()
-    network = build(config)
+    network = build(replace(config, num_layers=1))
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    for batch, size in ((2, (8, 8)), (3, (9, 13))):
+    for batch, size in ((2, (8, 8)), (3, (9, 13))):  # recompiled with symbols for what changed
         given = inputs(config, batch=batch, size=size)
         assert relative_error(compiled(*given), network(*given)) <= TOLERANCE
 
@@ -356,7 +357,7 @@ class Stretched(AsTrained):
     def angles(self, length: int, native: int, dim: int, time: Tensor) -> Tensor:
         return super().angles(length, native, dim, time) * (native / length)
 
-    def sharpness(self, size: Size, native: int) -> float:
+    def sharpness(self, size: Size, native: int, text: int) -> float:
         return self.factor
 
 
@@ -371,6 +372,7 @@ def expected_table(config: SD3Config, coordinates: tuple[Tensor, Tensor]) -> Ten
     return torch.cat([right, down], dim=2).float()
 
 
+@settings(max_examples=30)
 @given(size=st.tuples(st.integers(1, 40), st.integers(1, 40)), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 @torch.no_grad()
 def test_positions_are_those_of_the_table_and_go_on_beyond_it(size: Size, dtype: torch.dtype) -> None:
@@ -386,6 +388,7 @@ def test_positions_are_those_of_the_table_and_go_on_beyond_it(size: Size, dtype:
         assert torch.equal(ours, table[top : top + h, left : left + w])
 
 
+@settings(max_examples=30)
 @given(size=st.tuples(st.integers(1, 40), st.integers(1, 40)))
 @torch.no_grad()
 def test_other_positions_stand_around_the_middle_of_the_table(size: Size) -> None:

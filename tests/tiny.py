@@ -32,6 +32,8 @@ WITHOUT_VIEWS = (
     "attention_scaling",
     "scalecrafter",
     "hidiffusion",
+    "imax",
+    "hiflow",
     "rectifiedhr",
     "frecas",
     "diffusehigh",

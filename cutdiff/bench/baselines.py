@@ -24,7 +24,7 @@ from torch import Tensor
 from cutdiff.checkpoint.model import Model
 from cutdiff.models.config import Size, UNetConfig, VAEConfig
 from cutdiff.models.text import TextStates
-from cutdiff.models.unet import UNet
+from cutdiff.models.unet import UNet, as_unet
 from cutdiff.models.vae import VAE
 from cutdiff.sampling.operators import grid_for
 
@@ -292,13 +292,13 @@ def make_baselines(model: Model, names: Sequence[str], size: Size, seed: int = 0
     vae = with_weights_of(model.vae, model.vae_dtype)
     if max(size) * FACTOR > TILED_FROM:
         vae.enable_tiling()
-    plain = with_weights_of(model.unet, model.dtype)
+    plain = with_weights_of(as_unet(model.unet), model.dtype)
     native = model.native_size
     made = {}
     for name in names:
         variant, unet = VARIANTS[name], plain
         if variant.compiled:
-            unet = with_weights_of(model.unet, model.dtype, torch.channels_last)
+            unet = with_weights_of(as_unet(model.unet), model.dtype, torch.channels_last)
             unet = torch.compile(unet, fullgraph=True, dynamic=False)
         made[name] = PublishedLoop(
             what=variant.what,

@@ -45,6 +45,7 @@ from cutdiff.cli.ending import Failure, exit_status, say
 from cutdiff.models import fp8
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig
+from cutdiff.models.unet import as_unet
 from cutdiff.pipeline import now
 from cutdiff.sampling.rows import GATHERED_BYTES
 from cutdiff.settings import Settings
@@ -344,7 +345,7 @@ def _seconds(run: Callable[..., Tensor], inputs: Sequence[Any], device: torch.de
 def _inputs(model: Model, rows: int) -> tuple[Any, ...]:
     """Random inputs of the U-Net for so many rows of native size, which read the keys of two texts."""
     x, timestep, context, pooled, size_ids = network_inputs(model, rows)
-    text = model.unet.read(context[:2])[torch.arange(rows, device=x.device) % 2]
+    text = as_unet(model.unet).read(context[:2])[torch.arange(rows, device=x.device) % 2]
     if rows * text.row_bytes <= GATHERED_BYTES:  # as a run has it
         text = text.gathered()
     return x, timestep.expand(rows), text, pooled, size_ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from cutdiff.checkpoint.build import assign, outlined
 from cutdiff.checkpoint.configs import control_config, control_to_diffusers
-from cutdiff.checkpoint.families import family_of
+from cutdiff.checkpoint.families import SD15, SD21, SDXL, family_of
 from cutdiff.checkpoint.folder import parse
 from cutdiff.checkpoint.infer import infer_control
 from cutdiff.checkpoint.keys import HINT, control_keys
@@ -22,6 +23,7 @@ from cutdiff.checkpoint.model import Model, sha256
 from cutdiff.checkpoint.read import find_weights
 from cutdiff.checkpoint.save import write_network
 from cutdiff.checkpoint.weights import read_weights
+from cutdiff.models.config import SD15_UNET, SD21_UNET, SDXL_UNET, UNetConfig
 from cutdiff.models.controlnet import ControlNet, ControlNetConfig
 
 PREFIX = "control_model."
@@ -59,7 +61,7 @@ def load_control(path: str | Path, model: Model) -> ControlNet:
         except ValueError as error:
             raise ValueError(str(error) if str(source) in str(error) else f"{source}: {error}") from None
     if fault := _misfit(config, model):
-        raise ValueError(f"{source}: {fault}: pass a ControlNet that was made for this model's family")
+        raise ValueError(f"{source}: {fault}: pass a ControlNet that was made for this model's family, or its model")
     with outlined("control"):
         network = ControlNet(config)
     keys = control_keys(network)
@@ -132,8 +134,17 @@ def _misfit(config: ControlNetConfig, model: Model) -> str:
         return f"its hint has {config.factor} pixels for a latent, and the model's VAE {model.factor}"
     if config.hint_channels != 3:
         return f"its hint has {config.hint_channels} channels, and a picture 3"
-    wanted = {name: getattr(theirs, name) for name in SAME} | {"in_channels": model.vae.config.latent_channels}
-    for name, value in wanted.items():
-        if getattr(ours, name) != value:
-            return f"it has {name}={getattr(ours, name)} and the U-Net {value}"
+    theirs = replace(theirs, in_channels=model.vae.config.latent_channels)
+    for name in SAME:
+        if (own := getattr(ours, name)) != (other := getattr(theirs, name)):
+            families = f"it is of {_family(ours)}, and the model of {_family(theirs)}"
+            return f"{families}: it has {name}={own} and the U-Net {other}"
     return ""
+
+
+def _family(config: UNetConfig) -> str:
+    """The family of a U-Net, as far as those fields tell it in which a ControlNet is the same."""
+    for family, known in ((SDXL, SDXL_UNET), (SD15, SD15_UNET), (SD21, SD21_UNET)):
+        if all(getattr(config, name) == getattr(known, name) for name in SAME):
+            return family.name
+    return "a family of its own"

@@ -142,7 +142,8 @@ def infer_control(tensors: Mapping[str, Tensor], unet: UNetConfig) -> ControlNet
     if attended:
         projection = shapes.of(attended[0].partition("transformer_blocks")[0] + "proj_in.weight")
         changed = {"context_dim": shapes.of(attended[0])[1], "linear_projections": len(projection) == 2}
-    heads = unet.num_heads if len(unet.num_heads) == len(channels) else (1,) * len(channels)
+    is_alike = tuple(channels) == unet.channels
+    heads, groups = (unet.num_heads, unet.norm_groups) if is_alike else ((1,) * len(channels), 1)
     return ControlNetConfig(
         replace(
             unet,
@@ -153,6 +154,7 @@ def infer_control(tensors: Mapping[str, Tensor], unet: UNetConfig) -> ControlNet
             mid_transformer_layers=shapes.count(f"{mid}.transformer_blocks."),
             up_transformer_layers=None,
             num_heads=heads,
+            norm_groups=groups,
             **changed,
         ),
         hint_widths=tuple(shapes.of(f"{name}.weight")[0] for name in convolutions[:-1:2]),

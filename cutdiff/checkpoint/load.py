@@ -331,10 +331,10 @@ def _read_transformer(
             f"model, for these, its scheduler{lacking}"
         )
     blueprint = folder.read_blueprint(config, needs_vae=vae is None and "vae" not in weights, needs_t5=needs_t5)
-    if blueprint.t5 is None:
-        weights.pop(TEXT_ENCODERS[kind.encoders - 1], None)
     if kind_of(blueprint.unet) is not kind:
         raise ValueError(f"its {kind.class_name} does not fit the folder {config}: pass one of its own family")
+    if blueprint.t5 is None:
+        weights.pop(TEXT_ENCODERS[kind.encoders - 1], None)
     unet = transformers.infer(weights[kind.folder], blueprint.unet)
     if unet.guidance_dim != blueprint.unet.guidance_dim:
         reads = "reads the guidance scale" if unet.guidance_dim else "reads no guidance scale"

@@ -83,6 +83,8 @@ def decide_noise(
     kind, kind_source = _prediction_type(options.prediction_type, keys, metadata) or (noise.prediction_type, source)
     if isinstance(noise, EDMConfig):
         return replace(noise, prediction_type=kind), {"prediction_type": kind_source, "edm": source}
+    if isinstance(noise, FlowConfig):
+        return noise, dict.fromkeys(noise.described(), source)
     zero, zero_source = _zero_terminal_snr(options.zero_terminal_snr, keys) or (noise.rescale_betas_zero_snr, source)
     spacing, spacing_source = noise.timestep_spacing, source
     if options.timestep_spacing is not None:

@@ -19,7 +19,7 @@ from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.models.flux import Flux, FluxConfig
 from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextStates
-from cutdiff.models.unet import UNet
+from cutdiff.models.unet import UNet, as_unet
 from cutdiff.models.vae import VAE
 from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.noise import NoiseConfig
@@ -76,7 +76,7 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
 
 def changed(model: Model, change: Callable[[UNet], None]) -> Model:
     """The model with a copy of its U-Net, to which `change` is applied."""
-    unet = deepcopy(model.unet)
+    unet = deepcopy(as_unet(model.unet))
     change(unet)
     return replace(model, unet=unet)
 

@@ -95,8 +95,10 @@ def noise_config(config: Mapping[str, Any]) -> AnyNoise:
         return EDMConfig(**{key: config[key] for key in asdict(EDMConfig()) if key in config})
     if name in FLOW_SCHEDULERS:
         require(config, FLOW_FIXED)
-        fields = {key: config[key] for key in asdict(FlowConfig()) if key in config and key not in NOT_IN_FILES}
-        return FlowConfig(**fields | {"shift_terminal": fields.get("shift_terminal") or None})
+        known = [key for key in asdict(FlowConfig()) if key not in NOT_IN_FILES]
+        fields: dict[str, Any] = {key: config[key] for key in known if key in config}
+        fields["shift_terminal"] = fields.get("shift_terminal") or None  # 0 and null are one to diffusers
+        return FlowConfig(**fields)
     if name not in SCHEDULERS:
         known = sorted([*SCHEDULERS, *EDM_SCHEDULERS, *FLOW_SCHEDULERS])
         unsupported("_class_name", name, f"one of {', '.join(known)}")

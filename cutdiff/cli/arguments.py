@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from cutdiff import specs
+from cutdiff.files import BadFile
 from cutdiff.given.controls import CONTROLS
 from cutdiff.options import MAX_FLOAT32, Between, Option, nearest, not_one_of, options_of, read
 from cutdiff.parallel.lines import write
@@ -34,6 +35,8 @@ YEAR = 365 * 24 * 3600
 """The seconds that --rank-timeout may have at most."""
 SHARED = ("strength",)
 """The options of a run that a method may have too, whose text is read for the one that has it."""
+OF_IMAGE = ("strength", "fit", "invert", "mask", "feather", "place")
+"""The options of a run that say what is done with its image."""
 HOW = (*TABLES, "positions", "num_steps", "shift", "guidance_interval")
 """The options of a run that say how a picture is drawn, and neither which one nor where."""
 
@@ -41,15 +44,25 @@ HOW = (*TABLES, "positions", "num_steps", "shift", "guidance_interval")
 class BadArgument(Exception):
     """An argument that cannot be used; its message is the line that the user reads."""
 
+    status = 2
+    """The exit status of the command line."""
+
+
+class UnusableFile(BadArgument):
+    """An argument that names a file which is no good."""
+
+    status = 1
+
 
 def of_flag(error: Exception) -> BadArgument:
     """`name=value …` as `--name value …`, and `name=True …` as `--name …` where the value may be True. A message that
     names no option stays as it is."""
+    kind = UnusableFile if isinstance(error, BadFile) else BadArgument
     name, separator, rest = str(error).partition("=")
     if not (separator and name.isidentifier()):
-        return BadArgument(str(error))
+        return kind(str(error))
     words = re.sub("^True (?!must be )", "", rest).replace("num_steps=", f"{flag_of('num_steps')} ")
-    return BadArgument(f"{flag_of(name)} {words}")
+    return kind(f"{flag_of(name)} {words}")
 
 
 @contextmanager
@@ -306,21 +319,21 @@ def _add_prompt(group: Group) -> None:
         f"change by step, a AND b:1.2 adds prompts up; none: {DEMO_PROMPT!r}",
     )  # fmt: skip
     group.add_argument(
-        "--prompts", type=Path, metavar="FILE",
+        "--prompts", type=_path, metavar="FILE",
         help="in the place of PROMPT, a prompt a line, or a JSON object with a prompt and options of its own: "
         '{"prompt": "a tent", "width": 256, "seed": 7}; blank lines and those that begin with # are skipped',
     )  # fmt: skip
     add_option(group, own["negative_prompt"], "what not to draw")
     add_option(group, own["prompt_2"], "for SDXL's second text encoder; none: PROMPT")
     add_option(group, own["negative_prompt_2"], "for the second; none: the negative prompt")
-    add_option(group, own["width"], "in pixels; none: twice the native size")
+    add_option(group, own["width"])
     add_option(group, own["height"])
     add_option(group, own["seed"])
     add_option(group, own["image"], "the picture to start from; without PROMPT, the prompt is then empty")
     group.add_argument(
-        "--images", type=Path, metavar="DIR", help="in the place of --image, a picture for each one in a folder"
+        "--images", type=_path, metavar="DIR", help="in the place of --image, a picture for each one in a folder"
     )
-    for name in ("strength", "fit", "invert", "mask", "feather", "place", "regions", "bootstrapping"):
+    for name in (*OF_IMAGE, "regions", "bootstrapping"):
         add_option(group, own[name])
     add_controls(group)
     group.add_argument(
@@ -346,7 +359,7 @@ def _add_model(group: Group) -> None:
         "several times",
     )  # fmt: skip
     group.add_argument(
-        "--lora-dir", type=Path, metavar="DIR", help="folder of the LoRAs that a prompt names: <lora:NAME:SCALE>"
+        "--lora-dir", type=_path, metavar="DIR", help="folder of the LoRAs that a prompt names: <lora:NAME:SCALE>"
     )
     group.add_argument(
         "--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts; none: as the model says"
@@ -369,7 +382,7 @@ def _add_model(group: Group) -> None:
 
 def _add_run(group: Group) -> None:
     own = options_of(Settings)
-    group.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
+    group.add_argument("--out", type=_path, default=Path("outputs"), metavar="DIR", help="where the pictures go")
     group.add_argument("--overwrite", action="store_true", help="draw over other pictures of the same names")
     group.add_argument(
         "--trace", action="store_true", help="write a page of what happens at each step beside the picture"
@@ -402,6 +415,12 @@ def _add_run(group: Group) -> None:
     group.add_argument("--log-json", action="store_true", help="print a JSON object for each picture, not its path")
     group.add_argument("-v", "--verbose", action="store_true", help="tell what was read and what it cost")
     add_debug(group)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' names nothing: give a path")
+    return Path(text)
 
 
 def _seconds(text: str) -> float:

@@ -166,6 +166,11 @@ def _notices(record: dict[str, Any]) -> Iterator[str]:
         yield "the regions cover all of the picture, so PROMPT was not read"
     if "negative_prompt_unread" in record:
         yield "guidance is off, so the negative prompt was not read: --guidance-scale above 1 turns it on"
+    for first, last in record.get("control_unread", ()):
+        yield (
+            f"the ControlNet of --control-interval {first:g} {last:g} was not read: this method evaluates the network "
+            "in none of those steps"
+        )
     if record and record["view_batch_halved"]:
         items = record["view_batch_size"]
         yield f"memory holds {items} patches or views at once: pass --view-batch-size {items}"

@@ -35,8 +35,8 @@ def exit_status(
     """Call `run` and return the exit status of the command line; an error becomes one line on standard error.
 
     Errors of the types `bad_arguments` give status 2 and those of `failures` give status 1, each with its own message,
-    as BadArgument and Failure always do. The line of any other error names its type, too, and the status is 1. With
-    --debug in `argv` the traceback is printed first.
+    as Failure always does, and BadArgument, which has a status. The line of any other error names its type, too, and
+    the status is 1. With --debug in `argv` the traceback is printed first.
     """
     open_streams()
     debug = "--debug" in (sys.argv if argv is None else argv)
@@ -62,7 +62,7 @@ def _status(error: BaseException, bad_arguments: Errors, failures: Errors) -> in
     if isinstance(error, NoReader):
         raise error
     if isinstance(error, (BadArgument, *bad_arguments)):
-        return _complain(str(error), 2)
+        return _complain(str(error), getattr(error, "status", BadArgument.status))
     if isinstance(error, (Failure, RankLost, *failures)):
         return _complain(str(error), 1)
     match error:

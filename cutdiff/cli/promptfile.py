@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cutdiff import specs
-from cutdiff.files import contents
+from cutdiff.files import BadFile, contents, json_object
 from cutdiff.given.controls import CONTROL_FILES
 from cutdiff.options import nearest, options_of, read
 from cutdiff.settings import FILES, Settings
@@ -35,11 +35,11 @@ OPTION = re.compile(r"(?:^|[ \t])--(?=[A-Za-z])")
 
 
 def read_lines(path: Path) -> list[tuple[int, bytes]]:
-    """The lines that hold prompts and their numbers, counted from 1. The errors are those of `contents`, and ValueError
+    """The lines that hold prompts and their numbers, counted from 1. The errors are those of `contents`, and BadFile
     where the file is one of another kind."""
     content = contents(path, MAX_BYTES).removeprefix(b"\xef\xbb\xbf")
     if problem := _other_format(content.strip()):
-        raise ValueError(f"{path} cannot be read ({problem}): give a text file")
+        raise BadFile(f"{path} cannot be read ({problem}): give a text file")
     lines = content.split(b"\n")
     stripped = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     return [(number, line) for number, line in stripped if line and not line.startswith(b"#")]
@@ -71,14 +71,14 @@ def parse_line(line: bytes) -> tuple[str, dict[str, Any]]:
     if not text.startswith("{"):
         return text, {}
     try:
-        pairs = json.loads(text, object_pairs_hook=list)
+        given = json.loads(text, object_pairs_hook=json_object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"a line that begins with {{ must be a JSON object ({error})") from None
     options: dict[str, Any] = {}
-    for name, value in cast(list[tuple[str, Any]], pairs):
+    for name, value in cast(dict[str, Any], given).items():
         known = _known(name, options)
-        if isinstance(value, list) and value and isinstance(value[0], tuple):
-            raise ValueError(f"{name} must be a text, a number or a list of numbers, not an object")
+        if isinstance(value, dict) and known != "regions":
+            raise ValueError(f"{name} must be a text, a number or a list, not an object")
         options[known] = value
     prompt = options.pop("prompt", None)
     if not isinstance(prompt, str):

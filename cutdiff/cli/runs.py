@@ -9,6 +9,8 @@ torch is imported only by functions that are given a model, so that --help answe
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
@@ -17,14 +19,30 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unicodedata import category
 
 from cutdiff import specs
-from cutdiff.cli.arguments import DEMO_PROMPT, MAX_PICTURES, BadArgument, errors_by_flag, flag_of
+from cutdiff.cli.arguments import (
+    DEMO_PROMPT,
+    MAX_PICTURES,
+    BadArgument,
+    UnusableFile,
+    errors_by_flag,
+    flag_of,
+    of_flag,
+)
 from cutdiff.cli.promptfile import parse_line, read_lines
-from cutdiff.settings import FILES, Settings, left_to_model
+from cutdiff.files import reworded
+from cutdiff.parallel.lines import say
+from cutdiff.parallel.process import process
+from cutdiff.settings import FILES, Settings, check_owned, left_to_model
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
+
+LONGEST_LABEL = 120
+"""The most bytes of a given picture's name in that of a drawn one; a name of a file, of which parts are written under a
+hidden name first, has at most 255."""
 
 
 class Request(NamedTuple):
@@ -55,7 +73,7 @@ class BadLine(BadArgument):
 
     def __init__(self, args: argparse.Namespace, line: int, error: Exception) -> None:
         super().__init__(str(error) if args.images else f"{args.prompts}, line {line}: {error}")
-        self.line = line
+        self.line, self.status = line, getattr(error, "status", self.status)
 
 
 def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine]]:
@@ -70,17 +88,20 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
     try:
         lines = read_lines(args.prompts)
     except (FileNotFoundError, ValueError) as error:
-        raise BadArgument(f"--prompts {error}") from None
+        raise of_flag(reworded(error, f"prompts={error}")) from None
     if not lines:
-        raise BadArgument(f"--prompts {args.prompts} holds no prompt: give at least one line")
+        raise UnusableFile(f"--prompts {args.prompts} holds no prompt: give at least one line")
     if (num := len(lines) * args.num_images) > MAX_PICTURES:
         raise BadArgument(f"--prompts {args.prompts} asks for {num} pictures, more than {MAX_PICTURES}: split the file")
     requests, bad = [], []
+    of_run = {*vars(args), "lora", "embedding"} - {"options"}
     for number, line in lines:
         try:
             with errors_by_flag():
                 prompt, own = parse_line(line)
-            own |= {name: _beside(args.prompts, own[name]) for name in FILES if name in own}
+            if whole := next((name for name in own if name in of_run), None):
+                raise BadArgument(f"{whole} is for all lines: give {flag_of(whole)} on the command line")
+            own |= {name: _beside(args.prompts.parent, name, own[name]) for name in FILES if name in own}
             requests.append(Request(prompt, _settings(prompt, args, own), number, own))
         except (ValueError, BadArgument) as error:
             bad.append(BadLine(args, number, error))
@@ -92,10 +113,12 @@ def _of_pictures(args: argparse.Namespace, prompt: str) -> tuple[list[Request], 
     then these pictures, and `labels` what the names of drawn ones begin with: the ending too where it tells two apart.
     """
     args.files = picture_files(args.images)
+    if args.out.is_dir() and args.out.samefile(args.images):
+        args.files = _not_drawn_here(args.files)
     if (num := len(args.files) * args.num_images) > MAX_PICTURES:
         raise BadArgument(f"--images {args.images} asks for {num} pictures, more than {MAX_PICTURES}: divide it")
     stems = Counter(path.stem for path in args.files)
-    args.labels = [path.stem if stems[path.stem] == 1 else path.name for path in args.files]
+    args.labels = [_label(path.stem if stems[path.stem] == 1 else path.name) for path in args.files]
     requests, bad = [], []
     for number, path in enumerate(args.files, 1):
         own = {"image": path}
@@ -119,6 +142,26 @@ def picture_files(folder: Path) -> list[Path]:
     if not files:
         raise BadArgument(f"--images {folder} holds no file with the ending of a picture, such as .png: give another")
     return files
+
+
+def _not_drawn_here(files: list[Path]) -> list[Path]:
+    """The files without those that were drawn of others among them, which is said."""
+    from cutdiff.output.images import read_record
+
+    names = {path.name for path in files}
+    kept = [path for path in files if (read_record(path).get("image") or {}).get("name") not in names]
+    if (num := len(files) - len(kept)) and process() == 0:
+        say(f"{num} pictures of --images were drawn of others there, as their records say, and are left out")
+    return kept
+
+
+def _label(name: str) -> str:
+    """A given picture's name as that of a drawn one begins: one that is long is cut, control characters are replaced,
+    and then a hash tells it from others that look the same."""
+    label = "".join("_" if category(character) == "Cc" else character for character in name)
+    while len(os.fsencode(label)) > LONGEST_LABEL:
+        label = label[:-1]
+    return label if label == name else f"{label}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
 
 
 def take_preferred(
@@ -233,11 +276,13 @@ def _parsed(name: str, spec: Any) -> tuple[str, dict[str, Any]] | None:
         return None
 
 
-def _beside(file: Path, names: Any) -> Any:
-    """The paths of files whose names, one or a list, stand in a file of prompts."""
-    if isinstance(names, list):
-        return [_beside(file, name) for name in names]
-    return file.parent / names if isinstance(names, str) else names
+def _beside(folder: Path, option: str, value: Any) -> Any:
+    """The paths of files whose names, one or a list, or those of the masks of regions, stand in a file of prompts."""
+    if isinstance(value, list):
+        return [each if (option, type(each)) == ("regions", str) else _beside(folder, option, each) for each in value]
+    if isinstance(value, dict):
+        return {**value, "mask": _beside(folder, "mask", value["mask"])} if "mask" in value else value
+    return folder / value if isinstance(value, str) and value else value
 
 
 def _settings(prompt: str, args: argparse.Namespace, own: dict[str, Any]) -> Settings:
@@ -249,6 +294,7 @@ def _settings(prompt: str, args: argparse.Namespace, own: dict[str, Any]) -> Set
         if "\0" in text:
             raise BadArgument(f"the prompt {text!r} holds a NUL, which a PNG's text cannot hold: leave it out")
     with errors_by_flag():
+        check_owned(options, options)
         settings = Settings(**options)
         replace(settings, seed=settings.seed + args.num_images - 1)
     return settings

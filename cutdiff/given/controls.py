@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any
 
+from cutdiff.files import BadFile
 from cutdiff.given.pictures import Picture, as_picture
 from cutdiff.options import Between, Share, checked, short
 
@@ -15,8 +16,11 @@ CONTROLS = ("control", "control_image", "control_scale", "control_interval")
 """The options of a run that go together."""
 CONTROL_FILES = CONTROLS[:2]
 """Those that are files."""
-Scales = tuple[Annotated[float, Between(0, 10)], ...]
-Intervals = tuple[tuple[Share, Share], ...]
+KINDS: dict[str, tuple[Any, Any]] = {
+    "control_scale": (Annotated[float, Between(0, 10)], 1.0),
+    "control_interval": (tuple[Share, Share], (0.0, 1.0)),
+}
+"""The types of the numbers that go with each ControlNet, and their values where nobody says."""
 
 
 def read_controls(own: dict[str, Any]) -> dict[str, Any]:
@@ -33,13 +37,9 @@ def read_controls(own: dict[str, Any]) -> dict[str, Any]:
     for file in files:
         if not isinstance(file, str | os.PathLike) or not os.fspath(file):
             raise ValueError(f"control={short(file)} must be a file or a folder of a ControlNet")
-    scales = checked("control_scale", scales or (1.0,) * len(files), Scales)
-    intervals = checked("control_interval", intervals or ((0.0, 1.0),) * len(files), Intervals)
-    for name, values in (("control_scale", scales), ("control_interval", intervals)):
-        if len(values) != len(files):
-            raise ValueError(
-                f"{name}={short(values)} has {len(values)} values for {len(files)} of control: give one each"
-            )
+    scales, intervals = (
+        _one_each(name, values, len(files)) for name, values in zip(KINDS, (scales, intervals), strict=True)
+    )
     for first, last in intervals:
         if first >= last:
             raise ValueError(f"control_interval={first:g},{last:g} must be two shares of the steps, 0 ≤ from < to ≤ 1")
@@ -50,12 +50,24 @@ def read_controls(own: dict[str, Any]) -> dict[str, Any]:
 def check_hints(control: Any, hints: Any, maker: str) -> None:
     """ValueError where there are other numbers of ControlNets and hints, or there are hints and `maker`, a method that
     makes them, if it has a name."""
-    count = len(hints or ())
+    control, hints = control or (), hints or ()
     if maker and hints:
         raise ValueError(f"control_image={hints[0].name} is not for {maker}, which makes hints itself: leave it out")
-    if not maker and count != len(control or ()):
-        counts = f"{count} {'picture' if count == 1 else 'pictures'} for {len(control)} of control"
-        raise ValueError(f"control_image={counts}: give one with each")
+    if maker or len(control) == len(hints):
+        return
+    if not hints:
+        raise ValueError(f"control={control[0]} has no hint: give control_image, a picture with each")
+    names = ", ".join(hint.name for hint in hints)
+    raise ValueError(f"control_image={names} has {len(hints)} for {len(control)} of control: give one with each")
+
+
+def _one_each(name: str, values: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The values of an option of ControlNets, or as many of the usual one where there are none. ValueError where there
+    are not as many as ControlNets, or one cannot be used."""
+    kind, usual = KINDS[name]
+    if values and len(values) != count:
+        raise ValueError(f"{name}={short(values)} has {len(values)} for {count} of control: give one with each")
+    return tuple(checked(name, value, kind) for value in values or (usual,) * count)
 
 
 def _several(name: str, value: Any) -> tuple[Any, ...]:
@@ -69,7 +81,7 @@ def _several(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def _hint(value: Any) -> Picture:
-    """The picture of a hint. ValueError where there is nothing to see on it."""
+    """The picture of a hint. BadFile where there is nothing to see on it."""
     if isinstance(value, Picture):
         return value
     picture = as_picture("control_image", value)
@@ -77,7 +89,7 @@ def _hint(value: Any) -> Picture:
         raise ValueError("control_image=None is no picture: give one with each control")
     pixels = picture.pixels()
     if pixels.min() == pixels.max():
-        raise ValueError(
+        raise BadFile(
             f"control_image={picture.name} has one value throughout, so that it says nothing: give the edges, depth or "
             "whatever the ControlNet was made for"
         )

@@ -16,7 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutdiff.files import contents
+from cutdiff.files import BadFile, contents, reworded
 from cutdiff.options import short
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Picture:
             return self.source
         pixels, sha256, _ = _of_file(self.option, self.source)
         if sha256 != self.sha256:
-            raise ValueError(f"{self.option}={self.source} has changed since the run began: start again")
+            raise BadFile(f"{self.option}={self.source} has changed since the run began: start again")
         return pixels
 
     @cached_property
@@ -76,11 +76,14 @@ def as_picture(option: str, value: Any) -> Picture | None:
     """The picture that an option is given: a path, a PIL image, an array (H, W), (H, W, 3) or (B, H, W, 3), or a tensor
     (3, H, W) or (B, 3, H, W), of 8 bits or floats in [0, 1]; None where that is None.
 
-    ValueError, which names option, value and remedy, where it is none, or one that cannot be read to its end.
+    ValueError, which names option, value and remedy, where it is none; BadFile where a file is none, or one that cannot
+    be read to its end.
     """
     if value is None or isinstance(value, Picture):
         return value
     if isinstance(value, str | os.PathLike):
+        if not os.fspath(value):
+            raise ValueError(f"{option}='' names no file: give a picture")
         path = Path(value)
         pixels, sha256, notices = _of_file(option, path)
         return _picture(option, path.name, sha256, pixels, notices, path)
@@ -101,10 +104,13 @@ def _of_file(option: str, path: Path) -> tuple[np.ndarray, str, list[str]]:
     try:
         data = contents(path, MAX_BYTES)
     except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{option}={error}") from None
+        raise reworded(error, f"{option}={error}") from None
     if not data:
-        raise ValueError(f"{option}={path} has 0 bytes: give a picture")
-    pixels, notices = _decoded(option, str(path), lambda: _opened(data))
+        raise BadFile(f"{option}={path} has 0 bytes: give a picture")
+    try:
+        pixels, notices = _decoded(option, str(path), lambda: _opened(data))
+    except ValueError as error:
+        raise BadFile(str(error)) from None
     return pixels, hashlib.sha256(data).hexdigest(), notices
 
 
@@ -193,8 +199,9 @@ def _of_object(option: str, value: Any) -> tuple[np.ndarray, list[str]]:
         return _decoded(option, f"{type(value).__name__} of {value.size}", lambda: value.copy())
     is_tensor = not isinstance(value, np.ndarray)
     if is_tensor and not hasattr(value, "detach"):
+        several = "; several, as one array (B, H, W, 3) or tensor (B, 3, H, W)" * isinstance(value, tuple | list)
         raise ValueError(
-            f"{option}={short(value)} must be a file, a PIL image, an array (H, W, 3) or a tensor (3, H, W)"
+            f"{option}={short(value)} must be a file, a PIL image, an array (H, W, 3) or a tensor (3, H, W){several}"
         )
     array: Any = value
     if is_tensor:
@@ -205,7 +212,8 @@ def _of_object(option: str, value: Any) -> tuple[np.ndarray, list[str]]:
     array = array[None] if array.ndim == 3 else array
     said = f"{option}={type(value).__name__} of {tuple(value.shape)}"
     if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
-        raise ValueError(f"{said} must be {'(B, 3, H, W) or less' if is_tensor else '(B, H, W, 3) or less'}")
+        shapes, place = ("(3, H, W) or (B, 3, H, W)", "first") if is_tensor else ("(H, W, 3) or (B, H, W, 3)", "last")
+        raise ValueError(f"{said} must be {shapes}: move channels {place}")
     _check_size(said, array.shape[1] * array.shape[2])
     pixels = np.array(np.broadcast_to(array, (*array.shape[:3], 3)), dtype=np.float32, order="C")
     if array.dtype == np.uint8:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cutdiff.files import contents
+from cutdiff.files import BadFile, contents, json_object, reworded
 from cutdiff.given.pictures import Picture, as_picture
 from cutdiff.options import Between, Options, nearest, short
 
@@ -71,7 +71,7 @@ class Region(Options):
                 raise ValueError(f"mask={self.mask.name} holds {self.mask.count} pictures: give one for all images")
             low, high = (extreme(_gray(self.mask)) for extreme in (np.min, np.max))
             if low == high:
-                raise ValueError(
+                raise BadFile(
                     f"mask={self.mask.name} has one value throughout: paint the region white on black, or give "
                     "box=[0, 0, 1, 1] for the whole picture"
                 )
@@ -87,13 +87,20 @@ class Region(Options):
 def as_regions(value: Any) -> tuple[Region, ...] | None:
     """The regions of an option: None, a file of them, or a list of `Region` or of such objects as a file has.
 
-    ValueError, which names the region and what is wrong with it, where they are none or cannot be drawn.
+    ValueError, which names the region and what is wrong with it, where they are none or cannot be drawn; BadFile where
+    those of a file are.
     """
     if value is None:
         return None
     if isinstance(value, str | os.PathLike):
+        if not os.fspath(value):
+            raise ValueError(f"regions='' names no file: give one of regions, such as {EXAMPLE}")
         path = Path(value)
-        return _checked(_read(path), path.parent, f"regions={path}: ")
+        entries = _read(path)
+        try:
+            return _checked(entries, path.parent, f"regions={path}: ")
+        except ValueError as error:
+            raise BadFile(str(error)) from None
     return _checked(value, Path(), "regions=")
 
 
@@ -113,7 +120,7 @@ def _checked(value: Any, folder: Path, place: str) -> tuple[Region, ...]:
         try:
             regions.append(entry if isinstance(entry, Region) else _region(entry, folder))
         except ValueError as error:
-            raise ValueError(f"{place}region {number}: {error}") from None
+            raise reworded(error, f"{place}region {number}: {error}") from None
     for number, (region, own) in enumerate(zip(regions, own_shares((*regions,)), strict=True), start=1):
         if own < REFUSED:
             raise ValueError(
@@ -133,7 +140,12 @@ def notices(regions: tuple[Region, ...]) -> list[str]:
         for number, (region, own) in enumerate(zip(regions, own_shares(regions), strict=True), start=1)
         if own < TOLD
     ]
-    return told + [notice for region in regions if region.mask for notice in region.mask.notices]
+    return told + [
+        f"regions=region {number}: {notice}"
+        for number, region in enumerate(regions, start=1)
+        if region.mask
+        for notice in region.mask.notices
+    ]
 
 
 def check_sizes(regions: Sequence[Region], size: tuple[int, int]) -> None:
@@ -195,23 +207,15 @@ def _is_box(box: Any) -> bool:
 
 
 def _read(path: Path) -> Any:
-    """The JSON value in a file. ValueError where it is none, or has an object that gives a name twice."""
+    """The JSON value in a file. BadFile where it is none, or has an object that gives a name twice."""
     try:
         text = contents(path, MAX_BYTES)
     except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"regions={error}") from None
+        raise reworded(error, f"regions={error}") from None
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=json_object)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"regions={path} is no JSON ({error}): write {EXAMPLE}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object of its pairs. ValueError where two have the same name."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{short(twice[0])} is given twice in one object")
-    return dict(pairs)
+        raise BadFile(f"regions={path} is no JSON ({error}): write {EXAMPLE}") from None
 
 
 def _region(entry: Any, folder: Path) -> Region:

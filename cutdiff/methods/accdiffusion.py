@@ -40,6 +40,7 @@ from cutdiff.methods.shared import Run, Stages
 from cutdiff.methods.tiled import Cascade, Grain
 from cutdiff.models.attention import map_level, recorded_attention
 from cutdiff.models.text import TextStates
+from cutdiff.models.unet import as_unet
 from cutdiff.options import Between, Share
 from cutdiff.sampling.controls import Control
 from cutdiff.sampling.edges import edges
@@ -54,6 +55,7 @@ class AccDiffusion(Cascade):
     num_steps steps."""
 
     changes_network: ClassVar[bool] = True
+    unet_only: ClassVar[str] = "reads the attention over the text"
 
     interaction: Grain = "channel"
     """The unit that patches exchange: each "channel" of a pixel by itself, as in the published code, every "pixel" as a
@@ -142,11 +144,12 @@ def record(draw: Callable[[Run], CanvasDenoiser], run: Run, maps: WordMaps) -> C
     """D on the whole canvas, as `draw` makes it; the maps of the prompt's half of the guidance pair go to `maps`."""
     denoiser = replace(run.denoiser, shares_rows=False)  # every rank reads the maps of all rows
     denoise_whole = draw(replace(run, denoiser=denoiser))
-    scale = 2 ** map_level(denoiser.unet)
+    unet = as_unet(denoiser.unet)
+    scale = 2 ** map_level(unet)
     height, width = (-(-side // scale) for side in run.size)
 
     def denoise(latents: Tensor, sigma: float, step: int) -> Tensor:
-        with recorded_attention(denoiser.unet) as recorded:
+        with recorded_attention(unet) as recorded:
             denoised = denoise_whole(latents, sigma, step)
         copies = denoiser.copies_at(sigma, step)
         prompted = recorded.mean(copies * len(latents))[copies - 1 :: copies]  # (B, h·w, tokens)

@@ -19,7 +19,7 @@ from typing import ClassVar
 from cutdiff.methods.shared import Run, on_whole_inside
 from cutdiff.models.inside import replaced, self_attentions, size_at
 from cutdiff.models.positions import entropy_factor
-from cutdiff.models.unet import UNet
+from cutdiff.models.unet import UNet, as_unet
 from cutdiff.options import Options
 from cutdiff.sampling.denoiser import Denoiser
 from cutdiff.sampling.stages import Size, Stage
@@ -30,11 +30,12 @@ class AttentionScaling(Options):
     """D'(x) at every step, its scales those of the canvas; a canvas smaller than native gets smaller scales."""
 
     changes_network: ClassVar[bool] = True
+    unet_only: ClassVar[str] = "scales the self-attentions on each level"
 
     def stages(self, run: Run) -> list[Stage]:
         @contextmanager
         def changed(step: int) -> Iterator[Denoiser]:
-            with scaled_attention(run.denoiser.unet, run.size):
+            with scaled_attention(as_unet(run.denoiser.unet), run.size):
                 yield run.denoiser
 
         return [Stage("attention_scaling", range(run.num_steps), on_whole_inside(changed))]

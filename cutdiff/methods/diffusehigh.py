@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from cutdiff.methods.picture import canvases, first_picture
-from cutdiff.methods.shared import Run, Space, Stages, phase_sizes, step_at, with_guidance_scale
+from cutdiff.methods.shared import Run, Space, Stages, on_whole, phase_sizes, step_at, with_guidance_scale
 from cutdiff.options import Between, Options, Scale, Share
 from cutdiff.sampling.resize import renoise, resize
 from cutdiff.sampling.split import Gaussian, Split, sharpened
-from cutdiff.sampling.stages import CanvasDenoiser, Phase, Size, Stage
+from cutdiff.sampling.stages import Phase, Size, Stage
 from cutdiff.settings import Settings
 from cutdiff.specs import part, resolve
 
@@ -78,17 +78,18 @@ class DiffuseHigh(Options):
         first, larger = canvases(run, usual if self.factors is None else self.factors)
         if larger and self.native_shape == "square":
             native = first = (run.native_size, run.native_size)
-        denoise = first_picture(replace(run, size=first), self.on_whole(run, native))
+        conditioning_size = native if self.size_conditioning == "native" else None
+        denoise = first_picture(replace(run, size=first), on_whole(run, conditioning_size))
         stages: Stages = [Stage("phase 1", range(run.num_steps), denoise, first)]
         if getattr(run.denoiser.guidance, "guidance_scale", None) != 1:
             run = with_guidance_scale(run, self.detail_guidance_scale)
-        return stages + [self.phase(replace(run, size=size), number, native) for number, size in larger]
+        return stages + [self.phase(replace(run, size=size), number, conditioning_size) for number, size in larger]
 
-    def phase(self, run: Run, number: int, native: Size) -> Phase:
-        """Phase `number`, counted from 1, on the run's canvas; the first one's has `native` latents."""
+    def phase(self, run: Run, number: int, conditioning_size: Size | None) -> Phase:
+        """Phase `number`, counted from 1, on the run's canvas."""
         steps = range(number * run.num_steps)[-max(1, step_at(self.strength, run.num_steps)) :]
         held = steps[: step_at(self.held_fraction, run.num_steps)]
-        on_whole, band = self.on_whole(run, native), resolve("split", self.held_band)
+        denoise_whole, band = on_whole(run, conditioning_size), resolve("split", self.held_band)
 
         def begin(previous: Tensor) -> tuple[Tensor, Stage]:
             picture = shown(run, previous, self.enlarged_in)
@@ -101,7 +102,7 @@ class DiffuseHigh(Options):
             target = shown(run, guide, self.held_in) if held and self.held_in != self.enlarged_in else picture
 
             def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-                denoised = on_whole(x, sigma, step)
+                denoised = denoise_whole(x, sigma, step)
                 if step not in held:
                     return denoised
                 estimate = shown(run, denoised, self.held_in)
@@ -112,11 +113,6 @@ class DiffuseHigh(Options):
             return start, Stage(f"phase {number}", steps, denoise, run.size, cost=lambda step: step in held)
 
         return Phase(steps, run.size, begin)
-
-    def on_whole(self, run: Run, native: Size) -> CanvasDenoiser:
-        """D on the whole canvas, which the network is told to have `native` latents, or its own."""
-        size = native if self.size_conditioning == "native" else None
-        return lambda x, sigma, step: run.denoiser(x, sigma, step, original_size=size, target_size=size)
 
 
 def shown(run: Run, latents: Tensor, space: Space) -> Tensor:

@@ -69,6 +69,11 @@ class FreCaS(Options):
     size_conditioning: Literal["native", "stage"] = "native"
     """The sizes that the network is told: "native", the square that it knows, or "stage", those of the canvas."""
 
+    @property
+    def unet_only(self) -> str:
+        """What it does to a U-Net, where attention is blended."""
+        return "blends the attention over the text, unless map_weight=0," if self.map_weight else ""
+
     def stages(self, run: Run) -> Stages:
         first, larger = canvases(run, DOUBLED)
         sizes = [first, *(size for _, size in larger)] if self.sizes is None else [*self.sizes, run.size]

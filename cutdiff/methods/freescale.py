@@ -34,6 +34,7 @@ from cutdiff.methods.shared import Power, Run, Stages, enlarge, phase_sizes, ski
 from cutdiff.models.dilated import dilated
 from cutdiff.models.fused_scales import Fusion, Windows, fused_scales, on_map
 from cutdiff.models.inside import self_attentions, size_at
+from cutdiff.models.unet import as_unet
 from cutdiff.options import Between, Options, Share
 from cutdiff.sampling.denoiser import Call, Denoiser
 from cutdiff.sampling.operators import grid_for, upload
@@ -47,6 +48,7 @@ class FreeScale(Options):
     """All steps on the native picture, then the last ones at each larger size."""
 
     changes_network: ClassVar[bool] = True
+    unet_only: ClassVar[str] = "changes the convolutions and self-attentions"
     takes_picture: ClassVar[bool] = True
 
     factors: tuple[Annotated[float, Between(1)], ...] | None = None
@@ -82,9 +84,10 @@ class FreeScale(Options):
         total, until = run.num_steps, step_at(self.dilated_fraction, run.num_steps)
         steps = range(number * total - max(1, step_at(self.strength, total)), number * total)
         reach = (run.size[1] if self.dilated_by == "width" else max(run.size)) / run.native_size
-        last = len(run.denoiser.unet.down_blocks) - 1
+        unet = as_unet(run.denoiser.unet)
+        last = len(unet.down_blocks) - 1
         names = (f"down_blocks.{last - 1}.downsamplers", f"down_blocks.{last}", "mid_block")
-        modules = [(module, reach) for name, module in run.denoiser.unet.named_modules() if name.startswith(names)]
+        modules = [(module, reach) for name, module in unet.named_modules() if name.startswith(names)]
 
         def is_dilated(step: int) -> bool:
             return step % total < until
@@ -109,7 +112,7 @@ class FreeScale(Options):
         taps = gaussian_taps(1.0, math.ceil(max(run.size) / run.native_size) - 1, x)
         channel_taps = taps if self.blurs_channels else torch.ones_like(taps[:1])
         grid, layers = grid_for(run.size, run.native_size) if self.fast_mode else (1, 1), []
-        for layer, (level, attention) in enumerate(self_attentions(run.denoiser.unet)):
+        for layer, (level, attention) in enumerate(self_attentions(as_unet(run.denoiser.unet))):
             size = size_at(run.size, level)
             window, stride = (on_map(part, run.size, size) for part in (native, (native[0] // 2, native[1] // 2)))
             jitter = (window[0] // 8, window[1] // 8)

@@ -33,7 +33,7 @@ from cutdiff.methods.shared import Run, on_whole_inside
 from cutdiff.models.config import UNetConfig
 from cutdiff.models.inside import blocks, replaced
 from cutdiff.models.layers import Downsample
-from cutdiff.models.unet import Level, Transformer, UNet
+from cutdiff.models.unet import Level, Transformer, UNet, as_unet
 from cutdiff.models.windows import transform_in_windows
 from cutdiff.options import Options
 from cutdiff.sampling.denoiser import Call, Denoiser
@@ -46,12 +46,13 @@ class HiDiffusion(Options):
     """RAU-Net with windows, then windows alone; direct inference where the canvas is nowhere past native."""
 
     changes_network: ClassVar[bool] = True
+    unet_only: ClassVar[str] = "shrinks the feature maps"
 
     def stages(self, run: Run) -> list[Stage]:
         factors = (1 + (run.size[0] > run.native_size), 1 + (run.size[1] > run.native_size))
         if factors == (1, 1):
             return [Stage("direct", range(run.num_steps), run.denoiser)]
-        plan = plan_for(run.denoiser.unet.config, run.size, run.num_steps)
+        plan = plan_for(as_unet(run.denoiser.unet).config, run.size, run.num_steps)
         denoise = on_whole_inside(partial(changed, run, factors, plan))
         until = max(plan.resampled.stop, plan.pooled.stop)
         return [
@@ -91,7 +92,7 @@ def plan_for(config: UNetConfig, size: Size, num_steps: int) -> Plan:
 @contextmanager
 def changed(run: Run, factors: Size, plan: Plan, step: int) -> Iterator[Denoiser]:
     """The denoiser of `step`, whose network is changed as the plan has it inside the block."""
-    unet, (resampled, pooled) = run.denoiser.unet, plan.changes(step)
+    unet, (resampled, pooled) = as_unet(run.denoiser.unet), plan.changes(step)
     with ExitStack() as changes:
         if resampled:
             changes.enter_context(resampling(unet, plan.resampled_level, factors))
@@ -143,11 +144,11 @@ def pooling(unet: UNet, level: int, factors: Size) -> Iterator[None]:
 
 def windowed(run: Run, windows: Size, step: int) -> Denoiser:
     """Self-attention of the top level in so many `windows` on each axis, shifted as each image draws for `step`."""
-    denoiser = run.denoiser
-    level = top_level(denoiser.unet.config)
-    modules = (module for depth, block in blocks(denoiser.unet) if depth == level for module in block.modules())
+    denoiser, unet = run.denoiser, as_unet(run.denoiser.unet)
+    level = top_level(unet.config)
+    modules = (module for depth, block in blocks(unet) if depth == level for module in block.modules())
     transformers = [module for module in modules if isinstance(module, Transformer)]
-    shifts = upload(run.draws.window_shifts(step), denoiser.unet.conv_in.weight.device)
+    shifts = upload(run.draws.window_shifts(step), unet.device)
 
     def network(call: Call) -> Tensor:
         with ExitStack() as changes:

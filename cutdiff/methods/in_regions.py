@@ -43,7 +43,7 @@ def in_regions(
     first = range(step_at(settings.bootstrapping, run.num_steps))
     side = run.native_size * run.denoiser.factor
     bootstrapping = Bootstrapping(first, layout, run.draws, run.encode, side)
-    joined = zipped(all_stages, layout, run.size, bootstrapping, run.denoiser.unet.conv_in.weight.device)
+    joined = zipped(all_stages, layout, run.size, bootstrapping, run.denoiser.unet.device)
     return joined, [each.denoiser for each in runs]
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from cutdiff.methods.picture import canvases, first_picture
 from cutdiff.methods.shared import Run, Space, Stages, enlarge, fade, falling, step_at, with_guidance_scale
 from cutdiff.methods.tiled import Tiled
+from cutdiff.methods.trajectory import Trajectory
 from cutdiff.options import Between, Scale, Share
 from cutdiff.sampling.resize import renoise, resize
 from cutdiff.sampling.split import Gaussian, Split, sharpened
@@ -151,8 +152,7 @@ class Magnify(Tiled):
 
         def denoise_towards(x: Tensor, sigma: float, step: int) -> Tensor:
             denoised = denoise(x, sigma, step)
-            order = min(denoise.order(sigma, step), len(before.estimates) - 1)
-            reference = resize(before.estimates[order][step % run.num_steps], run.size)
+            reference = denoise.reference(before, sigma, step, run.size)
             return denoised + share(sigma, step) * split.low(reference - denoised)
 
         return denoise_towards
@@ -173,32 +173,3 @@ class Climb(Magnify):
     Gaussian's deviation is the side of an enlarged pixel."""
     corrections: Annotated[int, Between(0, 100)] = 1
     """How many times an enlarged picture is given back what the VAE takes from it on the way there and back."""
-
-
-class Trajectory:
-    """A canvas denoiser that keeps, if it is to, its estimates of x0 by their order in a step and its number in the
-    schedule."""
-
-    def __init__(self, denoise: CanvasDenoiser, num_steps: int, keeps: bool) -> None:
-        self.denoise, self.num_steps, self.keeps = denoise, num_steps, keeps
-        self.estimates: list[Tensor] = []
-        """The first estimates of all steps of the schedule, (steps, B, C, H, W), then their second ones, and so on;
-        those that were not taken are the first that was."""
-        self.step, self.sigmas = -1, list[float]()
-
-    def __call__(self, latents: Tensor, sigma: float, step: int) -> Tensor:
-        estimate = self.denoise(latents, sigma, step)
-        if self.keeps:
-            order = self.order(sigma, step)
-            if order == len(self.estimates):
-                self.estimates.append(estimate.expand(self.num_steps, *estimate.shape).clone())
-            self.estimates[order][step % self.num_steps] = estimate
-        return estimate
-
-    def order(self, sigma: float, step: int) -> int:
-        """The number, from 0 on, of the estimate at a sigma among those of the last step, which is this one."""
-        if step != self.step:
-            self.step, self.sigmas = step, []
-        if sigma not in self.sigmas:
-            self.sigmas.append(sigma)
-        return self.sigmas.index(sigma)

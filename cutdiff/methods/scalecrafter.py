@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from cutdiff.methods.shared import Run, on_whole_inside, step_at
 from cutdiff.models.dilated import dilated
 from cutdiff.models.inside import blocks
-from cutdiff.models.unet import DownLevel, MidBlock, UNet
+from cutdiff.models.unet import DownLevel, MidBlock, UNet, as_unet
 from cutdiff.options import Options
 from cutdiff.sampling.denoiser import Call, Denoiser
 from cutdiff.sampling.guidance import Changing
@@ -44,6 +44,7 @@ class ScaleCrafter(Options):
     """Re-dilated for the first steps, then as it is; direct inference where the canvas is nowhere past native."""
 
     changes_network: ClassVar[bool] = True
+    unet_only: ClassVar[str] = "changes the convolutions"
 
     def stages(self, run: Run) -> list[Stage]:
         scale = max(run.size) / run.native_size
@@ -109,8 +110,9 @@ def plan_for(scale: float) -> Plan:
 @contextmanager
 def redilated_step(denoiser: Denoiser, plan: Plan, until: int, step: int) -> Iterator[Denoiser]:
     """The denoiser of `step`, the network re-dilated inside the block or, for noise-damped guidance, in each call."""
+    unet = as_unet(denoiser.unet)
     if plan.base is None:
-        with redilated(denoiser.unet, plan.dilations):
+        with redilated(unet, plan.dilations):
             yield denoiser
         return
     remaining = (until - step) / until
@@ -118,12 +120,12 @@ def redilated_step(denoiser: Denoiser, plan: Plan, until: int, step: int) -> Ite
 
     def damped(call: Call) -> Tensor:
         """Rows (base, base + positive − negative, …), which plain guidance turns into the noise-damped estimate."""
-        with redilated(denoiser.unet, wide):
+        with redilated(unet, wide):
             prediction = denoiser.evaluate(call.inputs)
         if call.copies == call.num_terms:
             return prediction
         items = prediction.float().unflatten(0, (-1, call.copies))
-        with redilated(denoiser.unet, base):
+        with redilated(unet, base):
             calm = denoiser.evaluate(cast(Inputs, tuple(values[:: call.copies] for values in call.inputs))).float()
         calm = calm[:, None]
         return torch.cat([calm, calm + items[:, 1:] - items[:, :1]], dim=1).flatten(0, 1)

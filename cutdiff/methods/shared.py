@@ -88,11 +88,12 @@ class Kept:
 class Method(Protocol):
     """A method as it is passed in; a plain function of a `Run` is one without options.
 
-    Besides, a method may have `changes_network = True`, if it changes the inside of the U-Net, which a compiled one
-    would not see; `takes_picture = True`, if it goes on from a picture that it draws first, for which it takes a given
-    one by `first_picture`; `of_strength(share)`, a static function that gives those of its options, by name, which let
-    it draw on such a picture by a share of the steps; `check_settings(settings)`, which raises ValueError where the
-    options of a run do not suit it; and `check_native(native_size)`, the same for the model's native size in latents.
+    Besides, a method may have `changes_network = True`, if it changes the inside of the network, which a compiled one
+    would not see; `unet_only`, words for what it does to a U-Net, if it is for no other network; `takes_picture =
+    True`, if it goes on from a picture that it draws first, for which it takes a given one by `first_picture`;
+    `of_strength(share)`, a static function that gives those of its options, by name, which let it draw on such a
+    picture by a share of the steps; `check_settings(settings)`, which raises ValueError where the options of a run do
+    not suit it; and `check_native(native_size)`, the same for the model's native size in latents.
     """
 
     def stages(self, run: Run) -> Sequence[Stage | Phase]:
@@ -120,6 +121,11 @@ def on_whole_inside(changed: Callable[[int], AbstractContextManager[Denoiser]]) 
             return denoiser(latents, sigma, step)
 
     return denoise
+
+
+def on_whole(run: Run, size: Size | None) -> CanvasDenoiser:
+    """D on the whole canvas, which the network is told to have a size in latents; None: its own."""
+    return lambda x, sigma, step: run.denoiser(x, sigma, step, original_size=size, target_size=size)
 
 
 def enlarge(
@@ -162,6 +168,13 @@ def scalable(guidance: Any, asked: str) -> Any:
 def step_at(share: float, num_steps: int) -> int:
     """The first of `num_steps` that lies at or after a share of them."""
     return math.ceil(round(share * num_steps, 9))  # 0.28 · 50 is 14, whatever floats say
+
+
+def between(schedule: Schedule, shares: tuple[float, float]) -> Callable[[float], bool]:
+    """Tells for a sigma whether it is one of those of a schedule's steps between two shares of them, or lies there."""
+    first, last = (step_at(share, schedule.num_steps) for share in shares)
+    high, low = schedule.sigmas[first] if first else math.inf, schedule.sigmas[last]
+    return lambda sigma: low < sigma <= high
 
 
 def falling(weight: float, steps: range) -> Weight:

@@ -6,10 +6,13 @@ Format: Micikevicius et al. 2022 (arXiv 2209.05433).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from cutdiff.models.unet import Transformer, UNet
+from cutdiff.models.backbone import Backbone
+from cutdiff.models.unet import Transformer
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
@@ -69,18 +72,26 @@ def scaled_product_reference(
     return (product if bias is None else product + bias).to(dtype)
 
 
-def quantize_transformers(unet: UNet) -> None:
+OF_TEXT = ("attn2.to_k", "attn2.to_v")
+"""The ends of the names of a U-Net's layers that stay as they are, as they run once a prompt."""
+OF_CONDITION = ("norm.linear", "norm1.linear", "norm1_context.linear")
+"""Those of a transformer: a condition, of which they make shifts and scales, is one row for a picture."""
+
+
+def quantize_transformers(network: Backbone[Any]) -> None:
     """Put an `FP8Linear` in the place of each linear layer of the network's transformers, under its name.
 
-    The layers that make keys and values of the text stay, as they run once a prompt, and so do layers whose sides are
-    no multiples of 16.
+    The layers of `OF_TEXT` and `OF_CONDITION` stay, and so do layers whose sides are no multiples of 16.
     """
-    for transformer in [module for module in unet.modules() if isinstance(module, Transformer)]:
-        for name, layer in list(transformer.named_modules()):
-            if not isinstance(layer, nn.Linear) or name.endswith(("attn2.to_k", "attn2.to_v")):
+    parts, kept = [module for module in network.modules() if isinstance(module, Transformer)], OF_TEXT
+    if not parts:
+        parts, kept = [block for stack in network.stacks() for block in stack.blocks], OF_CONDITION
+    for part in parts:
+        for name, layer in list(part.named_modules()):
+            if not isinstance(layer, nn.Linear) or name.endswith(kept):
                 continue
             if layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0:
-                transformer.set_submodule(name, FP8Linear(layer))
+                part.set_submodule(name, FP8Linear(layer))
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:

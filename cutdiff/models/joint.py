@@ -77,7 +77,7 @@ class Conditions(nn.Module):
         embedded = self.timestep_embedder(sinusoidal_embedding(timestep, EMBEDDED).to(pooled.dtype))
         if guidance is not None:
             embedded = embedded + self.guidance_embedder(
-                sinusoidal_embedding(1000 * guidance, EMBEDDED).to(pooled.dtype)
+                sinusoidal_embedding(1000 * guidance.float(), EMBEDDED).to(pooled.dtype)
             )
         return embedded + self.text_embedder(pooled)
 
@@ -206,4 +206,5 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def continued(latents: Tensor, patch: int) -> Tensor:
     """Latents (B, C, h, w) whose sides are multiples of the patch: the last ones of a side are repeated."""
     h, w = latents.shape[2:]
-    return F.pad(latents, (0, -w % patch, 0, -h % patch), mode="replicate")
+    height, width = (-(-n // patch) * patch for n in (h, w))  # without %, which torch.compile cannot do with symbols
+    return F.pad(latents, (0, width - w, 0, height - h), mode="replicate")

@@ -124,5 +124,5 @@ def with_positions(network: Any, positions: Positions) -> Any:
     """A copy of a network that is `Positioned`, on the same tensors and with other positions; the network itself stays
     as it is."""
     changed = copy(network)
-    changed.positions = positions
+    vars(changed)["positions"] = positions  # a module would be registered in what the copy shares
     return changed

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -139,7 +140,10 @@ class SD3(Backbone[SD3Config]):
         self.proj_out = nn.Linear(config.dim, config.latent_channels * config.patch**2)
 
     def stacks(self) -> Iterator[Stack]:
-        yield Stack(cast(Sequence[JointBlock], self.transformer_blocks), lambda x, text, *_: (x, text))
+        """The dual blocks, those between, and the last one, which leaves the text as it is."""
+        blocks = cast(Sequence[JointBlock], self.transformer_blocks)
+        for _, alike in groupby(blocks, key=lambda block: (block.dual, block.last)):
+            yield Stack([*alike], lambda x, text, *_: (x, text))
 
     def forward(
         self, latents: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, numbers: Tensor | None = None

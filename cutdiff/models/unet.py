@@ -289,9 +289,7 @@ class UNet(Encoder):
 def as_unet(network: Backbone[Any]) -> UNet:
     """The network, if it is a U-Net. ValueError where it is not."""
     if not isinstance(network, UNet):
-        raise ValueError(
-            f"is for a U-Net, and this model's network is a {type(network).__name__}: choose another model"
-        )
+        raise ValueError(f"needs a U-Net, and this model's network is a {type(network).__name__}: choose another model")
     return network
 
 

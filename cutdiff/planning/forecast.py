@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import TOKENS, GivenText
+from cutdiff.models.backbone import Backbone
 from cutdiff.models.bands import GPU_BAND_BYTES, KEPT_BYTES
 from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.models.inside import replaced
 from cutdiff.models.layers import TextContext
 from cutdiff.models.text import TextStates
-from cutdiff.models.unet import Transformer, TransformerBlock, UNet
+from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Prepared, canvas_and_schedule, prepare
@@ -210,7 +211,7 @@ class Rank(Denoiser):
         rows, (items, size) = self.rows_of(operator, sigma, step, positive), items_of(operator, canvas)
         rows = self.with_hints(rows, canvas)
         channels = self.unet.config.in_channels  # with those of the mask and the masked picture
-        inputs = canvas.new_empty(items * rows.copies, channels, *size, dtype=self.unet.conv_in.weight.dtype)
+        inputs = canvas.new_empty(items * rows.copies, channels, *size, dtype=self.unet.dtype)
         self.predictions(rows, inputs, canvas.new_empty(len(inputs), 6))
         return torch.empty_like(canvas)
 
@@ -219,7 +220,7 @@ class Rank(Denoiser):
         hints = []
         for control in self.controls_at(rows.sigma):
             sides = (side * control.network.control.factor for side in size)
-            hints.append(Hint(control, canvas.new_empty(items, 3, *sides, dtype=self.unet.conv_in.weight.dtype)))
+            hints.append(Hint(control, canvas.new_empty(items, 3, *sides, dtype=self.unet.dtype)))
         return rows._replace(hints=tuple(hints))
 
     def predict(self, rows: Rows, inputs: Tensor, size_ids: Tensor) -> Tensor:
@@ -261,22 +262,21 @@ class CountingRanks(Ranks):
 
 
 @contextmanager
-def one_block_for_all(unet: UNet, meter: Meter) -> Iterator[None]:
-    """Run only the first block of each transformer and count it for all, which are alike and follow one another."""
+def one_block_for_all(network: Backbone[Any], meter: Meter) -> Iterator[None]:
+    """Run only the first block of each stack of blocks that are alike, and count it for all."""
 
-    def count(block: TransformerBlock, times: int, x: Tensor, context: Any) -> Tensor:
+    def count(forward: Callable[..., T], times: int, *read: Any) -> T:
         before = meter.flops
-        out = TransformerBlock.forward(block, x, context)
+        out = forward(*read)
         meter.flops += (times - 1) * (meter.flops - before)
         return out
 
     with ExitStack() as changes:
-        for transformer in unet.modules():
-            if isinstance(transformer, Transformer):
-                blocks = cast(Sequence[TransformerBlock], transformer.transformer_blocks)
-                changes.enter_context(replaced(blocks[0], forward=partial(count, blocks[0], len(blocks))))
-                for block in blocks[1:]:
-                    changes.enter_context(replaced(block, forward=lambda x, context: x))
+        for blocks, skip in network.stacks():
+            first, *others = blocks
+            changes.enter_context(replaced(first, forward=partial(count, first.forward, len(blocks))))
+            for block in others:
+                changes.enter_context(replaced(block, forward=skip))
         yield
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,10 @@ class Observer:
     def begin(self, num_steps: int) -> None:
         """A run begins that takes so many steps."""
 
+    def during(self, call: Call) -> AbstractContextManager[object]:
+        """A block that is open while the network is called, as `recorded_attention` is one, which listens inside it."""
+        return nullcontext()
+
     def call(self, call: Call, prediction: Tensor) -> None:
         """The network was called, and predicted (n, C, h, w)."""
 
@@ -105,6 +109,8 @@ class Work:
     observers: list[Observer] = field(default_factory=list)
     reads_negative: bool = False
     """True once a step has read the negative prompt."""
+    counted: set[Callable[[float], bool]] = field(default_factory=set, repr=False)
+    """The `is_on` of those controls that have counted at a step."""
     flags: Flags = field(default_factory=Flags, repr=False)
     """The flags that kernels set where an estimate of x0 is not finite."""
 
@@ -116,6 +122,14 @@ class Work:
             yield
         finally:
             self.observers.remove(observer)
+
+    @contextmanager
+    def listening(self, call: Call) -> Iterator[None]:
+        """The blocks of all observers, open while the network is called."""
+        with ExitStack() as opened:
+            for observer in self.observers:
+                opened.enter_context(observer.during(call))
+            yield
 
 
 @dataclass(frozen=True)
@@ -357,6 +371,7 @@ class Denoiser:
     def with_hints(self, rows: Rows, canvas: Tensor) -> Rows:
         """The rows with the hints of those controls that count at their sigma, gathered as they are from the canvas."""
         controls = self.controls_at(rows.sigma)
+        self.work.counted.update(control.is_on for control in controls)
         if controls and len(canvas) != rows.num_images:
             raise ValueError(
                 f"a ControlNet has hints of whole canvases, and {len(canvas)} items of {rows.num_images} images have "
@@ -400,7 +415,8 @@ class Denoiser:
                 taken = (inputs[part], timestep[part], context, pooled, size_ids[part], *hints)
                 counts = num_rows, rows.num_images, copies, len(rows.text.terms)
                 call = Call(rows.step, rows.sigma, rows.operator, taken, start, *counts, rows.is_changed, scale)
-                parts.append(self.evaluate(taken) if self.network is None else self.network(call))
+                with self.work.listening(call):
+                    parts.append(self.evaluate(taken) if self.network is None else self.network(call))
             except torch.OutOfMemoryError:
                 text.by_rows.clear()
                 context = pooled = hints = taken = call = None

@@ -29,6 +29,7 @@ FLOW_SPACINGS = ("trailing", "linspace")
 """The rules for the times before their shift: "trailing" goes in n equal steps from 1 to 0, as the pipelines of FLUX.1
 ask for, and "linspace" in n − 1 from 1 to the training's first, as that of SD3 leaves it to the scheduler."""
 MAX_MU = 10.0
+MAX_TOKENS = 2**31
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class FlowConfig:
     """Likewise, the quantiles of a beta distribution (Lee et al. 2024)."""
     timestep_spacing: str = "trailing"
     """The times before the shift, one of `FLOW_SPACINGS`."""
-    image_seq_len: int = 4096
-    """The number of tokens that a dynamic shift is made for."""
+    image_seq_len: int | None = None
+    """The number of tokens that a dynamic shift is made for; None: `max_image_seq_len`."""
 
     def __post_init__(self) -> None:
         for name, known in (("time_shift_type", SHIFT_TYPES), ("timestep_spacing", FLOW_SPACINGS)):
@@ -72,8 +73,8 @@ class FlowConfig:
         for name, (least, most) in bounds.items():
             if type(value := getattr(self, name)) not in (int, float) or not least <= value <= most:
                 raise ValueError(f"{name}={value!r} must be a number from {least:g} to {most:g}")
-        lengths = ("base_image_seq_len", "max_image_seq_len", "image_seq_len")
-        for name, most in (("num_train_timesteps", MAX_TIMESTEPS), *((name, 2**31) for name in lengths)):
+        lengths = ("base_image_seq_len", "max_image_seq_len")
+        for name, most in (("num_train_timesteps", MAX_TIMESTEPS), *((name, MAX_TOKENS) for name in lengths)):
             if type(value := getattr(self, name)) is not int or not 1 <= value <= most:
                 raise ValueError(f"{name}={value!r} must be a whole number from 1 to {most}")
         if (end := self.shift_terminal) is not None and (type(end) not in (int, float) or not 0 < end < 1):
@@ -86,9 +87,14 @@ class FlowConfig:
             )
         if not LEAST <= self.factor <= MOST:
             raise ValueError(
-                f"base_shift={self.base_shift} and max_shift={self.max_shift} give {self.image_seq_len} tokens the "
+                f"base_shift={self.base_shift} and max_shift={self.max_shift} give {self.tokens} tokens the "
                 f"shift {self.factor:g}, which must lie in {LEAST:g} … {MOST:g}"
             )
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that a dynamic shift is made for."""
+        return self.max_image_seq_len if self.image_seq_len is None else self.image_seq_len
 
     @property
     def factor(self) -> float:
@@ -96,7 +102,7 @@ class FlowConfig:
         if not self.use_dynamic_shifting:
             return self.shift
         length, base = self.max_image_seq_len - self.base_image_seq_len, self.base_image_seq_len
-        mu = self.base_shift + (self.max_shift - self.base_shift) / length * (self.image_seq_len - base)
+        mu = self.base_shift + (self.max_shift - self.base_shift) / length * (self.tokens - base)
         return mu if self.time_shift_type == "linear" else math.exp(min(mu, 700.0))
 
     @property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from cutdiff.models.unet import UNet
+from cutdiff.models.backbone import Backbone
 from cutdiff.options import Options, Scale, Share
 from cutdiff.sampling.schedules import Schedule
 from cutdiff.sampling.solvers import DDIM, Euler, EulerAncestral
@@ -56,10 +56,10 @@ class Changing(Protocol):
     A linear one adds change_scale_at(sigma, step) · (conditional − third) to what its `scale_at` says, where a scale of
     0 means that the third is not evaluated. Any other is given the third as its last argument: (conditional,
     unconditional, sigma, step, third). Keys and values that the network made of the text are those before the change.
-    It also has `changes_network = True`, as a method may.
+    It also has `changes_network = True`, and where it is for U-Nets `unet_only`, as a method may.
     """
 
-    def changed(self, unet: UNet) -> AbstractContextManager[None]:
+    def changed(self, network: Backbone[Any]) -> AbstractContextManager[None]:
         """A block inside which the network is another one. ValueError where this network cannot be changed so."""
         ...
 

@@ -82,7 +82,7 @@ class MaskedPicture:
 
     def laid_onto(self, images: Tensor, feather: int) -> Tensor:
         """Images (B, 3, H, W) as they are where the mask is 1, and the picture itself, to the bit, at all pixels that
-        are `feather` pixels and more away from it; between them one fades into the other."""
+        are `feather` pixels and more away from it, in any direction; between them one fades into the other."""
         weight = feathered(self.mask, feather).to(images)
         picture = self.picture.to(images)
         return torch.where(weight > 0, torch.lerp(picture, images, weight), picture)
@@ -106,16 +106,21 @@ def _padded(pixels: Tensor, size: Size, span: Span) -> Tensor:
 
 
 def feathered(mask: Tensor, width: int) -> Tensor:
-    """Weights (B, 1, H, W): 1 where the mask is, falling outside of it, and 0 from `width` pixels away on, on either
-    axis."""
-    grown, blurred = width // 2, (width - 1) // 2  # a mean over no more than what it grew by leaves 1 where the mask is
-    for kernel, padding in _lines(grown):
-        mask = F.max_pool2d(mask, kernel, stride=1, padding=padding)
-    for kernel, padding in _lines(max(blurred, 0)):
-        mask = F.avg_pool2d(mask, kernel, stride=1, padding=padding, count_include_pad=False)
-    return mask
+    """Weights (B, 1, H, W): 1 where the mask is, falling evenly with the distance to it, and 0 from `width` pixels away
+    on, in any direction."""
+    if width < 2:
+        return mask
+    in_column = _steps_to(mask, width).square()
+    beside = F.pad(in_column, (width, width), value=width**2)
+    squared = in_column
+    for right in range(1 - width, width):
+        squared = torch.minimum(squared, beside.narrow(3, width + right, mask.shape[3]) + right**2)
+    return (1 - squared.sqrt() / width).clamp(0, 1)
 
 
-def _lines(reach: int) -> list[tuple[Size, Size]]:
-    """The kernels and the paddings of a pooling over a square that reaches so far, one axis after the other."""
-    return [((2 * reach + 1, 1), (reach, 0)), ((1, 2 * reach + 1), (0, reach))]
+def _steps_to(mask: Tensor, most: int) -> Tensor:
+    """The distance of each pixel to the nearest one of a mask (B, 1, H, W), 0 and 1, in its column; at most `most`."""
+    rows = torch.arange(mask.shape[2], device=mask.device, dtype=torch.float32)[:, None]
+    above, below = (torch.where(mask > 0, rows, far) for far in (-most, mask.shape[2] + most))
+    above, below = above.cummax(2).values, below.flip(2).cummin(2).values.flip(2)
+    return torch.minimum(rows - above, below - rows).clamp(max=most)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
+from cutdiff.models.backbone import Backbone
 from cutdiff.models.inside import replaced
-from cutdiff.models.unet import TransformerBlock, UNet
+from cutdiff.models.unet import TransformerBlock
 from cutdiff.options import MAX_FLOAT32, Between, Options, Scale
 
 
@@ -23,6 +24,7 @@ class PAG(Options):
     """
 
     changes_network: ClassVar[bool] = True
+    unet_only: ClassVar[str] = "changes self-attentions"
 
     guidance_scale: Scale = 7.5
     """The scale of classifier-free guidance; 1 or less is off."""
@@ -43,9 +45,9 @@ class PAG(Options):
         return self.pag_scale
 
     @contextmanager
-    def changed(self, unet: UNet) -> Iterator[None]:
+    def changed(self, network: Backbone[Any]) -> Iterator[None]:
         """Let layers of self-attention give the values as they are. ValueError where a name is that of no layer."""
-        layers = {n: m.attn1 for n, m in unet.named_modules() if isinstance(m, TransformerBlock)}
+        layers = {n: m.attn1 for n, m in network.named_modules() if isinstance(m, TransformerBlock)}
         for name in self.pag_layers:
             if not any(layer.startswith(name) for layer in layers):
                 known = ", ".join(dict.fromkeys(layer.partition(".attentions")[0] for layer in layers)) or "none"

@@ -293,6 +293,20 @@ def finished(step: Tensor | Estimating, estimate: Callable[[Tensor, float], Tens
         return end.value
 
 
+def adds_noise(solver: Solver, schedule: Schedule) -> bool:
+    """True for a solver that asks for noise at any step of a schedule."""
+    asked: list[int] = []
+
+    def noise(shape: tuple[int, ...], step: int, *part: int) -> Tensor:
+        asked.append(step)
+        return torch.zeros(shape)
+
+    x, take = torch.zeros(1, 1, 1, 1), solver.start(schedule, noise)
+    for i in range(schedule.num_steps):
+        finished(take(x, x, i), lambda x, sigma: x)
+    return bool(asked)
+
+
 def euler_step(x: Tensor, denoised: Tensor, sigma: float, target: float) -> Tensor:
     """Follow the straight line through x and `denoised` from sigma to target: Euler's step, and DDIM's at eta = 0."""
     return torch.lerp(denoised, x, target / sigma)

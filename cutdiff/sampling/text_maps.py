@@ -18,7 +18,7 @@ from torch import Tensor
 from cutdiff.models.attention import blended_attention, recorded_attention
 from cutdiff.models.config import Size
 from cutdiff.models.inside import size_at
-from cutdiff.models.unet import UNet
+from cutdiff.models.unet import UNet, as_unet
 from cutdiff.sampling.denoiser import Call, Denoiser
 from cutdiff.sampling.resize import resize
 
@@ -44,9 +44,9 @@ class TextMaps:
     def recorded(self, denoiser: Denoiser, size: Size, copies: int, num_images: int) -> Iterator[Denoiser]:
         """A denoiser for the one step inside the block, on a canvas of `size` latents, whose maps these become: those
         of the guidance pairs, and none of a third estimate."""
-        with recorded_attention(denoiser.unet, everywhere=True) as recording:
+        with recorded_attention(as_unet(denoiser.unet), everywhere=True) as recording:
             yield replace(denoiser, shares_rows=False)  # every rank needs the maps of all rows
-        sizes, means = _level_sizes(denoiser.unet, size), recording.means(num_images * copies)
+        sizes, means = _level_sizes(as_unet(denoiser.unet), size), recording.means(num_images * copies)
         planes = [mean.mT.unflatten(2, sizes[positions]) for positions, mean in means.items()]
         finest = sizes[max(means)]
         self.maps = torch.stack([resized(plane, finest, self.axes) for plane in planes]).mean(dim=0)
@@ -55,7 +55,7 @@ class TextMaps:
     def blended(self, denoiser: Denoiser, size: Size, copies: int, weight: float) -> Denoiser:
         """The denoiser for steps of so many `copies` on a canvas of `size` latents, always the same one, in which these
         maps have that weight in the attention over the text; itself where its negative rows have no map."""
-        sizes = _level_sizes(denoiser.unet, size)
+        sizes = _level_sizes(as_unet(denoiser.unet), size)
         if copies > self.copies:
             return denoiser
 
@@ -69,7 +69,7 @@ class TextMaps:
                 each = self.large[positions].unflatten(0, (-1, self.copies))[:, -call.copies :]  # negative rows first
                 return each.flatten(0, 1)[rows]
 
-            with blended_attention(denoiser.unet, maps, weight):
+            with blended_attention(as_unet(denoiser.unet), maps, weight):
                 return denoiser.evaluate(call.inputs)
 
         return replace(denoiser, network=network)

@@ -18,7 +18,7 @@ from cutdiff.cli.arguments import Parser, number
 from cutdiff.cli.device import device_of, tell_dtype
 from cutdiff.cli.ending import exit_status
 from cutdiff.cli.output import check_output
-from cutdiff.models.unet import UNet
+from cutdiff.models.unet import UNet, as_unet
 from cutdiff.output.images import save_json
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.scenes.vocabulary import make_text_encoders
@@ -48,7 +48,7 @@ def _run(argv: list[str] | None) -> None:
     bfloat16 = args.dtype == "bfloat16"
     conditions: Any = {"device": device, "dtype": args.dtype}
     if start is not None and args.init is not None:
-        vae, text, unet = start.vae, start.text, start.unet
+        vae, text, unet = start.vae, start.text, as_unet(start.unet)
         history = read_history(args.init)
     else:
         if start is not None:

@@ -25,7 +25,7 @@ from cutdiff.cli.arguments import number
 from cutdiff.cli.ending import exit_status
 from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextStates
-from cutdiff.models.unet import UNet
+from cutdiff.models.unet import UNet, as_unet
 from cutdiff.sampling.schedules import DISTILLED_STEPS, lcm_schedule
 from cutdiff.scenes import world
 from cutdiff.training.beside import begun, noise_of, parser_beside
@@ -67,7 +67,7 @@ def distil(
     model: Model, latents: Latents, folder: Path, *, rank: int, steps: int, batch: int, bfloat16: bool
 ) -> nn.ModuleDict:
     """Train a LoRA of the model's U-Net and return its changes, as `add_lora` names them; resumable, see `fit`."""
-    noise, device, teacher = noise_of(model), model.device, model.unet
+    noise, device, teacher = noise_of(model), model.device, as_unet(model.unet)
     channels_last(teacher)
     student = deepcopy(teacher)
     torch.manual_seed(0)  # initial factors; every other draw comes from the generator of its step

@@ -25,6 +25,7 @@ from cutdiff.cli.ending import exit_status
 from cutdiff.models.config import UNetConfig
 from cutdiff.models.controlnet import ControlNet, ControlNetConfig
 from cutdiff.models.layers import channels_last
+from cutdiff.models.unet import as_unet
 from cutdiff.sampling.noise import alphas_cumprod
 from cutdiff.scenes.render import Crop, outlines
 from cutdiff.scenes.world import Scenes
@@ -73,7 +74,7 @@ def train_control(
     model: Model, latents: Latents, folder: Path, *, steps: int, batch: int, bfloat16: bool
 ) -> ControlNet:
     """Train a ControlNet of the model's U-Net and return it; resumable, see `fit`."""
-    device, unet = model.device, model.unet
+    device, unet = model.device, as_unet(model.unet)
     alphas = torch.tensor(alphas_cumprod(noise_of(model)), dtype=torch.float32, device=device)
     drawn = [*zip(*draw_scenes(len(latents.mean), device), strict=True)]
     scenes, crops = Scenes.joined(drawn[0]), Crop.joined(drawn[1])

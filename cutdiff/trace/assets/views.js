@@ -4,16 +4,16 @@ import { pictureOf, heatOf, without } from "./colours.js";
 import { h, svg, Frame, choice, number, paintGrid } from "./paint.js";
 import { shrink } from "./panels.js";
 
-// A bar for each item, as long as its distance; with `onchoose` they are buttons.
+// A bar for each item, as long as its distance, over its number; with `onchoose` they are buttons.
 export function bars(items, name, chosen = null, onchoose = null) {
-  const most = Math.max(...items.distances.filter(Number.isFinite), 1e-9);
-  return h("ol", { class: "bar-list" }, ...items.distances.map((value, n) => {
+  const most = Math.max(...items.distances.filter(Number.isFinite), 1e-9), few = items.number <= 20, many = items.number > 64;
+  return h("ol", { class: `bar-list ${few ? "few" : many ? "many" : ""}` }, ...items.distances.map((value, n) => {
     const bad = items.not_finite[n], text = bad ? `${bad} not finite` : number(value, 2);
     const inside = [h("span", { class: "fill", style: `height:${bad ? 100 : Math.max(2, (100 * value) / most)}%` })];
     const label = `${name(n)}, distance ${text}`;
     const attributes = { class: bad ? "column bad-item" : "column", title: label, "aria-label": label };
     const element = onchoose ? h("button", { type: "button", ...attributes, "aria-pressed": String(n === chosen), onclick: () => onchoose(n) }, ...inside) : h("span", { ...attributes, role: "img" }, ...inside);
-    return h("li", {}, element, items.distances.length <= 20 ? h("small", { "aria-hidden": "true" }, text) : null);
+    return h("li", {}, element, many ? null : h("small", { "aria-hidden": "true" }, h("b", {}, n + 1), few ? ` ${text}` : null));
   }));
 }
 
