@@ -296,7 +296,6 @@ GUIDED = {
         "accdiffusion",
         "diffusehigh",
         "imax",
-        "hiflow",
         "magnify",
         "climb",
         *(method for method in VARIANTS if "," in method and "swap" not in method),
