@@ -1,6 +1,6 @@
 """The command line: `python -m cutdiff.sample "a red house at night"`.
 
-No module below it prints or exits. Exit status: 0, 1 for a run that failed or a model whose files are no good, 2 for
+No module below it prints or exits. Exit status: 0, 1 for a run that failed or a file that is no good, 2 for
 arguments that cannot be used, 143 for one that was terminated. torch is imported after the arguments are parsed, so
 that --help answers at once. Of several processes one says what concerns all of them.
 """
@@ -27,6 +27,8 @@ from cutdiff.parallel.process import alike, num_processes, process
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
 
+OPTIONS = ("config=", "vae=", "variant=", "zero_terminal_snr=", "timestep_spacing=", "fp8=", "text_encoder_3=")
+"""The beginnings of errors of `load` that are about a flag."""
 LISTED = 5
 """The lines of a file of prompts, or pictures, that the last message names before it only counts them."""
 
@@ -180,13 +182,14 @@ def _load(args: argparse.Namespace) -> Model:
             embeddings=args.embeddings,
             check_weights=args.check_weights,
             fp8=args.fp8,
+            text_encoder_3=args.text_encoder_3,
         )
     except LoraError as error:
         raise Failure(f"--lora {error}") from None
     except EmbeddingError as error:
         raise Failure(f"--embedding {error}") from None
     except (FileNotFoundError, ValueError) as error:
-        if str(error).startswith(("config=", "vae=", "variant=", "zero_terminal_snr=", "timestep_spacing=", "fp8=")):
+        if str(error).startswith(OPTIONS):
             raise of_flag(error) from None
         raise (BadArgument if isinstance(error, FileNotFoundError) else Failure)(str(error)) from None
     return replace(model, text=model.text.offloaded()) if args.offload else model

@@ -224,6 +224,8 @@ def moved(vae: VAE, config: VAEConfig) -> VAE:
     mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
     factor = std * vae.config.scaling_factor / config.scaling_factor  # unscaled = old unscaled · factor + mean
     into, out = new.post_quant_conv, new.quant_conv
+    assert isinstance(into, torch.nn.Conv2d)
+    assert isinstance(out, torch.nn.Conv2d)
     assert into.bias is not None
     assert out.bias is not None
     into.bias -= (into.weight[:, :, 0, 0] * (mean / factor)).sum(dim=1)
