@@ -298,7 +298,6 @@ GUIDED = {
         "accdiffusion",
         "diffusehigh",
         "imax",
-        "hiflow",
         "magnify",
         "climb",
         *(method for method in VARIANTS if "," in method and "swap" not in method),
