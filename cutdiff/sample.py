@@ -1,6 +1,6 @@
 """The command line: `python -m cutdiff.sample "a red house at night"`.
 
-No module below it prints or exits. Exit status: 0, 1 for a run that failed or a model whose files are no good, 2 for
+No module below it prints or exits. Exit status: 0, 1 for a run that failed or a file that is no good, 2 for
 arguments that cannot be used, 143 for one that was terminated. torch is imported after the arguments are parsed, so
 that --help answers at once. Of several processes one says what concerns all of them.
 """

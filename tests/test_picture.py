@@ -286,7 +286,7 @@ def test_a_folder_of_given_pictures_may_be_that_of_the_drawn_ones(
     """Those that were drawn of others there are not drawn on; one that was drawn otherwise is, as from any folder."""
     for name in ("a.png", "b.png"):
         to_pil(picture[0]).save(tmp_path / name)
-    (tmp_path / "b.json").write_text(json.dumps({"image": None, "prompt": "a tent"}))
+    (tmp_path / "b.json").write_text(json.dumps({"image": ["b.png"], "prompt": "a tent"}))
     command = ["--model", str(quick_folder), "--images", str(tmp_path), "--width", "64", "--steps", "1"]
     command += ["--method", "upscale", "--device", "cpu", "--out"]
     for again in (False, True):

@@ -193,7 +193,7 @@ def test_few_pictures_are_told(browser: Browser, tmp_path: Path) -> None:
     evaluation.result["notice"] = few_pictures(4, "Fréchet", 32)
     browser.open(evaluation.save())
     assert browser.texts("#notice") == [evaluation.result["notice"]]
-    assert "Fréchet whole is of 4 pictures, no more than the 32 features of each" in evaluation.result["notice"]
+    assert "Fréchet whole is fitted to 4 pictures, no more than the 32 features of each" in evaluation.result["notice"]
 
 
 def test_text_is_legible_in_light_and_dark(browser: Browser, report: Path) -> None:

@@ -3,7 +3,7 @@
 The pictures of --prompts, --images or --num-images are a set: each is named by its line or given picture, method, size
 and seed and is finished or absent, and a name that another picture has is an error. If PROMPT alone is drawn, a number
 is added to such a name.
-torch is imported only by functions that are given a model, so that --help answers at once.
+torch is imported only by functions that are given a model or read records, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -145,14 +145,21 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def _not_drawn_here(files: list[Path]) -> list[Path]:
-    """The files without those that were drawn of others among them, which is said."""
+    """The files without those that were drawn of others among them, which is said. BadArgument where there are no
+    others."""
     from cutdiff.output.images import read_record
 
+    images = {path: read_record(path).get("image") for path in files}
     names = {path.name for path in files}
-    kept = [path for path in files if (read_record(path).get("image") or {}).get("name") not in names]
-    if (num := len(files) - len(kept)) and process() == 0:
-        say(f"{num} pictures of --images were drawn of others there, as their records say, and are left out")
-    return kept
+    drawn = {path for path, image in images.items() if isinstance(image, dict) and str(image.get("name")) in names}
+    drawn_here = "drawn of others there, as their records say"
+    if len(drawn) == len(files):
+        raise BadArgument(
+            f"--images {files[0].parent} holds only pictures that were {drawn_here}: choose another --out"
+        )
+    if drawn and process() == 0:
+        say(f"{len(drawn)} pictures of --images were {drawn_here}, and are left out")
+    return [path for path in files if path not in drawn]
 
 
 def _label(name: str) -> str:

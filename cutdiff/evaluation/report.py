@@ -43,8 +43,8 @@ def _line(values: Sequence[str]) -> str:
 def few_pictures(num: int, name: str, features: int) -> str:
     """The notice on a distance between Gaussians that is fitted to the `features` of too few pictures."""
     return (
-        f"{name} whole is of {num} pictures, no more than the {features} features of each: it is far too large, and so "
-        "are differences by chance; compare by the kernel distance, or draw more"
+        f"{name} whole is fitted to {num} pictures, no more than the {features} features of each, and tells little: "
+        "compare by the kernel distance, or draw more pictures"
     )
 
 

@@ -91,7 +91,9 @@ export class Others {
     this.canvas = h("canvas", { role: "img", width: 1, height: 1, class: "grid" });
     this.bars = h("div", { class: "bars" });
     this.about = h("p", { class: "note" });
-    this.element = h("section", { id: `items-${run.number}`, class: "card" }, h("header", {}, h("h2", {}, "Items")), this.about, h("div", { class: "picture" }, this.canvas), this.bars);
+    this.title = h("h3", {}, "Distance of each item to all together");
+    this.element = h("section", { id: `items-${run.number}`, class: "card" }, h("header", {}, h("h2", {}, "Items")), this.about, h("div", { class: "picture" }, this.canvas),
+      this.title, this.bars);
     player.listeners.push((step) => this.draw(step));
   }
 
@@ -100,7 +102,9 @@ export class Others {
     this.element.hidden = n < 0;
     if (n < 0) return;
     const items = step.items[n], estimates = step.of(n, "estimates"), pictures = items.distances.map((_, k) => pictureOf(item(estimates, k), this.run.map));
-    paintGrid(this.canvas, pictures, Math.ceil(Math.sqrt(items.number)), 2);
+    const columns = Math.ceil(Math.sqrt(items.number));
+    paintGrid(this.canvas, pictures, columns, Math.max(1, Math.round((columns * items.size[1]) / 90)));
+    this.title.hidden = items.number < 2;
     this.about.textContent = `${items.number} of ${items.size.join(" × ")} latents: what the network predicted for each.`;
     this.canvas.setAttribute("aria-label", this.about.textContent);
     this.bars.replaceChildren(items.number > 1 ? bars(items, (k) => `item ${k + 1}`) : "");
