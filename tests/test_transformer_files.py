@@ -447,7 +447,7 @@ def test_bad_files_and_options(folders: dict[Any, Path], tmp_path: Path, command
     refuses("--text-encoder-3 none is for models of SD3", flux, *without_t5, status=2)
     refuses("--text-encoder-3 none is for models of SD3", "weights/scenes", *without_t5, status=2)
     refuses("is not for a model of flow matching", flux, "--prediction-type", "epsilon")
-    refuses("clip_skip=1 is for models that read CLIP's states", flux, "--clip-skip", "1", status=2)
+    refuses("--clip-skip 1 is for models that read CLIP's states", flux, "--clip-skip", "1", status=2)
     save_file({"emb_params": torch.ones(64)}, lora)
     refuses("is for CLIP alone, and this model reads T5 too", flux, "--embedding", lora)
     joined = "lora_unet_double_blocks_0_img_attn_qkv"
