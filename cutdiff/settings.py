@@ -100,7 +100,7 @@ class Settings(Options):
     height: int | None = None
     """The height in pixels, a multiple of 8; None: twice the model's native size, or as the image's shape has it."""
     width: int | None = None
-    """The width, a multiple of 8; None: twice the model's native size, or as the image's shape has it."""
+    """The width in pixels, a multiple of 8; None: twice the model's native size, or as the image's shape has it."""
     image: Any = None
     """The picture to start from, a file: methods that draw a native picture first take it for that one, all others
     begin with it, noised, at `strength`."""
@@ -123,8 +123,8 @@ class Settings(Options):
     control: Any = None
     """A ControlNet that guides by a hint, its file or folder, or several."""
     control_image: Any = None
-    """The hint of the ControlNet of the same number, a picture of the size to be drawn, a file; it says the size, where
-    an image is given too, unless width and height do."""
+    """The hint of the ControlNet of the same number, a picture of the size to be drawn, a file; it says the size unless
+    width and height do, beside an image too."""
     control_scale: Any = None
     """The factor of what a ControlNet adds, in 0 … 10, one for each; None: 1."""
     control_interval: Any = None

@@ -18,7 +18,7 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import random_model
 from cutdiff.models.inside import replaced
 from cutdiff.models.layers import TextContext
-from cutdiff.planning.forecast import SizedDraws, sized
+from cutdiff.planning.forecast import SDXL, SizedDraws, sized
 from cutdiff.sampling import flags, operators, rows
 from cutdiff.sampling.flags import Flags
 from cutdiff.sampling.noise import NoiseConfig
@@ -64,7 +64,7 @@ def kernels_of_one_operation(*_: Any) -> SimpleNamespace:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_is_four_launches_and_reads_nothing(monkeypatch: pytest.MonkeyPatch, method: str, solver: str) -> None:
     """On "meta" there are no values: a step that read one, which on a GPU is a wait, would fail."""
-    model = sized(QUICK_UNET, QUICK_VAE, torch.float32)
+    model = sized(SDXL._replace(network=QUICK_UNET, vae=QUICK_VAE), torch.float32)
     monkeypatch.setattr(operators, "_kernels", kernels_of_one_operation)
     monkeypatch.setattr(operators, "_is_reference", lambda *_: False)
     monkeypatch.setattr(flags.Flags, "begin", lambda self, _: setattr(self, "device", torch.device("cpu")))

@@ -21,7 +21,7 @@ from cutdiff.methods.magnify import Climb, Magnify, Trajectory
 from cutdiff.methods.shared import Run, with_guidance_scale
 from cutdiff.options import Options
 from cutdiff.pipeline import prepare
-from cutdiff.planning.forecast import sized, walk
+from cutdiff.planning.forecast import SDXL, sized, walk
 from cutdiff.sampling.denoiser import Work
 from cutdiff.sampling.guidance import CFG
 from cutdiff.sampling.resize import resize
@@ -223,7 +223,9 @@ def test_images_do_not_depend_on_their_neighbours_and_runs_cost_what_is_planned(
         assert relative_error(both[i], last(tiny_model, prompt, **{**options, "seed": 3 + i})[0]) < 1e-4
     settings = Settings(method="magnify", num_steps=4, height=128, width=104, **options)
     record = cutdiff.generate(tiny_model, PROMPT, settings).record
-    planned = walk(sized(tiny_model.unet.config, tiny_model.vae.config, tiny_model.dtype), settings)
+    planned = walk(
+        sized(SDXL._replace(network=tiny_model.unet.config, vae=tiny_model.vae.config), tiny_model.dtype), settings
+    )
     assert sum(stage.total.evaluations for stage in planned.stages) == record["network_evaluations"]
 
 

@@ -28,7 +28,7 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import random_model
 from cutdiff.methods.given import masked_picture
 from cutdiff.pipeline import prepare
-from cutdiff.planning.forecast import sized, walk
+from cutdiff.planning.forecast import SDXL, sized, walk
 from cutdiff.sample import main
 from cutdiff.sampling.denoiser import Call
 from cutdiff.sampling.masks import MaskedPicture, feathered
@@ -349,7 +349,7 @@ class TestMask:
                 flops.append(counter.get_total_flops())
 
             record = cutdiff.generate(model, PROMPT, settings, on_step=hear).record
-        planned = walk(sized(model.unet.config, model.vae.config, model.dtype), settings)
+        planned = walk(sized(SDXL._replace(network=model.unet.config, vae=model.vae.config), model.dtype), settings)
         costs = [cost for stage in planned.stages for cost in stage.steps]
         assert [cost.flops for cost in costs] == [b - a for a, b in pairwise(flops)]
         assert sum(cost.evaluations for cost in costs) == record["network_evaluations"]

@@ -6,10 +6,12 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from test_transformers import FLUX, SD3_TINY
 from tiny import QUICK_UNET, QUICK_VAE, Tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -307,16 +309,27 @@ def test_the_largest_size_on_many_devices(capsys: pytest.CaptureFixture[str]) ->
         (["--method", "magnify,strid=8"], 2, "did you mean 'stride'?"),
         (["--method", "nowhere:Mine"], 2, "there is no module 'nowhere'"),
         (["--model", "nowhere"], 2, "nowhere does not exist"),
+        (
+            ["--control", "weights/scenes-control.safetensors", "--control-image", "hint.png"],
+            1,
+            "it is of a family of its own, and the model of SDXL: it has channels=(64, 128, 192) and the U-Net (320, ",
+        ),
         (["--fit", "cover"], 2, "--fit 'cover' goes with image: give that, or leave it out"),
         (["--feather", "16"], 2, "--feather 16 goes with mask or place: give that, or leave it out"),
         (["--model", "README.md"], 1, "README.md is no safetensors file"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(
-    arguments: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    arguments: list[str],
+    status: int,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
-    if arguments[-1] == "README.md":
-        arguments = [arguments[0], str(request.config.rootpath / "README.md")]
+    Image.effect_noise((128, 128), 50).save(tmp_path / "hint.png")
+    for folder in (request.config.rootpath, tmp_path):
+        arguments = [str(folder / word) if (folder / word).is_file() else word for word in arguments]
     assert main(arguments) == status
     printed = capsys.readouterr()
     assert printed.out == ""

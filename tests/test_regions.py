@@ -21,7 +21,7 @@ import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.given.regions import Region, coverage
 from cutdiff.methods.shared import Run
-from cutdiff.planning.forecast import sized, walk
+from cutdiff.planning.forecast import SDXL, sized, walk
 from cutdiff.sample import main
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.noise import NoiseConfig
@@ -434,7 +434,7 @@ def test_a_transparent_mask_is_said_to_be_that_of_its_region() -> None:
 
 def test_a_plan_counts_regions_whose_terms_change(tiny_model: Model) -> None:
     """Here a region has one term, and then two, and the run's prompt has one, or is drawn nowhere."""
-    sizes = sized(tiny_model.unet.config, tiny_model.vae.config, torch.float32)
+    sizes = sized(SDXL._replace(network=tiny_model.unet.config, vae=tiny_model.vae.config), torch.float32)
     for boxes in ((LEFT,), (LEFT, RIGHT)):
         drawn = [Region("[a house:a tree AND a tent:0.5]", box) for box in boxes]
         settings = Settings(method="direct", regions=drawn, **{**QUICK, "num_steps": 4})

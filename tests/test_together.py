@@ -16,7 +16,7 @@ from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import randomise
 from cutdiff.models.controlnet import ControlNet, ControlNetConfig
 from cutdiff.output.record import fingerprint
-from cutdiff.planning.forecast import sized, walk
+from cutdiff.planning.forecast import SDXL, sized, walk
 from cutdiff.settings import Settings
 
 PROMPT = "a red house at night"
@@ -57,7 +57,7 @@ def test_each_does_what_it_does_alone(tiny_model: Model, given: dict[str, Any], 
         other = cutdiff.generate(model, PROMPT, Settings(method=method, **{**given, **left_out}))
         assert (other.latents - result.latents).norm() > 1e-3 * result.latents.norm(), left_out
         assert fingerprint(other.record) != fingerprint(result.record)
-    planned = walk(sized(model.unet.config, model.vae.config, model.dtype), settings)
+    planned = walk(sized(SDXL._replace(network=model.unet.config, vae=model.vae.config), model.dtype), settings)
     assert sum(stage.total.evaluations for stage in planned.stages) == result.record["network_evaluations"]
     again = cutdiff.generate(model, PROMPT, replace(settings, view_batch_size=3))
     torch.testing.assert_close(again.latents, result.latents, rtol=1e-4, atol=1e-4)

@@ -19,7 +19,7 @@ import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.cli.arguments import parse
 from cutdiff.methods.upscale import OVERSHOOT, Upscale
-from cutdiff.planning.forecast import sized, walk
+from cutdiff.planning.forecast import SDXL, sized, walk
 from cutdiff.settings import Settings
 from cutdiff.specs import SOLVERS, spec_of
 
@@ -65,7 +65,9 @@ def test_an_image_does_not_depend_on_its_neighbours_and_costs_what_is_planned(
     for i, prompt in enumerate(PROMPTS):
         assert relative_error(both[i], steps(tiny_model, prompt, **{**size, "seed": 3 + i})[-1].latents[0]) < 1e-4
     settings = Settings(**{**RUN, **size, "upscaler": fails})
-    planned = walk(sized(tiny_model.unet.config, tiny_model.vae.config, tiny_model.dtype), settings)
+    planned = walk(
+        sized(SDXL._replace(network=tiny_model.unet.config, vae=tiny_model.vae.config), tiny_model.dtype), settings
+    )
     assert sum(stage.total.evaluations for stage in planned.stages) == 3 * 2
 
 

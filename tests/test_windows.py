@@ -16,7 +16,7 @@ import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.methods.multidiffusion import MultiDiffusion
 from cutdiff.methods.shared import Run
-from cutdiff.planning.forecast import sized, walk
+from cutdiff.planning.forecast import SDXL, sized, walk
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import Views, ViewWeights, check_operator, items_of, view_grid, view_weights
 from cutdiff.sampling.overlaps import Swapped, Torus
@@ -316,7 +316,9 @@ def test_a_swap_belongs_to_methods_with_views(tiny_model: Model, method: str) ->
         assert relative_error(swap[i], alone[0]) < 1e-4
     settings = cutdiff.Settings(method=method, overlaps="swap", **{**RUN, "height": 128})
     record = cutdiff.generate(tiny_model, PROMPTS[0], settings).record
-    planned = walk(sized(tiny_model.unet.config, tiny_model.vae.config, tiny_model.dtype), settings)
+    planned = walk(
+        sized(SDXL._replace(network=tiny_model.unet.config, vae=tiny_model.vae.config), tiny_model.dtype), settings
+    )
     assert sum(stage.total.evaluations for stage in planned.stages) == record["network_evaluations"]
 
 
