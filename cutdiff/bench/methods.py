@@ -29,7 +29,7 @@ from cutdiff.models.config import UNetConfig, VAEConfig
 from cutdiff.output.images import save_json
 from cutdiff.parallel.lines import say
 from cutdiff.pipeline import first_view_batch_size, now, prepare
-from cutdiff.planning.forecast import decoding, outline, sized, walk, weight_bytes
+from cutdiff.planning.forecast import SDXL, decoding, outline, sized, walk, weight_bytes
 from cutdiff.planning.meter import Meter
 from cutdiff.sampling.schedules import make_schedule
 from cutdiff.settings import Settings
@@ -83,7 +83,7 @@ def compare(
     """Plan all pictures, then draw in turns; the results are saved after every size and every round."""
     specs, sides = args.methods or METHODS, SIDES if args.plan is None else args.plan
     dtype: torch.dtype = getattr(torch, args.dtype)
-    sdxl, sizes = outline(None, DTYPE), sized(unet, vae, dtype)
+    sdxl, sizes = outline(None, DTYPE), sized(SDXL._replace(network=unet, vae=vae), dtype)
     settings = _settings(specs, sizes, "--size", args.size, num_steps=args.steps, backend=args.backend)
     to_plan = [_settings(specs, sdxl, "--plan", side, num_steps=STEPS) for side in sides]
     known = hardware(device) | {"cutdiff": cutdiff.__version__}
