@@ -78,7 +78,7 @@ def published(config: FlowConfig, num_steps: int) -> Any:  # a FlowMatchEulerDis
     if config.use_dynamic_shifting:
         assert config.image_seq_len is not None
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        how["mu"] = config.base_shift + slope * (config.image_seq_len - config.base_image_seq_len)
+        how["mu"] = config.base_shift + slope * (config.tokens - config.base_image_seq_len)
     scheduler.set_timesteps(**how)
     return scheduler
 

@@ -381,8 +381,9 @@ def sized(sizes: Sizes, dtype: torch.dtype) -> Model:
     """A model of these sizes on the meta device."""
     with torch.device("meta"):
         encoders = nn.Linear(sizes.text_weights, 1, bias=False, dtype=dtype)
-        network = kind_of(sizes.network).network(sizes.network).to(dtype).requires_grad_(False)
-        vae = VAE(sizes.vae).to(dtype).requires_grad_(False)
+        network, vae = kind_of(sizes.network).network(sizes.network), VAE(sizes.vae)
+    for each in (network, vae):
+        each.to(dtype).requires_grad_(False)
     text = _text(sizes.network, dtype, (encoders,), sizes.tokens)
     zeros = isinstance(sizes.noise, NoiseConfig)
     return Model(network, vae, text, sizes.noise, zeros_for_empty_negative=zeros, source=sizes.name, files={})
