@@ -42,6 +42,7 @@ BANDWIDTH = 50.0
 MEMORY = 141.0
 """The memory of an H200, in gigabytes."""
 
+MODEL = "folder, .safetensors file or hub id, or flux.1-dev or sd3.5-medium for their sizes; none: SDXL-base's"
 MAX_DEVICES = 4096
 
 
@@ -146,7 +147,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("width", "height", "image", *OF_IMAGE, "regions", "bootstrapping"):
         add_option(picture, own[name])
     add_controls(picture)
-    parser.add_argument("--model", metavar="PATH", help="folder, .safetensors file or hub id; none: SDXL-base's sizes")
+    parser.add_argument("--model", metavar="PATH", help=MODEL)
     parser.add_argument("--config", metavar="PATH", help="folder with a single file's tokenizers and schedule")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="number format of the networks")
     batch = "patches or views at once; none: all of a step that a device has, halved until memory suffices"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cutdiff.cli.arguments import BadArgument, as_taken, of_flag, parse
 from cutdiff.cli.drawing import Trace, draw_all, leave_out, tell
@@ -27,6 +27,8 @@ from cutdiff.parallel.process import alike, num_processes, process
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
 
+OPTIONS = ("config=", "vae=", "variant=", "zero_terminal_snr=", "timestep_spacing=", "fp8=", "text_encoder_3=")
+"""The beginnings of errors of `load` that are about a flag."""
 LISTED = 5
 """The lines of a file of prompts, or pictures, that the last message names before it only counts them."""
 
@@ -62,7 +64,8 @@ def _run(argv: list[str] | None) -> None:
             if args.trace:
                 from cutdiff.trace import is_page_of
 
-                pictures = [replace(each, finished=each.finished and is_page_of(each.path)) for each in pictures]
+                how = _how(args)
+                pictures = [replace(each, finished=each.finished and is_page_of(each.path, **how)) for each in pictures]
             if taken and process() == 0:
                 tell(as_taken(taken))
             if launch.group.leads:
@@ -105,10 +108,9 @@ def _followed(model: Model, args: argparse.Namespace, picture: Picture) -> Itera
         return
     from cutdiff.trace import Unwritable, tracing
 
-    page, how = picture.path.with_suffix(".html"), {"every": args.trace_every, "decode": args.trace_decode}
-    trace = None
+    page, trace = picture.path.with_suffix(".html"), None
     try:
-        with tracing(model, picture.prompt, picture.settings, page, **how, data=args.trace_data) as trace:
+        with tracing(model, picture.prompt, picture.settings, page, **_how(args)) as trace:
             yield trace
     except Unwritable as error:
         raise Failure(str(error)) from None
@@ -116,6 +118,11 @@ def _followed(model: Model, args: argparse.Namespace, picture: Picture) -> Itera
         if trace is not None and trace.path.exists():
             tell(f"the trace of {picture.path.name} up to there is {trace.path}")
         raise
+
+
+def _how(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a trace."""
+    return {"every": args.trace_every, "decode": args.trace_decode, "data": args.trace_data}
 
 
 def _check_processes(args: argparse.Namespace) -> None:
@@ -175,13 +182,14 @@ def _load(args: argparse.Namespace) -> Model:
             embeddings=args.embeddings,
             check_weights=args.check_weights,
             fp8=args.fp8,
+            text_encoder_3=args.text_encoder_3,
         )
     except LoraError as error:
         raise Failure(f"--lora {error}") from None
     except EmbeddingError as error:
         raise Failure(f"--embedding {error}") from None
     except (FileNotFoundError, ValueError) as error:
-        if str(error).startswith(("config=", "vae=", "variant=", "zero_terminal_snr=", "timestep_spacing=", "fp8=")):
+        if str(error).startswith(OPTIONS):
             raise of_flag(error) from None
         raise (BadArgument if isinstance(error, FileNotFoundError) else Failure)(str(error)) from None
     return replace(model, text=model.text.offloaded()) if args.offload else model

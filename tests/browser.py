@@ -83,6 +83,12 @@ class Browser:
         ActionChains(self.driver).send_keys(*(getattr(Keys, key, key) for key in keys)).perform()
         self.settle()
 
+    def wait(self, condition: str) -> None:
+        """Wait until an expression is true; TimeoutException where it stays false."""
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        WebDriverWait(self.driver, 20).until(lambda _: self.js(f"return {condition}"))
+
     def settle(self) -> None:
         """Wait until the page has drawn what its last events changed."""
         self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")

@@ -419,6 +419,12 @@ class TestWrongParts:
             ("unet/config.json", "in_channels", 6, "U-Net's input and of the VAE's latents differ, 6 and 4"),
             ("unet/config.json", "in_channels", 7, "7 input channels, so this is an upscaler: pass the text-to-image"),
             ("unet/config.json", "in_channels", 9, "1 of another shape: conv_in.weight"),
+            (
+                "scheduler/scheduler_config.json",
+                "_class_name",
+                "FlowMatchEulerDiscreteScheduler",
+                "a U-Net and a scheduler with flow matching do not fit: take both from one model",
+            ),
             ("unet/config.json", "cross_attention_dim", 64, "context width .* 64 and 192"),
             ("text_encoder_2/config.json", "projection_dim", 32, "pooled width .* 64 and 32"),
             (

@@ -64,6 +64,9 @@ def test_variants_are_rows(run: Run, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [*drawn(tmp_path)] == ["cutdiffusion,structure_fraction=0.3-256", "cutdiffusion-256", "native-128"]
     dtype, *lines = printed.err.splitlines()
     assert re.fullmatch(r"cutdiff: --dtype auto is (bfloat16|float32) on this machine", dtype)
+    assert lines.pop().startswith(
+        "cutdiff: Fréchet whole is fitted to 2 pictures, no more than the 32 features of each"
+    )
     assert [line.partition(" pictures in ")[0] for line in lines] == [
         "cutdiff: 1 of 3: native 128 px, 2",
         "cutdiff: 2 of 3: cutdiffusion 256 px, 2",

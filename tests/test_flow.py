@@ -68,7 +68,7 @@ def configs(draw: st.DrawFn) -> FlowConfig:
     )
 
 
-def published(config: FlowConfig, num_steps: int) -> FlowMatchEulerDiscreteScheduler:
+def published(config: FlowConfig, num_steps: int) -> Any:  # a FlowMatchEulerDiscreteScheduler
     """The scheduler, given the times that the pipelines hand it: FLUX's, or none."""
     fields = {name: value for name, value in noise_to_diffusers(config).items() if not name.startswith("_")}
     scheduler = FlowMatchEulerDiscreteScheduler(**fields)
@@ -76,6 +76,7 @@ def published(config: FlowConfig, num_steps: int) -> FlowMatchEulerDiscreteSched
     if config.timestep_spacing == "trailing":
         how = {"sigmas": np.linspace(1, 1 / num_steps, num_steps)}
     if config.use_dynamic_shifting:
+        assert config.image_seq_len is not None
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         how["mu"] = config.base_shift + slope * (config.image_seq_len - config.base_image_seq_len)
     scheduler.set_timesteps(**how)

@@ -317,3 +317,17 @@ def test_recorded_maps_have_the_scale_of_a_changed_layer(tiny_model: Model) -> N
             changes.enter_context(replaced(layer, scale=0.0))
         unet(*inputs, *conditions)
     torch.testing.assert_close(maps.mean(), torch.full_like(maps.mean(), 1 / 9))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_recorded_maps_of_some_rows_are_those_of_all(tiny_model: Model, keeps: bool) -> None:
+    """Also where the text stands as keys and values that were computed before."""
+    unet, config = tiny_model.unet, tiny_model.unet.config
+    context: Any = torch.randn(4, 9, config.context_dim)
+    context = unet.read(context) if keeps else context
+    inputs = (torch.randn(4, 4, 8, 8), torch.ones(4), context, torch.randn(4, config.pooled_dim), torch.ones(4, 6))
+    with recorded_attention(unet) as whole, recorded_attention(unet, rows=slice(1, None, 2)) as part:
+        plain = unet(*inputs)
+    assert torch.equal(plain, unet(*inputs))
+    torch.testing.assert_close(part.mean(), whole.mean()[1::2])
+    assert part.passes == whole.passes == 1

@@ -79,7 +79,7 @@ def projected(run: Run, weight: str) -> list[Stage | Phase]:
             }[weight]
             return state - time * flow
 
-        return run.draws.phase_noise(shape, 2) * run.schedule.init_scale, aligned
+        return run.draws.phase_noise(shape, 2) * run.schedule.sigmas[0], aligned
 
     native = (8, round(8 * run.size[1] / run.size[0]))
     first = Stage("native", range(run.num_steps), run.denoiser, native)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -204,3 +206,33 @@ def test_an_observer_may_hear_of_a_part_of_a_run_only(tiny_model: Model) -> None
     list(cutdiff.denoise(tiny_model, "a tent", observer=first, method=method, **{**RUN, "num_steps": 2}))
     assert (len(first.heard), len(second.heard)) == (2 * 2 + 2, 2)
     assert [len(ear.calls_of(step)) for ear in (first, second) for step in (0, 1)] == [2, 2, 1, 1]
+
+
+def test_its_block_is_open_while_the_network_is_called(tiny_model: Model) -> None:
+    """And is closed before it hears of the call, and where memory did not hold one."""
+    heard: list[str] = []
+    last = tiny_model.unet.conv_out
+
+    class Inside(cutdiff.Observer):
+        @contextmanager
+        def during(self, call: Call) -> Iterator[None]:
+            heard.append("open")
+            try:
+                yield
+            finally:
+                heard.append("closed")
+
+        def call(self, call: Call, prediction: Tensor) -> None:
+            heard.append("call")
+
+    def forward(x: Tensor) -> Tensor:
+        heard.append("network")
+        if len(x) > 6:
+            raise torch.OutOfMemoryError
+        return nn.Conv2d.forward(last, x)
+
+    with replaced(last, forward=forward):
+        list(cutdiff.denoise(tiny_model, "a tent", observer=Inside(), method="multidiffusion", **RUN))
+    once = ["open", "network", "closed"]
+    first_two, whole = [*once, *once, "call", *once, "call"], [*once, "call"]  # of 6 views, memory holds 3
+    assert heard == first_two + whole * 2 * 3

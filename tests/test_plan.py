@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from test_transformers import FLUX, SD3_TINY
 from tiny import QUICK_UNET, QUICK_VAE, Tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,8 +22,9 @@ from cutdiff.bench.__main__ import SMALL_UNET
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import random_model
 from cutdiff.given.regions import Region
+from cutdiff.models.backbone import Shape
 from cutdiff.plan import main
-from cutdiff.planning.forecast import decoding, outline, sized, walk, weight_bytes
+from cutdiff.planning.forecast import SDXL, decoding, outline, sized, walk, weight_bytes
 from cutdiff.planning.meter import Meter
 from cutdiff.settings import Settings
 from cutdiff.specs import METHODS, SOLVERS
@@ -35,7 +37,7 @@ CPU = torch.device("cpu")
 
 def sizes_of(model: Model) -> Model:
     """The same model on the meta device."""
-    return sized(model.unet.config, model.vae.config, model.dtype)
+    return sized(SDXL._replace(network=model.unet.config, vae=model.vae.config, noise=model.noise), model.dtype)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +74,11 @@ CASES: list[tuple[int, int, dict[str, Any]]] = [
 def test_counts_of_every_step_are_those_of_the_run(
     method: str, height: int, width: int, options: dict[str, Any], small: Model
 ) -> None:
+    assert_counted(small, Settings(method=method, height=height, width=width, **options))
+
+
+def assert_counted(model: Model, settings: Settings) -> None:
     """Attention is counted by its formula, because torch's counter does not know the CPU's kernel."""
-    settings = Settings(method=method, height=height, width=width, **options)
     flops, stages = [0], []
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
 
@@ -81,12 +86,37 @@ def test_counts_of_every_step_are_those_of_the_run(
             flops.append(counter.get_total_flops())
             stages.append(step.stage)
 
-        record = cutdiff.generate(small, "", settings, on_step=hear).record
-    planned = walk(sizes_of(small), settings)
+        record = cutdiff.generate(model, "", settings, on_step=hear).record
+    planned = walk(sizes_of(model), settings)
     costs = [cost for stage in planned.stages for cost in stage.steps]
     assert [stage.name for stage in planned.stages for _ in stage.steps] == stages
     assert [cost.flops for cost in costs] == [b - a for a, b in pairwise(flops)]
     assert sum(cost.evaluations for cost in costs) == record["network_evaluations"]
+
+
+@pytest.mark.parametrize("method", ["direct", "cutdiffusion", "magnify"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(FLUX, native_size=8, num_layers=2, num_single_layers=3),
+        replace(FLUX, native_size=8, num_layers=1, num_single_layers=0, reads_guidance=False),
+        replace(SD3_TINY, native_size=8, num_layers=5, dual_layers=(0, 1)),
+    ],
+    ids=["reads guidance", "guided", "SD3"],
+)
+def test_counts_of_transformers_whose_blocks_differ(config: Shape, method: str) -> None:
+    assert_counted(random_model(config, QUICK_VAE, CPU), Settings(method=method, height=128, width=104, num_steps=3))
+
+
+def test_flux_takes_what_arithmetic_on_its_layers_says() -> None:
+    """4608 tokens, of which those of the text have layers of their own: 2 FLOPs for each weight of a token's way, and
+    4·dim for each pair of tokens in each block."""
+    planned = walk(outline("flux.1-dev", "bfloat16"), Settings(method="direct", height=1024, width=1024, num_steps=1))
+    dim, tokens = 3072, 4096 + 512
+    double, single = 12 * dim**2, (3 + 4 + 5) * dim**2
+    expected = 2 * tokens * (19 * double + 38 * single) + (19 + 38) * 4 * dim * tokens**2
+    assert planned.stages[0].total == (1, pytest.approx(expected, rel=0.01), 0)
+    assert planned.peak_bytes == pytest.approx(2 * (11.9e9 + 4.88e9 + 0.08e9), rel=0.03)
 
 
 @pytest.mark.parametrize(

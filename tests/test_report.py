@@ -16,7 +16,7 @@ from browser import Browser
 from PIL import Image
 
 from cutdiff.evaluation import page
-from cutdiff.evaluation.report import COSTS
+from cutdiff.evaluation.report import COSTS, few_pictures
 from cutdiff.evaluation.score import SHARES
 
 HOSTILE = [
@@ -155,6 +155,47 @@ def test_the_page_fits_and_shows_its_pictures(browser: Browser, report: Path, wi
     assert browser.errors() == []
 
 
+def test_columns_that_are_out_of_sight_are_told_and_reached(browser: Browser, report: Path) -> None:
+    """By keys alone: the table takes the focus, and scrolls under the arrow keys."""
+    script = """const w = document.querySelector("#scores").closest(".wide"), end = w.getBoundingClientRect().right;
+    return [[...w.querySelectorAll("thead th")].filter((e) => e.getBoundingClientRect().right > end).length,
+        w.parentElement.previousElementSibling.hidden, w.parentElement.previousElementSibling.textContent,
+        w.parentElement.matches(".right")]"""
+    for width, least in ((390, 6), (800, 3)):
+        browser.open(report, width)
+        hidden, *said = browser.js(script)
+        assert hidden >= least
+        assert said == [False, f"{hidden} more columns to the right: scroll, or use the arrow keys →", True]
+    wide = "document.querySelector('#scores').closest('.wide')"
+    browser.js(f"{wide}.focus()")
+    browser.press(*["ARROW_RIGHT"] * 3)
+    browser.wait(f"{wide}.scrollLeft > 20")
+    browser.js(f"{wide}.scrollLeft += 9999")
+    browser.settle()
+    assert browser.js(script)[::3] == [0, False]
+    assert browser.js(script)[1]
+    browser.open(report, 2400)
+    assert browser.js(script)[::3] == [0, False]
+    assert browser.errors() == []
+
+
+def test_how_it_was_made_says_what_all_rows_have(browser: Browser, report: Path) -> None:
+    browser.open(report)
+    run = json.loads(browser.texts("#run pre")[0])
+    assert run["settings of all rows"] == {"solver": "ddim,eta=0.0", "seed": 5}
+    assert "ddim,eta=0.0" in browser.texts("#facts bdi")
+
+
+def test_few_pictures_are_told(browser: Browser, tmp_path: Path) -> None:
+    evaluation = Evaluation(tmp_path)
+    browser.open(evaluation.save())
+    assert browser.js("return document.querySelector('#notice').hidden")
+    evaluation.result["notice"] = few_pictures(4, "Fréchet", 32)
+    browser.open(evaluation.save())
+    assert browser.texts("#notice") == [evaluation.result["notice"]]
+    assert "Fréchet whole is fitted to 4 pictures, no more than the 32 features of each" in evaluation.result["notice"]
+
+
 def test_text_is_legible_in_light_and_dark(browser: Browser, report: Path) -> None:
     """The contrast of WCAG 2, (L + 0.05) / (l + 0.05), is at least 4.5 on both grounds."""
 
@@ -207,8 +248,9 @@ def test_numbers_have_bars_at_their_places(browser: Browser, report: Path) -> No
     };
     return [...document.querySelectorAll("#scores tbody tr")].map((row) => [...row.cells].map(shown));""")
     heads = browser.texts("#scores thead button")
-    costs = ["evaluations", "TFLOP", "peak MB"]
-    assert heads == ["method", "size", *SCORES, *costs, "pictures"], "and no column without a number"
+    costs = ["evaluations", "TFLOP", "seconds", "peak MB"]
+    assert heads == ["method", "size", *SCORES, *costs, "pictures"]
+    assert {row[heads.index("seconds")]["text"] for row in cells} == {""}, "where all were drawn in one batch"
     by_name = {name: dict(zip(heads, row, strict=True)) for name, row in zip(["truth", *NAMES], cells, strict=True)}
     share = by_name[NAMES[2]]["one of each"]
     assert share["text"] == "50.0% [37.5, 62.5]"
@@ -301,7 +343,12 @@ def test_a_record_says_what_differs_and_all_that_is_known(browser: Browser, repo
     assert record["pixels_sha256"] == "hash 2 1"
     assert record["scores"] == {"one of each": 0.0, "agreement": 2.125}
     assert record["settings"]["method"] == "cutdiffusion,structure_fraction=0.3,interaction=none"
-    assert record["run"] == {"command": ["python", *HOSTILE], "source": "weights/</script>"}
+    of_all = {"solver": "ddim,eta=0.0", "seed": 5}
+    assert record["run"] == {
+        "command": ["python", *HOSTILE],
+        "source": "weights/</script>",
+        "settings of all rows": of_all,
+    }
     browser.press("ESCAPE")
     assert browser.js("return [document.querySelector('#record').open, document.querySelector('#zoom').open]") == [
         False,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import re
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,23 @@ def test_attention_of_words_is_that_of_the_network(tiny_model: Model) -> None:
     whole, _ = recorded(tiny_model, method="direct", height=64, width=64)
     windows, _ = recorded(tiny_model, method="multidiffusion", height=64, width=64)  # of one window: the same
     torch.testing.assert_close(whole[0].attention, windows[0].attention)
+
+
+def test_a_network_that_takes_the_rows_apart_gives_no_maps(tiny_model: Model) -> None:
+    """The rows of a guidance pair, one after the other: which of them read the prompt is not known."""
+
+    def method(run: Run) -> list[Stage]:
+        def network(call: Call) -> Tensor:
+            halves = [run.denoiser.evaluate(tuple(part[half::2] for part in call.inputs)) for half in (0, 1)]
+            return torch.stack(halves, dim=1).flatten(0, 1)
+
+        return cutdiff.Settings(method="multidiffusion").method.stages(
+            replace(run, denoiser=replace(run.denoiser, network=network))
+        )
+
+    moments, _ = recorded(tiny_model, method=method)
+    assert [moment.attention for moment in moments] == [None] * 4
+    assert all(len(moment.items[0].estimates) == 6 for moment in moments)
 
 
 @pytest.mark.parametrize(
@@ -477,6 +495,42 @@ def test_the_command_line_writes_a_page_once(model: Model, tmp_path: Path, capsy
     assert "1 of 1 pictures are finished already" in capsys.readouterr().err
 
 
+def test_a_page_that_lacks_what_is_asked_for_is_drawn_again(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, page_ = [*QUICK, "--out", str(tmp_path)], tmp_path / "direct-128x128-seed0.html"
+    data = page_.with_suffix(".trace")
+
+    def draws(*options: str) -> bool:
+        assert sample.main([*plain, *options, "--", PROMPT]) == 0
+        return "finished already" not in capsys.readouterr().err
+
+    def shown() -> list[tuple[bool, bool]]:
+        return [("denoised" in step, "decoded" in step) for step in blocks_of(page_)[1]]
+
+    assert draws("--trace")
+    assert shown() == [(True, False)] * 2
+    assert draws("--trace", "--trace-data")
+    assert not draws("--trace", "--trace-data")
+    (data / "end.json").unlink()
+    assert draws("--trace", "--trace-data")
+    assert (data / "end.json").exists()
+    assert not draws("--trace")
+    assert draws("--trace", "--trace-decode")
+    assert shown() == [(True, True)] * 2
+    assert not draws("--trace", "--trace-decode")
+    assert not draws("--trace"), "which has all that is asked for"
+    assert draws("--trace", "--trace-every", "2")
+    assert not draws("--trace", "--trace-every", "2")
+    assert draws("--trace")
+    assert not draws()
+    other = ("--steps", "3", "--overwrite", "--trace")
+    assert draws(*other)
+    assert len(load(data).steps) == 2
+    assert draws(*other, "--trace-data"), "the data were another picture's"
+    assert len(load(data).steps) == 3
+
+
 def test_a_run_that_was_killed_leaves_its_page(model: Model, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cutdiff.sample", "--steps", "500", "--out", str(tmp_path), "--trace"]
     path = tmp_path / "cutdiffusion-256x256-seed0.unfinished.html"
@@ -536,7 +590,6 @@ def test_pages_that_cannot_be_compared(
     (tmp_path / "text.html").write_text("<p>text")
     (tmp_path / "old.html").write_bytes((tmp_path / "a.html").read_bytes().replace(b'"format": 1', b'"format": 0'))
     assert compare(["a.html", "a.png", "--out", "new/both.html"]) == 0
-    assert compare(["a.html", "a.html", "--out", "new/both.html"]) == 0, "which is a page of this kind"
     (tmp_path / "both.html").write_bytes((tmp_path / "new" / "both.html").read_bytes())
     capsys.readouterr()
     for arguments, line in {
@@ -544,11 +597,39 @@ def test_pages_that_cannot_be_compared(
         ("both.html", "a.html"): "RUN_A both.html compares two runs: name the page of one",
         ("a.html", "old.html"): f"RUN_B old.html is a page of another version, {cutdiff.__version__}: draw it again",
         ("a.html", "new"): "RUN_B new.html does not exist: check the path; --trace writes a page beside the picture",
-        ("a.html", "a.html", "--out", "text.html"): "--out text.html is no page of a trace, and stays: choose another",
+        ("a.html", "a.html", "--out", "new"): "--out new is a folder: name a file in it",
+        ("a.html", "a.html", "--out", ".."): "--out .. is a folder: name a file in it",
     }.items():
         assert compare([*arguments]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
         assert err.startswith(f"cutdiff: {line}"), err
-    assert (tmp_path / "text.html").read_text() == "<p>text"
     assert not (tmp_path / "compare.html").exists()
+
+
+def test_a_page_of_two_runs_takes_no_files_place(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 0), ("b", 1)):
+        cutdiff.trace(tiny_model, PROMPT, page=f"{name}.html", **{**RUN, "num_steps": 1, "seed": seed})
+    (tmp_path / "text.html").write_text("<p>text")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for arguments, path in {
+        ("a.html", "b.html"): "compare.html",
+        ("b.html", "a.html"): "compare-1.html",
+        ("a.html", "b.png"): "compare.html",
+        ("a.html", "b.html", "--out", "a.html"): "a-1.html",
+        ("a.html", "b.html", "--out", "text.html"): "text-1.html",
+        ("b.html", "a.html", "--out", "text.html"): "text-2.html",
+    }.items():
+        assert compare([*arguments]) == 0
+        assert capsys.readouterr().out == f"{path}\n"
+    assert len([*tmp_path.iterdir()]) == 3 + 5
+    assert all((tmp_path / name).read_bytes() == data for name, data in before.items())
+    one, other = ((tmp_path / f"compare{end}.html").read_bytes() for end in ("", "-1"))
+    assert one != other
+
+
+def test_its_signature_is_that_of_the_function() -> None:
+    assert inspect.signature(cutdiff.trace) == inspect.signature(run.trace)

@@ -25,7 +25,6 @@ from cutdiff.trace import load, page
 from cutdiff.trace.__main__ import main as compare
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
 pytestmark = pytest.mark.xdist_group("browser")
 
 
@@ -161,9 +160,7 @@ def test_slider_keys_and_playing(browser: Player, drawn: Drawn) -> None:
     assert step() == 2
     browser.click("#play")
     assert browser.value("document.getElementById('play').ariaPressed") == "true"
-    WebDriverWait(browser.driver, 20).until(
-        lambda _: browser.value("document.getElementById('play').ariaPressed") == "false"
-    )
+    browser.wait("document.getElementById('play').ariaPressed === 'false'")
     assert step() == 3
     browser.press(" ")  # the button has the focus
     assert browser.value("document.getElementById('play').ariaPressed") == "true"
@@ -202,6 +199,74 @@ def test_a_pixel_is_linked_as_the_permutation_says(browser: Player, drawn: Drawn
     title = browser.driver.find_element("css selector", "h1")
     webdriver.ActionChains(browser.driver, duration=0).move_to_element(title).perform()
     assert browser.text("#patches-0 .link").startswith("Point at a pixel of a patch")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_grid_is_wider_than_the_window(browser: Player, drawn: Drawn, tmp_path: Path, width: int) -> None:
+    """Of 16 patches, and of 49 views, which have a bar each; also side by side with another run."""
+    large, _ = drawn(height=256, width=256)
+    small, _ = drawn()
+    assert compare([str(small), str(large), "--out", str(tmp_path / "both.html")]) == 0
+    for path in (large, tmp_path / "both.html"):
+        for step, number in (("1", 16), ("4", 49)):
+            browser.show(path, width, place=f"#step-{step}")
+            if path != large:
+                browser.click(".which-run button:nth-child(2)")
+            bars = browser.all(".inside:not([hidden]) .card:not([hidden]) .bar-list button", "e.clientWidth")
+            assert len(bars) == number
+            assert min(bars) >= 10
+            assert browser.value("document.documentElement.scrollWidth") == width
+
+
+def test_a_bar_frames_its_patch(browser: Player, drawn: Drawn) -> None:
+    """And a pixel of what the network drew marks the bar of its patch."""
+    browser.show(drawn()[0])
+    assert browser.all("#patches-0 .bar-list b", "e.textContent") == ["1", "2", "3", "4"]
+    pressed, here = (("#patches-0 .bar-list button", each) for each in ("e.ariaPressed", "e.matches('.here')"))
+    frames = "#patches-0 .triple > :nth-child({}) .patch-frame"
+    for n, place in ((2, [0, 7]), (3, [9, 7])):  # of 6 × 8 latents and a gap
+        browser.click(f"#patches-0 .bar-list li:nth-child({n + 1}) button")
+        assert browser.all(*pressed) == [str(k == n).lower() for k in range(4)]
+        assert browser.all(frames.format(3), "[e.x.baseVal.value, e.y.baseVal.value]") == [place]
+        assert browser.all(frames.format(2), "1") == [], "what stands in place is not what was compared"
+    browser.point("#patches-0 .triple > :nth-child(3) canvas", 9.5, 0.5)
+    assert browser.all(*here) == [False, True, False, False]
+    assert len(browser.all(frames.format(3), "1")) == 1
+    browser.press(webdriver.Keys.ARROW_RIGHT)
+    assert browser.all(*pressed) == ["false", "false", "false", "true"]
+    assert len(browser.all(frames.format(3), "1")) == 1
+    browser.click("#patches-0 .bar-list li:nth-child(4) button")
+    assert browser.all(frames.format(3), "1") == []
+    browser.press(webdriver.Keys.END)
+    browser.press(webdriver.Keys.HOME)
+    assert browser.all(*pressed) == ["false"] * 4
+
+
+def test_runs_of_different_sizes(browser: Player, drawn: Drawn, tmp_path: Path) -> None:
+    """They have no difference, and the page says why; a cascade has some with a run of one size on the way."""
+    small, large = (drawn(method="direct", width=width)[0] for width in (96, 128))
+    assert compare([str(small), str(large), "--out", str(tmp_path / "both.html")]) == 0
+    browser.show(tmp_path / "both.html")
+    assert browser.text("#parting").startswith("Run A has a canvas of 96 × 96 px, and run B one of 128 × 96 px: no ")
+    assert browser.value("document.querySelectorAll('#pictures .run-panels').length") == 2
+    native, cascade = (
+        drawn(method=method, height=side, width=side)[0] for method, side in (("direct", 64), ("demofusion", 128))
+    )
+    assert compare([str(native), str(cascade), "--out", str(tmp_path / "cascade.html")]) == 0
+    browser.show(tmp_path / "cascade.html", place="#step-1")
+    assert browser.text("#parting").startswith("The runs are the same, to the bit")
+    notes = "#pictures .run-panels:nth-child(3) .frame:nth-child(1) .note"
+    assert browser.text(notes) == "none"
+    browser.press(webdriver.Keys.END)
+    assert browser.text(notes) == "of 8 × 8 and 16 × 16 latents"
+
+
+def test_what_numbers_mean_is_said(browser: Player, drawn: Drawn) -> None:
+    browser.show(drawn()[0])
+    titles, notes = (browser.all(f".chart {each}", "e.textContent") for each in ("h3", ".note"))
+    said = [title for title, note in zip(titles, notes, strict=True) if note.endswith(", on a logarithmic axis")]
+    assert said == ["Energy", "Spectrum of the estimate"]
+    assert browser.all(".facts li:last-child", "e.textContent")[0].endswith(" s with its trace")
 
 
 def test_pixels_are_walked_by_keys(browser: Player, drawn: Drawn) -> None:
@@ -300,8 +365,8 @@ def test_two_runs_side_by_side(
     browser.click(".which-run button:nth-child(2)")
     assert browser.value("document.getElementById('views-0').clientWidth") == 0
     assert browser.value("document.getElementById('views-1').clientWidth") > 300
-    assert compare([str(one), str(one), "--out", str(tmp_path / "both.html")]) == 0
-    browser.show(tmp_path / "both.html")
+    assert compare([str(one), str(one), "--out", str(tmp_path / "same.html")]) == 0
+    browser.show(tmp_path / "same.html")
     assert browser.text("#parting").startswith("The runs are the same, to the bit")
 
 

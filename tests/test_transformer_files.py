@@ -14,21 +14,24 @@ import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from diffusers.loaders import single_file_utils
+from refusal import CommandLine
 from safetensors.torch import save_file
-from tiny import VAE_TINY, edit_tensors, relative_error
+from tiny import VAE_TINY, edit_json, edit_tensors, relative_error
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
 
 from cutdiff.checkpoint import save_folder
 from cutdiff.checkpoint.keys import vae_keys
-from cutdiff.checkpoint.kinds import networks_of
+from cutdiff.checkpoint.kinds import FLUX, networks_of
+from cutdiff.checkpoint.kinds import SD3 as SD3_KIND
 from cutdiff.checkpoint.load import load
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import randomise
-from cutdiff.checkpoint.transformers import BLOCKS, CLIP_G, CLIP_L, MODULES, T5XXL
+from cutdiff.checkpoint.t5 import read_t5_tokenizer
+from cutdiff.checkpoint.transformers import BLOCKS, CLIP_G, CLIP_L, MODULES, T5XXL, infer, kind_in, split
 from cutdiff.models.flux import Flux, FluxConfig
-from cutdiff.models.joint_text import FluxText, SD3Text
-from cutdiff.models.sd3 import SD3, SD3Config
+from cutdiff.models.joint_text import T5, FluxText, SD3Text
+from cutdiff.models.sd3 import SD3, SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
 from cutdiff.models.vae import VAE
 from cutdiff.sampling.flow import FlowConfig
 from cutdiff.scenes.vocabulary import make_flow_text, make_text_encoders
@@ -199,6 +202,25 @@ def test_the_original_layout_is_what_diffusers_converts(folder: Path) -> None:
     assert all(torch.equal(tensor, converted[key]) for key, tensor in tensors.items())
 
 
+FULL = [FluxConfig(), FluxConfig(reads_guidance=False), SD3_MEDIUM, SD35_MEDIUM, SD35_LARGE]
+
+
+@pytest.mark.parametrize("full", FULL, ids=["dev", "schnell", "SD3-medium", "SD3.5-medium", "SD3.5-large"])
+def test_full_files_are_recognised_and_inferred(full: FluxConfig | SD3Config) -> None:
+    like = FluxConfig(num_layers=1, num_heads=2) if isinstance(full, FluxConfig) else replace(SD3_MEDIUM, num_layers=1)
+    with torch.device("meta"):
+        tensors = (Flux(full) if isinstance(full, FluxConfig) else SD3(full)).state_dict()
+    for file, prefix in ((tensors, ""), (original(tensors), "model.diffusion_model.")):
+        named = {prefix + key: tensor for key, tensor in file.items()}
+        kind = FLUX if isinstance(full, FluxConfig) else SD3_KIND
+        assert kind_in(named) == (kind, prefix)
+        converted = split(named, kind, prefix)["transformer"]
+        assert {key: tensor.shape for key, tensor in converted.items()} == {
+            key: tensor.shape for key, tensor in tensors.items()
+        }
+        assert infer(converted, like) == full
+
+
 def whole(model: Model, prefix: str, vae: str) -> dict[str, Tensor]:
     """All weights of a model as ComfyUI writes them."""
     texts = (CLIP_L, T5XXL) if isinstance(model.text, FluxText) else (CLIP_L, CLIP_G, T5XXL)
@@ -245,3 +267,224 @@ def test_a_single_file_is_the_folder(folder: Path, tmp_path: Path, layout: str) 
     assert_same(model, expected)
     assert next(iter(model.files)) == "model.safetensors"
     assert ("vae/diffusion_pytorch_model.safetensors" in model.files) == (not layout.startswith("all"))
+
+
+def test_sd3_without_t5_reads_zeros(folders: dict[Any, Path], tmp_path: Path) -> None:
+    """Left out by the option, in the folder, or by diffusers, the states are the same."""
+    left_out = load(folders[SD3_TINY], text_encoder_3="none")
+    assert isinstance(left_out.text, SD3Text)
+    assert "text_encoder_3/model.safetensors" not in left_out.files
+    saved = load(write(tmp_path / "saved", SD3_TINY, left_out.text))
+    assert not (tmp_path / "saved" / "text_encoder_3").exists()
+    pipe = pipeline(tmp_path / "saved", text_encoder_3=None, tokenizer_3=None)
+    context, _, pooled, _ = pipe.encode_prompt(PROMPT, None, None, negative_prompt="")
+    for model in (left_out, saved):
+        states = model.text.encode([PROMPT])
+        assert relative_error(states.context, context) < 1e-5
+        assert relative_error(states.pooled, pooled) < 1e-5
+
+
+def test_a_prompt_of_its_own_is_t5s_in_flux_and_the_second_clips_in_sd3(folder: Path) -> None:
+    text = load(folder).text
+    both, second, first = text.encode([PROMPT]), text.encode([PROMPT], NEGATIVE), text.encode([NEGATIVE])
+    if isinstance(text, FluxText):
+        assert torch.equal(second.context, first.context)
+        assert torch.equal(second.pooled, both.pooled)
+    else:
+        (own, other), tokens = (clip.config.hidden_size for clip in text.clips), 77
+        assert torch.equal(second.context[:, :tokens, :own], both.context[:, :tokens, :own])
+        other_clip = slice(own, own + other)
+        assert torch.equal(second.context[:, :tokens, other_clip], first.context[:, :tokens, other_clip])
+        assert torch.equal(second.context[:, tokens:], both.context[:, tokens:])
+
+
+def test_weights_scale_t5s_states_and_long_prompts_are_cut(folder: Path) -> None:
+    text = load(folder).text
+    assert isinstance(text, FluxText | SD3Text)
+    t5 = text.t5
+    assert isinstance(t5, T5)
+    plain, weighted = (text.encode([f"a {word} house"]).context[:, -t5.length :] for word in ("red", "(red:1.5)"))
+    expected = plain.clone()
+    expected[:, 1] *= 1.5
+    assert torch.equal(weighted, expected)
+    long = "a red house " * 40
+    assert text.encode([long]).context.shape[1] == text.length(long)
+    ids = t5.tokenize([long], torch.device("cpu")).ids[0]
+    assert ids.tolist() == t5.tokenizer(long, max_length=t5.length, truncation=True).input_ids
+    assert text.encode([long, "a"], min_length=text.length(long)).context.shape[:2] == (2, text.length(long))
+
+
+def test_encoders_that_rest_on_the_cpu_encode_the_same(folder: Path) -> None:
+    text = load(folder).text
+    assert torch.equal(text.offloaded().encode([PROMPT]).context, text.encode([PROMPT]).context)
+    assert len(text.on(torch.device("meta")).encoders) == len(text.encoders)
+    assert all(encoder.device.type == "meta" for encoder in text.on(torch.device("meta")).encoders)
+
+
+def test_words_stand_where_their_tokens_are(folders: dict[Any, Path]) -> None:
+    words = load(folders[FLUX_TINY]).text.words("a (red:1.5) zoo")
+    assert words == [("a", [0]), ("(red:1.5000)", [1]), ("zoo", [2, 3, 4, 5])]
+
+
+def test_a_t5_tokenizer_is_transformers(folder: Path) -> None:
+    name = "tokenizer_3" if (folder / "tokenizer_3").exists() else "tokenizer_2"
+    theirs, ours = T5TokenizerFast.from_pretrained(folder / name), read_t5_tokenizer(folder / name, 512)
+    for prompt in ("", PROMPT, "A Tent, 2 (pink) balloons!", "  a   tree  ", "ü"):
+        assert ours(prompt).input_ids == theirs(prompt).input_ids
+    assert (len(ours), ours.model_max_length) == (len(theirs), 32)
+
+
+def config(part: str, **fields: object) -> Callable[[Path], object]:
+    """The edit of a part's configuration."""
+    names = {"tokenizer_2": "tokenizer.json", "scheduler": "scheduler_config.json"}
+    return lambda path: edit_json(path / part / names.get(part, "config.json"), **fields)
+
+
+def without(part: str) -> Callable[[Path], object]:
+    return lambda path: shutil.rmtree(path / part)
+
+
+BAD: dict[str, tuple[Any, Callable[[Path], object], str]] = {
+    "no T5 in FLUX.1": (FLUX_TINY, without("text_encoder_2"), "text_encoder_2/config.json is missing"),
+    "no T5 in SD3": (
+        SD3_TINY,
+        without("text_encoder_3"),
+        "has no text_encoder_3: download it, or pass --text-encoder-3 none",
+    ),
+    "no tokenizer of T5": (FLUX_TINY, without("tokenizer_2"), "tokenizer_2 holds no tokenizer.json, which T5's"),
+    "no VAE": (FLUX_TINY, without("vae"), "has no vae: pass one as --vae"),
+    "no transformer": (SD3_TINY, without("transformer"), "transformer/config.json is missing"),
+    "SD3's transformer in FLUX.1": (
+        FLUX_TINY,
+        config("transformer", _class_name="SD3Transformer2DModel"),
+        "it is of SD3Transformer2DModel where FluxTransformer2DModel belongs",
+    ),
+    "Fill": (
+        FLUX_TINY,
+        config("transformer", in_channels=96, out_channels=16),
+        "reads 96 channels and gives 16: a FLUX.1 that is shown a picture too",
+    ),
+    "bitsandbytes": (
+        FLUX_TINY,
+        config("transformer", quantization_config={"quant_method": "bitsandbytes"}),
+        "its weights are quantized ('bitsandbytes'), which is not read: take the fp16 or bf16 model",
+    ),
+    "nf4": (
+        FLUX_TINY,
+        lambda path: edit_tensors(
+            path / "transformer/diffusion_pytorch_model.safetensors",
+            lambda tensors: tensors.update({"proj_out.weight.absmax": torch.ones(4)}),
+        ),
+        "its weights are quantized, in a format that is not read (by proj_out.weight.absmax): take its fp16 file",
+    ),
+    "no guidance embedding in dev": (
+        replace(FLUX_TINY, reads_guidance=False),
+        config("transformer", guidance_embeds=True),
+        "4 missing: time_text_embed.guidance_embedder",
+    ),
+    "axes": (FLUX_TINY, config("transformer", axes_dims_rope=[4, 6, 6]), "attention_head_dim=18 is not supported"),
+    "context": (
+        FLUX_TINY,
+        config("transformer", joint_attention_dim=32),
+        "transformer's context width and the text encoders' differ, 32 and 64",
+    ),
+    "pooled": (
+        SD3_TINY,
+        config("transformer", pooled_projection_dim=32),
+        "transformer's pooled width and the text encoders' differ, 32 and 128",
+    ),
+    "norm": (SD3_TINY, config("transformer", qk_norm="layer_norm"), "qk_norm='layer_norm' is not supported, only"),
+    "width": (SD3_TINY, config("transformer", caption_projection_dim=9), "caption_projection_dim=9 is not supported"),
+    "dual": (SD3_TINY, config("transformer", dual_attention_layers=[7]), "dual_layers=(7,) must be among the 3 blocks"),
+    "T5 of a billion layers": (
+        FLUX_TINY,
+        config("text_encoder_2", num_layers=10**9),
+        "num_layers=1000000000 must be a whole number from 1 to 1000",
+    ),
+    "an activation": (
+        FLUX_TINY,
+        config("text_encoder_2", feed_forward_proj="gated-no"),
+        "feed_forward_proj='gated-no' is not",
+    ),
+    "noise of a U-Net": (
+        FLUX_TINY,
+        config("scheduler", _class_name="EulerDiscreteScheduler", use_dynamic_shifting=False),
+        "a transformer and a scheduler without flow matching do not fit: take both from one model",
+    ),
+    "pieces": (FLUX_TINY, config("tokenizer_2", model={"vocab": {"a": 1}}), "has no list of 4 to 100000 pieces"),
+    "a score": (
+        FLUX_TINY,
+        config("tokenizer_2", model={"vocab": [["<pad>", 0], ["</s>", 0], ["<unk>", 0], ["a", "b"]]}),
+        "gives 'a' the score 'b'",
+    ),
+    "a charsmap": (FLUX_TINY, config("tokenizer_2", normalizer={"precompiled_charsmap": "?"}), "is not T5's table of"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_folders(name: str, folders: dict[Any, Path], tmp_path: Path, command_line: CommandLine) -> None:
+    model, edit, message = BAD[name]
+    copy = shutil.copytree(folders[model], tmp_path / "copy")
+    edit(copy)
+    command_line.refuses(["--model", copy], 1, message)
+
+
+def test_bad_files_and_options(folders: dict[Any, Path], tmp_path: Path, command_line: CommandLine) -> None:
+    flux, schnell, sd3 = folders.values()
+    file, lora = tmp_path / "model.safetensors", tmp_path / "lora.safetensors"
+    tensors = original(load(flux).unet.state_dict())
+    save_file(tensors, file)
+
+    def refuses(message: str, *arguments: object, status: int = 1) -> None:
+        command_line.refuses(["--model", *arguments], status, message)
+
+    refuses("FLUX.1 without tokenizers, which no file holds: pass --config FOLDER", file)
+    refuses("its scheduler and the networks that it lacks, text_encoder, text_encoder_2, vae", file)
+    refuses("its FluxTransformer2DModel does not fit the folder", file, "--config", sd3)
+    refuses("its FluxTransformer2DModel does not fit the folder", file, "--config", "weights/scenes")
+    refuses("its transformer reads the guidance scale, unlike", file, "--config", schnell)
+    without_t5 = ("--text-encoder-3", "none")
+    refuses("--text-encoder-3 none is for models of SD3", flux, *without_t5, status=2)
+    refuses("--text-encoder-3 none is for models of SD3", "weights/scenes", *without_t5, status=2)
+    refuses("is not for a model of flow matching", flux, "--prediction-type", "epsilon")
+    refuses("--clip-skip 1 is for models that read CLIP's states", flux, "--clip-skip", "1", status=2)
+    save_file({"emb_params": torch.ones(64)}, lora)
+    refuses("is for CLIP alone, and this model reads T5 too", flux, "--embedding", lora)
+    joined = "lora_unet_double_blocks_0_img_attn_qkv"
+    save_file({f"{joined}.lora_down.weight": torch.ones(2, 54), f"{joined}.lora_up.weight": torch.ones(162, 2)}, lora)
+    refuses("FLUX.1 or SD3 in the original layout, with joined matrices: convert it", flux, "--lora", lora)
+    save_file({"lora_unet_nothing.lora_down.weight": torch.ones(2, 2)}, lora)
+    refuses("is no LoRA for this model", flux, "--lora", lora)
+    save_file({**tensors, "double_blocks.0.img_attn.extra": torch.ones(2)}, file)
+    refuses("1 unexpected: double_blocks.0.img_attn.extra", file, "--config", flux)
+    save_file({key: tensor for key, tensor in tensors.items() if not key.startswith("vector_in")}, file)
+    refuses("has no time_text_embed.text_embedder.linear_1.weight", file, "--config", flux)
+
+
+def test_a_lora_in_the_layout_of_diffusers(folders: dict[Any, Path], tmp_path: Path) -> None:
+    module, path = "single_transformer_blocks.1.attn.to_k", tmp_path / "lora.safetensors"
+    down, up = torch.randn(2, FLUX_TINY.dim), torch.randn(FLUX_TINY.dim, 2)
+    save_file({f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}, path)
+    plain, merged = load(folders[FLUX_TINY]), load(folders[FLUX_TINY], loras=[(path, 0.5)])
+    before, after = (model.unet.state_dict() for model in (plain, merged))
+    torch.testing.assert_close(after[f"{module}.weight"], before[f"{module}.weight"] + 0.5 * up @ down)
+    assert [key for key in before if not torch.equal(before[key], after[key])] == [f"{module}.weight"]
+
+
+def test_names_of_the_transformer(folders: dict[Any, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(folders[FLUX_TINY], tmp_path / "copy")
+    names = ("transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model")
+    names = [f"{name}.safetensors" for name in (*names, "text_encoder/model", "text_encoder_2/model")]
+    edit_tensors(copy / names[0], lambda tensors: tensors["proj_out.bias"].fill_(torch.nan))
+    with pytest.raises(ValueError, match=r"hold NaN or infinity, transformer: proj_out\.bias: download"):
+        load(copy, check_weights=True)
+    edit_tensors(copy / names[3], lambda tensors: tensors["shared.weight"].fill_(torch.inf))
+    assert "text_encoder_2: shared.weight" in load(copy).bad_weights()
+    assert [*load(copy).hashes] == names
+
+
+def test_float16_keeps_t5s_last_layers_in_float32(folder: Path) -> None:
+    text = load(folder, dtype=torch.float16).text
+    dtypes = {key.split(".")[-2]: tensor.dtype for key, tensor in text.encoders[-1].state_dict().items()}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {"wo"}
+    assert text.encode([PROMPT]).context.dtype == torch.float16

@@ -118,10 +118,8 @@ class Blueprint:
                 )
         lengths = [tokenizer.model_max_length for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer]
         if isinstance(self.noise, FlowConfig) != (kind.folder == "transformer"):
-            raise ValueError(
-                f"a {network} and {type(self.noise).__name__.removesuffix('Config')} noise do not fit each other, only "
-                "transformers with flow matching: take the scheduler and the network from one model"
-            )
+            kinds = "with" if isinstance(self.noise, FlowConfig) else "without"
+            raise ValueError(f"a {network} and a scheduler {kinds} flow matching do not fit: take both from one model")
         if len({*lengths}) > 1:
             raise ValueError(f"the tokenizers cut prompts at different lengths, {lengths[0]} and {lengths[1]} tokens")
 

@@ -58,8 +58,10 @@ def add_embeddings(model: Model, inversions: Sequence[Inversion]) -> Model:
     """
     text, added = model.text, []
     for inversion in inversions:
-        vectors = _vectors(inversion, [encoder.config.hidden_size for encoder in text.encoders])
-        for tokenizer, encoder, values in zip(text.tokenizers, text.encoders, vectors, strict=True):
+        if len(text.encoders) > len(text.clips):
+            raise EmbeddingError(f"{inversion.path} is for CLIP alone, and this model reads T5 too: leave it out")
+        vectors = _vectors(inversion, [encoder.config.hidden_size for encoder in text.clips])
+        for tokenizer, encoder, values in zip(text.tokenizers, text.clips, vectors, strict=True):
             _add(tokenizer, encoder, inversion.token, values, inversion.path)
         added.append(AddedEmbedding(str(inversion.path), inversion.token, sha256(inversion.path)))
     return replace(model, embeddings=(*model.embeddings, *added))

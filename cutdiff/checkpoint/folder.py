@@ -17,7 +17,7 @@ from cutdiff.checkpoint.configs import unet_config, vae_config
 from cutdiff.checkpoint.fields import boolean
 from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.keys import modern_vae
-from cutdiff.checkpoint.kinds import FLUX, SD3, TEXT_ENCODERS, UNET, Kind, t5_length
+from cutdiff.checkpoint.kinds import FLUX, KINDS, SD3, TEXT_ENCODERS, UNET, Kind, t5_length
 from cutdiff.checkpoint.read import find_weights, read_json, variants
 from cutdiff.checkpoint.schedulers import noise_config
 from cutdiff.checkpoint.single import Parts
@@ -44,13 +44,13 @@ class Layout:
     vae: VAEConfig
     text_layer: int = 1
     t5: bool = False
-    spacing: str | None = None
-    """The rule for the times of a run, where a pipeline of flow matching has one."""
+    spacing: str = FlowConfig.timestep_spacing
+    """The rule by which the pipeline picks times of flow matching."""
 
 
 SDXL = Layout(UNET, 2, SDXL_VAE, text_layer=2)
 SD = Layout(UNET, 1, SD_VAE)
-FLUX_1 = Layout(FLUX, 1, FLUX_VAE, t5=True, spacing="trailing")
+FLUX_1 = Layout(FLUX, 1, FLUX_VAE, t5=True)
 SD_3 = Layout(SD3, 2, SD3_VAE, text_layer=2, t5=True, spacing="linspace")
 PIPELINES = {
     "StableDiffusionXLPipeline": SDXL,
@@ -79,10 +79,11 @@ STEMS: dict[str, str] = dict.fromkeys(("unet", "transformer", "vae"), "diffusion
 """The names of weight files without their suffix; a network that is not listed has `model`."""
 
 
-def read_blueprint(folder: Path, *, needs_vae: bool = True) -> Blueprint:
+def read_blueprint(folder: Path, *, needs_vae: bool = True, needs_t5: bool = True) -> Blueprint:
     """Read configurations, tokenizers and schedule of a diffusers folder, but no weights.
 
-    Unless it `needs_vae`, a folder may lack one, and the blueprint has that of the folder's family.
+    Unless it `needs_vae`, a folder may lack one, and the blueprint has that of the folder's family. Unless it
+    `needs_t5`, that of SD3 has no T5 encoder.
 
     Raises ValueError where the folder is no text-to-image pipeline of a family that is read, a part is missing, or a
     configuration is not supported.
@@ -96,14 +97,16 @@ def read_blueprint(folder: Path, *, needs_vae: bool = True) -> Blueprint:
         raise ValueError(f"{folder} is a {pipeline}: only {' and '.join(PIPELINES)} folders are read")
     layout = PIPELINES[pipeline]
     kind, is_sd = layout.kind, layout is SD
-    without_t5 = layout is SD_3 and index.get(TEXT_ENCODERS[2]) == [None, None]
+    has_t5 = layout.t5 and (layout is not SD_3 or (needs_t5 and index.get(TEXT_ENCODERS[2]) != [None, None]))
+    if has_t5 and layout is SD_3 and not (folder / TEXT_ENCODERS[2]).exists():
+        raise ValueError(f"{folder} has no {TEXT_ENCODERS[2]}: download it, or pass --text-encoder-3 none")
     if layout is SDXL and index.get("text_encoder") == [None, None]:
         raise ValueError(f"{folder} is an SDXL refiner, which only finishes pictures: pass the base model")
     if needs_vae and not (folder / "vae").exists():
         raise ValueError(f"{folder} has no vae: pass one as --vae")
     first, tokenizer = _read_text(folder, "text_encoder", "tokenizer")
     second, tokenizer_2 = _read_text(folder, "text_encoder_2", "tokenizer_2") if layout.clips > 1 else (None, None)
-    unet = parse(folder / kind.folder / "config.json", _repaired_unet if is_sd else kind.parse)
+    unet = parse(folder / kind.folder / "config.json", _of_kind(kind, _repaired_unet if is_sd else kind.parse))
     noise = parse(folder / "scheduler" / "scheduler_config.json", _repaired_noise if is_sd else noise_config)
     return Blueprint(
         unet=unet,
@@ -113,11 +116,9 @@ def read_blueprint(folder: Path, *, needs_vae: bool = True) -> Blueprint:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         text_layer=layout.text_layer,
-        noise=replace(noise, timestep_spacing=layout.spacing)
-        if isinstance(noise, FlowConfig) and layout.spacing
-        else noise,
+        noise=replace(noise, timestep_spacing=layout.spacing) if isinstance(noise, FlowConfig) else noise,
         zeros_for_empty_negative=layout is SDXL and parse(index_path, _zeros_for_empty),
-        t5=_read_t5(folder, TEXT_ENCODERS[layout.clips], t5_length(unet)) if layout.t5 and not without_t5 else None,
+        t5=_read_t5(folder, TEXT_ENCODERS[layout.clips], t5_length(unet)) if has_t5 else None,
     )
 
 
@@ -178,6 +179,17 @@ def text_named_for(encoder: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
 def _read_text(folder: Path, encoder: str, tokenizer: str) -> tuple[CLIPTextConfig, CLIPTokenizer]:
     config = parse(folder / encoder / "config.json", clip.clip_config)
     return config, read_tokenizer(folder / tokenizer, config.max_position_embeddings)
+
+
+def _of_kind(kind: Kind, parser: Callable[[Mapping[str, Any]], T]) -> Callable[[Mapping[str, Any]], T]:
+    """The parser, which refuses the configuration of a network of another kind."""
+
+    def parsed(fields: Mapping[str, Any]) -> T:
+        if (name := fields.get("_class_name")) in {other.class_name for other in KINDS.values()} - {kind.class_name}:
+            raise ValueError(f"it is of {name} where {kind.class_name} belongs: take all parts from one model")
+        return parser(fields)
+
+    return parsed
 
 
 def tokenizer_of(encoder: str) -> str:

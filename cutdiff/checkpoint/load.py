@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from cutdiff.checkpoint.vae import OtherVAE, read_vae
 from cutdiff.checkpoint.weights import read_weights
 from cutdiff.models.config import UNetConfig
 from cutdiff.models.fp8 import check_fp8, quantize_transformers
+from cutdiff.models.joint_text import SD3Text
 from cutdiff.models.machine import keep_freed_memory
 from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
@@ -76,8 +77,9 @@ def load(
     embeddings: Sequence[tuple[str, str | Path]] = (),
     check_weights: bool = False,
     fp8: bool = False,
+    text_encoder_3: str | None = None,
 ) -> Model:
-    """Read a model of the families SDXL, SD 1.5 and SD 2.1.
+    """Read a model of the families SDXL, SD 1.5, SD 2.1, FLUX.1 and SD3.
 
     path: a diffusers folder, a .safetensors file in the original layout, or the id of a model in the local Hugging Face
         cache (nothing is downloaded); by default the embedded model, which has the name "weights/scenes" in every
@@ -106,6 +108,9 @@ def load(
         `dtype` is not bfloat16 or the device cannot. `models.fp8.quantize_transformers` does the same to a loaded
         model on any device; on a CPU that is slower, and only for measuring.
 
+    text_encoder_3: "none" leaves out SD3's T5 encoder, which is the largest of its networks but one; the states of CLIP
+        alone are then read, as SD3 was trained for too. None: as the model has it.
+
     Weights that need no conversion stay memory-mapped. Raises FileNotFoundError where `path` or another path does not
     exist; ValueError where it is no such model, is incomplete, does not fit its configuration, or needs what is not
     built here; and LoraError or EmbeddingError, ValueErrors, where a LoRA or an embedding does not fit it.
@@ -117,10 +122,11 @@ def load(
     checked("zero_terminal_snr", zero_terminal_snr, bool | None)
     for name, value in {"check_weights": check_weights, "fp8": fp8}.items():
         checked(name, value, bool)
+    checked("text_encoder_3", text_encoder_3, Literal["none"] | None)
     source, device = locate(path), _device(device)
     if fp8:
         check_fp8(device, dtype)
-    options = NoiseOptions(prediction_type, zero_terminal_snr, timestep_spacing)
+    options, needs_t5 = NoiseOptions(prediction_type, zero_terminal_snr, timestep_spacing), text_encoder_3 is None
     preferred = folder.read_preferred(source)
     vae = None if vae is None else locate(vae, "vae")
     if source.is_dir():
@@ -128,11 +134,14 @@ def load(
             raise ValueError(
                 f"config={str(config)!r} is for single files, and {source} is a folder with its own: omit it"
             )
-        parts = _read_folder(source, vae, options, dtype, variant)
+        parts = _read_folder(source, vae, options, dtype, variant, needs_t5=needs_t5)
     else:
         if variant is not None:
             raise ValueError(f"variant={quoted(variant)} is for folders, and {source} is a single file: omit it")
-        parts = _read_single(source, vae, options, None if config is None else locate(config, "config"), dtype)
+        folder_of_config = None if config is None else locate(config, "config")
+        parts = _read_single(source, vae, options, folder_of_config, dtype, needs_t5=needs_t5)
+    if not needs_t5 and not issubclass(kind_of(parts.blueprint.unet).text, SD3Text):
+        raise ValueError("text_encoder_3=none is for models of SD3, which can do without T5: leave it out")
     options.check_fit(parts.blueprint.noise)
     if check_weights:
         for file in parts.files.values():
@@ -195,9 +204,15 @@ class _Parts:
 
 
 def _read_folder(
-    source: Path, vae: Path | None, options: NoiseOptions, dtype: torch.dtype, variant: str | None = None
+    source: Path,
+    vae: Path | None,
+    options: NoiseOptions,
+    dtype: torch.dtype,
+    variant: str | None = None,
+    *,
+    needs_t5: bool = True,
 ) -> _Parts:
-    blueprint = folder.read_blueprint(source, needs_vae=vae is None)
+    blueprint = folder.read_blueprint(source, needs_vae=vae is None, needs_t5=needs_t5)
     noise, decided_by = decide_noise(options, blueprint.noise)
     other = None if vae is None else read_vae(vae, blueprint.vae, dtype=dtype, variant=variant)
     blueprint = replace(blueprint, noise=noise)
@@ -241,13 +256,19 @@ def _read_unet(
 
 
 def _read_single(
-    source: Path, vae: Path | None, options: NoiseOptions, config: Path | None, dtype: torch.dtype
+    source: Path,
+    vae: Path | None,
+    options: NoiseOptions,
+    config: Path | None,
+    dtype: torch.dtype,
+    *,
+    needs_t5: bool = True,
 ) -> _Parts:
     tensors, metadata = read_weights(source, dtype)
     with _named(source):
         tensors = single.with_averages(tensors)
         if transformer := transformers.kind_in(tensors):
-            return _read_transformer(tensors, *transformer, source, vae, options, config, dtype)
+            return _read_transformer(tensors, *transformer, source, vae, options, config, dtype, needs_t5=needs_t5)
         if unet := single.lone_unet(tensors):
             if config is None:
                 raise ValueError("a U-Net alone: pass --config FOLDER, whose other networks it then has")
@@ -297,6 +318,8 @@ def _read_transformer(
     options: NoiseOptions,
     config: Path | None,
     dtype: torch.dtype,
+    *,
+    needs_t5: bool,
 ) -> _Parts:
     """A file's networks, and for those that it lacks the ones of the folder `config`."""
     weights = transformers.split(tensors, kind, prefix)
@@ -304,12 +327,14 @@ def _read_transformer(
         missing = [name for name in (*TEXT_ENCODERS[: kind.encoders], "vae") if name not in weights]
         lacking = f" and the networks that it lacks, {', '.join(missing)}" if missing else ""
         raise ValueError(
-            f"{kind.family} alone, without tokenizers, which no file holds: pass --config FOLDER, a diffusers folder of "
-            f"its model, for these, its scheduler{lacking}"
+            f"{kind.family} without tokenizers, which no file holds: pass --config FOLDER, a diffusers folder of its "
+            f"model, for these, its scheduler{lacking}"
         )
-    blueprint = folder.read_blueprint(config, needs_vae=vae is None and "vae" not in weights)
+    blueprint = folder.read_blueprint(config, needs_vae=vae is None and "vae" not in weights, needs_t5=needs_t5)
     if kind_of(blueprint.unet) is not kind:
         raise ValueError(f"its {kind.class_name} does not fit the folder {config}: pass one of its own family")
+    if blueprint.t5 is None:
+        weights.pop(TEXT_ENCODERS[kind.encoders - 1], None)
     unet = transformers.infer(weights[kind.folder], blueprint.unet)
     if unet.guidance_dim != blueprint.unet.guidance_dim:
         reads = "reads the guidance scale" if unet.guidance_dim else "reads no guidance scale"

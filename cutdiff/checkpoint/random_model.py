@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cutdiff.checkpoint.kinds import kind_of
 from cutdiff.checkpoint.model import Model
+from cutdiff.models.backbone import Shape
 from cutdiff.models.config import UNetConfig, VAEConfig
-from cutdiff.models.flux import Flux, FluxConfig
 from cutdiff.models.layers import channels_last
 from cutdiff.models.text import TextStates
 from cutdiff.models.unet import UNet, as_unet
@@ -49,22 +50,22 @@ class GivenText:
         return self.states.repeat(len(prompts))
 
 
-def random_model(network: UNetConfig | FluxConfig, vae: VAEConfig, device: torch.device, seed: int = 0) -> Model:
+def random_model(config: Shape, vae: VAEConfig, device: torch.device, seed: int = 0) -> Model:
     """A model of these shapes in float32; seed and device determine its weights and the states of all its prompts."""
     with torch.device("meta"):
-        networks = (Flux(network) if isinstance(network, FluxConfig) else UNet(network)), VAE(vae)
-    for part in networks:
-        part.to_empty(device=device).requires_grad_(False)
-        randomise(part, seed)
+        networks = kind_of(config).network(config), VAE(vae)
+    for network in networks:
+        network.to_empty(device=device).requires_grad_(False)
+        randomise(network, seed)
         if device.type != "cpu":  # a model that is loaded has this layout there
-            channels_last(part)
+            channels_last(network)
     rng = torch.Generator(device).manual_seed(seed + 1)
-    context = torch.randn(1, TOKENS, network.context_dim, generator=rng, device=device)
-    pooled = torch.randn(1, network.pooled_dim, generator=rng, device=device)
+    context = torch.randn(1, TOKENS, config.context_dim, generator=rng, device=device)
+    pooled = torch.randn(1, config.pooled_dim, generator=rng, device=device)
     text: Any = GivenText(TextStates(context, pooled))
-    noise = FlowConfig() if isinstance(network, FluxConfig) else NoiseConfig()
-    zeros = not isinstance(network, FluxConfig)
-    return Model(*networks, text, noise, zeros_for_empty_negative=zeros, source="random weights", files={})
+    is_unet = isinstance(config, UNetConfig)
+    noise = NoiseConfig() if is_unet else FlowConfig()
+    return Model(*networks, text, noise, zeros_for_empty_negative=is_unet, source="random weights", files={})
 
 
 def cast(model: Model, dtype: torch.dtype) -> Model:

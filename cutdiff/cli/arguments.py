@@ -347,6 +347,7 @@ def _add_model(group: Group) -> None:
         "--config", metavar="PATH", help="folder with a single file's tokenizers, schedule and what else it lacks"
     )
     group.add_argument("--vae", metavar="PATH", help="folder or file whose VAE replaces the model's")
+    group.add_argument("--text-encoder-3", choices=["none"], help="leave out SD3's T5 encoder, of 9.5 GB in 16 bits")
     group.add_argument("--variant", metavar="NAME", help="a folder's weights of that variant, such as bf16 or non_ema")
     group.add_argument(
         "--lora", type=_lora, action="append", default=[], metavar="PATH[:SCALE]", dest="loras",

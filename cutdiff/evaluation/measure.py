@@ -18,10 +18,10 @@ from cutdiff.cli.device import device_of, dtype_of, tell_dtype
 from cutdiff.cli.promptfile import MAX_BYTES
 from cutdiff.evaluation import score
 from cutdiff.evaluation.cells import Cell, cost, draw_cells, folder_of, picture_paths
-from cutdiff.evaluation.features import PIXELS
+from cutdiff.evaluation.features import DIM, PIXELS
 from cutdiff.evaluation.page import save_report
 from cutdiff.evaluation.references import References, compare
-from cutdiff.evaluation.report import save_sheet, table
+from cutdiff.evaluation.report import few_pictures, save_sheet, table
 from cutdiff.evaluation.testbed import NATIVE, Testbed, environment, row_of
 from cutdiff.files import contents
 from cutdiff.options import options_of, written
@@ -73,10 +73,14 @@ def measure(args: argparse.Namespace, command: list[str]) -> str:
         say(as_taken(left))
     if references is None:
         rows, cells = measure_scenes(testbed, cells), [testbed.native_cell, *cells]
-        drawn = {"batch": args.batch, "caption_seed": caption_seed}
+        drawn: dict[str, Any] = {"batch": args.batch, "caption_seed": caption_seed}
     else:
         rows = measure_prompts(model, cells, prompts, references, args.out, batch=args.batch)
         drawn = {"batch": args.batch, "prompts": prompts}
+    name, features = ("Fréchet", DIM) if references is None else ("FID", references.num_features)
+    if rows[0]["num"] <= features:
+        drawn["notice"] = few_pictures(rows[0]["num"], name, features)
+        say(drawn["notice"])
     result = {"cells": rows, "command": command, **drawn, **environment(model), "source": name_of(model.source)}
     save_json(args.out / "results.json", result)
     text = table(rows)

@@ -296,16 +296,36 @@ function showRecord(row, picture) {
 
 /* The whole page. */
 
+/** Say how many columns of a table are to the right of what is seen of it, and shade its edge there. */
+function tellMore(wide) {
+  const end = wide.getBoundingClientRect().left + wide.clientLeft + wide.clientWidth;
+  const heads = [...$("thead tr", wide)?.cells ?? []];
+  const hidden = heads.filter((head) => head.getBoundingClientRect().right > end + 1).length;
+  const more = wide.parentElement.previousElementSibling;
+  wide.parentElement.classList.toggle("right", hidden > 0);
+  more.hidden = hidden === 0;
+  more.textContent = `${hidden} more ${hidden > 1 ? "columns" : "column"} to the right: scroll, or use the arrow keys →`;
+}
+
+function tellAllMore() {
+  document.querySelectorAll(".edge > .wide").forEach(tellMore);
+}
+
 function fill() {
   fillScores();
   fillSheet();
+  tellAllMore();
 }
 
 function start() {
   const methods = new Set(data.rows.filter((row) => !row.truth).map((row) => row.name)).size;
   $("h1").textContent = data.title;
-  const { source, dtype, device } = data.run;
-  const facts = [`${methods} methods`, `${data.drawn} pictures each`, source, dtype, device].filter(Boolean);
+  const { source, dtype, device, notice } = data.run;
+  const { num_steps: steps, solver, guidance } = data.run["settings of all rows"];
+  const how = [steps && `${steps} steps`, solver, guidance];
+  const facts = [`${methods} methods`, `${data.drawn} pictures each`, source, ...how, dtype, device].filter(Boolean);
+  $("#notice").textContent = notice ?? "";
+  $("#notice").hidden = !notice;
   $("#facts").append(...facts.flatMap((fact) => [" · ", make("bdi", {}, fact)]).slice(1));
   $("#run pre").textContent = JSON.stringify(data.run, null, 2);
   const known = columns.filter((column) => data.meanings[column.name]);
@@ -347,7 +367,11 @@ function start() {
   for (const button of document.querySelectorAll("[data-close]")) {
     button.addEventListener("click", () => button.closest("dialog").close());
   }
-  addEventListener("resize", () => $("#zoom").open && fitFigures());
+  for (const wide of document.querySelectorAll(".edge > .wide")) wide.addEventListener("scroll", () => tellMore(wide));
+  addEventListener("resize", () => {
+    tellAllMore();
+    if ($("#zoom").open) fitFigures();
+  });
   fill();
 }
 

@@ -55,7 +55,7 @@ MEANINGS = {
     "CLIP": "100 times the cosine between picture and prompt. Higher is better.",
     "evaluations": "Network evaluations for one picture.",
     "TFLOP": "Floating-point operations for one picture, in 10¹².",
-    "seconds": "Time for one picture, without the first batch.",
+    "seconds": "Time for one picture, without the first batch: none where all were drawn in one.",
     "peak MB": "Most memory that a batch took.",
 }
 """The meanings of the columns of the table."""
@@ -73,14 +73,23 @@ def save_report(path: Path, title: str, result: Mapping[str, Any], folders: Mapp
         "title": title,
         "rows": [_row(row, folder) for row, folder in zip(rows, known, strict=True)],
         "scores": list(dict.fromkeys(name for row in rows for name in row["scores"])),
-        "costs": [name for name in COSTS if any(row["cost"].get(name) is not None for row in rows)],
+        "costs": [name for name in COSTS if any(name in row["cost"] for row in rows)],
         "shares": SHARES,
         "meanings": MEANINGS,
         "seeds": _seeds(rows, known, path.parent),
         "drawn": max(row["num"] for row in rows),
-        "run": {name: value for name, value in result.items() if name not in ("cells", "prompts")},
+        "run": {
+            **{name: value for name, value in result.items() if name not in ("cells", "prompts")},
+            "settings of all rows": _shared([row["settings"] for row in rows if row["settings"]]),
+        },
     }
     save_page(path, title, Path(__file__), data)
+
+
+def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that all rows have."""
+    first, *others = settings
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 
 
 def _row(row: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:

@@ -102,6 +102,11 @@ class References:
         parts = _parts(paths, size, crop)
         return torch.cat([self.network(part.to(self.device), **options).float().cpu() for part in parts])
 
+    @property
+    def num_features(self) -> int:
+        """The features of a picture, once any was measured."""
+        return next(iter(self._features.values())).shape[1]
+
     def truth(self, size: Size, crop: int | None) -> Tensor:
         """Features of the references at `size`, or of their crops, computed once for each size."""
         key = (*size, crop)

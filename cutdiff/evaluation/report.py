@@ -40,6 +40,14 @@ def _line(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
+def few_pictures(num: int, name: str, features: int) -> str:
+    """The notice on a distance between Gaussians that is fitted to the `features` of too few pictures."""
+    return (
+        f"{name} whole is fitted to {num} pictures, no more than the {features} features of each, and tells little: "
+        "compare by the kernel distance, or draw more pictures"
+    )
+
+
 def save_sheet(path: Path, folders: Sequence[Path], num: int, columns: int = 8) -> None:
     """Save a contact sheet with a row for each folder of an evaluation, of the first of its `num` pictures."""
     sheet = contact_sheet([pictures(folder, min(num, columns)) for folder in folders], columns)

@@ -93,17 +93,17 @@ class HiFlow(Options):
             each = zip(picture.split(1), changes, strict=True)
             guide = torch.cat([enlarge(run, x, "pixels", change=change) for x, change in each])
             noise = run.draws.phase_noise(tuple(guide.shape), number).to(guide)
-            last: tuple[float, Tensor] | None = None  # t and δ of the step before
+            taken: dict[int, tuple[float, Tensor]] = {}  # t and δ of each step
 
             def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
-                nonlocal last
                 denoised, t = own(x, sigma, step), sigma / (1 + sigma)
                 reference = own.reference(before, sigma, step, run.size)
                 distance = denoised - reference
                 distance = distance - alpha(sigma, step) * split.low(distance)
-                if last is not None:
-                    distance = torch.lerp(distance, t / last[0] * last[1], beta(sigma, step))
-                last = t, distance
+                if step - 1 in taken:
+                    t_before, before_it = taken[step - 1]
+                    distance = torch.lerp(distance, t / t_before * before_it, beta(sigma, step))
+                taken[step] = t, distance
                 return reference + distance
 
             start = renoise(guide, run.schedule.sigmas[steps.start % run.num_steps], noise)

@@ -76,6 +76,6 @@ class IMax(Options):
                 return denoised + (share if self.weight == "decay" else 1.0) * low
 
             noise = run.draws.phase_noise(shape, 2).to(picture)
-            return noise * run.schedule.init_scale, Stage("projected", steps, denoise, run.size)
+            return run.schedule.sigmas[0] * noise, Stage("projected", steps, denoise, run.size)
 
         return [*stages, Phase(steps, run.size, begin)]

@@ -15,6 +15,8 @@ from cutdiff.models.inside import replaced
 from cutdiff.models.layers import Attention, KeysAndValues
 from cutdiff.models.unet import TransformerBlock, UNet
 
+ALL = slice(None)
+
 
 class AttentionMaps:
     """A recording: the weights of each batch that layers have attended with, averaged over their heads and, among those
@@ -23,7 +25,9 @@ class AttentionMaps:
     It records what the thread does that made it; another thread that runs the network meanwhile adds nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: slice) -> None:
+        self.passes = 0  # that have ended
+        self._rows = rows
         self._recorded: defaultdict[int, list[Tensor]] = defaultdict(list)
         self._pending: dict[int, tuple[Tensor, int]] = {}  # the sum over the layers of a pass, and their number
         self._thread = threading.get_ident()
@@ -36,13 +40,16 @@ class AttentionMaps:
     def add(self, layer: Attention, args: tuple[Tensor, Tensor | KeysAndValues], output: Tensor) -> None:
         """A forward hook of `layer`, whose arguments were x and the context."""
         if threading.get_ident() == self._thread:
-            weights, positions = layer.weights(*args).mean(dim=1), args[0].shape[1]
+            (x, context), rows = args, self._rows
+            context = (context[0][rows], context[1][rows]) if isinstance(context, tuple) else context[rows]
+            weights, positions = layer.weights(x[rows], context).mean(dim=1), x.shape[1]
             total, count = self._pending.get(positions, (0, 0))
             self._pending[positions] = total + weights, count + 1
 
     def keep(self, *_: object) -> None:
         """A forward hook of the U-Net: only a pass that ends is recorded, so one that is repeated counts once."""
         if threading.get_ident() == self._thread:
+            self.passes += 1
             for positions, (total, count) in self._pending.items():
                 self._recorded[positions].append(total / count)
             self._pending.clear()
@@ -52,12 +59,6 @@ class AttentionMaps:
         order in which they came; they are all, or the first `rows`."""
         return {positions: torch.cat(batches)[:rows] for positions, batches in self._recorded.items()}
 
-    def take(self) -> dict[int, Tensor]:
-        """All `means` so far, which the recording then forgets."""
-        means = self.means()
-        self._recorded.clear()
-        return means
-
     def mean(self, rows: int | None = None) -> Tensor:
         """The only one of `means`, where all layers have as many positions."""
         (mean,) = self.means(rows).values()
@@ -65,9 +66,11 @@ class AttentionMaps:
 
 
 @contextmanager
-def recorded_attention(unet: UNet, *, level: int | None = None, everywhere: bool = False) -> Iterator[AttentionMaps]:
-    """Record the attention over the text in all passes inside the block: at `map_level` on the way down and up, or at
-    a `level` on the way up, or `everywhere`.
+def recorded_attention(
+    unet: UNet, *, level: int | None = None, everywhere: bool = False, rows: slice = ALL
+) -> Iterator[AttentionMaps]:
+    """Record the attention over the text in all passes inside the block, or that of some rows of each: at `map_level`
+    on the way down and up, or at a `level` on the way up, or `everywhere`.
 
     Nothing that the network computes changes. Raises ValueError where no level attends to the text.
     """
@@ -76,7 +79,7 @@ def recorded_attention(unet: UNet, *, level: int | None = None, everywhere: bool
         [unet.down_blocks[coarsest], unet.up_blocks[-1 - coarsest]] if level is None else [unet.up_blocks[-1 - level]]
     )
     parts = [unet] if everywhere else parts
-    maps = AttentionMaps()
+    maps = AttentionMaps(rows)
     hooks = [layer.register_forward_hook(maps.add) for part in parts for layer in text_layers(part)]
     hooks += [unet.register_forward_pre_hook(maps.begin), unet.register_forward_hook(maps.keep)]
     try:

@@ -65,7 +65,8 @@ class PlacedPatches(nn.Module):
 
     The table, (1, table_size², dim), has the sines and cosines of the column and then those of the row. The middle of a
     picture stands in its middle. Where `positions` have other angles than those of training, or lead beyond the table,
-    its entries are turned by the difference: that of a sine and cosine is exact.
+    its entries are turned by the difference: that of a sine and cosine is exact. Positions are asked for angles as if
+    the fastest feature turned by 1 from token to token, as in RoPE; in the table it turns by less.
     """
 
     pos_embed: Tensor

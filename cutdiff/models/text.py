@@ -228,6 +228,7 @@ def weighted(states: Tensor, weights: Tensor) -> Tensor:
     return (emphasised * torch.where(as_is, 1.0, before / after)).to(states.dtype)
 
 
-def final_norm(encoder: CLIPTextModel) -> nn.Module:
+def final_norm(encoder: CLIPTextModel | CLIPTextModelWithProjection) -> nn.Module:
     """The norm after the last layer, wherever this release of transformers keeps it."""
-    return getattr(encoder, "text_model", encoder).final_layer_norm
+    owner: Any = getattr(encoder, "text_model", encoder)
+    return owner.final_layer_norm

@@ -95,10 +95,10 @@ def save_image(
     raise AssertionError("names have no end")
 
 
-def numbered(folder: Path, stem: str) -> Iterator[Path]:
-    """The names that a picture may get, the first without a number."""
-    yield folder / f"{stem}.png"
-    yield from (folder / f"{stem}-{number}.png" for number in count(1))
+def numbered(folder: Path, stem: str, end: str = ".png") -> Iterator[Path]:
+    """The names that a picture, or a file of another `end`, may get, the first without a number."""
+    yield folder / f"{stem}{end}"
+    yield from (folder / f"{stem}-{number}{end}" for number in count(1))
 
 
 def state_of(path: Path, is_same: Callable[[dict[str, Any]], bool]) -> State:

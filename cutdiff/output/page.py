@@ -16,6 +16,23 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 """The things that a browser lets the page do: run its one script, which is named by its hash, and no network."""
 
 
+def json_text(value: Any, *, names: bool = False) -> str:
+    """A value as JSON that may stand in a page: no text inside can end a script, and a number that is not finite is
+    null, or with `names` its name in JavaScript, such as "NaN"."""
+    return json.dumps(finite(value, names=names), allow_nan=False).replace("<", "\\u003c")
+
+
+def finite(value: Any, *, names: bool = False) -> Any:
+    """A JSON value with None, or with `names` their names in JavaScript, for the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(part, names=names) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part, names=names) for part in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if not names else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
 def save_page(path: Path, title: str, module: Path, data: Any) -> None:
     """Write a page whole, or leave `path` as it was.
 
@@ -24,7 +41,7 @@ def save_page(path: Path, title: str, module: Path, data: Any) -> None:
         its name in JavaScript, such as "NaN".
     """
     body, style, script = (module.with_suffix(end).read_text(encoding="utf-8") for end in (".html", ".css", ".js"))
-    text = _page(title, body, style, script, json.dumps(_finite(data), allow_nan=False).replace("<", "\\u003c"))
+    text = _page(title, body, style, script, json_text(data, names=True))
     write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
@@ -47,14 +64,3 @@ def _page(title: str, body: str, style: str, script: str, data: str) -> str:
 </body>
 </html>
 """
-
-
-def _finite(value: Any) -> Any:
-    """A JSON value with the names of numbers that JSON does not have in their place."""
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value

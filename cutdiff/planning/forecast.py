@@ -14,20 +14,23 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import isgeneratorfunction
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from cutdiff.checkpoint.kinds import kind_of
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import TOKENS, GivenText
-from cutdiff.models.backbone import Backbone
+from cutdiff.models.backbone import Backbone, Shape
 from cutdiff.models.bands import GPU_BAND_BYTES, KEPT_BYTES
-from cutdiff.models.config import SDXL_UNET, SDXL_VAE, UNetConfig, VAEConfig
+from cutdiff.models.config import FLUX_VAE, SD3_VAE, SDXL_UNET, SDXL_VAE, VAEConfig
+from cutdiff.models.flux import FluxConfig
 from cutdiff.models.inside import replaced
 from cutdiff.models.layers import TextContext
+from cutdiff.models.sd3 import SD35_MEDIUM
 from cutdiff.models.text import TextStates
-from cutdiff.models.unet import UNet
 from cutdiff.models.vae import VAE
 from cutdiff.parallel.ranks import Ranks
 from cutdiff.pipeline import Prepared, canvas_and_schedule, prepare
@@ -35,6 +38,8 @@ from cutdiff.planning.meter import Meter, Usage
 from cutdiff.sampling.controls import Hint
 from cutdiff.sampling.denoiser import Denoiser, Span
 from cutdiff.sampling.draws import Draws, solver_noise
+from cutdiff.sampling.edm import AnyNoise
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.noise import NoiseConfig
 from cutdiff.sampling.operators import Operator, items_of
 from cutdiff.sampling.rows import Inputs, Rows
@@ -43,10 +48,33 @@ from cutdiff.sampling.stages import Phase, Size, Stage, standing
 from cutdiff.settings import Settings
 
 T = TypeVar("T")
-SDXL_TEXT_WEIGHTS = 123_060_480 + 694_659_840
-"""The weights of CLIP ViT-L and OpenCLIP ViT-bigG."""
+CLIP_L, CLIP_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
+"""The weights of the text encoders: CLIP ViT-L, OpenCLIP ViT-bigG, and T5-XXL's encoder."""
 LIVE_BANDS = 7
 """The number of bands of a decoder that live at once, counted at 3072² and 4096²."""
+
+
+class Sizes(NamedTuple):
+    """The sizes of a published model, or of one like it."""
+
+    name: str
+    network: Shape
+    vae: VAEConfig
+    noise: AnyNoise
+    text_weights: int
+    """The weights of all text encoders."""
+    tokens: int = TOKENS
+    """The length of a prompt's context."""
+
+
+SDXL = Sizes("SDXL-base", SDXL_UNET, SDXL_VAE, NoiseConfig(), CLIP_L + CLIP_G)
+FLUX_TIMES = FlowConfig(shift=3.0, use_dynamic_shifting=True)
+SD3_TIMES = FlowConfig(shift=3.0, timestep_spacing="linspace")
+PUBLISHED = {
+    "flux.1-dev": Sizes("FLUX.1-dev", FluxConfig(), FLUX_VAE, FLUX_TIMES, CLIP_L + T5_XXL, 512),
+    "sd3.5-medium": Sizes("SD3.5-medium", SD35_MEDIUM, SD3_VAE, SD3_TIMES, CLIP_L + CLIP_G + T5_XXL, 77 + 256),
+}
+"""The models whose sizes are known without a file, beside SDXL-base, by the names that a command line takes."""
 
 
 class Cost(NamedTuple):
@@ -273,9 +301,9 @@ def one_block_for_all(network: Backbone[Any], meter: Meter) -> Iterator[None]:
 
     with ExitStack() as changes:
         for blocks, skip in network.stacks():
-            first, *others = blocks
-            changes.enter_context(replaced(first, forward=partial(count, first.forward, len(blocks))))
-            for block in others:
+            for first in blocks[:1]:  # a network may have no block of a kind
+                changes.enter_context(replaced(first, forward=partial(count, first.forward, len(blocks))))
+            for block in blocks[1:]:
                 changes.enter_context(replaced(block, forward=skip))
         yield
 
@@ -338,26 +366,29 @@ def _bytes(network: nn.Module) -> int:
 
 
 def outline(path: str | None, dtype: str, config: str | None = None) -> Model:
-    """The model at `path`, or SDXL-base if that is None, on the meta device, with a prompt of 77 tokens."""
+    """The model at `path`, or where nothing lies there that of `PUBLISHED`, or SDXL-base if it is None, on the meta
+    device, with a prompt of the usual length."""
     kind: torch.dtype = getattr(torch, dtype)
-    if path is None:
-        return sized(SDXL_UNET, SDXL_VAE, kind)
+    if path is None or (path in PUBLISHED and not Path(path).exists()):
+        return sized(SDXL if path is None else PUBLISHED[path], kind)
     from cutdiff.checkpoint.load import load_outline
 
     model = load_outline(path, dtype=kind, config=config)
-    return replace(model, text=_text(model.unet.config, kind, tuple(model.text.encoders)))
+    return replace(model, text=_text(model.unet.config, kind, tuple(model.text.encoders), model.text.length("")))
 
 
-def sized(unet: UNetConfig, vae: VAEConfig, dtype: torch.dtype) -> Model:
-    """A model of these shapes on the meta device, with SDXL's text encoders."""
+def sized(sizes: Sizes, dtype: torch.dtype) -> Model:
+    """A model of these sizes on the meta device."""
     with torch.device("meta"):
-        encoders = nn.Linear(SDXL_TEXT_WEIGHTS, 1, bias=False, dtype=dtype)
-        networks = UNet(unet).to(dtype).requires_grad_(False), VAE(vae).to(dtype).requires_grad_(False)
-    text = _text(unet, dtype, (encoders,))
-    return Model(*networks, text, NoiseConfig(), zeros_for_empty_negative=True, source="SDXL-base", files={})
+        encoders = nn.Linear(sizes.text_weights, 1, bias=False, dtype=dtype)
+        networks = kind_of(sizes.network).network(sizes.network), VAE(sizes.vae)
+        networks = [network.to(dtype).requires_grad_(False) for network in networks]
+    text = _text(sizes.network, dtype, (encoders,), sizes.tokens)
+    zeros = isinstance(sizes.noise, NoiseConfig)
+    return Model(*networks, text, sizes.noise, zeros_for_empty_negative=zeros, source=sizes.name, files={})
 
 
-def _text(unet: UNetConfig, dtype: torch.dtype, encoders: tuple[nn.Module, ...]) -> Any:
+def _text(config: Shape, dtype: torch.dtype, encoders: tuple[nn.Module, ...], tokens: int) -> Any:
     with torch.device("meta"):
-        states = torch.empty(1, TOKENS, unet.context_dim, dtype=dtype), torch.empty(1, unet.pooled_dim, dtype=dtype)
+        states = torch.empty(1, tokens, config.context_dim, dtype=dtype), torch.empty(1, config.pooled_dim, dtype=dtype)
     return GivenText(TextStates(*states), encoders)

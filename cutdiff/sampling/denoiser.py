@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,10 @@ class Observer:
     def begin(self, num_steps: int) -> None:
         """A run begins that takes so many steps."""
 
+    def during(self, call: Call) -> AbstractContextManager[object]:
+        """A block that is open while the network is called, as `recorded_attention` is one, which listens inside it."""
+        return nullcontext()
+
     def call(self, call: Call, prediction: Tensor) -> None:
         """The network was called, and predicted (n, C, h, w)."""
 
@@ -118,6 +122,14 @@ class Work:
             yield
         finally:
             self.observers.remove(observer)
+
+    @contextmanager
+    def listening(self, call: Call) -> Iterator[None]:
+        """The blocks of all observers, open while the network is called."""
+        with ExitStack() as opened:
+            for observer in self.observers:
+                opened.enter_context(observer.during(call))
+            yield
 
 
 @dataclass(frozen=True)
@@ -403,7 +415,8 @@ class Denoiser:
                 taken = (inputs[part], timestep[part], context, pooled, size_ids[part], *hints)
                 counts = num_rows, rows.num_images, copies, len(rows.text.terms)
                 call = Call(rows.step, rows.sigma, rows.operator, taken, start, *counts, rows.is_changed, scale)
-                parts.append(self.evaluate(taken) if self.network is None else self.network(call))
+                with self.work.listening(call):
+                    parts.append(self.evaluate(taken) if self.network is None else self.network(call))
             except torch.OutOfMemoryError:
                 text.by_rows.clear()
                 context = pooled = hints = taken = call = None

@@ -7,6 +7,7 @@ itself can be called, as `cutdiff.trace(model, prompt)`.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -24,4 +25,5 @@ class _Callable(ModuleType):
 
 
 _Callable.__call__.__doc__ = trace.__doc__
+__signature__ = inspect.signature(trace)
 sys.modules[__name__].__class__ = _Callable

@@ -10,7 +10,7 @@ from cutdiff.cli.arguments import BadArgument, Parser, add_debug
 from cutdiff.cli.ending import Failure, exit_status
 from cutdiff.cli.output import check_output
 from cutdiff.files import contents
-from cutdiff.output.images import write_atomically
+from cutdiff.output.images import numbered, write_atomically
 from cutdiff.parallel.lines import write_line
 from cutdiff.trace import page as pages
 
@@ -27,15 +27,17 @@ def _run(argv: list[str] | None) -> None:
     args = _parse(argv)
     runs = [_blocks(name, path) for name, path in (("RUN_A", args.run_a), ("RUN_B", args.run_b))]
     check_output("--out", args.out.parent)
-    if args.out.exists() and not _is_page(args.out):
-        raise BadArgument(f"--out {args.out} is no page of a trace, and stays: choose another name")
-    title = " and ".join(run[0]["chosen"]["method"] for run in runs)
+    if not args.out.name or args.out.is_dir():
+        raise BadArgument(f"--out {args.out} is a folder: name a file in it")
+    page = b"".join(pages.compared(runs, " and ".join(run[0]["chosen"]["method"] for run in runs)))
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.out, lambda file: file.writelines(pages.compared(runs, title)))
+        names = numbered(args.out.parent, args.out.stem, args.out.suffix)
+        path = next(path for path in names if not path.exists() or _holds(path, page))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(page))
     except OSError as error:
         raise Failure(f"--out {args.out} cannot be written ({error.strerror}): free space, or choose another") from None
-    write_line(str(args.out), sys.stdout)
+    write_line(str(path), sys.stdout)
 
 
 def _blocks(name: str, path: Path) -> list[pages.Block]:
@@ -52,8 +54,8 @@ def _blocks(name: str, path: Path) -> list[pages.Block]:
         raise BadArgument(f"{name} {said if said.startswith(str(page)) else f'{page} {said}'}") from None
 
 
-def _is_page(path: Path) -> bool:
-    return path.is_file() and any(pages.BLOCK.finditer(path.read_bytes()))
+def _holds(path: Path, page: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(page) and path.read_bytes() == page
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -63,7 +65,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     for name in ("run_a", "run_b"):
         parser.add_argument(name, type=Path, metavar=name.upper(), help="page of --trace, or the picture that it is of")
-    parser.add_argument("--out", type=Path, default=Path("compare.html"), metavar="FILE", help="where the page goes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare.html"), metavar="FILE",
+        help="where the page goes; a number is added to the name where that is taken (default: compare.html)",
+    )  # fmt: skip
     add_debug(parser)
     return parser.parse_args(argv)
 

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cutdiff.files import json_lines, json_of
-from cutdiff.trace.page import finite
+from cutdiff.output.page import finite
 from cutdiff.trace.recorder import Items, Moment
 
 RUN, STEPS, END = "trace.json", "steps.jsonl", "end.json"
+SUFFIX = ".trace"
 
 
 @dataclass(frozen=True)

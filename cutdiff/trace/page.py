@@ -10,7 +10,6 @@ import base64
 import html
 import io
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -22,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cutdiff.output.page import json_text
 from cutdiff.trace.recorder import Items, Moment
 
 ASSETS = Path(__file__).parent / "assets"
@@ -54,8 +54,7 @@ def script() -> str:
 
 def block(value: Block, run: int = 0) -> bytes:
     """A block as it stands in the page: no text inside can end it, and NaN is null."""
-    text = json.dumps(finite(value), ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
-    return f"{OPEN.format(run=run)}{text}{CLOSE}".encode()
+    return f"{OPEN.format(run=run)}{json_text(value)}{CLOSE}".encode()
 
 
 def blocks(page: bytes) -> list[Block]:
@@ -148,15 +147,6 @@ def picture(image: Image.Image) -> str:
 def _encoded(kind: str, values: Tensor | np.ndarray, shape: torch.Size) -> Block:
     array = values.contiguous().numpy() if isinstance(values, Tensor) else np.ascontiguousarray(values)
     return {"as": kind, "shape": [*shape], "data": base64.b64encode(array.tobytes()).decode()}
-
-
-def finite(value: Any) -> Any:
-    """The value with None where a number is NaN or infinite, which JSON lacks."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def write(file: BinaryIO, part: bytes) -> int:

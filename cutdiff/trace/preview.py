@@ -11,7 +11,7 @@ from cutdiff.sampling.resize import resize
 
 COLOURS = 8
 """The colours on each axis of the picture that the map is fitted to."""
-LARGEST = 32
+LARGEST = 12
 """The most latents on each axis of this picture."""
 
 

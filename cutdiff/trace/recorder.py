@@ -1,6 +1,6 @@
 """The observer that makes a `Moment` of each step: what the network was given and predicted, item by item.
 
-It listens to the public `Observer` only, and to the attention over the text by `recorded_attention`. Nothing is copied
+It listens to the public `Observer` only, during whose calls it records the attention over the text. Nothing is copied
 while the network runs: the rows of a step are kept until the step is taken, and read then.
 """
 
@@ -9,19 +9,17 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from cutdiff_kernels.permutations import as_index
+from cutdiff_kernels.permutations import SeededPermutation, as_index
 from torch import Tensor
 
 from cutdiff.checkpoint.model import Model
-from cutdiff.models.attention import recorded_attention, text_levels
 from cutdiff.models.config import Size
-from cutdiff.models.unet import as_unet
 from cutdiff.sampling.denoiser import Call, Observer
 from cutdiff.sampling.operators import Operator, Patches
 from cutdiff.sampling.overlaps import Torus
@@ -144,28 +142,27 @@ class Recorder(Observer):
 
     @contextmanager
     def listening(self) -> Iterator[Recorder]:
-        """Record the attention over the words for the time of the block; what an error cut short becomes a moment."""
-        with ExitStack() as closed:
-            if self.words is not None and self.words.names and (levels := text_levels(as_unet(self.model.unet))):
-                recording = recorded_attention(as_unet(self.model.unet), level=levels[0])
-                self.words.maps = closed.enter_context(recording)
-            try:
-                yield self
-            except FloatingPointError as error:
-                self._fail(error.__context__)
-                raise
+        """The step that an error cuts short inside the block becomes a moment, too."""
+        try:
+            yield self
+        except FloatingPointError as error:
+            self._fail(error.__context__)
+            raise
 
     def begin(self, num_steps: int) -> None:
         self.num_steps = num_steps
         self.on_begin(num_steps)
         self.began = time.perf_counter()
 
+    def during(self, call: Call) -> AbstractContextManager[object]:
+        return super().during(call) if self.words is None else self.words.listening(call)
+
     def call(self, call: Call, prediction: Tensor) -> None:
         start = time.perf_counter()
         if call.first == 0:
             self.passes.append(_Pass([]))
         self.passes[-1].calls.append((call, prediction))
-        if self.words is not None and (maps := self.words.take(call)) is not None:
+        if self.words is not None and (maps := self.words.take()) is not None:
             self.passes[-1].attention.append(maps)
         self.spent += time.perf_counter() - start
 
@@ -246,7 +243,7 @@ class Recorder(Observer):
 
     def _read(self, each: _Pass, size: Size | None) -> tuple[Items, Tensor | None, Tensor | None]:
         """The items of a pass, the canvas that its operator makes of their estimates, and the one that they read."""
-        call, operator = each.call, each.call.operator
+        call, operator = each.call, _explicit(each.call.operator, each.inputs)
         c_in, c_skip, c_out = self.model.noise.coefficients(call.sigma)
         shown, predictions = each.inputs / c_in, each.predictions
         prompted = predictions[:, -call.num_terms :].mean(dim=1)
@@ -307,11 +304,23 @@ def _kind(operator: Operator, estimates: Tensor, size: Size | None) -> str:
     return "views" if isinstance(getattr(operator, "origins", None), Tensor) else "items"
 
 
+def _explicit(operator: Operator, items: Tensor) -> Operator:
+    """The operator of items (N, C, h, w), which need not draw their permutation by counter again."""
+    if type(operator) is not Patches or not isinstance(operator.permutation, SeededPermutation):
+        return operator
+    return replace(operator, permutation=_index(operator, items))
+
+
+def _index(operator: Patches, items: Tensor) -> Tensor | None:
+    """The permutation (B or 1, N, C or 1, h, w) of patches (N, C, h, w)."""
+    number, channels, height, width = items.shape
+    return as_index(operator.permutation, number, (channels, height, width), items.device)
+
+
 def _geometry(operator: Operator, estimates: Tensor) -> dict[str, Any]:
     """The grid and the permutation of patches, or the origins of views."""
     if isinstance(operator, Patches) and operator.grid != (1, 1):
-        number, channels, height, width = estimates.shape
-        index = as_index(operator.permutation, number, (channels, height, width), estimates.device)
+        index = _index(operator, estimates)
         return {"grid": operator.grid, "permutation": None if index is None else index[0].cpu()}
     origins = getattr(operator, "origins", None)
     return {"origins": origins[0].cpu(), "wraps": isinstance(operator, Torus)} if isinstance(origins, Tensor) else {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cutdiff.checkpoint.model import Model
+from cutdiff.files import json_of
 from cutdiff.options import options_of
 from cutdiff.output.images import read_record, to_pil
 from cutdiff.pipeline import Result, decode, generate, with_options
@@ -67,7 +68,7 @@ class Tracing:
         self, model: Model, prompt: str, settings: Settings, page: Path, *, every: int | None, decode: bool, data: bool
     ) -> None:
         self.model, self.prompt, self.settings, self.page = model, prompt, settings, page
-        self.decode, self.data = decode, data
+        self.every, self.decode, self.data = every, decode, data
         self.file: BinaryIO | None = None
         self.path = page
         """The page as long as the run goes on."""
@@ -80,14 +81,14 @@ class Tracing:
         latents = result.latents[:1].float().cpu()
         record = {name: result.record[name] for name in ("seconds", "network_evaluations", "peak_memory_bytes")}
         told = {"kind": "end", "state": "finished", "message": "", "record": record, "bands": bands(latents[0])}
-        of = {"kind": "of", "fingerprint": result.record["fingerprint"]}
+        of = _of(result.record, self.every, self.decode)
         map_ = fitted(latents, result.images[:1])
         picture = pages.picture(to_pil(result.images[0]))
         with _writing(self.path):
             self._write(told | {"latents": pages.half(latents[0]), "map": map_, "picture": picture})
             self._write(of)
             if self.data:
-                folder.end(self._folder(self.path), told)
+                folder.end(self._folder(self.path), told | {"fingerprint": of["fingerprint"]})
             self._close()
             if self.data:
                 _replace_folder(self._folder(self.path), self._folder(page))
@@ -152,17 +153,33 @@ class Tracing:
 
     @staticmethod
     def _folder(page: Path) -> Path:
-        return page.with_suffix(".trace")
+        return page.with_suffix(folder.SUFFIX)
 
 
-def is_page_of(picture: Path) -> bool:
-    """True where the page beside a PNG with a record is that of its trace, to the end."""
+def is_page_of(picture: Path, *, every: int | None, decode: bool, data: bool) -> bool:
+    """True where the page beside a PNG with a record is that of its trace, to the end, made by these options, and where
+    the folder beside it is, too, if `data` are asked for. Decoded estimates that are not asked for do no harm."""
     page, record = picture.with_suffix(".html"), read_record(picture)
-    if not page.is_file():
+    if not page.is_file() or (data and not _is_folder_of(page.with_suffix(folder.SUFFIX), record)):
         return False
     with page.open("rb") as file:
         file.seek(max(0, page.stat().st_size - 1000))
-        return file.read().endswith(pages.block({"kind": "of", "fingerprint": record.get("fingerprint")}))
+        ends = tuple(pages.block(_of(record, every, decoded)) for decoded in {decode, True})
+        return file.read().endswith(ends)
+
+
+def _of(record: dict[str, Any], every: int | None, decode: bool) -> pages.Block:
+    """The last block of a page, which tells of which picture it is and by which options."""
+    return {"kind": "of", "fingerprint": record.get("fingerprint"), "every": every, "decode": decode}
+
+
+def _is_folder_of(path: Path, record: dict[str, Any]) -> bool:
+    """True where a folder holds the data of the trace of a record's picture, to the end."""
+    try:
+        told = json_of(path / folder.END)
+    except (OSError, ValueError):
+        return False
+    return told.get("fingerprint") == record.get("fingerprint")
 
 
 @contextmanager

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from cutdiff.checkpoint.model import Model
-from cutdiff.models.attention import AttentionMaps
+from cutdiff.models.attention import AttentionMaps, recorded_attention, text_levels
 from cutdiff.models.config import Size
 from cutdiff.models.editing import described
 from cutdiff.models.inside import size_at
-from cutdiff.models.unet import UNet
+from cutdiff.models.unet import UNet, as_unet
 from cutdiff.sampling.denoiser import Call
 from cutdiff.sampling.operators import Operator, Patches
 from cutdiff.sampling.resize import resize
@@ -25,15 +28,29 @@ class Words:
         read = model.text.words(prompt) if unread_because(model, prompt, settings) is None else []
         self.names = [name for name, _ in read]
         self.places = [places for _, places in read]
+        self.unet = model.unet
         self.levels = len(model.unet.config.channels) if isinstance(model.unet, UNet) else 0
+        self.finest = next(iter(text_levels(as_unet(model.unet))), None) if self.names else None
         self.maps: AttentionMaps | None = None
 
-    def take(self, call: Call) -> Tensor | None:
-        """The maps of a call's items, (n, words, positions), float32; None where nothing attended to the text."""
-        means = self.maps.take() if self.maps is not None else {}
-        if not means or call.is_changed:
+    @contextmanager
+    def listening(self, call: Call) -> Iterator[None]:
+        """Record the attention of a call, which is made inside the block, in the rows that read the prompt."""
+        self.maps = None
+        if self.finest is None or call.is_changed:
+            yield
+            return
+        prompted = slice(call.copies - call.num_terms, None, call.copies)
+        with recorded_attention(as_unet(self.unet), level=self.finest, rows=prompted) as self.maps:
+            yield
+
+    def take(self) -> Tensor | None:
+        """The maps of the last call's items, (n, words, positions), float32; None where nothing attended to the text,
+        or a network of one's own took other passes than the one."""
+        if self.maps is None or self.maps.passes != 1:
             return None
-        weights = means[max(means)].unflatten(0, (-1, call.copies))[:, -call.num_terms]  # (n, positions, tokens)
+        means = self.maps.means()
+        weights = means[max(means)]  # (n, positions, tokens)
         return torch.stack([weights[:, :, places].sum(dim=2) for places in self.places], dim=1)
 
     def on_canvas(self, maps: Tensor, operator: Operator, window: Size, size: Size) -> Tensor | None:

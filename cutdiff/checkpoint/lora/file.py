@@ -262,8 +262,11 @@ def _other_family(tensors: Mapping[str, Tensor], context_dim: int) -> str | None
 def _no_match(keys: Collection[str], table: Mapping[str, Target]) -> str:
     """The error for a file that has nothing for this model."""
     examples = ", ".join([*keys][:EXAMPLES]) or "none"
-    module = max((target.key for target in table.values() if target.network == "unet"), key=len).removesuffix(".weight")
+    network = next(target.network for target in table.values())
+    module = max((target.key for target in table.values() if target.network == network), key=len).removesuffix(
+        ".weight"
+    )
     return (
         f"is no LoRA for this model: no key is of one of its modules. It has {examples}; expected were such as "
-        f"lora_unet_{flat(module)}.lora_down.weight or unet.{module}.lora_A.weight"
+        f"lora_{network}_{flat(module)}.lora_down.weight or {network}.{module}.lora_A.weight"
     )

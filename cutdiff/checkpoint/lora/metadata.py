@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cutdiff.checkpoint.files import quoted
+from cutdiff.checkpoint.kinds import TEXT_ENCODERS
 from cutdiff.checkpoint.lora.names import Target
 from cutdiff.checkpoint.lora.patterns import Pattern
 from cutdiff.checkpoint.read import read_json
@@ -100,7 +101,7 @@ class AdapterConfig:
         module = target.key.rpartition(".")[0].removeprefix(PREFIX)
         name = f"{kind}_pattern"
         for pattern, value in self.patterns.get(f"{target.network}.{name}", self.patterns.get(name, [])):
-            if pattern.matches(module) or (target.network != "unet" and pattern.matches(PREFIX + module)):
+            if pattern.matches(module) or (target.network in TEXT_ENCODERS and pattern.matches(PREFIX + module)):
                 return value
         return self._field(target.network, {"alpha": "lora_alpha", "rank": "r"}[kind])
 

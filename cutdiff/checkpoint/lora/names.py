@@ -15,11 +15,13 @@ import torch
 
 from cutdiff.checkpoint.build import Networks
 from cutdiff.checkpoint.keys import unet_keys
+from cutdiff.checkpoint.kinds import TEXT_ENCODERS
 from cutdiff.checkpoint.text import PREFIX
 from cutdiff.models.unet import UNet
 
 PREFIXES = {
     "unet": ("lora_unet_", "unet_", "lycoris_", "diffusion_model_", ""),
+    "transformer": ("transformer_", "lora_transformer_", "diffusion_model_", ""),
     "text_encoder": ("lora_te1_", "lora_te_", "text_encoder_", "text_encoders_clip_l_transformer_", "clip_l_"),
     "text_encoder_2": ("lora_te2_", "text_encoder_2_", "text_encoders_clip_g_transformer_", "clip_g_"),
 }
@@ -54,6 +56,8 @@ COMPILED = "_orig_mod_"
 """The mark of a module that `torch.compile` wrapped, in flat names."""
 DOUBLED = re.compile(r"^((?:lora_)?(?:unet|te\d?|text_encoder(?:_2)?|diffusion_model|clip_[lg])_)\1+")
 """A prefix that a tool wrote once too often."""
+FUSED = re.compile(r"(double|single|joint)_blocks[._]\d+[._](img|txt|linear|x_block|context_block)")
+"""Modules of transformers in the original layout, in which queries, keys and values are one matrix."""
 UNSUPPORTED = {
     ".oft_": "OFT",
     ".rescale": "OFT",
@@ -103,6 +107,8 @@ def split_key(key: str) -> tuple[str, str]:
 
 def unsupported(key: str) -> str | None:
     """The name of what the key holds, if that is known but cannot be merged here."""
+    if FUSED.search(key):
+        return "FLUX.1 or SD3 in the original layout, with joined matrices: convert it to that of diffusers"
     return next((kind for mark, kind in UNSUPPORTED.items() if mark in key), None)
 
 
@@ -122,7 +128,8 @@ def targets(networks: Networks) -> dict[str, Target]:
             if not key.endswith((".weight", BIAS)):
                 continue
             target, bare, end = Target(name, key, weight.shape), key.removeprefix(PREFIX), key[key.rindex(".") :]
-            for spelling in (key, original[key]) if name == "unet" else (bare, PREFIX + bare):
+            spellings = (bare, PREFIX + bare) if name in TEXT_ENCODERS else (key, original.get(key, key))
+            for spelling in spellings:
                 for module in _old_and_new(spelling.removesuffix(end)):
                     for prefix in PREFIXES.get(name, ()):
                         place = prefix + flat(module) + (BIAS if end == BIAS else "")

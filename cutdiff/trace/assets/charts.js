@@ -47,7 +47,7 @@ export function chart(player, { title, note, lines, log = false, bars = false, r
     cursor.setAttribute("x2", x(step));
     lines.forEach((line, n) => { values[n].textContent = number(line.values[Math.min(step, line.values.length - 1)]); });
   });
-  return h("figure", { class: "chart" }, h("figcaption", {}, h("h3", {}, title), h("p", { class: "note" }, note)), art, h("p", { class: "keys" }, ...key));
+  return h("figure", { class: "chart" }, h("figcaption", {}, h("h3", {}, title), h("p", { class: "note" }, log ? `${note}, on a logarithmic axis` : note)), art, h("p", { class: "keys" }, ...key));
 }
 
 const BANDS = ["longer than 16 latents", "8 to 16", "4 to 8", "shorter than 4"];

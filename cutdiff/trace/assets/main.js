@@ -1,5 +1,5 @@
 // The page: its head, its parts, and what went wrong.
-import { readRuns, parting, apart } from "./runs.js";
+import { readRuns, parting, apart, incomparable } from "./runs.js";
 import { Player } from "./player.js";
 import { Panels, Difference } from "./panels.js";
 import { Patches } from "./patches.js";
@@ -10,7 +10,7 @@ import { h, foreign, number, choice } from "./paint.js";
 
 function headOf(run, several) {
   const { info, end } = run, { settings } = info, [height, width] = info.size.map((side) => side * info.factor);
-  const spent = end?.record ? [`${end.record.network_evaluations} evaluations`, `${number(Object.values(end.record.seconds).reduce((a, b) => a + b, 0))} s`] : [];
+  const spent = end?.record ? [`${end.record.network_evaluations} evaluations`, `${number(Object.values(end.record.seconds).reduce((a, b) => a + b, 0))} s with its trace`] : [];
   const { method, solver, schedule, guidance } = info.chosen;
   const facts = [method, `${width} × ${height} px`, `${info.num_steps} steps`, solver, `schedule ${schedule}`, guidance, `seed ${settings.seed}`, `model ${info.model}`, ...spent];
   return h("div", { class: "about" }, several ? h("b", { class: "which" }, "AB"[run.number]) : null,
@@ -34,8 +34,10 @@ function noticesOf(run, player) {
   return notices;
 }
 
-function compare(player, [a, b]) {
-  const first = parting(a, b), step = (i) => h("button", { type: "button", onclick: () => player.go(i) }, `step ${i + 1}`), text = [];
+function compare(player, [a, b], between) {
+  const why = incomparable(a, b, between);
+  if (why) return h("p", { class: "notice parted", id: "parting" }, why);
+  const first = parting(a, b, between), step = (i) => h("button", { type: "button", onclick: () => player.go(i) }, `step ${i + 1}`), text = [];
   if (first.state === null && first.denoised === null) text.push("The runs are the same, to the bit, in all steps that both have.");
   else if (first.state !== null && (first.denoised === null || first.state <= first.denoised)) text.push("The runs part with the canvas of ", step(first.state), first.state ? ": up to there they are the same to the bit." : ", their first.");
   else text.push("The runs part with the estimate of ", step(first.denoised), ": its canvas is still the same to the bit.");
@@ -56,14 +58,15 @@ function start() {
   if (!runs.length) { notices.append(h("p", { class: "notice cut" }, "The page ends before the run began.")); return; }
   const player = new Player(runs);
   player.mount();
-  notices.append(...(several ? [compare(player, runs)] : []), ...runs.flatMap((run) => noticesOf(run, player)));
+  const between = several ? apart(...runs) : null;
+  notices.append(...(several ? [compare(player, runs, between)] : []), ...runs.flatMap((run) => noticesOf(run, player)));
   if (!runs.some((run) => run.steps.length)) return;
   const panels = runs.map((run) => new Panels(player, run));
-  main.append(h("section", { id: "pictures", "aria-label": "Pictures of this step", class: several ? "compare" : "" }, ...panels.map((each) => each.element), several ? new Difference(player, runs).element : null));
+  main.append(h("section", { id: "pictures", "aria-label": "Pictures of this step", class: several ? "compare" : "" }, ...panels.map((each) => each.element), several && !incomparable(...runs, between) ? new Difference(player, runs).element : null));
   const inside = runs.map((run, n) => h("div", { class: "inside", hidden: n > 0 }, ...[Patches, Views, Others].map((Part) => new Part(player, run).element), new Words(player, run, panels[n]).element));
   if (several) main.append(h("div", { class: "which-run" }, "Inside of run ", choice("Run", runs.map((run, n) => [n, "AB"[n]]), 0, (n) => inside.forEach((each, k) => { each.hidden = k !== n; }))));
   main.append(...inside);
-  const between = several ? apart(...runs) : null, extra = several ? [chart(player, { title: "Distance between the runs", note: "relative to run A", lines: [{ label: "canvas", values: between.state, colour: "var(--c1)" }, { label: "estimate", values: between.denoised, colour: "var(--c0)" }] })] : [];
+  const extra = several ? [chart(player, { title: "Distance between the runs", note: "relative to run A", lines: [{ label: "canvas", values: between.state, colour: "var(--c1)" }, { label: "estimate", values: between.denoised, colour: "var(--c0)" }] })] : [];
   main.append(h("section", { id: "curves", class: "card" }, h("header", {}, h("h2", {}, "Over the steps")), h("div", { class: "charts" }, ...charts(player, extra)), table(player)));
   player.go(Number(location.hash.replace("#step-", "")) - 1 || 0);
 }

@@ -45,6 +45,8 @@ export class Panels {
   }
 }
 
+const sizeOf = ({ shape: [, height, width] }) => `${width} × ${height}`;
+
 // The map (h, w) of a word.
 export function wordMap(maps, word) {
   const [, rows, columns] = maps.shape;
@@ -66,7 +68,7 @@ export class Difference {
     const steps = this.runs.map((run) => run.full(i));
     for (const [name, frame] of Object.entries(this.frames)) {
       const [x, y] = steps.map((step) => step?.tensor(name));
-      if (!same(x, y)) { frame.show(null, "of different sizes"); continue; }
+      if (!same(x, y)) { frame.show(null, x && y ? `of ${sizeOf(x)} and ${sizeOf(y)} latents` : "nothing was recorded"); continue; }
       const heat = distance(x, y), size = rms(heat.data);
       frame.show(heatOf(heat, greatest(heat.data)), size ? `rms ${number(size)}, ${number((100 * size) / rms(x.data), 2)}%` : "none");
     }

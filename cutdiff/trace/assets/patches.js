@@ -26,14 +26,17 @@ export class Patches {
     this.player = player;
     this.run = run;
     this.show = "denoised";
+    this.chosen = null; // the exchanged patch whose bar is pressed
     this.sides = { before: this.side("before", "In place"), after: this.side("after", "Exchanged") };
     this.whole = new Frame("Whole", { overlay: true });
     this.readout = h("p", { class: "link", role: "status" });
     this.bars = h("div", { class: "bars" });
     this.about = h("p", { class: "note" });
+    this.agreement = h("p", { class: "note" });
     const which = choice("Patches of", [["denoised", "what was predicted"], ["state", "what was read"]], this.show, (value) => { this.show = value; this.draw(player.step); });
     this.element = h("section", { id: `patches-${run.number}`, class: "card" }, h("header", {}, h("h2", {}, "Patches"), which), this.about,
-      h("div", { class: "triple" }, this.whole.element, this.sides.before.element, this.sides.after.element), this.readout, h("h3", {}, "Distance of each patch to the mean of all"), this.bars);
+      h("div", { class: "triple" }, this.whole.element, this.sides.before.element, this.sides.after.element), this.readout,
+      h("h3", {}, "Distance of each exchanged patch to the mean of all"), this.agreement, this.bars);
     player.listeners.push((step) => this.draw(step));
   }
 
@@ -56,9 +59,9 @@ export class Patches {
   draw(i) {
     const step = this.run.full(i), n = step ? step.items.findIndex((items) => items.kind === "patches") : -1;
     this.element.hidden = n < 0;
-    this.clear();
-    if (n < 0) return;
+    if (n < 0) { this.items = null; this.clear(); return; }
     const items = step.items[n], [height, width] = items.size, { run } = this;
+    if (this.chosen >= items.number) this.chosen = null;
     Object.assign(this, { items, permutation: step.of(n, "permutation"), channels: (step.tensor("state") || step.tensor("denoised")).shape[0] });
     this.gap = Math.max(1, Math.round((width * items.grid[1]) / 90));
     const scale = this.show === "state" ? shrink(step.sigma) : 1, whole = step.tensor(this.show), estimates = this.show === "denoised" ? step.of(n, "estimates") : null;
@@ -76,7 +79,24 @@ export class Patches {
     this.sides.before.note.textContent = predicted ? "exchanged back: the estimate, cut" : "the canvas, cut";
     this.sides.after.note.textContent = predicted ? "what the network drew" : "what the network read";
     for (const side of Object.values(this.sides)) side.canvas.setAttribute("aria-label", `${items.number} patches, ${side.note.textContent}. Arrow keys move over the pixels.`);
-    this.bars.replaceChildren(bars(items, (k) => `patch ${k + 1}`));
+    this.agreement.textContent = `Each patch is one in ${items.number} of the estimate's values: what only a few of them show is averaged away in the steps to come, the sooner the more patches there are. Press a bar to frame its patch.`;
+    this.element.classList.toggle("fine", items.grid[1] > 2);
+    this.bars.replaceChildren(bars(items, (k) => `patch ${k + 1}`, this.chosen, (k) => this.choose(k)));
+    this.clear();
+  }
+
+  choose(k) {
+    this.chosen = this.chosen === k ? null : k;
+    [...this.bars.querySelectorAll("button")].forEach((button, n) => button.setAttribute("aria-pressed", String(n === this.chosen)));
+    this.clear();
+  }
+
+  // The place of patch n on a side, and the frame around the chosen one.
+  corner(n) { return [(n % this.items.grid[1]) * (this.items.size[1] + this.gap), Math.floor(n / this.items.grid[1]) * (this.items.size[0] + this.gap)]; }
+  frame(name) {
+    if (name !== "after" || this.chosen === null || !this.items) return [];
+    const [x, y] = this.corner(this.chosen), [height, width] = this.items.size;
+    return [svg("rect", { x, y, width, height, class: "patch-frame" })];
   }
 
   exchanged(cut, n) {
@@ -106,7 +126,9 @@ export class Patches {
 
   clear() {
     this.place = null;
-    for (const over of [this.whole.over, ...Object.values(this.sides).map((side) => side.over)]) over.replaceChildren();
+    this.whole.over.replaceChildren();
+    for (const [name, side] of Object.entries(this.sides)) side.over.replaceChildren(...this.frame(name));
+    this.bars.querySelector(".here")?.classList.remove("here");
     this.readout.textContent = "Point at a pixel of a patch, or walk with the arrow keys, to see where its values come from and go to.";
     for (const name of Object.keys(this.readout.dataset)) delete this.readout.dataset[name];
   }
@@ -122,14 +144,15 @@ export class Patches {
     this.place = { n, y, x };
     const other = name === "before" ? "after" : "before", [rows, columns] = this.items.grid, [height, width] = this.items.size;
     const others = (name === "before" ? targetsOf : sourcesOf)(this.permutation, n, y, x, this.channels);
-    const corner = (m) => [(m % columns) * (width + this.gap) + x, Math.floor(m / columns) * (height + this.gap) + y];
+    const corner = (m) => [this.corner(m)[0] + x, this.corner(m)[1] + y];
     const least = Math.max(1, this.sides.before.canvas.width / 32); // so that a mark is seen on a large canvas, too
     for (const [key, side] of Object.entries(this.sides)) {
-      side.over.replaceChildren(...Array.from({ length: this.items.number }, (_, m) => {
+      side.over.replaceChildren(...this.frame(key), ...Array.from({ length: this.items.number }, (_, m) => {
         const [left, top] = corner(m).map((start) => start + 0.5 - least / 2);
         return svg("rect", { x: left, y: top, width: least, height: least, class: key === name && m === n ? "mark chosen" : "mark" });
       }));
     }
+    [...this.bars.querySelectorAll("button")].forEach((button, m) => button.classList.toggle("here", name === "after" && m === n));
     this.sides[other].over.append(...this.channelMarks(others, (m) => corner(m).map((start) => start + 0.5 - least / 2), least));
     const size = Math.max(1, this.whole.canvas.width / 32), placed = (m) => [x * columns + (m % columns) + 0.5 - size / 2, y * rows + Math.floor(m / columns) + 0.5 - size / 2];
     const box = (m, kind) => svg("rect", { x: placed(m)[0], y: placed(m)[1], width: size, height: size, class: kind });

@@ -51,10 +51,10 @@ export function readRuns() {
   return runs.filter((run) => run);
 }
 
-// The first steps at which two runs part: by a bit in the canvas, in the estimate, and by more than `share`.
-export function parting(a, b, share = 0.01) {
+// The first steps at which two runs part: by a bit in the canvas, in the estimate, and by more than `share` of `parts`,
+// which are as `apart` has them.
+export function parting(a, b, parts, share = 0.01) {
   const length = Math.min(a.steps.length, b.steps.length), first = { state: null, denoised: null, share: null };
-  const parts = apart(a, b);
   for (let i = 0; i < length; i++) {
     for (const name of ["state", "denoised"]) {
       const [x, y] = [a.steps[i].digest[name], b.steps[i].digest[name]];
@@ -63,6 +63,13 @@ export function parting(a, b, share = 0.01) {
     if (first.share === null && parts.denoised[i] > share) first.share = i;
   }
   return first;
+}
+
+// Why two runs that are so far `between` each other, as `apart` says, have no difference; null where they have.
+export function incomparable(a, b, between) {
+  const [x, y] = [a, b].map(({ info }) => info.size.map((side) => side * info.factor).reverse().join(" × "));
+  if (x === y || [...between.state, ...between.denoised].some((value) => value !== null)) return null;
+  return `Run A has a canvas of ${x} px, and run B one of ${y} px: no pixel of the one has a counterpart in the other, so there is no difference to show, and no step at which they part. The curves below compare them.`;
 }
 
 // The distance of the canvases and of the estimates of two runs at each step, relative to the first run's.

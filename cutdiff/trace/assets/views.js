@@ -4,16 +4,16 @@ import { pictureOf, heatOf, without } from "./colours.js";
 import { h, svg, Frame, choice, number, paintGrid } from "./paint.js";
 import { shrink } from "./panels.js";
 
-// A bar for each item, as long as its distance; with `onchoose` they are buttons.
+// A bar for each item, as long as its distance, over its number; with `onchoose` they are buttons.
 export function bars(items, name, chosen = null, onchoose = null) {
-  const most = Math.max(...items.distances.filter(Number.isFinite), 1e-9);
-  return h("ol", { class: "bar-list" }, ...items.distances.map((value, n) => {
+  const most = Math.max(...items.distances.filter(Number.isFinite), 1e-9), few = items.number <= 20, many = items.number > 64;
+  return h("ol", { class: `bar-list ${few ? "few" : many ? "many" : ""}` }, ...items.distances.map((value, n) => {
     const bad = items.not_finite[n], text = bad ? `${bad} not finite` : number(value, 2);
     const inside = [h("span", { class: "fill", style: `height:${bad ? 100 : Math.max(2, (100 * value) / most)}%` })];
     const label = `${name(n)}, distance ${text}`;
     const attributes = { class: bad ? "column bad-item" : "column", title: label, "aria-label": label };
     const element = onchoose ? h("button", { type: "button", ...attributes, "aria-pressed": String(n === chosen), onclick: () => onchoose(n) }, ...inside) : h("span", { ...attributes, role: "img" }, ...inside);
-    return h("li", {}, element, items.distances.length <= 20 ? h("small", { "aria-hidden": "true" }, text) : null);
+    return h("li", {}, element, many ? null : h("small", { "aria-hidden": "true" }, h("b", {}, n + 1), few ? ` ${text}` : null));
   }));
 }
 
@@ -91,7 +91,9 @@ export class Others {
     this.canvas = h("canvas", { role: "img", width: 1, height: 1, class: "grid" });
     this.bars = h("div", { class: "bars" });
     this.about = h("p", { class: "note" });
-    this.element = h("section", { id: `items-${run.number}`, class: "card" }, h("header", {}, h("h2", {}, "Items")), this.about, h("div", { class: "picture" }, this.canvas), this.bars);
+    this.title = h("h3", {}, "Distance of each item to all together");
+    this.element = h("section", { id: `items-${run.number}`, class: "card" }, h("header", {}, h("h2", {}, "Items")), this.about, h("div", { class: "picture" }, this.canvas),
+      this.title, this.bars);
     player.listeners.push((step) => this.draw(step));
   }
 
@@ -100,7 +102,9 @@ export class Others {
     this.element.hidden = n < 0;
     if (n < 0) return;
     const items = step.items[n], estimates = step.of(n, "estimates"), pictures = items.distances.map((_, k) => pictureOf(item(estimates, k), this.run.map));
-    paintGrid(this.canvas, pictures, Math.ceil(Math.sqrt(items.number)), 2);
+    const columns = Math.ceil(Math.sqrt(items.number));
+    paintGrid(this.canvas, pictures, columns, Math.max(1, Math.round((columns * items.size[1]) / 90)));
+    this.title.hidden = items.number < 2;
     this.about.textContent = `${items.number} of ${items.size.join(" × ")} latents: what the network predicted for each.`;
     this.canvas.setAttribute("aria-label", this.about.textContent);
     this.bars.replaceChildren(items.number > 1 ? bars(items, (k) => `item ${k + 1}`) : "");
