@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import control
+import enlarged
 import figures
 import order
 import pytest
@@ -131,7 +132,7 @@ def test_cells_have_names_of_their_own() -> None:
 
 
 def test_every_result_is_of_a_cell_and_of_the_embedded_model(model: Model) -> None:
-    others = (order.ORDERS, two_subjects.FOLDER, control.FOLDER)
+    others = (order.ORDERS, two_subjects.FOLDER, control.FOLDER, enlarged.FOLDER)
     found = sorted(path for path in studies.RESULTS.rglob("*.json") if path.parent not in others)
     assert found
     for path in found:
@@ -147,6 +148,19 @@ def test_every_result_is_of_a_cell_and_of_the_embedded_model(model: Model) -> No
         assert (result["model"] == {"sha256": model.hashes}) == (path.parent == studies.RESULTS), path.name
         if path.parent.name == "few-steps":
             assert [lora["sha256"] for lora in result["model"]["loras"]] == [sha256(studies.LORA)], path.name
+
+
+def test_the_readme_tells_of_enlarged_pictures_what_was_measured(model: Model) -> None:
+    """Every result is of a case and of the embedded model, and stands in the table with its numbers."""
+    cases = {case.path: case for case in enlarged.CASES}
+    found = sorted(enlarged.FOLDER.glob("*.json"))
+    readme = (Path(__file__).parents[1] / "cutdiff" / "cli" / "README.md").read_text(encoding="utf-8")
+    assert found
+    for path in found:
+        result = json.loads(path.read_text())
+        assert result["settings"] == asdict(cases[path])
+        assert (result["num"], result["model"]) == (enlarged.NUM, {"sha256": model.hashes})
+        assert enlarged.row(result) in readme
 
 
 def test_every_result_of_two_subjects_is_of_a_case(model: Model) -> None:
