@@ -153,7 +153,7 @@ def test_what_is_no_spec(spec: str) -> None:
         ("method", "magnify,stride=1.5", r"^stride=1\.5 must be a whole number at least 1 or None$"),
         ("schedule", "1,x,0", r"^schedule='1,x,0' must be numbers with commas between them$"),
         ("schedule", [3], r"^schedule=\(3\.0,\) must hold two sigmas or more, falling, the last one 0$"),
-        ("schedule", [3, "x"], r"^values=\(3, 'x'\) must be a list, each a finite number at least 0$"),
+        ("schedule", [3, "x"], r"^values=3, 'x' must be a list, each a finite number at least 0$"),
     ],
 )  # fmt: skip
 def test_an_error_names_kind_value_what_is_known_and_a_near_miss(kind: str, value: Any, message: str) -> None:
