@@ -178,6 +178,7 @@ STUDIES: dict[str, list[Cell]] = {
         *(cell(method, 256, **CHOICE) for method in ("magnify", "cutdiffusion")),
     ],
     "better": [cell(method, size) for size in (256, 512) for method in ("cutdiffusion", "demofusion", "magnify")],
+    "flow-native": [cell("direct", 128)],
     **{f"flow-{n}x{n}": on_flow(128 * n) for n in (2, 3, 4)},
     "flow-choice": [
         *(cell("direct", 128, **CHOICE, guidance_scale=scale) for scale in (2.0, 3.0, 4.0, 6.0)),

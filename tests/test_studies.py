@@ -132,6 +132,7 @@ def test_cells_have_names_of_their_own() -> None:
 
 
 def test_every_result_is_of_a_cell_and_of_the_embedded_model(model: Model) -> None:
+    flow = cutdiff.load(studies.FLOW)
     others = (order.ORDERS, two_subjects.FOLDER, control.FOLDER, enlarged.FOLDER)
     found = sorted(path for path in studies.RESULTS.rglob("*.json") if path.parent not in others)
     assert found
@@ -146,6 +147,8 @@ def test_every_result_is_of_a_cell_and_of_the_embedded_model(model: Model) -> No
         assert result["num"] >= 20
         assert result["caption_seed"] == (studies.CHOICE_SEED if "seed=" in path.name else score.CAPTION_SEED)
         assert (result["model"] == {"sha256": model.hashes}) == (path.parent == studies.RESULTS), path.name
+        if path.parent.name == "flow":
+            assert result["model"] == {"sha256": flow.hashes}, path.name
         if path.parent.name == "few-steps":
             assert [lora["sha256"] for lora in result["model"]["loras"]] == [sha256(studies.LORA)], path.name
 
