@@ -265,14 +265,16 @@ class Settings(Options):
         return {**own, **{kind: specs.spec_of(kind, getattr(self, kind)) for kind in TABLES}}
 
     def pictures(self) -> dict[str, Picture]:
-        """The pictures that the run is given, by their options."""
+        """The pictures that the run is given, by their options, without hints."""
         return {name: picture for name in PICTURES if (picture := getattr(self, name)) is not None}
+
+    def all_pictures(self) -> list[Picture]:
+        """The pictures that the run is given, and the hints of its ControlNets."""
+        return [*self.pictures().values(), *(self.control_image or ())]
 
     def notices(self) -> list[str]:
         """The things that a user should know of how pictures and regions were read, each beginning with its option."""
-        return [notice for picture in self.pictures().values() for notice in picture.notices] + notices(
-            self.regions or ()
-        )
+        return [notice for picture in self.all_pictures() for notice in picture.notices] + notices(self.regions or ())
 
     @property
     def img2img_strength(self) -> float:

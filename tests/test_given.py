@@ -93,6 +93,16 @@ def test_pictures_of_every_kind_are_read(kind: str, tmp_path: Path) -> None:
     assert [str(text).removeprefix(f"image={path} ") for text in picture.notices] == [notice] * bool(notice)
 
 
+@pytest.mark.parametrize("option", ["image", "mask", "control_image"])
+def test_what_is_made_of_a_picture_is_said_of_every_option(option: str, tmp_path: Path) -> None:
+    for name in ("alpha", "several"):
+        path = tmp_path / name
+        path.write_bytes(KINDS[name][0])
+        beside = {"image": {}, "mask": {"image": two_colors()}, "control_image": {"control": "a"}}[option]
+        (notice,) = Settings(method="direct", **{option: path}, **beside).notices()
+        assert notice == f"{option}={path} {KINDS[name][3]}"
+
+
 def test_a_picture_is_turned_as_its_tag_says(tmp_path: Path) -> None:
     (tmp_path / "turned.jpg").write_bytes(turned())
     picture = as_picture("image", str(tmp_path / "turned.jpg"))

@@ -27,10 +27,10 @@ from cutdiff.specs import name_of
 
 def check_counts(prompts: Sequence[str], settings: Settings) -> None:
     """ValueError where there are several pictures of a kind and another number of prompts."""
-    hints = [("control_image", hint) for hint in settings.control_image or ()]
-    for name, picture in [*settings.pictures().items(), *hints]:
+    for picture in settings.all_pictures():
         if picture.count not in (1, len(prompts)):
-            raise ValueError(f"{name} holds {picture.count} pictures for {len(prompts)} prompts: give one, or as many")
+            counts = f"{picture.count} pictures for {len(prompts)} prompts"
+            raise ValueError(f"{picture.option} holds {counts}: give one, or as many")
 
 
 def check_given(model: Model, settings: Settings, size: Size, schedule: Schedule) -> None:
