@@ -81,6 +81,21 @@ def check_owned(names: Iterable[str], options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={what}: leave one out")
 
 
+def _of_one_value(mask: Picture) -> str:
+    """The fault of a mask that is white nowhere, or everywhere, with its value where that is another."""
+    gray = mask.pixels().mean(axis=3) * 255
+    if not mask.white:
+        lightest = round(float(gray.max()))
+        cause = f"nowhere lighter than {lightest} of 255, where white begins at 128" if lightest else "black all over"
+        return f"is {cause}, so that nothing would be redrawn: make that white"
+    darkest = round(float(gray.min()))
+    cause = "white all over" if darkest == 255 else f"nowhere darker than {darkest} of 255, where white begins at 128"
+    alpha = ", as its transparent parts are laid on white" * any("transparent" in notice for notice in mask.notices)
+    return (
+        f"is {cause}{alpha}, so that nothing of the image would be held: paint black what is to stay, or leave it out"
+    )
+
+
 @dataclass(frozen=True, init=False)
 class Settings(Options):
     """All that a run can be given. `Settings(method="magnify", structure_fraction=0.5)` takes the options below, and by
@@ -227,10 +242,7 @@ class Settings(Options):
             if own != other:
                 raise ValueError(f"{said} has {own} pixels, and the image {other}: give one of the image's size")
             if mask.white in (0, 1):
-                fault = "black all over, so that nothing would be redrawn: make that white"
-                if mask.white:
-                    fault = "white all over, so that nothing of the image would be held: leave it out"
-                raise BadFile(f"mask={mask.name} is {fault}")
+                raise BadFile(f"mask={mask.name} {_of_one_value(mask)}")
         if place is not None:
             self._check_place(place)
 

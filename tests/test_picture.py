@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from refusal import CommandLine
 from torch import Tensor
 
 import cutdiff
@@ -283,7 +285,10 @@ def test_a_set_of_given_pictures_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--mask", "MASK"], "a.png: --mask mask.png has 8×8 pixels, and the image 64×40: give one of the image's size"),
+        (
+            ["--mask", "MASK"],
+            "a.png: --mask mask.png has 8×8 pixels, and the image 64×40: give one of the image's size",
+        ),
         (["--place", "0,0", "--width", "56", "--height", "64"], "a.png: --place 0,0 needs a larger canvas"),
         (["--strength", "0"], "a.png: --strength 0 would draw nothing on the image"),
     ],
