@@ -39,6 +39,8 @@ OWNERS = {"fit": ("image",), "feather": ("mask", "place"), "bootstrapping": ("re
 """The options with a default that mean nothing without one of others."""
 STRENGTH = 0.5
 """The share of the steps that a picture is drawn on by, where nobody says."""
+BOOTSTRAPPED = 0.2
+"""The share of the steps in which regions are drawn on a plain colour, where nobody says."""
 Fit = Literal["cover", "contain", "stretch"]
 Pixels = Annotated[int, Between(0)]
 MAX_SIDE = 32768
@@ -141,7 +143,7 @@ class Settings(Options):
     """The hint of the ControlNet of the same number, a picture of the size to be drawn, a file; it says the size unless
     width and height do, beside an image too."""
     control_scale: Any = None
-    """The factor of what a ControlNet adds, in 0 … 10, one for each; None: 1."""
+    """The factor of what a ControlNet adds, above 0 and at most 10, one for each; None: 1."""
     control_interval: Any = None
     """The shares of the steps between which a ControlNet counts, a pair for each; None: in all steps."""
     method: Any = "cutdiffusion"
@@ -168,9 +170,9 @@ class Settings(Options):
     regions: Any = None
     """Prompts of parts of the picture, of which the prompt of the run draws the rest: a file of regions, or a list of
     `Region`."""
-    bootstrapping: Share = 0.2
+    bootstrapping: Share | None = None
     """The share of the steps, rounded up, in which each region is drawn on a plain colour, so that its subject stays
-    within."""
+    within; None: 0.2, of which an image may leave nothing."""
     view_batch_size: Count | None = None
     """The patches or views that go through the network at once, halved where a GPU's memory does not suffice; None: 16
     on a CPU, all of a step on a GPU."""
@@ -273,7 +275,7 @@ class Settings(Options):
             own["control_image"] = [hint.described() for hint in self.control_image]
         own = {name: value for name, value in own.items() if name not in LATER or value != getattr(Settings, name)}
         if self.regions:
-            own["bootstrapping"] = self.bootstrapping
+            own["bootstrapping"] = self.bootstrapped
         return {**own, **{kind: specs.spec_of(kind, getattr(self, kind)) for kind in TABLES}}
 
     def pictures(self) -> dict[str, Picture]:
@@ -294,6 +296,11 @@ class Settings(Options):
         is redrawn by any."""
         usual = 1.0 if self.redraws else STRENGTH
         return usual if self.strength is None else self.strength
+
+    @property
+    def bootstrapped(self) -> float:
+        """The share of the steps in which regions are drawn on a plain colour."""
+        return BOOTSTRAPPED if self.bootstrapping is None else self.bootstrapping
 
     @property
     def redraws(self) -> bool:

@@ -409,7 +409,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "a dark mask": (
         "--image image.png --mask dark.png",
-        "--mask dark.png is nowhere lighter than 127 of 255, where white begins at 128, so that nothing would be redrawn",
+        "--mask dark.png is nowhere lighter than 127 of 255, where white begins at 128, so that nothing would",
     ),
     "a light mask": (
         "--image image.png --mask light.png",
