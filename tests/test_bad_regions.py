@@ -104,8 +104,8 @@ def test_refused(name: str, folder: Path, command_line: CommandLine) -> None:
     [
         (["--regions", "nowhere.json"], "--regions nowhere.json does not exist: check the path"),
         (["--regions", "."], "--regions . is a folder where a file belongs"),
-        (["--bootstrapping", "0.5"], "--bootstrapping 0.5 goes with regions: give that, or leave it out"),
-        (["--bootstrapping", "0.2"], "--bootstrapping 0.2 goes with regions: give that, or leave it out"),
+        (["--bootstrapping", "0.5"], "--bootstrapping 0.5 goes with --regions: give that, or leave it out"),
+        (["--bootstrapping", "0.2"], "--bootstrapping 0.2 goes with --regions: give that, or leave it out"),
         (["--regions", ""], "--regions '' names no file: give one of regions, such as"),
         (["--bootstrapping", "2"], "argument --bootstrapping: 2 must be a finite number in 0 … 1"),
     ],

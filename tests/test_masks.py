@@ -429,13 +429,16 @@ REFUSED: dict[str, tuple[str, str]] = {
     "a place alone": ("--place 8,8", "--place 8,8 is of an image, and none is given: give one, or leave it out"),
     "a feather alone": (
         "--image image.png --feather 4",
-        "--feather 4 goes with mask or place: give that, or leave it out",
+        "--feather 4 goes with --mask or --place: give that, or leave it out",
     ),
     "a feather too wide": (
         "--image image.png --mask mask.png --feather 9999",
         "--feather: 9999 must be a whole number in",
     ),
-    "the usual feather alone": ("--image image.png --feather 16", "--feather 16 goes with mask or place: give that"),
+    "the usual feather alone": (
+        "--image image.png --feather 16",
+        "--feather 16 goes with --mask or --place: give",
+    ),
     "half of a place": (
         "--image image.png --place None,3",
         "--place: None, 3 must be 2 values, each a whole number at le",
@@ -459,15 +462,15 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "an inversion": (
         "--image image.png --mask mask.png --invert",
-        "and mask=mask.png draws a part anew: leave one out",
+        "and --mask mask.png draws a part anew: leave one out",
     ),
     "a place and a fit": (
         "--image image.png --place 0,0 --fit stretch",
-        "--fit 'stretch' resizes the image, and place puts",
+        "--fit 'stretch' resizes the image, and --place puts",
     ),
     "a place and the usual fit": (
         "--image image.png --place 0,0 --fit cover",
-        "--fit 'cover' resizes the image, and pl",
+        "--fit 'cover' resizes the image, and --pl",
     ),
     "half a place": ("--image image.png --place 5", "--place: 5 must be 2 values"),
     "a strength of nothing": ("--image image.png --mask mask.png --strength 0", "would draw nothing on the image"),

@@ -233,7 +233,14 @@ def _of_object(option: str, value: Any) -> tuple[np.ndarray, list[str]]:
     said = f"{option}={type(value).__name__} of {tuple(value.shape)}"
     if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
         shapes, place = ("(3, H, W) or (B, 3, H, W)", "first") if is_tensor else ("(H, W, 3) or (B, H, W, 3)", "last")
-        raise ValueError(f"{said} must be {shapes}: move channels {place}")
+        remedy = "give a picture"
+        if array.ndim == 4 and 0 in array.shape:
+            remedy = "it has no pixels"
+        elif array.ndim == 4 and array.shape[1 if not is_tensor else 2] in (1, 3):
+            remedy = f"move channels {place}"
+        elif array.ndim == 4:
+            remedy = f"it has {array.shape[3]} channels, and 1 or 3 are read"
+        raise ValueError(f"{said} must be {shapes}: {remedy}")
     _check_size(said, array.shape[1] * array.shape[2])
     pixels = np.array(np.broadcast_to(array, (*array.shape[:3], 3)), dtype=np.float32, order="C")
     if array.dtype == np.uint8:
