@@ -201,7 +201,7 @@ def test_a_half_is_right_with_its_subject_alone() -> None:
 
 
 def test_the_readme_says_what_was_measured() -> None:
-    """`| method | 70% [64%, 76%] | kernel | detail | evaluations | 30% [24%, 37%] | evaluations | 24% [14%, 36%] |`, the
+    """`| method | 70% [64%, 76%] | kernel | detail | calls | 30% [24%, 37%] | calls | 24% [14%, 36%] |`, the
     last one of the transformer; a share may end in " of 24", and what was not drawn is "–"."""
     text = (studies.RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
     lines = [line.strip("| ").split(" | ") for line in text.splitlines()]
