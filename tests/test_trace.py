@@ -588,7 +588,7 @@ def test_pages_that_cannot_be_compared(
     monkeypatch.chdir(tmp_path)
     cutdiff.trace(tiny_model, PROMPT, page="a.html", **RUN)
     (tmp_path / "text.html").write_text("<p>text")
-    (tmp_path / "old.html").write_bytes((tmp_path / "a.html").read_bytes().replace(b'"format": 1', b'"format": 0'))
+    (tmp_path / "old.html").write_bytes((tmp_path / "a.html").read_bytes().replace(b'"format": 2', b'"format": 0'))
     assert compare(["a.html", "a.png", "--out", "new/both.html"]) == 0
     (tmp_path / "both.html").write_bytes((tmp_path / "new" / "both.html").read_bytes())
     capsys.readouterr()

@@ -69,6 +69,9 @@ export function choice(label, options, chosen, onchoose) {
   return h("div", { class: "choice", role: "group", "aria-label": label }, ...buttons);
 }
 
+// A number of things: "1 step", "2 steps".
+export const count = (n, thing) => `${n} ${thing}${n === 1 ? "" : "s"}`;
+
 export function number(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   if (value !== 0 && (Math.abs(value) < 0.001 || Math.abs(value) >= 1e5)) return value.toExponential(1);
