@@ -53,10 +53,11 @@ def trace(
     """
     if not isinstance(prompt, str):
         raise ValueError(f"prompt={prompt!r:.100} must be one text: trace one picture after the other")
-    if every is not None and (not isinstance(every, int) or every < 1):
-        raise ValueError(f"every={every!r} must be at least 1, and whole")
-    if Path(page).suffix.lower() not in (".html", ".htm") or Path(page).is_dir():
-        what = "is a folder" if Path(page).is_dir() else "is not the name of a page"
+    if every is not None and (type(every) is not int or every < 1):
+        raise ValueError(f"every={every!r} must be a whole number of steps, 1 or more")
+    is_folder = page != "" and Path(page).is_dir()
+    if is_folder or Path(page).suffix.lower() not in (".html", ".htm"):
+        what = "is a folder" if is_folder else "is not the name of a page"
         raise ValueError(f"page={str(page)!r} {what}: give a file that ends in .html")
     settings = with_options(model, settings, options)
     with tracing(model, prompt, settings, Path(page), every=every, decode=decode, data=data) as tracing_:

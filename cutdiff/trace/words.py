@@ -72,7 +72,7 @@ def _shown(name: str) -> str:
     """A word as `written`, without its brackets: with its weight, if that is not 1."""
     pieces = [piece for part in parse_weights(name) for piece in part]
     text, weight = "".join(text for text, _ in pieces), pieces[0][1] if pieces else 1
-    return text if weight == 1 else f"{text} ×{weight:g}"
+    return text if weight == 1 else f"{text} ×{weight:.3g}"
 
 
 def unread_because(model: Model, prompt: str, settings: Settings) -> str | None:

@@ -1,6 +1,4 @@
 // Colours of latents, of magnitudes and of what is not finite.
-import { greatest } from "./tensors.js";
-import { number } from "./paint.js";
 
 // Cividis (Nuñez, Anderton, Renslow 2018), which reads alike with and without colour blindness, at nine places.
 const MAGNITUDES = [[0, 32, 76], [0, 49, 110], [53, 69, 108], [87, 93, 109], [112, 113, 115], [143, 136, 119], [177, 160, 112], [214, 187, 90], [255, 234, 70]];
@@ -37,15 +35,12 @@ export function without(picture, outside) {
   return picture;
 }
 
-// Values (H, W), 0 to `most` -> {width, height, rgba}.
+// Values (H, W), 0 to `most` -> {width, height, rgba, most}.
 export function heatOf({ shape: [height, width], data }, most) {
   const rgba = new Uint8ClampedArray(4 * width * height);
   data.forEach((value, p) => put(rgba, p, Number.isFinite(value) ? magnitude(value / most) : BAD[(p + Math.floor(p / width)) % 2]));
-  return { width, height, rgba };
+  return { width, height, rgba, most };
 }
-
-// The key of a heat map whose scale ends with its greatest value.
-export const brightest = (data) => `0 to ${number(greatest(data), 2)}`;
 
 // A picture seen through a map (h, w): bright where the map is greatest, dark where it is least.
 export function through(picture, { shape: [rows, columns], data }) {

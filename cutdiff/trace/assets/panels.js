@@ -1,6 +1,6 @@
 // The pictures of a step: the canvas, the estimate, the change since the step before, and the finished picture.
 import { same, distance, rms, greatest } from "./tensors.js";
-import { pictureOf, heatOf, through, brightest } from "./colours.js";
+import { pictureOf, heatOf, through } from "./colours.js";
 import { h, Frame, choice, number, count } from "./paint.js";
 import { bothFull } from "./runs.js";
 
@@ -39,7 +39,7 @@ export class Panels {
     const [now, then] = [step, before].map((each) => each?.tensor(this.of));
     if (!same(now, then)) { this.change.show(null, then ? "the canvas has another size" : "this is the first step"); return; }
     const heat = distance(now, then);
-    this.change.show(heatOf(heat, greatest(heat.data)), `since ${before.number === step.number - 1 ? "the step before" : `step ${before.number}`}, rms ${number(rms(heat.data))}, ${brightest(heat.data)}`);
+    this.change.show(heatOf(heat, greatest(heat.data)), `since ${before.number === step.number - 1 ? "the step before" : `step ${before.number}`}, rms ${number(rms(heat.data))}`);
   }
 }
 
@@ -70,7 +70,7 @@ export class Difference {
       if (!same(x, y)) { frame.show(null, x && y ? `of ${sizeOf(x)} and ${sizeOf(y)} latents` : "nothing was recorded"); continue; }
       if (k < 0) { frame.show(null, ended ? `run ${"AB"[ended.number]} has ended` : "no step is shown in full in both"); continue; }
       const heat = distance(x, y), size = rms(heat.data), where = k === i ? "" : `of step ${k + 1}: `;
-      frame.show(heatOf(heat, greatest(heat.data)), where + (size ? `rms ${number(size)}, ${number((100 * size) / rms(x.data), 2)}%, ${brightest(heat.data)}` : "none"));
+      frame.show(heatOf(heat, greatest(heat.data)), where + (size ? `rms ${number(size)}, ${number((100 * size) / rms(x.data), 2)}%` : "none"));
     }
   }
 

@@ -56,7 +56,7 @@ export class Player {
     const bad = steps.flatMap((step, i) => (step.isBad ? [svg("rect", { x: i + 0.04, y: 0, width: 0.92, height: 40, class: "bad" })] : []));
     const line = steps.map((step, i) => `${i ? "L" : "M"}${i + 0.5} ${y(step)}`).join("");
     const art = svg("svg", { viewBox: `0 0 ${this.planned} 40`, preserveAspectRatio: "none", "aria-hidden": "true" },
-      svg("rect", { width: steps.length, height: 40, class: "under" }), ...columns,
+      ...steps.flatMap((step, i) => (step.isFull ? [] : [svg("rect", { x: i + 0.04, y: 0, width: 0.92, height: 40, class: "under" })])), ...columns,
       ...steps.flatMap((step, i) => (begins(step, i) ? [svg("line", { x1: i, x2: i, y1: 0, y2: 40, class: "begins", "vector-effect": "non-scaling-stroke" })] : [])), ...bad,
       svg("path", { d: line, class: "sigma", "vector-effect": "non-scaling-stroke" }));
     const names = steps.flatMap((step, i) => {

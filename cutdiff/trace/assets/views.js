@@ -1,6 +1,6 @@
 // The views of a step: their frames over the canvas, and what a chosen one predicted alone. Other items, too.
 import { item, crop, distance, rms, greatest } from "./tensors.js";
-import { pictureOf, heatOf, without, brightest } from "./colours.js";
+import { pictureOf, heatOf, without } from "./colours.js";
 import { h, svg, Frame, choice, number, paintGrid } from "./paint.js";
 
 // A bar for each item, as long as its distance, over its number; with `onchoose` they are buttons, of
@@ -68,7 +68,7 @@ export class Views {
     const heat = distance(alone, here), inside = heat.data.filter((_, p) => !here.outside[p]), [top, left] = items.origins[this.chosen];
     this.alone.show(pictureOf(alone, run.map), `view ${this.chosen + 1}`);
     this.others.show(without(pictureOf(here, run.map), here.outside), `row ${top}, column ${left}`);
-    this.apart.show(without(heatOf(heat, greatest(inside)), here.outside), `rms ${number(rms(inside))}, ${brightest(inside)}`);
+    this.apart.show(without(heatOf(heat, greatest(inside)), here.outside), `rms ${number(rms(inside))}`);
     this.about.textContent = `${items.number} overlapping views of ${height} × ${width} latents. ${many ? "Dotted is the chosen one's frame" : "Dotted are the frames"} of the step before. Click one; the arrow keys up and down go over the bars.`;
     this.bars.replaceChildren(bars(items, (k) => `view ${k + 1}`, this.chosen, (k) => this.choose(k)));
   }
