@@ -115,7 +115,7 @@ def test_each_image_has_its_own_hint(tiny_model: Model, control: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_controlled(tiny_model: Model, control: Path, method: str) -> None:
-    """At scale 0 nothing is added."""
+    """At a scale near 0 nothing is added."""
     options: dict[str, Any] = {"method": method, "num_steps": 2, "height": 128, "width": 96, "seed": 1}
     plain = cutdiff.generate(tiny_model, "a red house", **options)
     options |= {"control": str(control), "control_image": hint(128, 96)}
@@ -123,7 +123,7 @@ def test_every_method_is_controlled(tiny_model: Model, control: Path, method: st
     assert controlled.latents.isfinite().all()
     assert (controlled.latents - plain.latents).norm() > 1e-3 * plain.latents.norm()
     assert controlled.record["network_evaluations"] == plain.record["network_evaluations"]
-    nothing = cutdiff.generate(tiny_model, "a red house", control_scale=0, **options)
+    nothing = cutdiff.generate(tiny_model, "a red house", control_scale=1e-9, **options)
     torch.testing.assert_close(nothing.latents, plain.latents, rtol=1e-4, atol=1e-4)
 
 
@@ -321,6 +321,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "scale": (
         ["OK", "--control-scale", "11"],
         "--control-scale 11.0 must be a finite number in 0 … 10",
+    ),
+    "scale 0": (["OK", "--control-scale", "0"], "--control-scale 0.0 would evaluate a ControlNet for nothing: leave"),
+    "one scale of 0": (
+        ["OK", "OK", "--control-scale", "1", "--control-scale", "0"],
+        "--control-scale 1.0, 0.0 would evaluate a ControlNet for nothing",
     ),
     "scale below 0": (["OK", "--control-scale", "-0.5"], "--control-scale -0.5 must be"),
     "scale NaN": (["OK", "--control-scale", "nan"], "--control-scale"),

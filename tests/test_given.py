@@ -93,6 +93,21 @@ def test_pictures_of_every_kind_are_read(kind: str, tmp_path: Path) -> None:
     assert [str(text).removeprefix(f"image={path} ") for text in picture.notices] == [notice] * bool(notice)
 
 
+@pytest.mark.parametrize("option", ["image", "mask", "control_image"])
+def test_what_is_made_of_a_picture_is_said_of_every_option(option: str, tmp_path: Path) -> None:
+    halves = Image.new("L", (24, 16))
+    halves.paste(255, (12, 0, 24, 16))
+    several = saved(halves, "GIF", save_all=True, append_images=[halves.rotate(180)])
+    halves.putalpha(Image.new("L", halves.size, 200))
+    said = {several: "holds 2 pictures: the first is taken", saved(halves, "PNG"): TRANSPARENT}
+    for data, words in said.items():
+        path = tmp_path / "given"
+        path.write_bytes(data)
+        beside = {"image": {}, "mask": {"image": two_colors()}, "control_image": {"control": "a"}}[option]
+        (notice,) = Settings(method="direct", **{option: path}, **beside).notices()
+        assert notice == f"{option}={path} {words}"
+
+
 def test_a_picture_is_turned_as_its_tag_says(tmp_path: Path) -> None:
     (tmp_path / "turned.jpg").write_bytes(turned())
     picture = as_picture("image", str(tmp_path / "turned.jpg"))
