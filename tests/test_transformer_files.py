@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
 
 from cutdiff.checkpoint import save_folder
+from cutdiff.checkpoint.folder import PREFERRED
 from cutdiff.checkpoint.keys import vae_keys
 from cutdiff.checkpoint.kinds import FLUX, networks_of
 from cutdiff.checkpoint.kinds import SD3 as SD3_KIND
-from cutdiff.checkpoint.load import load
+from cutdiff.checkpoint.load import load, load_outline
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import randomise
 from cutdiff.checkpoint.t5 import read_t5_tokenizer
@@ -469,6 +470,25 @@ def test_a_lora_in_the_layout_of_diffusers(folders: dict[Any, Path], tmp_path: P
     before, after = (model.unet.state_dict() for model in (plain, merged))
     torch.testing.assert_close(after[f"{module}.weight"], before[f"{module}.weight"] + 0.5 * up @ down)
     assert [key for key in before if not torch.equal(before[key], after[key])] == [f"{module}.weight"]
+
+
+def test_what_nobody_says_is_as_in_the_published_pipelines(folders: dict[Any, Path], tmp_path: Path) -> None:
+    """Distilled to four steps is what has no guidance scale and times that are the same at every size."""
+    flux, schnell, sd3 = folders.values()
+    dev = {"guidance_scale": 3.5, "num_steps": 28}
+    assert load(flux).preferred == dev
+    assert load(sd3).preferred == {"guidance_scale": 7.0, "num_steps": 28}
+    other, file = shutil.copytree(schnell, tmp_path / "other"), tmp_path / "model.safetensors"
+    config("scheduler", use_dynamic_shifting=False)(other)
+    distilled = {"guidance_scale": 1.0, "num_steps": 4}
+    assert load(other).preferred == load_outline(other, dtype=torch.float32).preferred == distilled
+    config("scheduler", use_dynamic_shifting=True)(other)
+    assert load(other).preferred == dev
+    save_file(original(load(other).unet.state_dict()), file)
+    (other / PREFERRED).write_text('{"guidance_scale": 2}')
+    for model in (load(other), load(file, config=other), load_outline(file, dtype=torch.float32, config=other)):
+        assert model.preferred == {"guidance_scale": 2}
+    assert load(file, config=schnell).preferred == load(schnell).preferred
 
 
 def test_names_of_the_transformer(folders: dict[Any, Path], tmp_path: Path) -> None:
