@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from diffusers.loaders import single_file_utils
+from PIL import Image
 from refusal import CommandLine
 from safetensors.torch import save_file
 from tiny import VAE_TINY, edit_json, edit_tensors, relative_error
@@ -34,6 +35,7 @@ from cutdiff.models.flux import Flux, FluxConfig
 from cutdiff.models.joint_text import T5, FluxText, SD3Text
 from cutdiff.models.sd3 import SD3, SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
 from cutdiff.models.vae import VAE
+from cutdiff.sample import main
 from cutdiff.sampling.flow import FlowConfig
 from cutdiff.scenes.vocabulary import make_flow_text, make_text_encoders
 
@@ -447,7 +449,8 @@ def test_bad_files_and_options(folders: dict[Any, Path], tmp_path: Path, command
     without_t5 = ("--text-encoder-3", "none")
     refuses("--text-encoder-3 none is for models of SD3", flux, *without_t5, status=2)
     refuses("--text-encoder-3 none is for models of SD3", "weights/scenes", *without_t5, status=2)
-    refuses("is not for a model of flow matching", flux, "--prediction-type", "epsilon")
+    for option, value in (("--prediction-type", "epsilon"), ("--timestep-spacing", "trailing")):
+        refuses(f"{option} {value} is not for a model of flow matching", flux, option, value, status=2)
     refuses("--clip-skip 1 is for models that read CLIP's states", flux, "--clip-skip", "1", status=2)
     save_file({"emb_params": torch.ones(64)}, lora)
     refuses("is for CLIP alone, and this model reads T5 too", flux, "--embedding", lora)
@@ -470,6 +473,40 @@ def test_a_lora_in_the_layout_of_diffusers(folders: dict[Any, Path], tmp_path: P
     before, after = (model.unet.state_dict() for model in (plain, merged))
     torch.testing.assert_close(after[f"{module}.weight"], before[f"{module}.weight"] + 0.5 * up @ down)
     assert [key for key in before if not torch.equal(before[key], after[key])] == [f"{module}.weight"]
+
+
+def test_what_a_run_does_not_read_is_told_once(
+    folders: dict[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, long = "a red house", "a red house " * 25 + "at night"
+    of_t5, of_clip = "T5 reads the first 31 tokens of ", "CLIP reads the first 75 tokens of "
+    positions = "cutdiff: --positions changed nothing: the network was shown no more than its native 64 px at once\n"
+    negative = (
+        "cutdiff: this model reads the guidance scale and no negative prompt, so that was not read: leave it out\n"
+    )
+
+    def told(model: Any, *arguments: str, method: str = "multidiffusion") -> str:
+        how = ["--method", method, "--steps", "1", "--guidance-scale", "2", "--width", "128", "--height", "64"]
+        where = ["--model", str(folders[model]), "--out", str(tmp_path), "--overwrite"]
+        assert main([*arguments, *how, *where]) == 0
+        return capsys.readouterr().err
+
+    dev, schnell, sd3 = folders
+    assert told(dev, short) == told(schnell, short, "--negative-prompt", short) == told(sd3, short) == ""
+    assert told(dev, short, "--positions", "ntk", "--shift", "2") == positions
+    text = Image.open(next(tmp_path.glob("*.png"))).text["parameters"]  # type: ignore[attr-defined]
+    assert 'Shift: 2.0, Positions: "ntk,proportional=False,factor=None"' in text
+    assert told(dev, short, "--positions", "ntk", method="direct") == ""
+    assert told(dev, short, "--negative-prompt", short) == negative
+    for model, options, count in ((schnell, ["--negative-prompt", long], 2), (schnell, ["--prompt-2", long], 1)):
+        lines = told(model, short, *options).splitlines()
+        assert len(lines) == count
+        assert of_t5 in lines[-1]
+        assert lines[-1].endswith("at night'")
+        assert all(of_clip in line for line in lines[:-1])
+    assert len(told(schnell, long, "--num-images", "2").splitlines()) == 2
+    assert of_t5 in told(sd3, f"[a tent:{long}:0.5]").rstrip("\n")
+    assert told(sd3, long, "--text-encoder-3", "none") == ""
 
 
 def test_what_nobody_says_is_as_in_the_published_pipelines(folders: dict[Any, Path], tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def kind_of(config: object) -> Kind:
 
 
 def published_preferences(config: Shape, noise: AnyNoise) -> dict[str, Any]:
-    """The options of a run with which diffusers' pipeline of a transformer draws where nobody says otherwise; none for a
-    U-Net. FLUX.1-schnell, which was distilled to four steps without guidance, is told from the others by its times,
+    """The options of a run with which diffusers' pipeline of a transformer draws where nobody says otherwise; none for
+    a U-Net. FLUX.1-schnell, which was distilled to four steps without guidance, is told from the others by its times,
     whose shift does not depend on the size."""
     kind = kind_of(config)
     if kind is UNET:
