@@ -354,6 +354,16 @@ BAD: dict[str, tuple[Any, Callable[[Path], object], str]] = {
         without("text_encoder_3"),
         "has no text_encoder_3: download it, or pass --text-encoder-3 none",
     ),
+    "T5 left out of FLUX.1": (
+        FLUX_TINY,
+        lambda path: edit_json(path / "model_index.json", text_encoder_2=[None, None]),
+        "has no text_encoder_2, which is T5 and which FLUX.1 needs: download it",
+    ),
+    "Kontext's pipeline": (
+        FLUX_TINY,
+        lambda path: edit_json(path / "model_index.json", _class_name="FluxKontextPipeline"),
+        "is a FluxKontextPipeline: a FLUX.1 that is shown a picture too, as Fill, Canny, Depth and Kontext are: pass",
+    ),
     "no tokenizer of T5": (FLUX_TINY, without("tokenizer_2"), "tokenizer_2 holds no tokenizer.json, which T5's"),
     "no VAE": (FLUX_TINY, without("vae"), "has no vae: pass one as --vae"),
     "no transformer": (SD3_TINY, without("transformer"), "transformer/config.json is missing"),
@@ -412,7 +422,7 @@ BAD: dict[str, tuple[Any, Callable[[Path], object], str]] = {
     "noise of a U-Net": (
         FLUX_TINY,
         config("scheduler", _class_name="EulerDiscreteScheduler", use_dynamic_shifting=False),
-        "a transformer and a scheduler without flow matching do not fit: take both from one model",
+        "scheduler_config.json: EulerDiscreteScheduler: a transformer and a scheduler without flow matching do not fit",
     ),
     "pieces": (FLUX_TINY, config("tokenizer_2", model={"vocab": {"a": 1}}), "has no list of 4 to 100000 pieces"),
     "a score": (
@@ -451,7 +461,7 @@ def test_bad_files_and_options(folders: dict[Any, Path], tmp_path: Path, command
     refuses("--text-encoder-3 none is for models of SD3", "weights/scenes", *without_t5, status=2)
     for option, value in (("--prediction-type", "epsilon"), ("--timestep-spacing", "trailing")):
         refuses(f"{option} {value} is not for a model of flow matching", flux, option, value, status=2)
-    refuses("--clip-skip 1 is for models that read CLIP's states", flux, "--clip-skip", "1", status=2)
+    refuses("CLIP's states, and this one reads T5's: leave it out", flux, "--clip-skip", "1", status=2)
     save_file({"emb_params": torch.ones(64)}, lora)
     refuses("is for CLIP alone, and this model reads T5 too", flux, "--embedding", lora)
     joined = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -459,6 +469,9 @@ def test_bad_files_and_options(folders: dict[Any, Path], tmp_path: Path, command
     refuses("FLUX.1 or SD3 in the original layout, with joined matrices: convert it", flux, "--lora", lora)
     save_file({"lora_unet_nothing.lora_down.weight": torch.ones(2, 2)}, lora)
     refuses("is no LoRA for this model", flux, "--lora", lora)
+    refuses("is no LoRA, but may be a whole model: none of its keys", flux, "--lora", file)
+    scenes = Path("weights/scenes-lcm.safetensors").resolve()
+    refuses("was made for a U-Net, and this model has a transformer: use a LoRA of its", flux, "--lora", scenes)
     save_file({**tensors, "double_blocks.0.img_attn.extra": torch.ones(2)}, file)
     refuses("1 unexpected: double_blocks.0.img_attn.extra", file, "--config", flux)
     save_file({key: tensor for key, tensor in tensors.items() if not key.startswith("vector_in")}, file)
@@ -526,6 +539,14 @@ def test_what_nobody_says_is_as_in_the_published_pipelines(folders: dict[Any, Pa
     for model in (load(other), load(file, config=other), load_outline(file, dtype=torch.float32, config=other)):
         assert model.preferred == {"guidance_scale": 2}
     assert load(file, config=schnell).preferred == load(schnell).preferred
+
+
+def test_a_lora_of_sd35s_second_attention_is_no_unets(folders: dict[Any, Path], tmp_path: Path) -> None:
+    module, path = "transformer_blocks.0.attn2.to_k", tmp_path / "lora.safetensors"
+    down, up = torch.randn(2, SD3_TINY.dim), torch.randn(SD3_TINY.dim, 2)
+    save_file({f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}, path)
+    before, after = (load(folders[SD3_TINY], loras=loras).unet.state_dict() for loras in ([], [(path, 1.0)]))
+    torch.testing.assert_close(after[f"{module}.weight"], before[f"{module}.weight"] + up @ down)
 
 
 def test_names_of_the_transformer(folders: dict[Any, Path], tmp_path: Path) -> None:

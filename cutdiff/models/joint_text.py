@@ -110,7 +110,8 @@ class FluxText(TextEncoders):
 
     def skipping(self, clip_skip: int | None) -> Self:
         if clip_skip is not None:
-            raise ValueError(f"clip_skip={clip_skip} is for models that read CLIP's states, and this one reads T5's")
+            what = "is for models that read CLIP's states, and this one reads T5's"
+            raise ValueError(f"clip_skip={clip_skip} {what}: leave it out")
         return self
 
     def length(self, prompt: str) -> int:
