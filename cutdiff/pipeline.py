@@ -25,7 +25,7 @@ from cutdiff.methods.shared import Run, between, stages_of
 from cutdiff.models.backbone import Backbone
 from cutdiff.models.compiled import compiled
 from cutdiff.models.config import SD15_UNET
-from cutdiff.models.positions import Positioned, with_positions
+from cutdiff.models.positions import AsTrained, Positioned, with_positions
 from cutdiff.models.prompts import LORA
 from cutdiff.models.shared_text import SharedText
 from cutdiff.models.text import TextEncoders
@@ -34,7 +34,7 @@ from cutdiff.models.vae import VAE
 from cutdiff.options import checked
 from cutdiff.output.record import describe, fingerprint, sources_of
 from cutdiff.parallel.ranks import ALONE, Ranks
-from cutdiff.sampling.conditioning import Prompts, encode_prompts
+from cutdiff.sampling.conditioning import Prompts, encode_prompts, pairs_read
 from cutdiff.sampling.denoiser import Denoiser, Observer, Work
 from cutdiff.sampling.draws import Draws, solver_noise
 from cutdiff.sampling.draws import checked as checked_draws
@@ -44,7 +44,7 @@ from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.guidance import Changing, LinearGuidance
 from cutdiff.sampling.masks import MaskedPicture
 from cutdiff.sampling.operators import check_backend
-from cutdiff.sampling.schedules import AlignYourSteps, Schedule, make_schedule
+from cutdiff.sampling.schedules import AlignYourSteps, Listed, Schedule, make_schedule
 from cutdiff.sampling.solvers import DDIM
 from cutdiff.sampling.stages import Phase, Stage, Step, check_stages, solve
 from cutdiff.settings import Settings, check_owned, left_to_model
@@ -163,9 +163,25 @@ def generate(
     if unread := [c for c in prepared.denoiser.controls if c.is_on not in prepared.denoiser.work.counted]:
         numbers = [prepared.denoiser.controls.index(control) for control in unread]
         record["control_unread"] = [record["control_interval"][number] for number in numbers]
+    positions = settings.positions and prepared.denoiser.unet.positions
+    if isinstance(positions, AsTrained) and prepared.denoiser.work.largest_side <= model.native_size:
+        record["positions_unread"] = True  # those of one's own may change a native picture too
+    if cut := _cut_texts(model, prompt, settings):
+        record["prompt_cut"] = cut
     if any(prompt) and all(denoiser is not prepared.denoiser for denoiser in prepared.denoisers):
         record["prompt_unread"] = True
     return Result(images, latents, record)
+
+
+def _cut_texts(model: Model, prompt: str | Sequence[str], settings: Settings) -> list[str]:
+    """What the encoders leave out of the texts of a run, in words."""
+    beside = settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2
+    runs = [Prompts([prompt] if isinstance(prompt, str) else [*prompt], *beside)]
+    for region in settings.regions or ():
+        own = region.negative_prompt
+        runs.append(Prompts([region.prompt or ""], None, settings.negative_prompt if own is None else own))
+    pairs = dict.fromkeys(pair for run in runs for pair in pairs_read(run, settings.num_steps))
+    return [*dict.fromkeys(words for first, second in pairs for words in model.text.left_out(first, second))]
 
 
 def with_options(model: Model, settings: Settings | None, options: dict[str, Any]) -> Settings:
@@ -288,6 +304,8 @@ def _check_for_transformer(settings: Settings) -> None:
 def _shifted_noise(model: Model, settings: Settings, size: tuple[int, int]) -> AnyNoise:
     """The model's noise with the shift of a run on a canvas of `size` latents. ValueError where it has none."""
     noise, shift = model.noise, settings.shift
+    if shift is not None and isinstance(settings.schedule, Listed):
+        raise ValueError(f"shift={shift} moves times, and those of the schedule are given one by one: leave one out")
     if not isinstance(noise, FlowConfig):
         if shift is not None:
             raise ValueError(f"shift={shift} is for models of flow matching, which this one is not: leave it out")

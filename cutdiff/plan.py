@@ -42,7 +42,10 @@ BANDWIDTH = 50.0
 MEMORY = 141.0
 """The memory of an H200, in gigabytes."""
 
-MODEL = "folder, .safetensors file or hub id, or flux.1-dev or sd3.5-medium for their sizes; none: SDXL-base's"
+MODEL = (
+    "folder, .safetensors file or hub id, or FLUX.1-dev, FLUX.1-schnell, SD3-medium, SD3.5-medium or SD3.5-large for "
+    "their sizes; none: SDXL-base's"
+)
 MAX_DEVICES = 4096
 
 

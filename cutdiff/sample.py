@@ -27,7 +27,16 @@ from cutdiff.parallel.process import alike, num_processes, process
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
 
-OPTIONS = ("config=", "vae=", "variant=", "zero_terminal_snr=", "timestep_spacing=", "fp8=", "text_encoder_3=")
+OPTIONS = (
+    "config=",
+    "vae=",
+    "variant=",
+    "prediction_type=",
+    "zero_terminal_snr=",
+    "timestep_spacing=",
+    "fp8=",
+    "text_encoder_3=",
+)
 """The beginnings of errors of `load` that are about a flag."""
 LISTED = 5
 """The lines of a file of prompts, or pictures, that the last message names before it only counts them."""

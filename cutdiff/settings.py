@@ -226,7 +226,7 @@ class Settings(Options):
                 name = specs.name_of(kind, thing)
                 raise ValueError(f"compile={self.compile} is not for {name}, which changes the network on the way")
         if self.cuda_graphs and not self.compile:
-            raise ValueError(f"cuda_graphs={self.cuda_graphs} goes with compile, and that is off: ask for both")
+            raise ValueError(f"cuda_graphs={self.cuda_graphs} goes with compile, which is off: give --compile too")
         for thing in (self.method, self.guidance):
             if callable(check := getattr(thing, "check_settings", None)):
                 check(self)

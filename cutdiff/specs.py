@@ -195,9 +195,11 @@ def changed(things: dict[str, Any], options: dict[str, Any], also: Iterable[str]
 def no_option(name: str, things: dict[str, Any], also: Iterable[str] = ()) -> str:
     """An error's words for an option that none of the objects, by their kinds, has; `also` as in `changed`."""
     having = [f"{kind} {name_of(kind, x)} ({', '.join(options_of(x)) or 'none'})" for kind, x in things.items()]
-    shipped = _shipped_options()
+    shipped = _shipped_options() if things.keys() <= TABLES.keys() else {}
     near = nearest(name, [*also, *(option for thing in things.values() for option in options_of(thing)), *shipped])
     hint = f", but of {', '.join(shipped[name])}" if name in shipped else near
+    if name in NAMED and len(things) == 1 and shipped:
+        hint = f", but of the run: give {name} (--{name}) by itself"
     others = f"{', '.join(having[:-1])} or " if having[1:] else ""
     return f"is no option of {others}{having[-1]}{hint}"
 
@@ -280,12 +282,12 @@ def _made(kind: str, cls: type, options: dict[str, Any], given: Mapping[str, Any
     known = options_of(cls)
     for name in options:
         if name not in known:
-            raise ValueError(f"{name} {no_option(name, {kind: cls})}")
+            raise ValueError(f"{kind}={name_of(kind, cls)}: {name} {no_option(name, {kind: cls})}")
     needed = {name: given[name] for name, option in known.items() if option.required and name in given}
     options = {**needed, **options}
     missing = [name for name, option in known.items() if option.required and name not in options]
     if missing:
-        raise ValueError(f"{kind}={cls.__name__} needs {', '.join(missing)}: give NAME,{missing[0]}=value")
+        raise ValueError(f"{kind}={name_of(kind, cls)} needs {', '.join(missing)}: give NAME,{missing[0]}=value")
     try:
         return cls(**_valued(options, known))
     except ValueError:

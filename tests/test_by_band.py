@@ -157,7 +157,7 @@ def test_a_split_of_ones_own_is_used_and_recorded(tiny_model: Model, tmp_path: P
             r"split=CFG.* must be an object with `low\(x\)`, or a name of dow",
         ),
         ({"split": "wavelet,name=haar"}, "split='wavelet,name=haar': name='haar' is not one of db4, sym4"),
-        ({"split": "wavelet,sigma=1"}, r"split='wavelet,sigma=1': sigma is no option of split wavelet \(name\)"),
+        ({"split": "wavelet,sigma=1"}, r"split=wavelet: sigma is no option of split wavelet \(name\)"),
         ({"split": "gaussian,sigma=-2"}, "split='gaussian,sigma=-2': sigma=-2"),
         ({"low_scale": float("nan")}, "low_scale=nan must be a finite number"),
     ],

@@ -396,6 +396,14 @@ def test_shifts_that_a_model_has_not(noise: AnyNoise, shift: Any, message: str) 
         schedule_of(flux(noise), shift=shift)
 
 
+@pytest.mark.parametrize("schedule", [[1.0, 0.5, 0.25, 0.125, 0], "1,0.5,0.25,0.125,0"])
+def test_a_shift_moves_no_times_that_are_listed(schedule: Any) -> None:
+    assert schedule_of(flux(DEV), schedule=schedule) == pytest.approx([1.0, 0.5, 0.25, 0.125, 0.0])
+    for shift in (3.0, "canvas"):
+        with pytest.raises(ValueError, match=f"^shift={shift} moves times, and those of the schedule are given"):
+            schedule_of(flux(DEV), schedule=schedule, shift=shift)
+
+
 @pytest.mark.parametrize("shift", [0, -1, math.inf, "large"])
 def test_what_no_shift_is(shift: Any) -> None:
     with pytest.raises(ValueError, match=rf"^shift={shift!r} must be"):

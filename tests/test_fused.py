@@ -245,7 +245,7 @@ def test_the_bench_has_a_fused_copy_of_the_network(device: str, tiny_model: Mode
 
 
 def test_cuda_graphs_want_a_compiled_network_on_a_gpu(tiny_model: Model) -> None:
-    with pytest.raises(ValueError, match="cuda_graphs=True goes with compile, and that is off: ask for both"):
+    with pytest.raises(ValueError, match="cuda_graphs=True goes with compile, which is off: give --compile too"):
         cutdiff.denoise(tiny_model, "a red house", cuda_graphs=True)
     with pytest.raises(ValueError, match="cuda_graphs=True needs a GPU, and the device is cpu: leave it out"):
         cutdiff.denoise(tiny_model, "a red house", compile=True, cuda_graphs=True)

@@ -111,12 +111,29 @@ def test_counts_of_transformers_whose_blocks_differ(config: Shape, method: str) 
 def test_flux_takes_what_arithmetic_on_its_layers_says() -> None:
     """4608 tokens, of which those of the text have layers of their own: 2 FLOPs for each weight of a token's way, and
     4·dim for each pair of tokens in each block."""
-    planned = walk(outline("flux.1-dev", "bfloat16"), Settings(method="direct", height=1024, width=1024, num_steps=1))
+    planned = walk(outline("FLUX.1-dev", "bfloat16"), Settings(method="direct", height=1024, width=1024, num_steps=1))
     dim, tokens = 3072, 4096 + 512
     double, single = 12 * dim**2, (3 + 4 + 5) * dim**2
     expected = 2 * tokens * (19 * double + 38 * single) + (19 + 38) * 4 * dim * tokens**2
     assert planned.stages[0].total == (1, pytest.approx(expected, rel=0.01), 0)
     assert planned.peak_bytes == pytest.approx(2 * (11.9e9 + 4.88e9 + 0.08e9), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "preferred"),
+    [
+        ("flux.1-DEV", 11.9e9 + 4.88e9, {"guidance_scale": 3.5, "num_steps": 28}),
+        ("FLUX.1-schnell", 11.89e9 + 4.88e9, {"guidance_scale": 1.0, "num_steps": 4}),
+        ("SD3-medium", 2.03e9 + 5.58e9, {"guidance_scale": 7.0, "num_steps": 28}),
+        ("sd3.5-medium", 2.24e9 + 5.58e9, {"guidance_scale": 7.0, "num_steps": 28}),
+        ("SD3.5-Large", 8.06e9 + 5.58e9, {"guidance_scale": 7.0, "num_steps": 28}),
+    ],
+)
+def test_published_transformers_in_any_case(name: str, weights: float, preferred: dict[str, Any]) -> None:
+    model = outline(name, "bfloat16")
+    assert model.preferred == preferred
+    assert model.source.lower() == name.lower()
+    assert weight_bytes(model) == pytest.approx(2 * (weights + 0.08e9), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +326,7 @@ def test_the_largest_size_on_many_devices(capsys: pytest.CaptureFixture[str]) ->
         (["--method", "magnify,strid=8"], 2, "did you mean 'stride'?"),
         (["--method", "nowhere:Mine"], 2, "there is no module 'nowhere'"),
         (["--model", "nowhere"], 2, "nowhere does not exist"),
+        (["--model", "flux.1-devv"], 2, "FLUX.1-dev, FLUX.1-schnell, SD3-medium, SD3.5-medium, SD3.5-large are known"),
         (
             ["--control", "weights/scenes-control.safetensors", "--control-image", "hint.png"],
             1,

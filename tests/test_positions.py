@@ -296,6 +296,7 @@ def test_whatever_sees_more_than_the_native_size_is_told_otherwise(flow_model: M
     assert torch.equal(trained.latents, drawn(flow_model, method, "as_trained").latents)
     changed = drawn(flow_model, method, "ntk")
     assert not torch.allclose(trained.latents, changed.latents, rtol=1e-3, atol=1e-3)
+    assert "positions_unread" not in changed.record
     assert changed.record["network_evaluations"] == trained.record["network_evaluations"]
 
 
@@ -304,11 +305,13 @@ def test_whatever_sees_more_than_the_native_size_is_told_otherwise(flow_model: M
 )
 def test_what_sees_the_native_size_alone_is_the_same_to_the_bit(flow_model: Model, method: str, side: int) -> None:
     options: dict[str, Any] = {"num_steps": 2, "height": side, "width": side}
-    trained, changed = (
-        cutdiff.generate(flow_model, "a", method=method, positions=positions, **options).latents
-        for positions in (None, "dype")
+    trained, changed, own = (
+        cutdiff.generate(flow_model, "a", method=method, positions=positions, **options)
+        for positions in (None, "dype", Looking())
     )
-    assert torch.equal(trained, changed)
+    assert torch.equal(trained.latents, changed.latents)
+    unread = ["positions_unread" in result.record for result in (trained, changed, own)]
+    assert unread == [False, True, isinstance(Looking(), AsTrained)]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from diffusers.loaders import single_file_utils
+from PIL import Image
 from refusal import CommandLine
 from safetensors.torch import save_file
 from tiny import VAE_TINY, edit_json, edit_tensors, relative_error
@@ -21,10 +22,11 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
 
 from cutdiff.checkpoint import save_folder
+from cutdiff.checkpoint.folder import PREFERRED
 from cutdiff.checkpoint.keys import vae_keys
 from cutdiff.checkpoint.kinds import FLUX, networks_of
 from cutdiff.checkpoint.kinds import SD3 as SD3_KIND
-from cutdiff.checkpoint.load import load
+from cutdiff.checkpoint.load import load, load_outline
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import randomise
 from cutdiff.checkpoint.t5 import read_t5_tokenizer
@@ -33,6 +35,7 @@ from cutdiff.models.flux import Flux, FluxConfig
 from cutdiff.models.joint_text import T5, FluxText, SD3Text
 from cutdiff.models.sd3 import SD3, SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
 from cutdiff.models.vae import VAE
+from cutdiff.sample import main
 from cutdiff.sampling.flow import FlowConfig
 from cutdiff.scenes.vocabulary import make_flow_text, make_text_encoders
 
@@ -351,6 +354,16 @@ BAD: dict[str, tuple[Any, Callable[[Path], object], str]] = {
         without("text_encoder_3"),
         "has no text_encoder_3: download it, or pass --text-encoder-3 none",
     ),
+    "T5 left out of FLUX.1": (
+        FLUX_TINY,
+        lambda path: edit_json(path / "model_index.json", text_encoder_2=[None, None]),
+        "has no text_encoder_2, which is T5 and which FLUX.1 needs: download it",
+    ),
+    "Kontext's pipeline": (
+        FLUX_TINY,
+        lambda path: edit_json(path / "model_index.json", _class_name="FluxKontextPipeline"),
+        "is a FluxKontextPipeline: a FLUX.1 that is shown a picture too, as Fill, Canny, Depth and Kontext are: pass",
+    ),
     "no tokenizer of T5": (FLUX_TINY, without("tokenizer_2"), "tokenizer_2 holds no tokenizer.json, which T5's"),
     "no VAE": (FLUX_TINY, without("vae"), "has no vae: pass one as --vae"),
     "no transformer": (SD3_TINY, without("transformer"), "transformer/config.json is missing"),
@@ -409,7 +422,7 @@ BAD: dict[str, tuple[Any, Callable[[Path], object], str]] = {
     "noise of a U-Net": (
         FLUX_TINY,
         config("scheduler", _class_name="EulerDiscreteScheduler", use_dynamic_shifting=False),
-        "a transformer and a scheduler without flow matching do not fit: take both from one model",
+        "scheduler_config.json: EulerDiscreteScheduler: a transformer and a scheduler without flow matching do not fit",
     ),
     "pieces": (FLUX_TINY, config("tokenizer_2", model={"vocab": {"a": 1}}), "has no list of 4 to 100000 pieces"),
     "a score": (
@@ -446,8 +459,9 @@ def test_bad_files_and_options(folders: dict[Any, Path], tmp_path: Path, command
     without_t5 = ("--text-encoder-3", "none")
     refuses("--text-encoder-3 none is for models of SD3", flux, *without_t5, status=2)
     refuses("--text-encoder-3 none is for models of SD3", "weights/scenes", *without_t5, status=2)
-    refuses("is not for a model of flow matching", flux, "--prediction-type", "epsilon")
-    refuses("--clip-skip 1 is for models that read CLIP's states", flux, "--clip-skip", "1", status=2)
+    for option, value in (("--prediction-type", "epsilon"), ("--timestep-spacing", "trailing")):
+        refuses(f"{option} {value} is not for a model of flow matching", flux, option, value, status=2)
+    refuses("CLIP's states, and this one reads T5's: leave it out", flux, "--clip-skip", "1", status=2)
     save_file({"emb_params": torch.ones(64)}, lora)
     refuses("is for CLIP alone, and this model reads T5 too", flux, "--embedding", lora)
     joined = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -455,6 +469,9 @@ def test_bad_files_and_options(folders: dict[Any, Path], tmp_path: Path, command
     refuses("FLUX.1 or SD3 in the original layout, with joined matrices: convert it", flux, "--lora", lora)
     save_file({"lora_unet_nothing.lora_down.weight": torch.ones(2, 2)}, lora)
     refuses("is no LoRA for this model", flux, "--lora", lora)
+    refuses("is no LoRA, but may be a whole model: none of its keys", flux, "--lora", file)
+    scenes = Path("weights/scenes-lcm.safetensors").resolve()
+    refuses("was made for a U-Net, and this model has a transformer: use a LoRA of its", flux, "--lora", scenes)
     save_file({**tensors, "double_blocks.0.img_attn.extra": torch.ones(2)}, file)
     refuses("1 unexpected: double_blocks.0.img_attn.extra", file, "--config", flux)
     save_file({key: tensor for key, tensor in tensors.items() if not key.startswith("vector_in")}, file)
@@ -469,6 +486,67 @@ def test_a_lora_in_the_layout_of_diffusers(folders: dict[Any, Path], tmp_path: P
     before, after = (model.unet.state_dict() for model in (plain, merged))
     torch.testing.assert_close(after[f"{module}.weight"], before[f"{module}.weight"] + 0.5 * up @ down)
     assert [key for key in before if not torch.equal(before[key], after[key])] == [f"{module}.weight"]
+
+
+def test_what_a_run_does_not_read_is_told_once(
+    folders: dict[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, long = "a red house", "a red house " * 25 + "at night"
+    of_t5, of_clip = "T5 reads the first 31 tokens of ", "CLIP reads the first 75 tokens of "
+    positions = "cutdiff: --positions changed nothing: the network was shown no more than its native 64 px at once\n"
+    negative = (
+        "cutdiff: this model reads the guidance scale and no negative prompt, so that was not read: leave it out\n"
+    )
+
+    def told(model: Any, *arguments: str, method: str = "multidiffusion") -> str:
+        how = ["--method", method, "--steps", "1", "--guidance-scale", "2", "--width", "128", "--height", "64"]
+        where = ["--model", str(folders[model]), "--out", str(tmp_path), "--overwrite"]
+        assert main([*arguments, *how, *where]) == 0
+        return capsys.readouterr().err
+
+    dev, schnell, sd3 = folders
+    assert told(dev, short) == told(schnell, short, "--negative-prompt", short) == told(sd3, short) == ""
+    assert told(dev, short, "--positions", "ntk", "--shift", "2") == positions
+    text = Image.open(next(tmp_path.glob("*.png"))).text["parameters"]  # type: ignore[attr-defined]
+    assert 'Shift: 2.0, Positions: "ntk,proportional=False,factor=None"' in text
+    assert told(dev, short, "--positions", "ntk", method="direct") == ""
+    assert told(dev, short, "--negative-prompt", short) == negative
+    for model, options, count in ((schnell, ["--negative-prompt", long], 2), (schnell, ["--prompt-2", long], 1)):
+        lines = told(model, short, *options).splitlines()
+        assert len(lines) == count
+        assert of_t5 in lines[-1]
+        assert lines[-1].endswith("at night'")
+        assert all(of_clip in line for line in lines[:-1])
+    assert len(told(schnell, long, "--num-images", "2").splitlines()) == 2
+    assert of_t5 in told(sd3, f"[a tent:{long}:0.5]").rstrip("\n")
+    assert told(sd3, long, "--text-encoder-3", "none") == ""
+
+
+def test_what_nobody_says_is_as_in_the_published_pipelines(folders: dict[Any, Path], tmp_path: Path) -> None:
+    """Distilled to four steps is what has no guidance scale and times that are the same at every size."""
+    flux, schnell, sd3 = folders.values()
+    dev = {"guidance_scale": 3.5, "num_steps": 28}
+    assert load(flux).preferred == dev
+    assert load(sd3).preferred == {"guidance_scale": 7.0, "num_steps": 28}
+    other, file = shutil.copytree(schnell, tmp_path / "other"), tmp_path / "model.safetensors"
+    config("scheduler", use_dynamic_shifting=False)(other)
+    distilled = {"guidance_scale": 1.0, "num_steps": 4}
+    assert load(other).preferred == load_outline(other, dtype=torch.float32).preferred == distilled
+    config("scheduler", use_dynamic_shifting=True)(other)
+    assert load(other).preferred == dev
+    save_file(original(load(other).unet.state_dict()), file)
+    (other / PREFERRED).write_text('{"guidance_scale": 2}')
+    for model in (load(other), load(file, config=other), load_outline(file, dtype=torch.float32, config=other)):
+        assert model.preferred == {"guidance_scale": 2}
+    assert load(file, config=schnell).preferred == load(schnell).preferred
+
+
+def test_a_lora_of_sd35s_second_attention_is_no_unets(folders: dict[Any, Path], tmp_path: Path) -> None:
+    module, path = "transformer_blocks.0.attn2.to_k", tmp_path / "lora.safetensors"
+    down, up = torch.randn(2, SD3_TINY.dim), torch.randn(SD3_TINY.dim, 2)
+    save_file({f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}, path)
+    before, after = (load(folders[SD3_TINY], loras=loras).unet.state_dict() for loras in ([], [(path, 1.0)]))
+    torch.testing.assert_close(after[f"{module}.weight"], before[f"{module}.weight"] + up @ down)
 
 
 def test_names_of_the_transformer(folders: dict[Any, Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.files import listed
-from cutdiff.checkpoint.kinds import TEXT_ENCODERS, kind_of, networks_of, t5_length
+from cutdiff.checkpoint.kinds import TEXT_ENCODERS, Kind, kind_of, networks_of, t5_length
 from cutdiff.checkpoint.model import MergedLora, Model
 from cutdiff.checkpoint.t5 import TABLE, TIED, T5Part, tie
 from cutdiff.checkpoint.weights import FP8
@@ -117,11 +117,17 @@ class Blueprint:
                     "take both from one model"
                 )
         lengths = [tokenizer.model_max_length for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer]
-        if isinstance(self.noise, FlowConfig) != (kind.folder == "transformer"):
-            kinds = "with" if isinstance(self.noise, FlowConfig) else "without"
-            raise ValueError(f"a {network} and a scheduler {kinds} flow matching do not fit: take both from one model")
+        check_noise(kind, self.noise)
         if len({*lengths}) > 1:
             raise ValueError(f"the tokenizers cut prompts at different lengths, {lengths[0]} and {lengths[1]} tokens")
+
+
+def check_noise(kind: Kind, noise: AnyNoise) -> None:
+    """Raise ValueError where a network of this kind was not trained with such noise."""
+    is_flow, network = isinstance(noise, FlowConfig), "U-Net" if kind.folder == "unet" else kind.folder
+    if is_flow != (network == "transformer"):
+        kinds = "with" if is_flow else "without"
+        raise ValueError(f"a {network} and a scheduler {kinds} flow matching do not fit: take both from one model")
 
 
 def check_inputs(inputs: int, outputs: int) -> None:

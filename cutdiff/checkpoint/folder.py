@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cutdiff.checkpoint import t5
 from cutdiff.checkpoint import text as clip
-from cutdiff.checkpoint.build import Blueprint, Networks
+from cutdiff.checkpoint.build import Blueprint, Networks, check_noise
 from cutdiff.checkpoint.configs import unet_config, vae_config
 from cutdiff.checkpoint.fields import boolean
 from cutdiff.checkpoint.files import quoted
@@ -22,6 +22,7 @@ from cutdiff.checkpoint.read import find_weights, read_json, variants
 from cutdiff.checkpoint.schedulers import noise_config
 from cutdiff.checkpoint.single import Parts
 from cutdiff.checkpoint.tokenizer import read_tokenizer
+from cutdiff.checkpoint.transformer_configs import FLUX_TOOLS
 from cutdiff.checkpoint.weights import read_weights
 from cutdiff.models.config import FLUX_VAE, SD3_VAE, SD_VAE, SDXL_VAE, UNetConfig, VAEConfig
 from cutdiff.sampling.edm import AnyNoise
@@ -69,6 +70,7 @@ PIPELINES = {
     "StableDiffusion3InpaintPipeline": SD_3,
 }
 """The pipelines whose folders are read, and what these have. One model may be saved by any of its family."""
+SHOWN_PICTURES = ("FluxFillPipeline", "FluxControlPipeline", "FluxKontextPipeline")
 PREFERRED = "sampling.json"
 """The file, which diffusers does not read, that says the preferred options of a run."""
 OLD_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
@@ -93,6 +95,8 @@ def read_blueprint(folder: Path, *, needs_vae: bool = True, needs_t5: bool = Tru
         raise ValueError(f"{folder} is no diffusers model: it has no model_index.json: pass a folder that has one")
     index = read_json(index_path)
     pipeline = str(index.get("_class_name"))
+    if pipeline in SHOWN_PICTURES:
+        raise ValueError(f"{folder} is a {pipeline}: {FLUX_TOOLS}")
     if pipeline not in PIPELINES:
         raise ValueError(f"{folder} is a {pipeline}: only {' and '.join(PIPELINES)} folders are read")
     layout = PIPELINES[pipeline]
@@ -100,6 +104,8 @@ def read_blueprint(folder: Path, *, needs_vae: bool = True, needs_t5: bool = Tru
     has_t5 = layout.t5 and (layout is not SD_3 or (needs_t5 and index.get(TEXT_ENCODERS[2]) != [None, None]))
     if has_t5 and layout is SD_3 and not (folder / TEXT_ENCODERS[2]).exists():
         raise ValueError(f"{folder} has no {TEXT_ENCODERS[2]}: download it, or pass --text-encoder-3 none")
+    if layout is FLUX_1 and index.get(TEXT_ENCODERS[1]) == [None, None]:
+        raise ValueError(f"{folder} has no {TEXT_ENCODERS[1]}, which is T5 and which FLUX.1 needs: download it")
     if layout is SDXL and index.get("text_encoder") == [None, None]:
         raise ValueError(f"{folder} is an SDXL refiner, which only finishes pictures: pass the base model")
     if needs_vae and not (folder / "vae").exists():
@@ -107,7 +113,8 @@ def read_blueprint(folder: Path, *, needs_vae: bool = True, needs_t5: bool = Tru
     first, tokenizer = _read_text(folder, "text_encoder", "tokenizer")
     second, tokenizer_2 = _read_text(folder, "text_encoder_2", "tokenizer_2") if layout.clips > 1 else (None, None)
     unet = parse(folder / kind.folder / "config.json", _of_kind(kind, _repaired_unet if is_sd else kind.parse))
-    noise = parse(folder / "scheduler" / "scheduler_config.json", _repaired_noise if is_sd else noise_config)
+    read_noise = _for(kind, _repaired_noise if is_sd else noise_config)
+    noise = parse(folder / "scheduler" / "scheduler_config.json", read_noise)
     return Blueprint(
         unet=unet,
         vae=_read_vae(folder / "vae", layout.vae, needed=needs_vae),
@@ -188,6 +195,20 @@ def _of_kind(kind: Kind, parser: Callable[[Mapping[str, Any]], T]) -> Callable[[
         if (name := fields.get("_class_name")) in {other.class_name for other in KINDS.values()} - {kind.class_name}:
             raise ValueError(f"it is of {name} where {kind.class_name} belongs: take all parts from one model")
         return parser(fields)
+
+    return parsed
+
+
+def _for(kind: Kind, parser: Callable[[Mapping[str, Any]], AnyNoise]) -> Callable[[Mapping[str, Any]], AnyNoise]:
+    """The parser, which refuses the scheduler of a network of another kind, and names it."""
+
+    def parsed(fields: Mapping[str, Any]) -> AnyNoise:
+        noise = parser(fields)
+        try:
+            check_noise(kind, noise)
+        except ValueError as error:
+            raise ValueError(f"{fields.get('_class_name')}: {error}") from None
+        return noise
 
     return parsed
 

@@ -18,6 +18,7 @@ from cutdiff.models.sd3 import SD3 as SD3Network
 from cutdiff.models.sd3 import SD3Config
 from cutdiff.models.text import TextEncoders
 from cutdiff.models.unet import UNet
+from cutdiff.sampling.edm import AnyNoise
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 """The sub-folders of text encoders: CLIP's one or two, and then T5's."""
@@ -52,6 +53,19 @@ KINDS: dict[type, Kind] = {UNetConfig: UNET, FluxConfig: FLUX, SD3Config: SD3}
 def kind_of(config: object) -> Kind:
     """The kind of network that has this configuration."""
     return KINDS[type(config)]
+
+
+def published_preferences(config: Shape, noise: AnyNoise) -> dict[str, Any]:
+    """The options of a run with which diffusers' pipeline of a transformer draws where nobody says otherwise; none for
+    a U-Net. FLUX.1-schnell, which was distilled to four steps without guidance, is told from the others by its times,
+    whose shift does not depend on the size."""
+    kind = kind_of(config)
+    if kind is UNET:
+        return {}
+    is_schnell = kind is FLUX and not config.guidance_dim and not getattr(noise, "use_dynamic_shifting", False)
+    if is_schnell:
+        return {"guidance_scale": 1.0, "num_steps": 4}
+    return {"guidance_scale": 3.5 if kind is FLUX else 7.0, "num_steps": 28}
 
 
 def t5_length(config: Shape) -> int:

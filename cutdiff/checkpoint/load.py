@@ -20,7 +20,7 @@ from cutdiff.checkpoint.families import Family, family_of
 from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.infer import infer_blueprint, infer_vae, unet_channels
 from cutdiff.checkpoint.keys import unet_keys
-from cutdiff.checkpoint.kinds import TEXT_ENCODERS, Kind, kind_of
+from cutdiff.checkpoint.kinds import TEXT_ENCODERS, Kind, kind_of, published_preferences
 from cutdiff.checkpoint.locate import locate, name_of
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.noise import DEFAULT, NoiseOptions, decide_noise
@@ -127,7 +127,7 @@ def load(
     if fp8:
         check_fp8(device, dtype)
     options, needs_t5 = NoiseOptions(prediction_type, zero_terminal_snr, timestep_spacing), text_encoder_3 is None
-    preferred = folder.read_preferred(source)
+    preferred = folder.read_preferred(source if config is None or source.is_dir() else locate(config, "config"))
     vae = None if vae is None else locate(vae, "vae")
     if source.is_dir():
         if config is not None:
@@ -170,7 +170,7 @@ def load(
         quantize_transformers(model.unet)
     if device.type == "cpu":
         keep_freed_memory()
-    return replace(model, preferred=preferred)
+    return replace(model, preferred=preferred or published_preferences(model.unet.config, model.noise))
 
 
 def load_outline(path: str | Path | None, *, dtype: torch.dtype, config: str | Path | None = None) -> Model:
@@ -186,7 +186,9 @@ def load_outline(path: str | Path | None, *, dtype: torch.dtype, config: str | P
     networks = parts.networks
     for network in networks.named().values():
         network.to(dtype).eval().requires_grad_(False)
-    origin = {"files": parts.files, "decided_by": parts.decided_by, "preferred": folder.read_preferred(source)}
+    preferred = folder.read_preferred(source if config is None or source.is_dir() else locate(config, "config"))
+    preferred = preferred or published_preferences(parts.blueprint.unet, parts.blueprint.noise)
+    origin = {"files": parts.files, "decided_by": parts.decided_by, "preferred": preferred}
     return model_of(parts.blueprint, networks, source=str(source), **origin)
 
 

@@ -54,7 +54,7 @@ SD3_DEFAULTS: dict[str, Any] = {
     "dual_attention_layers": (),
     "qk_norm": None,
 }
-FLUX_TOOLS = "a FLUX.1 that is shown a picture too, as Fill, Canny and Depth are: pass the text-to-image model"
+FLUX_TOOLS = "a FLUX.1 that is shown a picture too, as Fill, Canny, Depth and Kontext are: pass the text-to-image model"
 
 
 def flux_config(config: Mapping[str, Any]) -> FluxConfig:

@@ -81,7 +81,7 @@ def draw_all(
                 continue
             if not launch.group.leads:
                 continue
-            for notice in _notices(record):
+            for notice in _notices(model, record):
                 if notice not in past_notices:
                     tell(notice)
                 past_notices.add(notice)
@@ -156,7 +156,7 @@ def _cost(record: dict[str, Any]) -> str:
     return cost
 
 
-def _notices(record: dict[str, Any]) -> Iterator[str]:
+def _notices(model: Model, record: dict[str, Any]) -> Iterator[str]:
     """Notices about a picture, each of which a run prints only once."""
     if record and record["decoded_in"] != record["vae_dtype"]:
         yield f"the VAE overflowed in {record['vae_dtype']}, so it decoded in float32"
@@ -164,7 +164,13 @@ def _notices(record: dict[str, Any]) -> Iterator[str]:
         yield "a picture has one value throughout: its weights may be zeros, which --check-weights would find"
     if "prompt_unread" in record:
         yield "the regions cover all of the picture, so PROMPT was not read"
-    if "negative_prompt_unread" in record:
+    yield from record.get("prompt_cut", ())
+    if "positions_unread" in record:
+        native = model.native_size * model.factor
+        yield f"--positions changed nothing: the network was shown no more than its native {native} px at once"
+    if "negative_prompt_unread" in record and model.unet.config.guidance_dim:
+        yield "this model reads the guidance scale and no negative prompt, so that was not read: leave it out"
+    elif "negative_prompt_unread" in record:
         yield "guidance is off, so the negative prompt was not read: --guidance-scale above 1 turns it on"
     for first, last in record.get("control_unread", ()):
         yield (

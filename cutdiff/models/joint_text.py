@@ -9,7 +9,7 @@ diffusers' pipelines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cutdiff.models.prompts import parse_weights, written
 from cutdiff.models.text import TextEncoders, TextStates, moved_copies
-from cutdiff.models.tokens import COMMA_WINDOW, Tokens
+from cutdiff.models.tokens import COMMA_WINDOW, Tokens, tokenize
+from cutdiff.options import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
@@ -47,12 +48,20 @@ class T5:
         return replace(self, encoder=deepcopy(self.encoder, moved_copies([self.encoder], device)))
 
     def pieces(self, prompt: str) -> list[tuple[int, float]]:
-        """The tokens of a prompt and their weights, without the one that ends it, cut to the length. BREAK, which has
-        no meaning for a single sequence, is left out."""
+        """The tokens of a prompt that are read, and their weights, without the one that ends it."""
+        return self._all_pieces(prompt)[: self.length - 1]
+
+    def left_out(self, prompt: str) -> Iterator[str]:
+        """The words for the end of a prompt that is not read, where it has such an end."""
+        if rest := self._all_pieces(prompt)[self.length - 1 :]:
+            words = self.tokenizer.decode([token for token, _ in rest])
+            yield f"T5 reads the first {self.length - 1} tokens of {short(prompt)}, and not its end, {short(words)}"
+
+    def _all_pieces(self, prompt: str) -> list[tuple[int, float]]:
+        """The tokens of a prompt and their weights. BREAK, which has no meaning for a single sequence, is left out."""
         weighted = [piece for part in parse_weights(prompt) for piece in part]
         ids = [self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text, _ in weighted]
-        tokens = [(token, weight) for some, (_, weight) in zip(ids, weighted, strict=True) for token in some]
-        return tokens[: self.length - 1]
+        return [(token, weight) for some, (_, weight) in zip(ids, weighted, strict=True) for token in some]
 
     def tokenize(self, prompts: Sequence[str], device: torch.device) -> Tokens:
         """The tokens of B prompts, (B, length), padded."""
@@ -101,11 +110,19 @@ class FluxText(TextEncoders):
 
     def skipping(self, clip_skip: int | None) -> Self:
         if clip_skip is not None:
-            raise ValueError(f"clip_skip={clip_skip} is for models that read CLIP's states, and this one reads T5's")
+            what = "is for models that read CLIP's states, and this one reads T5's"
+            raise ValueError(f"clip_skip={clip_skip} {what}: leave it out")
         return self
 
     def length(self, prompt: str) -> int:
         return self.t5.length
+
+    def left_out(self, prompt: str, prompt_2: str | None = None) -> Iterator[str]:
+        if len(tokenize(self.tokenizer, prompt, 0)) > 1:
+            length = self.tokenizer.model_max_length - 2
+            what = "" if prompt_2 is None else ", which T5 is not given,"
+            yield f"CLIP reads the first {length} tokens of {short(prompt)}{what} and no more"
+        yield from self.t5.left_out(prompt if prompt_2 is None else prompt_2)
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         return self.t5.words(prompt)
@@ -172,6 +189,10 @@ class SD3Text(TextEncoders):
 
     def length(self, prompt: str) -> int:
         return super().length(prompt) + self.t5.length
+
+    def left_out(self, prompt: str, prompt_2: str | None = None) -> Iterator[str]:
+        if isinstance(self.t5, T5):
+            yield from self.t5.left_out(prompt)
 
     def tokenize(
         self,

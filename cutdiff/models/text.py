@@ -11,7 +11,7 @@ and the projected pooled state of the second.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -136,6 +136,10 @@ class TextEncoders:
     def length(self, prompt: str) -> int:
         """The length of a prompt's context, in tokens."""
         return max(tokenizer.model_max_length * len(tokenize(tokenizer, prompt)) for tokenizer in self.tokenizers)
+
+    def left_out(self, prompt: str, prompt_2: str | None = None) -> Iterator[str]:
+        """The words for what no encoder reads of a prompt, by which a user learns of it; none where all is read."""
+        yield from ()
 
     def tokenize(
         self,

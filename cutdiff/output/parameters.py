@@ -52,6 +52,8 @@ def parameters_text(record: dict[str, Any]) -> str:
         "Model": _stem(record["model"]["source"]),
         "Loras": ", ".join(f"{_stem(lora['path'])}: {lora['scale']}" for lora in record["model"]["loras"]) or None,
         **{kind.capitalize(): record[kind] for kind in specs.TABLES},
+        "Shift": record.get("shift"),
+        "Positions": record.get("positions"),
         "Version": f"cutdiff {record['versions']['cutdiff']}",
         "Clip skip": record["clip_skip"],
     }

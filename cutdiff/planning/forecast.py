@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from cutdiff.checkpoint.kinds import kind_of
+from cutdiff.checkpoint.kinds import kind_of, published_preferences
+from cutdiff.checkpoint.locate import locate
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import TOKENS, GivenText
 from cutdiff.models.backbone import Backbone, Shape
@@ -29,7 +30,7 @@ from cutdiff.models.config import FLUX_VAE, SD3_VAE, SDXL_UNET, SDXL_VAE, VAECon
 from cutdiff.models.flux import FluxConfig
 from cutdiff.models.inside import replaced
 from cutdiff.models.layers import TextContext
-from cutdiff.models.sd3 import SD35_MEDIUM
+from cutdiff.models.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from cutdiff.models.text import TextStates
 from cutdiff.models.vae import VAE
 from cutdiff.parallel.ranks import Ranks
@@ -70,11 +71,15 @@ class Sizes(NamedTuple):
 SDXL = Sizes("SDXL-base", SDXL_UNET, SDXL_VAE, NoiseConfig(), CLIP_L + CLIP_G)
 FLUX_TIMES = FlowConfig(shift=3.0, use_dynamic_shifting=True)
 SD3_TIMES = FlowConfig(shift=3.0, timestep_spacing="linspace")
-PUBLISHED = {
-    "flux.1-dev": Sizes("FLUX.1-dev", FluxConfig(), FLUX_VAE, FLUX_TIMES, CLIP_L + T5_XXL, 512),
-    "sd3.5-medium": Sizes("SD3.5-medium", SD35_MEDIUM, SD3_VAE, SD3_TIMES, CLIP_L + CLIP_G + T5_XXL, 77 + 256),
-}
-"""The models whose sizes are known without a file, beside SDXL-base, by the names that a command line takes."""
+FLUX_TEXT, SD3_TEXT = CLIP_L + T5_XXL, CLIP_L + CLIP_G + T5_XXL
+PUBLISHED = (
+    Sizes("FLUX.1-dev", FluxConfig(), FLUX_VAE, FLUX_TIMES, FLUX_TEXT, 512),
+    Sizes("FLUX.1-schnell", FluxConfig(reads_guidance=False), FLUX_VAE, FlowConfig(), FLUX_TEXT, 256),
+    Sizes("SD3-medium", SD3_MEDIUM, SD3_VAE, SD3_TIMES, SD3_TEXT, 77 + 256),
+    Sizes("SD3.5-medium", SD35_MEDIUM, SD3_VAE, SD3_TIMES, SD3_TEXT, 77 + 256),
+    Sizes("SD3.5-large", SD35_LARGE, SD3_VAE, SD3_TIMES, SD3_TEXT, 77 + 256),
+)
+"""The models whose sizes are known without a file, beside SDXL-base. A command line takes their names in any case."""
 
 
 class Cost(NamedTuple):
@@ -367,12 +372,20 @@ def _bytes(network: nn.Module) -> int:
 
 def outline(path: str | None, dtype: str, config: str | None = None) -> Model:
     """The model at `path`, or where nothing lies there that of `PUBLISHED`, or SDXL-base if it is None, on the meta
-    device, with a prompt of the usual length."""
+    device, with a prompt of the usual length. FileNotFoundError, which lists the published ones, if it is neither."""
     kind: torch.dtype = getattr(torch, dtype)
-    if path is None or (path in PUBLISHED and not Path(path).exists()):
-        return sized(SDXL if path is None else PUBLISHED[path], kind)
+    if path is None:
+        return sized(SDXL, kind)
+    published = {sizes.name.lower(): sizes for sizes in PUBLISHED}
+    if path.lower() in published and not Path(path).exists():
+        return sized(published[path.lower()], kind)
     from cutdiff.checkpoint.load import load_outline
 
+    try:
+        locate(path)
+    except FileNotFoundError as error:
+        names = ", ".join(sizes.name for sizes in PUBLISHED)
+        raise FileNotFoundError(f"{error}; {names} are known without files") from None
     model = load_outline(path, dtype=kind, config=config)
     return replace(model, text=_text(model.unet.config, kind, tuple(model.text.encoders), model.text.length("")))
 
@@ -386,7 +399,9 @@ def sized(sizes: Sizes, dtype: torch.dtype) -> Model:
         each.to(dtype).requires_grad_(False)
     text = _text(sizes.network, dtype, (encoders,), sizes.tokens)
     zeros = isinstance(sizes.noise, NoiseConfig)
-    return Model(network, vae, text, sizes.noise, zeros_for_empty_negative=zeros, source=sizes.name, files={})
+    preferred = published_preferences(sizes.network, sizes.noise)
+    origin = {"source": sizes.name, "files": {}, "preferred": preferred}
+    return Model(network, vae, text, sizes.noise, zeros_for_empty_negative=zeros, **origin)
 
 
 def _text(config: Shape, dtype: torch.dtype, encoders: tuple[nn.Module, ...], tokens: int) -> Any:

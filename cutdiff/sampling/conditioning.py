@@ -37,13 +37,8 @@ def encode_prompts(
     one batch."""
     terms, weights = _terms(prompts.positive, num_steps)
     negatives = [(part,) * len(prompts.positive) for part in editing.texts(prompts.negative, num_steps)]
-    seconds, negative_seconds = (
-        [None] * num_steps if other is None else editing.texts(other, num_steps)
-        for other in (prompts.positive_2, prompts.negative_2)
-    )
-    read = {part for term in (*terms, negatives) for batch in term for part in batch}
-    read |= {part for part in (*seconds, *negative_seconds) if part is not None}
-    length = max(text.length(part) for part in read)
+    seconds, negative_seconds = _seconds(prompts, num_steps)
+    length = max(text.length(part) for pair in pairs_read(prompts, num_steps) for part in pair if part is not None)
 
     @cache
     def encoded(batch: Batch, second: str | None) -> TextStates:
@@ -62,6 +57,23 @@ def encode_prompts(
         _by_step([*zip(zip(*terms, strict=True), seconds, strict=True)], positive),
         _by_step([*zip(negatives, negative_seconds, strict=True)], negative),
     )
+
+
+def pairs_read(prompts: Prompts, num_steps: int) -> list[tuple[str, str | None]]:
+    """The texts of all steps, each once: that which the encoders read, and the second's own where it has one."""
+    terms, _ = _terms(prompts.positive, num_steps)
+    seconds, negative_seconds = _seconds(prompts, num_steps)
+    pairs = [(part, second) for term in terms for batch, second in zip(term, seconds, strict=True) for part in batch]
+    negatives = editing.texts(prompts.negative, num_steps)
+    return [*dict.fromkeys([*pairs, *zip(negatives, negative_seconds, strict=True)])]
+
+
+def _seconds(prompts: Prompts, num_steps: int) -> list[list[str | None]]:
+    """The texts of each step that the second encoder has of its own, of the prompt and of the negative one."""
+    return [
+        [None] * num_steps if other is None else [*editing.texts(other, num_steps)]
+        for other in (prompts.positive_2, prompts.negative_2)
+    ]
 
 
 def _terms(prompts: list[str], num_steps: int) -> tuple[list[list[Batch]], tuple[tuple[float, ...], ...]]:

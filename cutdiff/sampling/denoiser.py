@@ -109,6 +109,8 @@ class Work:
     observers: list[Observer] = field(default_factory=list)
     reads_negative: bool = False
     """True once a step has read the negative prompt."""
+    largest_side: int = 0
+    """The longest side, in latents, of all that the network was shown."""
     counted: set[Callable[[float], bool]] = field(default_factory=set, repr=False)
     """The `is_on` of those controls that have counted at a step."""
     flags: Flags = field(default_factory=Flags, repr=False)
@@ -387,6 +389,7 @@ class Denoiser:
     def evaluate(self, inputs: Inputs) -> Tensor:
         """One pass of the network over the rows, which are counted."""
         prediction = self.run(inputs)
+        self.work.largest_side = max(self.work.largest_side, *inputs[0].shape[2:])
         if self.shares_rows or self.ranks.leads:
             self.work.evaluations += len(inputs[0])
         return prediction

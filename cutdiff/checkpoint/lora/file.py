@@ -13,13 +13,15 @@ from torch import Tensor
 from cutdiff.checkpoint.files import listed
 from cutdiff.checkpoint.lora import formulas
 from cutdiff.checkpoint.lora.metadata import AdapterConfig, read_adapter_config
-from cutdiff.checkpoint.lora.names import BIAS, Target, flat, split_key, unsupported
+from cutdiff.checkpoint.lora.names import BIAS, UNSUPPORTED, Target, flat, split_key, unsupported
 from cutdiff.checkpoint.read import read_tensors_and_metadata
 
 FAMILIES = {768: " (Stable Diffusion 1)", 1024: " (Stable Diffusion 2)", 1280: " (SDXL's refiner)", 2048: " (SDXL)"}
 """The family whose U-Net reads text states of that width."""
 READS_TEXT = ("attn2_to_k", "attn2_to_v")
 """The ends of the flat names of the U-Net's modules whose input is the text."""
+UNET_BLOCKS = ("down_blocks_", "up_blocks_", "input_blocks_", "output_blocks_")
+"""Parts of the flat names of modules that only a U-Net has."""
 WIDE = ("lora_down", "hada_w1_b", "diff")
 """The parts whose second dimension is that of the module's input."""
 DIFFERENCES = {"diff": "diff", "diff_b": "diff"}
@@ -106,7 +108,10 @@ def read_lora(path: Path, table: Mapping[str, Target], context_dim: int) -> Lora
         embeddings[token][rest] = tensors.pop(key)
     if embeddings and not tensors:
         raise LoraError(f"{path} is no LoRA: it holds nothing but the textual inversions {listed(embeddings)}")
-    if other := _other_family(tensors, context_dim):
+    if not any(split_key(key)[1] or any(mark in key for mark in UNSUPPORTED) for key in tensors):
+        examples = ", ".join([*tensors][:EXAMPLES]) or "none"
+        raise LoraError(f"{path} is no LoRA, but may be a whole model: none of its keys changes weights, as {examples}")
+    if other := _other_family(tensors, table, context_dim):
         raise LoraError(f"{path} {other}")
     encoders = _lone_encoders(tensors, table)
     if not encoders:
@@ -243,8 +248,13 @@ def _is_number(alpha: Tensor) -> bool:
     return not is_other and bool(alpha.double().isfinite())
 
 
-def _other_family(tensors: Mapping[str, Tensor], context_dim: int) -> str | None:
-    """The error for a file whose modules all read text of another width than this model's; None for other files."""
+def _other_family(tensors: Mapping[str, Tensor], table: Mapping[str, Target], context_dim: int) -> str | None:
+    """The error for a U-Net's file where this model has none, or whose modules all read text of another width than this
+    model's; None for other files."""
+    if all(target.network != "unet" for target in table.values()):
+        is_for_unet = any(mark in flat(split_key(key)[0]) for key in tensors for mark in UNET_BLOCKS)
+        fault = "was made for a U-Net, and this model has a transformer: use a LoRA of its family"
+        return fault if is_for_unet else None
     widths = set()
     for key, tensor in tensors.items():
         module, part = split_key(key)
