@@ -39,6 +39,8 @@ OWNERS = {"fit": ("image",), "feather": ("mask", "place"), "bootstrapping": ("re
 """The options with a default that mean nothing without one of others."""
 STRENGTH = 0.5
 """The share of the steps that a picture is drawn on by, where nobody says."""
+BOOTSTRAPPED = 0.2
+"""The share of the steps in which regions are drawn on a plain colour, where nobody says."""
 Fit = Literal["cover", "contain", "stretch"]
 Pixels = Annotated[int, Between(0)]
 MAX_SIDE = 32768
@@ -79,6 +81,21 @@ def check_owned(names: Iterable[str], options: Mapping[str, Any]) -> None:
         if name == "fit" and options.get("place") is not None:
             what = f"{short(options[name])} resizes the image, and place puts it where it is"
             raise ValueError(f"{name}={what}: leave one out")
+
+
+def _of_one_value(mask: Picture) -> str:
+    """The fault of a mask that is white nowhere, or everywhere, with its value where that is another."""
+    gray = mask.pixels().mean(axis=3) * 255
+    if not mask.white:
+        lightest = round(float(gray.max()))
+        cause = f"nowhere lighter than {lightest} of 255, where white begins at 128" if lightest else "black all over"
+        return f"is {cause}, so that nothing would be redrawn: make that white"
+    darkest = round(float(gray.min()))
+    cause = "white all over" if darkest == 255 else f"nowhere darker than {darkest} of 255, where white begins at 128"
+    alpha = ", as its transparent parts are laid on white" * any("transparent" in notice for notice in mask.notices)
+    return (
+        f"is {cause}{alpha}, so that nothing of the image would be held: paint black what is to stay, or leave it out"
+    )
 
 
 @dataclass(frozen=True, init=False)
@@ -126,7 +143,7 @@ class Settings(Options):
     """The hint of the ControlNet of the same number, a picture of the size to be drawn, a file; it says the size unless
     width and height do, beside an image too."""
     control_scale: Any = None
-    """The factor of what a ControlNet adds, in 0 … 10, one for each; None: 1."""
+    """The factor of what a ControlNet adds, above 0 and at most 10, one for each; None: 1."""
     control_interval: Any = None
     """The shares of the steps between which a ControlNet counts, a pair for each; None: in all steps."""
     method: Any = "cutdiffusion"
@@ -153,9 +170,9 @@ class Settings(Options):
     regions: Any = None
     """Prompts of parts of the picture, of which the prompt of the run draws the rest: a file of regions, or a list of
     `Region`."""
-    bootstrapping: Share = 0.2
+    bootstrapping: Share | None = None
     """The share of the steps, rounded up, in which each region is drawn on a plain colour, so that its subject stays
-    within."""
+    within; None: 0.2, of which an image may leave nothing."""
     view_batch_size: Count | None = None
     """The patches or views that go through the network at once, halved where a GPU's memory does not suffice; None: 16
     on a CPU, all of a step on a GPU."""
@@ -227,10 +244,7 @@ class Settings(Options):
             if own != other:
                 raise ValueError(f"{said} has {own} pixels, and the image {other}: give one of the image's size")
             if mask.white in (0, 1):
-                fault = "black all over, so that nothing would be redrawn: make that white"
-                if mask.white:
-                    fault = "white all over, so that nothing of the image would be held: leave it out"
-                raise BadFile(f"mask={mask.name} is {fault}")
+                raise BadFile(f"mask={mask.name} {_of_one_value(mask)}")
         if place is not None:
             self._check_place(place)
 
@@ -261,18 +275,20 @@ class Settings(Options):
             own["control_image"] = [hint.described() for hint in self.control_image]
         own = {name: value for name, value in own.items() if name not in LATER or value != getattr(Settings, name)}
         if self.regions:
-            own["bootstrapping"] = self.bootstrapping
+            own["bootstrapping"] = self.bootstrapped
         return {**own, **{kind: specs.spec_of(kind, getattr(self, kind)) for kind in TABLES}}
 
     def pictures(self) -> dict[str, Picture]:
-        """The pictures that the run is given, by their options."""
+        """The pictures that the run is given, by their options, without hints."""
         return {name: picture for name in PICTURES if (picture := getattr(self, name)) is not None}
+
+    def all_pictures(self) -> list[Picture]:
+        """The pictures that the run is given, and the hints of its ControlNets."""
+        return [*self.pictures().values(), *(self.control_image or ())]
 
     def notices(self) -> list[str]:
         """The things that a user should know of how pictures and regions were read, each beginning with its option."""
-        return [notice for picture in self.pictures().values() for notice in picture.notices] + notices(
-            self.regions or ()
-        )
+        return [notice for picture in self.all_pictures() for notice in picture.notices] + notices(self.regions or ())
 
     @property
     def img2img_strength(self) -> float:
@@ -280,6 +296,11 @@ class Settings(Options):
         is redrawn by any."""
         usual = 1.0 if self.redraws else STRENGTH
         return usual if self.strength is None else self.strength
+
+    @property
+    def bootstrapped(self) -> float:
+        """The share of the steps in which regions are drawn on a plain colour."""
+        return BOOTSTRAPPED if self.bootstrapping is None else self.bootstrapping
 
     @property
     def redraws(self) -> bool:

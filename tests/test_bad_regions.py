@@ -14,6 +14,7 @@ from refusal import CommandLine
 import cutdiff
 from cutdiff.checkpoint.model import Model
 from cutdiff.given.regions import MAX_REGIONS, Region, as_regions
+from cutdiff.pipeline import canvas_and_schedule
 from cutdiff.settings import Settings
 
 ALL, LEFT = [0, 0, 1, 1], [0, 0, 0.5, 1]
@@ -103,14 +104,45 @@ def test_refused(name: str, folder: Path, command_line: CommandLine) -> None:
     [
         (["--regions", "nowhere.json"], "--regions nowhere.json does not exist: check the path"),
         (["--regions", "."], "--regions . is a folder where a file belongs"),
-        (["--bootstrapping", "0.5"], "--bootstrapping 0.5 goes with regions: give that, or leave it out"),
-        (["--bootstrapping", "0.2"], "--bootstrapping 0.2 goes with regions: give that, or leave it out"),
+        (["--bootstrapping", "0.5"], "--bootstrapping 0.5 goes with --regions: give that, or leave it out"),
+        (["--bootstrapping", "0.2"], "--bootstrapping 0.2 goes with --regions: give that, or leave it out"),
         (["--regions", ""], "--regions '' names no file: give one of regions, such as"),
         (["--bootstrapping", "2"], "argument --bootstrapping: 2 must be a finite number in 0 … 1"),
     ],
 )
 def test_refused_arguments(arguments: list[str], expected: str, command_line: CommandLine) -> None:
     command_line.refuses([*arguments, "--model", "nowhere"], 2, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            "--method magnify",
+            "2 is of the first steps, and magnify takes the image in the place of these: leave it out",
+        ),
+        (
+            "--method direct",
+            "2 is of the first steps, and the image leaves out 5 of 10: leave it out, or give more str",
+        ),
+        ("--method direct --strength 0.8", "2 is of the first steps, and the image leaves out 2 of 10"),
+        ("--method magnify --mask MASK --strength 0.5", "2 is of the first steps, and the image leaves out 5 of 10"),
+    ],
+)
+def test_steps_that_an_image_leaves_out_are_not_bootstrapped(
+    arguments: str, expected: str, folder: Path, command_line: CommandLine
+) -> None:
+    (folder / "r.json").write_text(json.dumps([region(box=LEFT)]))
+    options = arguments.replace("MASK", str(folder / "half.png")).split()
+    given = ["--image", folder / "half.png", "--regions", folder / "r.json", "--steps", "10", *options]
+    command_line.refuses([*given, "--bootstrapping", "0.2"], 2, f"--bootstrapping 0.{expected}")
+
+
+def test_steps_that_an_image_leaves_are_bootstrapped(tiny_model: Model) -> None:
+    options = {"image": np.eye(8), "regions": [Region("a tent", (0, 0, 0.5, 1))], "num_steps": 10, "method": "direct"}
+    for more in ({"strength": 0.9, "bootstrapping": 0.2}, {}, {"bootstrapping": 0.0}):
+        canvas_and_schedule(tiny_model, Settings(**options, **more))
+    assert Settings(**options).described()["bootstrapping"] == 0.2
 
 
 def test_refused_objects() -> None:

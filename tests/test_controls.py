@@ -21,6 +21,7 @@ from torch import Tensor
 
 import cutdiff
 from cutdiff.checkpoint.control import load_control, save_control
+from cutdiff.checkpoint.locate import embedded
 from cutdiff.checkpoint.model import Model
 from cutdiff.checkpoint.random_model import randomise
 from cutdiff.models import compiled
@@ -115,7 +116,7 @@ def test_each_image_has_its_own_hint(tiny_model: Model, control: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_controlled(tiny_model: Model, control: Path, method: str) -> None:
-    """At scale 0 nothing is added."""
+    """At a scale near 0 nothing is added."""
     options: dict[str, Any] = {"method": method, "num_steps": 2, "height": 128, "width": 96, "seed": 1}
     plain = cutdiff.generate(tiny_model, "a red house", **options)
     options |= {"control": str(control), "control_image": hint(128, 96)}
@@ -123,7 +124,7 @@ def test_every_method_is_controlled(tiny_model: Model, control: Path, method: st
     assert controlled.latents.isfinite().all()
     assert (controlled.latents - plain.latents).norm() > 1e-3 * plain.latents.norm()
     assert controlled.record["network_evaluations"] == plain.record["network_evaluations"]
-    nothing = cutdiff.generate(tiny_model, "a red house", control_scale=0, **options)
+    nothing = cutdiff.generate(tiny_model, "a red house", control_scale=1e-9, **options)
     torch.testing.assert_close(nothing.latents, plain.latents, rtol=1e-4, atol=1e-4)
 
 
@@ -311,16 +312,21 @@ def test_a_control_of_another_family(
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "no hint": (["--control", "edges.safetensors"], "--control edges.safetensors has no hint: give control_image"),
+    "no hint": (["--control", "edges.safetensors"], "--control edges.safetensors has no hint: give --control-image"),
     "one hint for two": (
         ["--control", "edges.safetensors", "--control", "edges.safetensors", "--control-image", "hint.png"],
         "--control-image hint.png has 1 for 2 of control: give one with each",
     ),
-    "a hint alone": (["--control-image", "hint.png"], "--control-image 'hint.png' goes with control"),
-    "a scale alone": (["--control-scale", "1"], "--control-scale 1.0 goes with control"),
+    "a hint alone": (["--control-image", "hint.png"], "--control-image 'hint.png' goes with --control"),
+    "a scale alone": (["--control-scale", "1"], "--control-scale 1.0 goes with --control"),
     "scale": (
         ["OK", "--control-scale", "11"],
         "--control-scale 11.0 must be a finite number in 0 … 10",
+    ),
+    "scale 0": (["OK", "--control-scale", "0"], "--control-scale 0.0 would evaluate a ControlNet for nothing: leave"),
+    "one scale of 0": (
+        ["OK", "OK", "--control-scale", "1", "--control-scale", "0"],
+        "--control-scale 1.0, 0.0 would evaluate a ControlNet for nothing",
     ),
     "scale below 0": (["OK", "--control-scale", "-0.5"], "--control-scale -0.5 must be"),
     "scale NaN": (["OK", "--control-scale", "nan"], "--control-scale"),
@@ -341,6 +347,18 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no file": (
         ["--control", "no.safetensors", "--control-image", "hint.png"],
         "--control no.safetensors does not exist",
+    ),
+    "a whole model": (
+        ["--control", str(embedded("weights/scenes")), "--control-image", "hint.png"],
+        "scenes: no ControlNet: it is a whole model: pass a ControlNet",
+    ),
+    "a U-Net": (
+        ["--control", str(embedded("weights/scenes") / "unet"), "--control-image", "hint.png"],
+        "unet: no ControlNet: it is of 'UNet2DConditionModel': pass a ControlNet",
+    ),
+    "a U-Net's file": (
+        ["--control", str(next(embedded("weights/scenes").glob("unet/*.safetensors"))), "--control-image", "hint.png"],
+        ".safetensors: no ControlNet: it is one network in the diffusers layout: pass a ControlNet",
     ),
     "empty name": (["--control", "", "--control-image", "hint.png"], "--control '' must be a file or a folder"),
     "a picture for a network": (["--control", "hint.png", "--control-image", "hint.png"], "--control hint.png"),
@@ -367,7 +385,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "a hint and half of another size": (["OK", "--width", "64"], "--control-image hint.png has 96×64 pixels, and the"),
 }
-BAD_HINTS = ("one value", "no picture", "a picture for a network")
+BAD_HINTS = ("a whole model", "a U-Net", "a U-Net's file", "one value", "no picture", "a picture for a network")
 """The input of which a file is no good."""
 
 

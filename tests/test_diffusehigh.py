@@ -306,10 +306,10 @@ def test_a_run_without_guidance_has_none_on_larger_canvases(tiny_model: Model) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"blur": (0.0, 0.1)}, r"blur=\(0.0, 0.1\) must be 2 values, each a finite number in 0.01 … 1000"),
+        ({"blur": (0.0, 0.1)}, r"blur=0.0, 0.1 must be 2 values, each a finite number in 0.01 … 1000"),
         ({"held_band": "wavelett"}, r"held_band='wavelett' is not one of .*: did you mean 'wavelet'"),
         ({"held_band": "wavelet,name=haar"}, r"held_band='wavelet,name=haar': name='haar' is not one of db4, sym4"),
-        ({"factors": (0.5,)}, r"factors=\(0.5,\) must be a list, each a finite number at least 1"),
+        ({"factors": (0.5,)}, r"factors=0.5 must be a list, each a finite number at least 1"),
     ],
 )
 def test_options_that_cannot_be_used_are_named(options: dict[str, Any], message: str) -> None:

@@ -145,7 +145,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a type": (["--set", "view_batch_size=1.5"], "argument --set: view_batch_size=1.5 must be a whole number"),
     "a number": (["--set", "clip_skip=two"], "argument --set: clip_skip='two' must be a whole number"),
     "a name": (["--set", "backend=tritn"], "backend='tritn' is not one of auto, triton, reference: did you mean 'tri"),
-    "a pair": (["--set", "guidance_interval=1"], "argument --set: guidance_interval=(1,) must be 2 values"),
+    "a pair": (["--set", "guidance_interval=1"], "argument --set: guidance_interval=1 must be 2 values"),
     "a flag": (["--metods", "direct"], "--metods is no option: did you mean '--methods'?"),
     "a count": (["--num", "1"], "argument --num: 1 must be a whole number in 2 … 100000"),
     "a choice": (["--dtype", "float23"], "'float23' is not one of auto, float32, "),

@@ -76,7 +76,6 @@ def published(config: FlowConfig, num_steps: int) -> Any:  # a FlowMatchEulerDis
     if config.timestep_spacing == "trailing":
         how = {"sigmas": np.linspace(1, 1 / num_steps, num_steps)}
     if config.use_dynamic_shifting:
-        assert config.image_seq_len is not None
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         how["mu"] = config.base_shift + slope * (config.tokens - config.base_image_seq_len)
     scheduler.set_timesteps(**how)
@@ -295,7 +294,7 @@ def test_files_of_schedulers() -> None:
         NoiseOptions(zero_terminal_snr=False),
         NoiseOptions(None, None, "trailing"),
     ):
-        with pytest.raises(ValueError, match=r"=\w+ is not for a model of flow matching: leave it out"):
+        with pytest.raises(ValueError, match=r"=\w+ is not for a model of flow matching, .*: leave it out"):
             options.check_fit(DEV)
 
 

@@ -93,6 +93,21 @@ def test_pictures_of_every_kind_are_read(kind: str, tmp_path: Path) -> None:
     assert [str(text).removeprefix(f"image={path} ") for text in picture.notices] == [notice] * bool(notice)
 
 
+@pytest.mark.parametrize("option", ["image", "mask", "control_image"])
+def test_what_is_made_of_a_picture_is_said_of_every_option(option: str, tmp_path: Path) -> None:
+    halves = Image.new("L", (24, 16))
+    halves.paste(255, (12, 0, 24, 16))
+    several = saved(halves, "GIF", save_all=True, append_images=[halves.rotate(180)])
+    halves.putalpha(Image.new("L", halves.size, 200))
+    said = {several: "holds 2 pictures: the first is taken", saved(halves, "PNG"): TRANSPARENT}
+    for data, words in said.items():
+        path = tmp_path / "given"
+        path.write_bytes(data)
+        beside = {"image": {}, "mask": {"image": two_colors()}, "control_image": {"control": "a"}}[option]
+        (notice,) = Settings(method="direct", **{option: path}, **beside).notices()
+        assert notice == f"{option}={path} {words}"
+
+
 def test_a_picture_is_turned_as_its_tag_says(tmp_path: Path) -> None:
     (tmp_path / "turned.jpg").write_bytes(turned())
     picture = as_picture("image", str(tmp_path / "turned.jpg"))
@@ -128,13 +143,19 @@ BAD_OBJECTS: dict[str, tuple[Any, str]] = {
         [two_colors(), two_colors()],
         r"image=\[<PIL\..*\] must be .* \(3, H, W\); several, as one array \(B, H, W, 3\) or tensor \(B, 3, H, W\)$",
     ),
-    "channels": (torch.zeros(4, 8, 8), r"image=Tensor of \(4, 8, 8\) must be \(3, H, W\) or \(B, 3, H, W\): move cha"),
-    "channels last": (torch.zeros(8, 8, 3), r"image=Tensor of \(8, 8, 3\) must be"),
+    "channels": (
+        torch.zeros(4, 8, 8),
+        r"\(4, 8, 8\) must be \(3, H, W\) or \(B, 3, H, W\): it has 4 channels",
+    ),
+    "channels last": (torch.zeros(8, 8, 3), r"image=Tensor of \(8, 8, 3\) must be .*: move channels first$"),
     "channels first": (
         np.zeros((3, 8, 8)),
         r"image=ndarray of \(3, 8, 8\) must be \(H, W, 3\) or \(B, H, W, 3\): move chan",
     ),
-    "nothing": (torch.zeros(3, 0, 8), r"image=Tensor of \(3, 0, 8\) must be"),
+    "nothing": (torch.zeros(3, 0, 8), r"image=Tensor of \(3, 0, 8\) must be .*: it has no pixels$"),
+    "nothing in an array": (np.zeros((0, 0, 3)), r"image=ndarray of \(0, 0, 3\) must be .*: it has no pixels$"),
+    "an alpha channel": (np.zeros((8, 8, 4)), r"\(8, 8, 4\) must be .*: it has 4 channels, and 1 or 3 are read$"),
+    "a line": (np.zeros(8), r"image=ndarray of \(8,\) must be .*: give a picture$"),
     "below 0": (torch.full((3, 8, 8), -1.0), r"holds torch.float32 from -1 to -1: give 8 bits, or floats in \[0, 1\]"),
     "NaN": (torch.full((3, 8, 8), torch.nan), r"holds torch.float32 from nan to nan"),
     "whole numbers": (torch.ones(3, 8, 8, dtype=torch.int64), r"holds torch.int64 from 1 to 1"),
@@ -240,6 +261,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
         ["--width", "16384"], "--height 40960 follows from the shape of the image, 16×40, and is more than 32768: give"
     ),
     "a fit": (["--fit", "cut"], "argument --fit: 'cut' is not one of cover, contain, stretch"),
+    "another image": (["--image", "b.png"], "picture.png and b.png are two files: give one"),
     "a folder too": (["--images", "."], "--images . takes the place of --image"),
 }  # fmt: skip
 
@@ -255,8 +277,8 @@ def test_options_that_do_not_suit_a_picture(name: str, command_line: CommandLine
     ("arguments", "words"),
     [
         (["--strength", "0.5"], "--strength 0.5 is of an image, and none is given: give one, or leave it out"),
-        (["--fit", "contain"], "--fit 'contain' goes with image: give that, or leave it out"),
-        (["--fit", "cover"], "--fit 'cover' goes with image: give that, or leave it out"),
+        (["--fit", "contain"], "--fit 'contain' goes with --image: give that, or leave it out"),
+        (["--fit", "cover"], "--fit 'cover' goes with --image: give that, or leave it out"),
         (["--image", ""], "--image '' names no file: give a picture"),
         (["--images", ""], "argument --images: '' names nothing: give a path"),
         (["--invert"], "--invert is of the noise on an image, and no image is given: leave it out"),

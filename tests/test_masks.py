@@ -308,6 +308,20 @@ class TestMask:
             assert torch.equal(given.mask > 0, given.picture[:, :1] >= 0.5)
             assert 0 < given.mask.mean() < 1
 
+    @pytest.mark.parametrize("hidden", [0, 255])
+    @pytest.mark.parametrize("mode", ["RGBA", "LA"])
+    def test_white_on_nothing_is_white_there(self, mode: str, hidden: int, tmp_path: Path) -> None:
+        """Whatever stands in its colours where nothing is seen. Black on nothing is laid on white, as ever."""
+        for paint, expected in ((255, 1 / 6), (0, 5 / 6)):
+            mask = Image.new("RGBA", (60, 40), (hidden, hidden, hidden, 0))
+            mask.paste((paint, paint, paint, 255), (20, 10, 40, 30))
+            mask.convert(mode).save(tmp_path / "mask.png")
+            settings = Settings(image=pixels(1, 40, 60), mask=tmp_path / "mask.png", method="direct")
+            assert settings.mask.white == pytest.approx(expected)
+            taken = "which are taken for black" if paint else "which are laid on white"
+            assert [notice.endswith(taken) for notice in settings.notices()] == [True]
+            assert bool(settings.mask.pixels()[0, 20, 30, 0]) is bool(paint)
+
     def test_grey_is_white_from_the_middle_on(self, tiny_model: Model) -> None:
         mask = np.full((64, 64), 127, dtype="u1")
         mask[:, 20:] = 128
@@ -369,6 +383,9 @@ def files(tmp_path: Path) -> Path:
     Image.fromarray(as_mask(drawn_mask(1, 64, 48))).save(folder / "turned.png")
     for name, grey in (("white.png", 255), ("black.png", 0), ("dark.png", 127)):
         Image.fromarray(np.full((48, 64), grey, dtype="u1")).save(folder / name)
+    for name, alpha in (("clear.png", 0), ("veiled.png", 200)):
+        Image.new("RGBA", (64, 48), (255, 255, 255, alpha)).save(folder / name)
+    Image.new("L", (64, 48), 200).save(folder / "light.png")
     border = np.zeros((48, 64), dtype="u1")
     border[:, :6] = 255
     Image.fromarray(border).save(folder / "border.png")
@@ -384,13 +401,25 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "a white mask": (
         "--image image.png --mask white.png",
-        "--mask white.png is white all over, so that nothing of the image would be held: leave it out",
+        "--mask white.png is white all over, so that nothing of the image would be held: paint black what is to stay",
     ),
     "a black mask": (
         "--image image.png --mask black.png",
         "--mask black.png is black all over, so that nothing would be redrawn: make that white",
     ),
-    "a dark mask": ("--image image.png --mask dark.png", "--mask dark.png is black all over, so that nothing"),
+    "a dark mask": (
+        "--image image.png --mask dark.png",
+        "--mask dark.png is nowhere lighter than 127 of 255, where white begins at 128, so that nothing would",
+    ),
+    "a light mask": (
+        "--image image.png --mask light.png",
+        "--mask light.png is nowhere darker than 200 of 255, where white begins at 128, so that nothing of the image",
+    ),
+    "a mask of nothing": (
+        "--image image.png --mask clear.png",
+        "--mask clear.png is white all over, as its transparent parts are laid on white, so that nothing of the image",
+    ),
+    "a veiled mask": ("--image image.png --mask veiled.png", "white all over, as its transparent parts are laid on wh"),
     "a black mask in its place": ("--image image.png --mask black.png --place 0,0", "--mask black.png is black all"),
     "a mask that is cropped away": (
         "--image image.png --mask border.png",
@@ -400,13 +429,16 @@ REFUSED: dict[str, tuple[str, str]] = {
     "a place alone": ("--place 8,8", "--place 8,8 is of an image, and none is given: give one, or leave it out"),
     "a feather alone": (
         "--image image.png --feather 4",
-        "--feather 4 goes with mask or place: give that, or leave it out",
+        "--feather 4 goes with --mask or --place: give that, or leave it out",
     ),
     "a feather too wide": (
         "--image image.png --mask mask.png --feather 9999",
         "--feather: 9999 must be a whole number in",
     ),
-    "the usual feather alone": ("--image image.png --feather 16", "--feather 16 goes with mask or place: give that"),
+    "the usual feather alone": (
+        "--image image.png --feather 16",
+        "--feather 16 goes with --mask or --place: give",
+    ),
     "half of a place": (
         "--image image.png --place None,3",
         "--place: None, 3 must be 2 values, each a whole number at le",
@@ -430,15 +462,15 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "an inversion": (
         "--image image.png --mask mask.png --invert",
-        "and mask=mask.png draws a part anew: leave one out",
+        "and --mask mask.png draws a part anew: leave one out",
     ),
     "a place and a fit": (
         "--image image.png --place 0,0 --fit stretch",
-        "--fit 'stretch' resizes the image, and place puts",
+        "--fit 'stretch' resizes the image, and --place puts",
     ),
     "a place and the usual fit": (
         "--image image.png --place 0,0 --fit cover",
-        "--fit 'cover' resizes the image, and pl",
+        "--fit 'cover' resizes the image, and --pl",
     ),
     "half a place": ("--image image.png --place 5", "--place: 5 must be 2 values"),
     "a strength of nothing": ("--image image.png --mask mask.png --strength 0", "would draw nothing on the image"),
@@ -446,6 +478,9 @@ REFUSED: dict[str, tuple[str, str]] = {
 
 
 BAD_FILES = (
+    "a light mask",
+    "a mask of nothing",
+    "a veiled mask",
     "a white mask",
     "a black mask",
     "a dark mask",

@@ -23,6 +23,7 @@ from cutdiff.methods.shared import Run
 from cutdiff.methods.tiled import Grain
 from cutdiff.models.inside import replaced
 from cutdiff.models.unet import UNet
+from cutdiff.options import short
 from cutdiff.sampling.draws import Draws
 from cutdiff.sampling.operators import GRAINS
 from cutdiff.sampling.stages import Stage
@@ -291,7 +292,7 @@ def test_ddim_with_eta_draws_its_noise_from_draws(tiny_model: Model) -> None:
     ],
 )
 def test_options_that_cannot_be_used_are_named_before_any_work(tiny_model: Model, option: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"{option}={value!r}")):
+    with pytest.raises(ValueError, match=f"{option}=(?:{re.escape(repr(value))}|{re.escape(short(value))})"):
         cutdiff.denoise(tiny_model, PROMPT, **{option: value})
 
 

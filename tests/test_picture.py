@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from refusal import CommandLine
 from torch import Tensor
 
 import cutdiff
@@ -259,8 +261,7 @@ def test_a_set_of_given_pictures_goes_on(
     printed = capsys.readouterr()
     assert "cut.jpg cannot be read to its end" in printed.err
     assert printed.err.strip().endswith(f"{given}, left out: cut.jpg; replace these pictures and start again")
-    stems = ["a", "b.jpg", "b.png", "c"]
-    names = [f"{stem}-magnify-128x128-seed0" for stem in stems]
+    names = [f"{name}-magnify-128x128-seed0" for name in ("a.png", "b.jpg", "b.png", "c.webp")]
     assert sorted(files(out)) == sorted(f"{name}.{ending}" for name in names for ending in ("png", "json"))
     record = json.loads((out / f"{names[0]}.json").read_text())
     assert record["image"].keys() == {"name", "sha256"}
@@ -276,8 +277,29 @@ def test_a_set_of_given_pictures_goes_on(
     assert changed == {f"{names[i]}.{ending}" for i in (1, 3) for ending in ("png", "json")}
     (given / "a.png").write_bytes((given / "b.png").read_bytes())
     assert main(command) == 2
-    assert f"{names[0]}.png was drawn with --image" in capsys.readouterr().err
+    changed_one = f"{names[0]}.png was drawn with --image a.png (now with other contents): pass --overwrite"
+    assert changed_one in capsys.readouterr().err
     assert files(out).keys() == before.keys() | {f"{names[1]}.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--mask", "MASK"],
+            "a.png: --mask mask.png has 8×8 pixels, and the image 64×40: give one of the image's size",
+        ),
+        (["--place", "0,0", "--width", "56", "--height", "64"], "a.png: --place 0,0 needs a larger canvas"),
+        (["--strength", "0"], "a.png: --strength 0 would draw nothing on the image"),
+    ],
+)
+def test_an_error_names_the_given_picture(arguments: list[str], words: str, command_line: CommandLine) -> None:
+    given, mask = command_line.out.parent / "given", command_line.out.parent / "mask.png"
+    given.mkdir()
+    Image.new("RGB", (64, 40), "red").save(given / "a.png")
+    Image.new("L", (8, 8), "white").save(mask)
+    options = [str(mask) if word == "MASK" else word for word in arguments]
+    command_line.refuses(["--images", given, "--method", "direct", *options], 2, f"{given}/{words}")
 
 
 def test_a_folder_of_given_pictures_may_be_that_of_the_drawn_ones(
@@ -295,7 +317,7 @@ def test_a_folder_of_given_pictures_may_be_that_of_the_drawn_ones(
         drawn = "2 pictures of --images were drawn of others there, as their records say, and are left out"
         assert (drawn in said) is again
         assert ("2 of 2 pictures are finished already" in said) is again
-        assert {*files(tmp_path)} >= {f"{name}-upscale-64x64-seed0.png" for name in "ab"}
+        assert {*files(tmp_path)} >= {f"{name}.png-upscale-64x64-seed0.png" for name in "ab"}
         assert len([*tmp_path.glob("*.png")]) == 4
     assert main([*command, str(tmp_path / "out")]) == 0
     assert len([*(tmp_path / "out").glob("*.png")]) == 4, "elsewhere all pictures of the folder are taken"
@@ -307,18 +329,21 @@ def test_any_name_of_a_given_picture_makes_one_of_a_drawn_one(
     """Long ones are cut and those of several lines become one; each still has a name of its own, which stays."""
     given, out = tmp_path / "given", tmp_path / "out"
     given.mkdir()
-    for name in ("a" * 240, "a" * 241, "ä" * 120, "of two\nlines", "of two\tlines", "plain"):
+    for name in ("a" * 240, "a" * 241, "ä" * 120, "of two\nlines", "of two\tlines", "plain", "plain.jpg"):
         to_pil(picture[0]).save(given / f"{name}.png")
     command = ["--model", str(quick_folder), "--images", str(given), "--width", "64", "--steps", "1"]
     command += ["--method", "upscale", "--device", "cpu", "--out", str(out)]
     assert main(command) == 0
     names = sorted(Path(line).name for line in capsys.readouterr().out.splitlines())
     assert names == sorted(path.name for path in out.glob("*.png"))
-    assert [name[:15] for name in names if name[0] == "o"] == ["of two_lines-" + name[13:15] for name in names[2:4]]
-    assert "plain-upscale-64x64-seed0.png" in names
-    assert len(names) == 6
+    assert [name[:17] for name in names if name[0] == "o"] == ["of two_lines.png-"] * 2
+    assert {"plain.png-upscale-64x64-seed0.png", "plain.jpg.png-upscale-64x64-seed0.png"} < {*names}
+    assert len(names) == 7
+    to_pil(picture[0].flip(2)).save(given / "plain.jpg")  # a neighbour is no reason to draw another one again
     assert main(command) == 0
-    assert "6 of 6 pictures are finished already" in capsys.readouterr().err
+    assert "7 of 8 pictures are finished already" in capsys.readouterr().err
+    assert len([*out.glob("*.png")]) == 8
+    assert (out / "plain.jpg-upscale-64x64-seed0.png").exists()
 
 
 def test_a_line_of_prompts_names_a_picture_beside_it(

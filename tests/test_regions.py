@@ -204,7 +204,7 @@ def test_two_regions_of_one_prompt_are_one(tiny_model: Model, method: str) -> No
     """And with the run's prompt in all of them, none; each of them is evaluated."""
     solver = SOLVERS[[*METHODS].index(method) % len(SOLVERS)]
     options = {**QUICK, "method": method, "solver": solver, "bootstrapping": 0.0}
-    plain = cutdiff.generate(tiny_model, HOUSE, **{**options, "bootstrapping": 0.2})
+    plain = cutdiff.generate(tiny_model, HOUSE, **{k: v for k, v in options.items() if k != "bootstrapping"})
     halves = cutdiff.generate(tiny_model, TENT, regions=regions((HOUSE, LEFT), (HOUSE, RIGHT)), **options)
     inside = cutdiff.generate(tiny_model, HOUSE, regions=regions((HOUSE, MIDDLE)), **options)
     for ours in (halves, inside):

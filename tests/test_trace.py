@@ -194,6 +194,11 @@ def test_prompts_without_maps(
     assert (info["words"], info["words_unread"], step["attention"]) == ([], reason, None)
 
 
+def test_words_are_shown_without_the_signs_of_a_weight(tiny_model: Model) -> None:
+    words = Words(tiny_model, r"a (red:1.25) [house] \[x\]", Settings(**RUN))
+    assert words.names == ["a", "red ×1.25", "house ×0.909", "[", "x", "]"]
+
+
 def test_every_nth_step_is_shown_in_full(tiny_model: Model, tmp_path: Path) -> None:
     options = {**RUN, "num_steps": 11, "method": "cutdiffusion"}  # the structure takes 6
     cutdiff.trace(tiny_model, PROMPT, page=tmp_path / "run.html", every=4, data=True, **options)
@@ -203,9 +208,11 @@ def test_every_nth_step_is_shown_in_full(tiny_model: Model, tmp_path: Path) -> N
     assert all(one["evaluations"] for one in told)
     trace: Any = load(tmp_path / "run.trace")
     assert [moment.index for moment in trace.steps if moment.denoised is not None] == [0, 4, 6, 8, 10]
-    with pytest.raises(ValueError, match="every=0 must be at least 1"):
-        cutdiff.trace(tiny_model, PROMPT, page=tmp_path / "other.html", every=0, **RUN)
-    assert not (tmp_path / "other.html").exists()
+    whole, _ = recorded(tiny_model, **options)
+    for moment, other in zip(trace.steps, whole, strict=True):
+        kept = other.digest if moment.denoised is not None else {**other.digest, "state": None}
+        assert {**dict.fromkeys(other.digest), **moment.digest} == kept
+    assert len({moment.digest["latents"] for moment in whole}) == 11
 
 
 def test_fewer_steps_are_shown_where_all_would_be_too_many(tiny_model: Model) -> None:
@@ -347,6 +354,8 @@ def test_the_folder_holds_what_was_recorded(tiny_model: Model, tmp_path: Path) -
     options = {**RUN, "method": "demofusion"}
     cutdiff.trace(tiny_model, PROMPT, page=tmp_path / "run.html", data=True, **options)
     moments, _ = recorded(tiny_model, **options)
+    modes = {path.suffix: path.stat().st_mode for path in (tmp_path / "run.trace").iterdir()}
+    assert modes[".safetensors"] == modes[".json"]
     trace: Any = load(tmp_path / "run.trace")
     assert trace.end is not None
     assert trace.end["state"] == "finished"
@@ -424,6 +433,32 @@ def test_pictures_decoded_by_the_vae(tiny_model: Model, tmp_path: Path) -> None:
     assert [("decoded" in one) for one in told] == [True, False, True, True]
     assert all(one["decoded"].startswith("data:image/webp;base64,") for one in told if "decoded" in one)
     assert end["picture"].startswith("data:image/webp;base64,")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"page": "folder"}, "page='folder' is a folder: give a file that ends in .html"),
+        ({"page": "folder.html"}, "page='folder.html' is a folder: give a file that ends in .html"),
+        ({"page": ""}, "page='' is not the name of a page: give a file that ends in .html"),
+        ({"page": "x.png"}, "page='x.png' is not the name of a page: give a file that ends in .html"),
+        ({"every": 2.5}, "every=2.5 must be a whole number of steps, 1 or more"),
+        ({"every": 0}, "every=0 must be a whole number of steps, 1 or more"),
+        ({"every": "2"}, "every='2' must be a whole number of steps, 1 or more"),
+        ({"every": True}, "every=True must be a whole number of steps, 1 or more"),
+    ],
+)
+def test_what_a_trace_cannot_be(
+    tiny_model: Model, options: dict[str, Any], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before the run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "generate", None)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        cutdiff.trace(tiny_model, PROMPT, **options, **RUN)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "folder.html"}
 
 
 @pytest.mark.parametrize("prompt", [[PROMPT], (PROMPT, PROMPT), None])
@@ -588,7 +623,10 @@ def test_pages_that_cannot_be_compared(
     monkeypatch.chdir(tmp_path)
     cutdiff.trace(tiny_model, PROMPT, page="a.html", **RUN)
     (tmp_path / "text.html").write_text("<p>text")
-    (tmp_path / "old.html").write_bytes((tmp_path / "a.html").read_bytes().replace(b'"format": 1', b'"format": 0'))
+    (tmp_path / "damaged.html").write_bytes(
+        (tmp_path / "a.html").read_bytes().replace(b'"kind": "step",', b'"kind"', 1)
+    )
+    (tmp_path / "old.html").write_bytes((tmp_path / "a.html").read_bytes().replace(b'"format": 2', b'"format": 0'))
     assert compare(["a.html", "a.png", "--out", "new/both.html"]) == 0
     (tmp_path / "both.html").write_bytes((tmp_path / "new" / "both.html").read_bytes())
     capsys.readouterr()
@@ -596,6 +634,7 @@ def test_pages_that_cannot_be_compared(
         ("a.html", "text.html"): "RUN_B text.html is no page of a trace: name one that --trace wrote",
         ("both.html", "a.html"): "RUN_A both.html compares two runs: name the page of one",
         ("a.html", "old.html"): f"RUN_B old.html is a page of another version, {cutdiff.__version__}: draw it again",
+        ("damaged.html", "a.html"): "RUN_A damaged.html is damaged: draw it again with --trace",
         ("a.html", "new"): "RUN_B new.html does not exist: check the path; --trace writes a page beside the picture",
         ("a.html", "a.html", "--out", "new"): "--out new is a folder: name a file in it",
         ("a.html", "a.html", "--out", ".."): "--out .. is a folder: name a file in it",

@@ -410,15 +410,16 @@ def test_where_nan_began(browser: Player, tiny_model: Model, tmp_path: Path) -> 
         cutdiff.trace(tiny_model, PROMPT, page=tmp_path / "run.html", method=method, **RUN)
     browser.show(tmp_path / "run.unfinished.html")
     first, second = browser.all(".notice", "e.textContent")
-    assert first.startswith("The run ended after step 3 of 4: step 2 (mine, sigma ")
+    assert first.startswith(
+        "The run ended in step 3 of 4, in the words of its error, which counts the schedule's steps from 0: step 2 ("
+    )
     assert second == "NaN or infinity begins in step 3 (mine), first in view 3 of 6. Show it"
     assert browser.value("document.querySelectorAll('.lane .bad').length") == 1
     browser.click(".notice button")
     assert browser.value("document.getElementById('slider').value") == "2"
     assert browser.text("#pictures .panels > :nth-child(2) .note").endswith("values not finite")
     shown = browser.pixels("#pictures .panels > :nth-child(2) canvas")
-    bad = (shown == [255, 0, 144]).all(axis=2) | (shown == [20, 0, 12]).all(axis=2)
-    assert bad.sum() == 2 * 8
+    assert is_bad(shown).sum() == 2 * 8
     assert browser.all("#views-0 .bar-list button", "e.matches('.bad-item')") == [False, False, True] + [False] * 3
 
 
@@ -474,3 +475,234 @@ def test_names_for_those_who_do_not_see(browser: Player, drawn: Drawn) -> None:
     levels = browser.all("h1, h2, h3", "Number(e.tagName[1])")
     assert levels[0] == 1
     assert all(b - a <= 1 for a, b in pairwise(levels))
+
+
+def test_thinned_runs_part_at_a_step_without_pictures(browser: Player, drawn: Drawn, tmp_path: Path) -> None:
+    """To the bit, and each picture says of which step it is, the same of both runs."""
+    options: dict[str, Any] = {"method": "direct", "num_steps": 7, "guidance_scale": 60.0}
+    one, other = drawn(every=6, **options)[0], drawn(every=3, guidance_interval=(0.0, 0.3), **options)[0]
+    assert compare([str(one), str(other), "--out", str(tmp_path / "both.html")]) == 0
+    browser.show(tmp_path / "both.html")
+    parting = browser.value("({...document.getElementById('parting').dataset})")
+    whole, ended = drawn(**options)[1].steps, drawn(guidance_interval=(0.0, 0.3), **options)[1].steps
+    first = next(i for i in range(7) if not torch.equal(whole[i].denoised, ended[i].denoised))
+    assert parting == {"denoised": str(first), "state": str(first + 1)}
+    assert 0 < first < 5, "not one that both show"
+    assert browser.text("#parting").endswith(" At the latest from step 7 on their estimates are more than 1% apart.")
+    note = "#pictures .run-panels:nth-child(3) .frame:nth-child(2) .note"
+    for step, said in ((1, "none"), (2, "of step 1: none"), (6, "of step 1: none")):
+        browser.show(tmp_path / "both.html", place=f"#step-{step}")
+        assert browser.text(note) == said
+    browser.show(tmp_path / "both.html", place="#step-7")
+    assert browser.text(note).startswith("rms ")
+
+
+def test_runs_of_different_lengths(browser: Player, drawn: Drawn, tmp_path: Path) -> None:
+    long, short = (drawn(method="direct", num_steps=number)[0] for number in (6, 4))
+    assert compare([str(long), str(short), "--out", str(tmp_path / "both.html")]) == 0
+    browser.show(tmp_path / "both.html", place="#step-6")
+    said = browser.text("#parting")
+    assert " They are compared step by step, although their noise differs: at step 1 run A is at σ " in said
+    assert said.endswith(" Run A has 6 steps, run B 4 steps.")
+    notes = "#pictures .run-panels:nth-child(3) .frame:nth-child({}) .note"
+    assert [browser.text(notes.format(n)) for n in (1, 2)] == ["run B has ended"] * 2
+    chart = ".chart:first-child .key b"
+    assert browser.text(".chart:first-child h3") == "Distance between the runs"
+    assert browser.all(chart, "e.textContent") == ["–", "–"]
+
+
+def test_a_killed_run_is_compared_in_the_same_units(browser: Player, drawn: Drawn, tmp_path: Path) -> None:
+    whole = drawn()[0]
+    ends = [match.end() for match in page.BLOCK.finditer(whole.read_bytes())]
+    (tmp_path / "cut.html").write_bytes(whole.read_bytes()[: ends[3]])
+    assert compare([str(whole), str(tmp_path / "cut.html"), "--out", str(tmp_path / "both.html")]) == 0
+    browser.show(tmp_path / "both.html")
+    charts = browser.all(
+        ".chart", "[e.querySelector('h3').textContent, ...[...e.querySelectorAll('b')].map((b) => b.textContent)]"
+    )
+    (spectrum,) = (values for title, *values in charts if title == "Spectrum of the estimate")
+    assert spectrum[:4] == spectrum[4:]
+    assert "–" not in spectrum
+
+
+def test_a_flow_is_shown_in_its_own_time(browser: Player, tmp_path: Path) -> None:
+    flow = cutdiff.load(Path(__file__).parents[1] / "weights" / "scenes-flow")
+    options = {**RUN, "method": "cutdiffusion", "height": 256, "width": 256}
+    cutdiff.trace(flow, PROMPT, page=tmp_path / "run.html", **options)
+    browser.show(tmp_path / "run.html")
+    assert browser.text("#readout .line").startswith("step 1 · structure · t 1 · ")
+    assert browser.text(".sigma-name") == "t"
+    assert browser.text("#pictures .frame .note") == "t 1"
+    assert browser.pixels("#pictures canvas").std(axis=(0, 1)).min() > 20, "it is noise, and no flat colour"
+    browser.click("#patches-0 .choice button:nth-child(2)")
+    assert browser.pixels("#patches-0 .triple > :nth-child(3) canvas").std(axis=(0, 1)).min() > 20
+    ticks = browser.all(".chart:first-child .tick", "Number(e.textContent)")
+    assert browser.text(".chart:first-child h3") == "Energy"
+    assert max(ticks) < 10
+    times = browser.all("details tbody tr td:nth-child(4)", "Number(e.textContent)")
+    assert times[0] == 1
+    assert all(1 > b > 0 and a > b for a, b in pairwise(times))
+
+
+def is_bad(shown: np.ndarray) -> np.ndarray:
+    """The pixels that have the colours of values that are not finite."""
+    return (shown == [255, 0, 144]).all(axis=2) | (shown == [20, 0, 12]).all(axis=2)
+
+
+def test_what_pads_a_patch_is_not_bad(browser: Player, drawn: Drawn) -> None:
+    browser.show(drawn(height=104, width=120)[0])
+    for show in ("2", "1"):
+        browser.click(f"#patches-0 .choice button:nth-child({show})")
+        for side in ("2", "3"):
+            shown = browser.pixels(f"#patches-0 .triple > :nth-child({side}) canvas")
+            assert shown.shape[:2] == (2 * 7 + 1, 2 * 8 + 1)
+            assert not is_bad(shown).any()
+
+
+@pytest.mark.parametrize("asks_none", [False, True])
+def test_where_nan_of_a_methods_own_began(browser: Player, tiny_model: Model, tmp_path: Path, asks_none: bool) -> None:
+    """Its estimate is shown, although all that the network gave is finite; also where no network is asked."""
+
+    def method(run: Run) -> list[Stage]:
+        (stage,) = cutdiff.Settings(method="multidiffusion").method.stages(run)
+
+        def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
+            denoised = x / (1 + sigma) if asks_none else stage.denoise(x, sigma, step).clone()
+            if step == 2:
+                denoised[..., 3:5, 7] = torch.nan
+            return denoised
+
+        return [Stage("mine", range(run.num_steps), denoise)]
+
+    with pytest.raises(FloatingPointError):
+        cutdiff.trace(tiny_model, PROMPT, page=tmp_path / "run.html", data=True, method=method, **RUN)
+    browser.show(tmp_path / "run.unfinished.html", place="#step-3")
+    assert browser.all(".notice", "e.textContent")[1] == (
+        "NaN or infinity begins in step 3 (mine), in the estimate of x0, which the method made of what the network "
+        "gave, all of it finite. Show it"
+    )
+    assert browser.all(".lane .bad", "e.x.baseVal.value") == [pytest.approx(2.04)]
+    assert browser.text("#pictures .frame:nth-child(1) .note").startswith("σ ")
+    assert browser.text("#pictures .frame:nth-child(2) .note") == "8 values not finite"
+    bad = np.argwhere(is_bad(browser.pixels("#pictures .frame:nth-child(2) canvas")))
+    assert bad.tolist() == [[3, 7], [4, 7]]
+    moment: Any = load(tmp_path / "run.unfinished.trace").steps[-1]
+    assert (moment.index, moment.failed, moment.latents) == (2, True, None)
+
+
+@pytest.mark.parametrize("options", [{"interaction": "none"}, {"method": "demofusion", "height": 128}])
+def test_no_exchange_is_told_of_where_there_is_none(browser: Player, drawn: Drawn, options: dict[str, Any]) -> None:
+    path, trace = drawn(**options)
+    (first, *_) = (i for i, step in enumerate(trace.steps) for items in step.items if items.kind == "patches")
+    browser.show(path, place=f"#step-{first + 1}")
+    assert browser.value("document.getElementById('patches-0').clientWidth") > 0
+    browser.point("#patches-0 .triple > :nth-child(3) canvas", 1.5, 1.5)
+    said = browser.value("document.getElementById('patches-0').textContent")
+    assert "which exchange nothing" in said
+    for word in ("xchanged", "averaged away", "after the exchange"):
+        assert word not in said
+    browser.show(drawn()[0])
+    said = browser.value("document.getElementById('patches-0').textContent")
+    assert all(word in said for word in ("Exchanged", "exchanged back", "averaged away"))
+
+
+def test_steps_are_numbered_as_they_were_taken(browser: Player, drawn: Drawn) -> None:
+    """A method that leaves steps of the schedule out, and takes others again."""
+    path, trace = drawn(method="climb", height=256, width=256, num_steps=8)
+    indices = [step.index for step in trace.steps]
+    assert indices != [*range(len(indices))], "it is such a method"
+    browser.show(path)
+    for number in range(1, len(indices) + 1):
+        assert browser.text("#readout .count") == f"{number} / {len(indices)}"
+        assert browser.text("#readout .line").startswith(f"step {number} · ")
+        browser.press(webdriver.Keys.ARROW_RIGHT)
+    assert browser.all("details tbody th", "Number(e.textContent)") == [*range(1, len(indices) + 1)]
+
+
+def test_bars_are_one_stop_of_the_tab_key(browser: Player, drawn: Drawn) -> None:
+    browser.show(drawn(height=256, width=256)[0], place="#step-4")
+    stops = "#views-0 .bar-list button[tabindex='0']"
+    assert browser.all(stops, "e.ariaLabel.split(',')[0]") == ["view 1"]
+    browser.value("document.querySelector(arguments[0]).focus()", stops)
+    keys = webdriver.Keys
+    browser.press(keys.ARROW_UP, *[keys.ARROW_DOWN] * 3)
+    assert browser.value("document.activeElement.ariaLabel").startswith("view 4, ")
+    browser.press(keys.ENTER)
+    assert browser.text("#views-0 .three .note") == "view 4"
+    assert browser.all(stops, "e.ariaLabel.split(',')[0]") == ["view 4"]
+    bar = browser.boxes("#bar")[0]["height"]
+    padding = "parseFloat(getComputedStyle(document.documentElement).scrollPaddingTop)"
+    assert bar <= browser.value(padding) < bar + 80
+
+
+def test_a_linked_pixel_is_read_as_a_list(browser: Player, drawn: Drawn) -> None:
+    browser.show(drawn()[0])
+    browser.value("document.querySelector('#patches-0 canvas.grid').focus()")
+    said = browser.text("#patches-0 .link").partition(": ")[2].split(", ")
+    assert [part.startswith(f"channel {n} to patch ") for n, part in enumerate(said, start=1)] == [True] * 4
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_differ_for_the_colour_blind(browser: Player, drawn: Drawn, scheme: str) -> None:
+    """As Machado, Oliveira and Fernandes (2009) simulate three kinds; lines have dashes of their own as well."""
+    browser.show(drawn()[0], scheme=scheme)
+    code = "getComputedStyle(document.documentElement).getPropertyValue(arguments[0]).trim()"
+
+    def colours(kind: str, number: int) -> np.ndarray:
+        return np.array([linear(browser.value(code, f"--{kind}{n}")) for n in range(number)])
+
+    for kind, number, least in (("c", 4, 17), ("s", 6, 15)):
+        for name, matrix in {"normal": np.eye(3), **BLINDNESS}.items():
+            places = lab(np.clip(colours(kind, number) @ np.array(matrix).T, 0, 1))
+            apart = np.linalg.norm(places[:, None] - places, axis=2)[~np.eye(number, dtype=bool)]
+            assert apart.min() >= least, (kind, name)
+    dark = luminance(linear(browser.value(code, "--dark")))
+    assert browser.value("getComputedStyle(document.querySelector('.lane .stage')).color") == "rgb(16, 19, 23)"
+    for colour in colours("s", 6):
+        assert (luminance(colour) + 0.05) / (dark + 0.05) >= 4.5
+    dashes = browser.all(".chart:nth-child(2) .keys line", "e.getAttribute('stroke-dasharray')")
+    assert len({*dashes}) == len(dashes) == 4
+
+
+BLINDNESS = {
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+"""Of full severity, on linear RGB."""
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def linear(colour: str) -> np.ndarray:
+    """Linear RGB of #rrggbb."""
+    values = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def luminance(colour: np.ndarray) -> float:
+    return float(XYZ[1] @ colour)
+
+
+def lab(colours: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* of linear RGB (N, 3)."""
+    ratios = colours @ XYZ.T / XYZ.sum(axis=1)
+    x, y, z = np.where(ratios > 0.008856, np.cbrt(ratios), 7.787 * ratios + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+def test_a_heat_map_has_its_scale(browser: Player, drawn: Drawn) -> None:
+    path, trace = drawn()
+    browser.show(path)
+    assert browser.all("#pictures .scale", "e.clientHeight") == [0] * 4
+    browser.press(webdriver.Keys.ARROW_RIGHT)
+    (most,) = browser.all("#pictures .frame:nth-child(3) .scale span", "Number(e.textContent)")
+    change = (trace.steps[1].denoised - trace.steps[0].denoised).square().mean(dim=0).sqrt()
+    assert most == pytest.approx(float(change.max()), rel=0.05)
+
+
+def test_one_is_no_plural(browser: Player, drawn: Drawn) -> None:
+    browser.show(drawn(num_steps=1, method="direct", guidance_scale=1.0)[0])
+    facts = browser.all(".facts li", "e.textContent")
+    assert "1 step" in facts
+    assert "1 evaluation" in facts
+    assert " · 1 evaluation · " in browser.text("#readout")

@@ -19,7 +19,7 @@ from cutdiff.checkpoint import save_folder
 from cutdiff.checkpoint import text as clip
 from cutdiff.checkpoint.families import SD21, SDXL, Family
 from cutdiff.checkpoint.keys import unet_keys, vae_keys
-from cutdiff.checkpoint.kinds import networks_of
+from cutdiff.checkpoint.kinds import TEXT_ENCODERS, networks_of
 from cutdiff.checkpoint.model import Model
 from cutdiff.models.config import SD15_UNET, SD21_UNET, UNetConfig, VAEConfig
 from cutdiff.models.text import TextEncoders
@@ -216,6 +216,8 @@ def put_in_cache(cache: Path, repository: str, folder: Path) -> None:
 
 
 def networks(model: Model | Tiny) -> dict[str, nn.Module]:
+    if isinstance(model, Tiny):  # its U-Net may be that of diffusers
+        return {"unet": model.unet, "vae": model.vae, **dict(zip(TEXT_ENCODERS, model.text.encoders, strict=False))}
     return networks_of(model.unet, model.vae, model.text.encoders)
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from cutdiff.checkpoint.build import assign, outlined
 from cutdiff.checkpoint.configs import control_config, control_to_diffusers
 from cutdiff.checkpoint.families import SD15, SD21, SDXL, family_of
+from cutdiff.checkpoint.files import quoted
 from cutdiff.checkpoint.folder import parse
 from cutdiff.checkpoint.infer import infer_control
 from cutdiff.checkpoint.keys import HINT, control_keys
 from cutdiff.checkpoint.locate import locate, name_of
 from cutdiff.checkpoint.model import Model, sha256
-from cutdiff.checkpoint.read import find_weights
+from cutdiff.checkpoint.read import find_weights, read_json
 from cutdiff.checkpoint.save import write_network
 from cutdiff.checkpoint.weights import read_weights
 from cutdiff.models.config import SD15_UNET, SD21_UNET, SDXL_UNET, UNetConfig
@@ -51,8 +52,11 @@ def load_control(path: str | Path, model: Model) -> ControlNet:
     """
     source = locate(path, "control")
     if source.is_dir():
+        kind = read_json(source / "config.json").get("_class_name", "ControlNetModel")
+        if kind != "ControlNetModel":
+            raise ValueError(f"{source}: no ControlNet: it is of {quoted(kind)}: pass a ControlNet")
         config = parse(source / "config.json", control_config)
-        shards = find_weights(source, "diffusion_pytorch_model")
+        shards = weight_files(source)
         tensors = {key: tensor for shard in shards for key, tensor in read_weights(shard, model.dtype)[0].items()}
     else:
         try:
@@ -86,6 +90,8 @@ def described(path: str) -> dict[str, Any]:
 def weight_files(path: str | Path) -> list[Path]:
     """The files that hold the weights of the ControlNet at a path."""
     source = locate(path, "control")
+    if (source / "model_index.json").exists():
+        raise ValueError(f"{source}: no ControlNet: it is a whole model: pass a ControlNet")
     return find_weights(source, "diffusion_pytorch_model") if source.is_dir() else [source]
 
 
@@ -116,7 +122,7 @@ def _control_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if any(re.match(pattern, key) for key in own):
             raise ValueError(what)
     if own.keys().isdisjoint(FIRST):
-        raise ValueError(f"no ControlNet: it is {_what(tensors)}")
+        raise ValueError(f"no ControlNet: it is {_what(tensors)}: pass a ControlNet")
     return own
 
 
@@ -124,7 +130,7 @@ def _what(keys: Collection[str]) -> str:
     try:
         return f"a whole {family_of(keys, needs_vae=False).name} model"
     except ValueError as error:
-        return str(error)
+        return str(error).partition(":")[0]  # what follows is how to load it as a model
 
 
 def _misfit(config: ControlNetConfig, model: Model) -> str:

@@ -37,6 +37,8 @@ SHARED = ("strength",)
 """The options of a run that a method may have too, whose text is read for the one that has it."""
 OF_IMAGE = ("strength", "fit", "invert", "mask", "feather", "place")
 """The options of a run that say what is done with its image."""
+OTHERS = r"(?:(?<=goes with )|(?<=goes with mask or )|(?<=, and )(?=place puts)|(?<=give )(?=control_image))[a-z_]+\b"
+"""The names of other options in errors, where they are no other words."""
 HOW = (*TABLES, "positions", "num_steps", "shift", "guidance_interval")
 """The options of a run that say how a picture is drawn, and neither which one nor where."""
 
@@ -62,6 +64,8 @@ def of_flag(error: Exception) -> BadArgument:
     if not (separator and name.isidentifier()):
         return kind(str(error))
     words = re.sub("^True (?!must be )", "", rest).replace("num_steps=", f"{flag_of('num_steps')} ")
+    words = re.sub(r", and (mask|place)=", lambda match: f", and {flag_of(match[1])} ", words)
+    words = re.sub(OTHERS, lambda match: flag_of(match[0]), words)
     return kind(f"{flag_of(name)} {words}")
 
 
@@ -258,6 +262,8 @@ class _Given(argparse.Action):
                 values = read(self.dest, f"({','.join(values)})", self.const)
             except ValueError as error:
                 raise argparse.ArgumentError(self, str(error).partition("=")[2]) from None
+        if self.dest in FILES and self.dest in namespace.options:
+            raise argparse.ArgumentError(self, f"{namespace.options[self.dest]} and {values} are two files: give one")
         namespace.options = {**namespace.options, self.dest: values}
 
 

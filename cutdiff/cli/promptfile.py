@@ -104,12 +104,15 @@ def _with_options(text: str) -> tuple[str, dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"its options cannot be read ({error}): close quotes, or write \\' for one") from None
     options: dict[str, Any] = {"prompt": text[: match.start()]} if text[: match.start()] else {}
+    own = options_of(Settings)
     while words:
         name, *words = words
         end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
         name, separator, value = name.partition("=")
         values, words = [value] * bool(separator) + words[:end], words[end:]
         known = _known(name.removeprefix("--"), options)
+        if not values and known in own and own[known].type is bool:
+            values = ["True"]
         if not values:
             raise ValueError(f'{name} has no value; a prompt that holds it is written as {{"prompt": …}}')
         if known in ELSEWHERE:

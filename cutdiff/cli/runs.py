@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import os
 import reprlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,13 +32,16 @@ from cutdiff.cli.arguments import (
 )
 from cutdiff.cli.promptfile import parse_line, read_lines
 from cutdiff.files import reworded
+from cutdiff.given.controls import CONTROL_FILES
 from cutdiff.parallel.lines import say
 from cutdiff.parallel.process import process
-from cutdiff.settings import FILES, Settings, check_owned, left_to_model
+from cutdiff.settings import FILES, PICTURES, Settings, check_owned, left_to_model
 
 if TYPE_CHECKING:
     from cutdiff.checkpoint.model import Model
 
+_HASHED = (*PICTURES, *CONTROL_FILES)
+"""The options whose files a record has by name and hash."""
 LONGEST_LABEL = 120
 """The most bytes of a given picture's name in that of a drawn one; a name of a file, of which parts are written under a
 hidden name first, has at most 255."""
@@ -72,7 +74,9 @@ class BadLine(BadArgument):
     """A line of the file of prompts, or a given picture of the folder, that cannot be drawn."""
 
     def __init__(self, args: argparse.Namespace, line: int, error: Exception) -> None:
-        super().__init__(str(error) if args.images else f"{args.prompts}, line {line}: {error}")
+        place = f"{args.prompts}, line {line}" if args.images is None else str(args.files[line - 1])
+        names_it = str(error).startswith(f"--image {place} ")
+        super().__init__(str(error) if names_it else f"{place}: {error}")
         self.line, self.status = line, getattr(error, "status", self.status)
 
 
@@ -110,15 +114,13 @@ def read_requests(args: argparse.Namespace) -> tuple[list[Request], list[BadLine
 
 def _of_pictures(args: argparse.Namespace, prompt: str) -> tuple[list[Request], list[BadLine]]:
     """A request for each picture of the folder --images, and those that cannot be read. Of the arguments, `files` are
-    then these pictures, and `labels` what the names of drawn ones begin with: the ending too where it tells two apart.
+    then these pictures.
     """
     args.files = picture_files(args.images)
     if args.out.is_dir() and args.out.samefile(args.images):
         args.files = _not_drawn_here(args.files)
     if (num := len(args.files) * args.num_images) > MAX_PICTURES:
         raise BadArgument(f"--images {args.images} asks for {num} pictures, more than {MAX_PICTURES}: divide it")
-    stems = Counter(path.stem for path in args.files)
-    args.labels = [_label(path.stem if stems[path.stem] == 1 else path.name) for path in args.files]
     requests, bad = [], []
     for number, path in enumerate(args.files, 1):
         own = {"image": path}
@@ -163,8 +165,8 @@ def _not_drawn_here(files: list[Path]) -> list[Path]:
 
 
 def _label(name: str) -> str:
-    """A given picture's name as that of a drawn one begins: one that is long is cut, control characters are replaced,
-    and then a hash tells it from others that look the same."""
+    """A given picture's name, with its ending, as that of a drawn one begins, whatever lies beside it: one that is long
+    is cut, control characters are replaced, and then a hash tells it from others that look the same."""
     label = "".join("_" if category(character) == "Cc" else character for character in name)
     while len(os.fsencode(label)) > LONGEST_LABEL:
         label = label[:-1]
@@ -227,7 +229,8 @@ def _plan_picture(model: Model, args: argparse.Namespace, request: Request, seed
     height, width = (side * model.factor for side in settings.canvas_size(model.native_size, model.factor))
     stem = f"{settings.method_name}-{width}x{height}-seed{seed}"
     if request.line:
-        stem = f"{request.line:04}-{stem}" if args.images is None else f"{args.labels[request.line - 1]}-{stem}"
+        label = f"{request.line:04}" if args.images is None else _label(args.files[request.line - 1].name)
+        stem = f"{label}-{stem}"
     picture = Picture(request.prompt, settings, request.line, args.out / f"{stem}.png", finished=False)
     if not picture.path.exists():
         return picture
@@ -253,8 +256,22 @@ def _difference(described: dict[str, Any], record: dict[str, Any]) -> str:
     differing = changes(described, record)
     if len(differing) > 1:
         differing.pop("noise schedule", None)  # the sigmas follow from options, or from the noise of the model
-    differences = [_change(name, *values) for name, values in differing.items()]
+    differences = [
+        _of_files(name, record.get(name), described.get(name)) if name in _HASHED else _change(name, *values)
+        for name, values in differing.items()
+    ]
     return f"was drawn with {', '.join(differences)}" if differences else "is not the picture that its record tells of"
+
+
+def _of_files(name: str, then: Any, now: Any) -> str:
+    """One or several files that differ, as an error tells them: by their names."""
+    before, after = (", ".join(str(file["name"]) for file in _listed(files)) or "none" for files in (then, now))
+    return f"{flag_of(name)} {before} (now {after if before != after else 'with other contents'})"
+
+
+def _listed(files: Any) -> list[dict[str, Any]]:
+    """The files of a record's option, which has one, several or none."""
+    return [files] if isinstance(files, dict) else files or []
 
 
 def _change(name: str, then: Any, now: Any) -> str:

@@ -40,6 +40,10 @@ def read_controls(own: dict[str, Any]) -> dict[str, Any]:
     scales, intervals = (
         _one_each(name, values, len(files)) for name, values in zip(KINDS, (scales, intervals), strict=True)
     )
+    if 0 in scales:
+        raise ValueError(
+            f"control_scale={short(scales)} would evaluate a ControlNet for nothing: leave it out, or give more than 0"
+        )
     for first, last in intervals:
         if first >= last:
             raise ValueError(f"control_interval={first:g},{last:g} must be two shares of the steps, 0 ≤ from < to ≤ 1")

@@ -140,7 +140,9 @@ def _decoded(option: str, what: str, open_it: Callable[[], Any]) -> tuple[np.nda
                 raise _Refused(f"{said} is PostScript, which another program would draw: save it as a PNG")
             image.load()
             kind, wide = image.mode, image.format in WIDE
-            return _rgb(said, ImageOps.exif_transpose(image), kind, wide, notices), notices
+            image = ImageOps.exif_transpose(image)
+            pixels = _rgb(said, image, kind, wide, notices)
+            return _shape_of_alpha(said, image, pixels, notices) if option == "mask" else pixels, notices
         except _Refused as error:
             raise ValueError(str(error)) from None
         except Image.DecompressionBombError as error:  # Pillow has a limit of its own, which is greater
@@ -177,7 +179,7 @@ def _rgb(said: str, image: Any, kind: str, wide: bool, notices: list[str]) -> np
         gray = np.asarray(image, dtype=np.float32) / 65535
         return np.repeat(gray[None, :, :, None], 3, axis=3)
     try:
-        if "A" in kind or "transparency" in image.info:
+        if _has_alpha(image):
             rgba = image.convert("RGBA")
             if rgba.getextrema()[3][0] < 255:
                 notices.append(f"{said} has transparent parts, which are laid on white")
@@ -188,6 +190,24 @@ def _rgb(said: str, image: Any, kind: str, wide: bool, notices: list[str]) -> np
     except ValueError:
         raise _Refused(f"{said} has pixels of the mode {kind}: save it as RGB, of 8 or 16 bits") from None
     return np.asarray(rgb, dtype=np.float32)[None] / 255
+
+
+def _has_alpha(image: Any) -> bool:
+    return "A" in image.mode or "transparency" in image.info
+
+
+def _shape_of_alpha(said: str, image: Any, pixels: np.ndarray, notices: list[str]) -> np.ndarray:
+    """The pixels (1, H, W, 3) of a mask: those of its alpha channel where it is white on nothing, so that it would be
+    white all over; the notice that it is laid on white is then another."""
+    import numpy as np
+
+    if not _has_alpha(image) or not is_white(pixels).all():
+        return pixels
+    alpha = np.asarray(image.convert("RGBA"), dtype=np.float32)[None, :, :, 3:].repeat(3, axis=3) / 255
+    if is_white(alpha).all() or not is_white(alpha).any():
+        return pixels
+    notices[-1] = f"{said} is white all over but for its transparent parts, which are taken for black"
+    return alpha
 
 
 def _of_object(option: str, value: Any) -> tuple[np.ndarray, list[str]]:
@@ -213,7 +233,14 @@ def _of_object(option: str, value: Any) -> tuple[np.ndarray, list[str]]:
     said = f"{option}={type(value).__name__} of {tuple(value.shape)}"
     if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
         shapes, place = ("(3, H, W) or (B, 3, H, W)", "first") if is_tensor else ("(H, W, 3) or (B, H, W, 3)", "last")
-        raise ValueError(f"{said} must be {shapes}: move channels {place}")
+        remedy = "give a picture"
+        if array.ndim == 4 and 0 in array.shape:
+            remedy = "it has no pixels"
+        elif array.ndim == 4 and array.shape[1 if not is_tensor else 2] in (1, 3):
+            remedy = f"move channels {place}"
+        elif array.ndim == 4:
+            remedy = f"it has {array.shape[3]} channels, and 1 or 3 are read"
+        raise ValueError(f"{said} must be {shapes}: {remedy}")
     _check_size(said, array.shape[1] * array.shape[2])
     pixels = np.array(np.broadcast_to(array, (*array.shape[:3], 3)), dtype=np.float32, order="C")
     if array.dtype == np.uint8:

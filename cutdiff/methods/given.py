@@ -27,10 +27,10 @@ from cutdiff.specs import name_of
 
 def check_counts(prompts: Sequence[str], settings: Settings) -> None:
     """ValueError where there are several pictures of a kind and another number of prompts."""
-    hints = [("control_image", hint) for hint in settings.control_image or ()]
-    for name, picture in [*settings.pictures().items(), *hints]:
+    for picture in settings.all_pictures():
         if picture.count not in (1, len(prompts)):
-            raise ValueError(f"{name} holds {picture.count} pictures for {len(prompts)} prompts: give one, or as many")
+            counts = f"{picture.count} pictures for {len(prompts)} prompts"
+            raise ValueError(f"{picture.option} holds {counts}: give one, or as many")
 
 
 def check_given(model: Model, settings: Settings, size: Size, schedule: Schedule) -> None:
@@ -38,6 +38,7 @@ def check_given(model: Model, settings: Settings, size: Size, schedule: Schedule
     BadFile where a file of a ControlNet is no good."""
     if settings.regions:
         check_sizes(settings.regions, size)
+        _check_bootstrapping(settings)
     if settings.invert and adds_noise(settings.solver, schedule):
         name = name_of("solver", settings.solver)
         raise ValueError(
@@ -60,11 +61,32 @@ def check_given(model: Model, settings: Settings, size: Size, schedule: Schedule
             raise kind(f"control={str(error).removeprefix('control=')}") from None
 
 
+def _first_step(settings: Settings) -> int:
+    """The first step that is taken on the first canvas, where an image leaves those before out."""
+    if settings.image is None:
+        return 0
+    return settings.num_steps - step_at(settings.img2img_strength, settings.num_steps)
+
+
+def _check_bootstrapping(settings: Settings) -> None:
+    """ValueError where regions are to be drawn on a plain colour in steps that an image leaves out."""
+    share, first = settings.bootstrapping, _first_step(settings)
+    if settings.image is None or not share:
+        return
+    if getattr(settings.method, "takes_picture", False) and not settings.redraws:
+        cause, remedy = f"{settings.method_name} takes the image in the place of these", "leave it out"
+    elif step_at(share, settings.num_steps) <= first:
+        cause, remedy = f"the image leaves out {first} of {settings.num_steps}", "leave it out, or give more strength"
+    else:
+        return
+    raise ValueError(f"bootstrapping={share:g} is of the first steps, and {cause}: {remedy}")
+
+
 def _check_interval(settings: Settings, interval: tuple[float, float]) -> None:
     """ValueError where a ControlNet counts in none of the steps, of which img2img leaves the first out."""
-    num_steps, is_img2img = settings.num_steps, settings.image is not None and not settings.redraws
+    num_steps, is_img2img = settings.num_steps, settings.image is not None
     is_img2img &= not getattr(settings.method, "takes_picture", False)
-    begin = num_steps - step_at(settings.img2img_strength, num_steps) if is_img2img else 0
+    begin = _first_step(settings) if is_img2img else 0
     first, last = (step_at(share, num_steps) for share in interval)
     if max(first, begin) >= last:
         shares = [f"{step / num_steps:.3g}" for step in range(begin, num_steps)]

@@ -40,7 +40,7 @@ def in_regions(
     all_stages = [stages_of(settings.method, each) for each in runs]
     if layout.has_background:
         runs, all_stages = [run, *runs], [stages, *all_stages]
-    first = range(step_at(settings.bootstrapping, run.num_steps))
+    first = range(step_at(settings.bootstrapped, run.num_steps))
     side = run.native_size * run.denoiser.factor
     bootstrapping = Bootstrapping(first, layout, run.draws, run.encode, side)
     joined = zipped(all_stages, layout, run.size, bootstrapping, run.denoiser.unet.device)

@@ -5,6 +5,6 @@ size conditioning around the U-Net; `operators` lead from the canvas to the netw
 number. `solvers`, `schedules` and `guidance` hold what ships of each seam, `projected` and `perturbed` the guidances
 that remember or need a third estimate; `rows` has the text of a step. `resize`, `split`, `mean_picture` and `text_maps`
 are for methods that carry something from one size to another, `overlaps` has windows without an average, and `regions`
-makes one picture of several prompts. `noise`, `edm` and `preconditioning` say how a model was trained. Nothing here
-knows a file or a command line.
+makes one picture of several prompts. `noise`, `edm`, `flow` and `preconditioning` say how a model was trained. Nothing
+here knows a file or a command line.
 """

@@ -73,9 +73,9 @@ class Step:
 class NotFinite(FloatingPointError):
     """An estimate of x0 that holds NaN or infinity, and what it was made from."""
 
-    def __init__(self, stage: Stage, latents: Tensor, sigma: float, step: int) -> None:
+    def __init__(self, stage: Stage, latents: Tensor, sigma: float, step: int, denoised: Tensor) -> None:
         super().__init__(f"step {step} ({stage.name}, sigma {sigma:.4g}) gave NaN or infinity")
-        self.stage, self.latents, self.sigma, self.step = stage, latents, sigma, step
+        self.stage, self.latents, self.sigma, self.step, self.denoised = stage, latents, sigma, step, denoised
 
 
 def check_stages(stages: Sequence[Stage | Phase], num_steps: int) -> None:
@@ -202,14 +202,14 @@ def _estimate(stage: Stage, flags: Flags, step: int, shape: tuple[int, ...], x: 
     """The stage's estimate of x0 for a state of that shape, which must be finite."""
     flags.begin(_of_shape(x, shape, "the solver").device)
     denoised = _of_shape(stage.denoise(x, sigma, step), shape, f"stage {stage.name}")
-    flags.check(denoised, partial(_not_finite, stage, x, sigma, step))
+    flags.check(denoised, partial(_not_finite, stage, x, sigma, step, denoised))
     return denoised
 
 
-def _not_finite(stage: Stage, latents: Tensor, sigma: float, step: int) -> FloatingPointError:
+def _not_finite(stage: Stage, latents: Tensor, sigma: float, step: int, denoised: Tensor) -> FloatingPointError:
     """The error of a step whose estimate of x0 is not finite, made from this state."""
     if latents.isfinite().all():
-        return NotFinite(stage, latents, sigma, step)
+        return NotFinite(stage, latents, sigma, step, denoised)
     return FloatingPointError(f"the state before step {step} ({stage.name}) holds NaN or infinity")
 
 

@@ -54,7 +54,11 @@ def add(folder: Path, moment: Moment) -> int:
     """Add a step, its tensors first; returns their bytes."""
     tensors, line = _parts(moment)
     if tensors:
-        save_file(tensors, folder / _file(moment.index))
+        path = folder / _file(moment.index)
+        path.touch()  # safetensors makes files that only their owner can read
+        mode = path.stat().st_mode
+        save_file(tensors, path)
+        path.chmod(mode)
     with (folder / STEPS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite(line)) + "\n")
     return sum(tensor.nbytes for tensor in tensors.values())

@@ -30,7 +30,7 @@ MODULES = ("tensors", "colours", "paint", "runs", "player", "charts", "panels", 
 OPEN, CLOSE = '<script type="application/json" class="block" data-run="{run}">', "</script>\n"
 BLOCK = re.compile(rb'<script type="application/json" class="block" data-run="\d">(.*?)</script>\n', re.DOTALL)
 Block = dict[str, Any]
-FORMAT = 1
+FORMAT = 2
 """The number of the form of the blocks, which a page of another version may have otherwise."""
 
 
@@ -60,7 +60,10 @@ def block(value: Block, run: int = 0) -> bytes:
 def blocks(page: bytes) -> list[Block]:
     """The blocks of the page of one run, but for one that was cut off. ValueError, which goes on from the page's name,
     where it is another file."""
-    read = [json.loads(match[1]) for match in BLOCK.finditer(page)]
+    try:
+        read = [json.loads(match[1]) for match in BLOCK.finditer(page)]
+    except ValueError:
+        raise ValueError("is damaged: draw it again with --trace") from None
     infos = [part for part in read if part["kind"] == "run"]
     if not infos:
         raise ValueError("is no page of a trace: name one that --trace wrote")
@@ -79,13 +82,17 @@ def compared(pages: Iterable[Iterable[Block]], title: str) -> Iterator[bytes]:
 
 
 def of_moment(moment: Moment) -> Block:
-    """The block of a step."""
-    kept = {name: half(getattr(moment, name)) for name in ("state", "denoised") if getattr(moment, name) is not None}
+    """The block of a step. The canvas of a flow is the one of its own, (1 - t)·x0 + t·noise."""
+    scale = 1.0 if moment.time is None else 1 + moment.sigma
+    canvases = {"state": None if moment.state is None else moment.state / scale, "denoised": moment.denoised}
+    kept = {name: half(canvas) for name, canvas in canvases.items() if canvas is not None}
     return {
         "kind": "step",
         "index": moment.index,
         "stage": moment.stage,
         "sigma": moment.sigma,
+        "time": moment.time,
+        "failed": moment.failed,
         "evaluations": moment.evaluations,
         "seconds": round(moment.seconds, 5),
         "curves": moment.curves,

@@ -21,6 +21,7 @@ from torch import Tensor
 from cutdiff.checkpoint.model import Model
 from cutdiff.models.config import Size
 from cutdiff.sampling.denoiser import Call, Observer
+from cutdiff.sampling.flow import FlowConfig
 from cutdiff.sampling.operators import Operator, Patches
 from cutdiff.sampling.overlaps import Torus
 from cutdiff.sampling.stages import NotFinite, Step
@@ -73,16 +74,13 @@ class Moment:
     """(words, h, w), the attention over each word of the prompt, on the whole canvas."""
     curves: dict[str, float | list[float] | None] = field(default_factory=dict)
     """Numbers of the step, by the names of `measures.CURVES`."""
-
-    @property
-    def digest(self) -> dict[str, str]:
-        """The first digits of the SHA-256 of the canvas and of the estimate, by which two runs are compared."""
-        canvases = {"state": self.state, "denoised": self.denoised}
-        return {
-            name: hashlib.sha256(each.numpy().tobytes()).hexdigest()[:16]
-            for name, each in canvases.items()
-            if each is not None
-        }
+    digest: dict[str, str] = field(default_factory=dict)
+    """The first digits of the SHA-256 of `denoised` and `latents`, in every step, and of `state` where that was kept:
+    by them two runs are compared to the bit."""
+    time: float | None = None
+    """The time t of a flow at this sigma; None: the model goes by sigma."""
+    failed: bool = False
+    """True for the step that NaN or infinity ended."""
 
 
 @dataclass
@@ -176,7 +174,8 @@ class Recorder(Observer):
         if is_kept:
             moment = self._moment(step.index, step.stage, step.sigma, cost, step.denoised[:1], latents)
         else:
-            moment = Moment(step.index, step.stage, step.sigma, *cost)
+            digest = _digest(denoised=step.denoised[0].float().cpu(), latents=latents)
+            moment = Moment(step.index, step.stage, step.sigma, *cost, digest=digest, time=self._time(step.sigma))
         size = self.sink(moment)
         self.taken, self.stage, self.before, self.passes = self.taken + 1, step.stage, latents, []
         self.bytes += size
@@ -187,16 +186,25 @@ class Recorder(Observer):
 
     @torch.no_grad()
     def _fail(self, error: BaseException | None) -> None:
-        """Give the sink the step that failed, of which the network's part is known. If its estimate was not finite, it
-        was taken once more to find the item, after the first time."""
-        if not self.passes:
-            return
-        stage = self.stage or ""
+        """Give the sink the step that failed. If its estimate was not finite, that is known, and was made once more
+        to find the item, after the first time; else only the network's part is."""
         if isinstance(error, NotFinite):
-            stage, self.passes = error.stage.name, self.passes[: len(self.passes) // 2]
-        first = self.passes[0]
+            self.passes = self.passes[: len(self.passes) // 2]
+            begun = (error.step, error.stage.name, error.sigma)
+            canvases = (error.denoised[:1], error.latents[0].float().cpu())
+        elif self.passes:
+            call = self.passes[0].call
+            begun, canvases = (call.step, self.stage or "", call.sigma), (None, None)
+        else:
+            return
         cost = (self._evaluations(), time.perf_counter() - self.began - self.spent)
-        self.sink(self._moment(first.call.step, stage, first.call.sigma, cost, None, None))
+        moment = self._moment(*begun, cost, *canvases)
+        digest = {name: value for name, value in moment.digest.items() if name != "latents"}
+        self.sink(replace(moment, latents=None, digest=digest, failed=True))
+
+    def _time(self, sigma: float) -> float | None:
+        noise = self.model.noise
+        return noise.time(sigma) if isinstance(noise, FlowConfig) else None
 
     def _evaluations(self) -> int:
         return sum(len(call.inputs[0]) for each in self.passes for call, _ in each.calls)
@@ -227,7 +235,9 @@ class Recorder(Observer):
         items = tuple(item for item, _, _ in read)
         attention = None if size is None else self._attention([*firsts.values()], size)
         curves = self._curves(state, estimate, items)
-        return Moment(index, stage, sigma, *cost, state, estimate, latents, items, attention, curves)
+        digest = _digest(state=state, denoised=estimate, latents=latents)
+        kept = (state, estimate, latents, items, attention, curves, digest)
+        return Moment(index, stage, sigma, *cost, *kept, self._time(sigma))
 
     def _attention(self, passes: list[_Pass], size: Size) -> Tensor | None:
         """The maps on the canvas of the first pass that has any."""
@@ -278,6 +288,15 @@ class Recorder(Observer):
             "guidance": float(guided[0].mean()) if guided else None,
             "not_finite": float(sum(int((~each.isfinite()).sum()) for each in canvases)),
         }
+
+
+def _digest(**canvases: Tensor | None) -> dict[str, str]:
+    """What `Moment.digest` has of these canvases."""
+    return {
+        name: hashlib.sha256(each.numpy().tobytes()).hexdigest()[:16]
+        for name, each in canvases.items()
+        if each is not None
+    }
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:

@@ -48,12 +48,17 @@ def trace(
     Every `every`-th step is shown in full; None: every one, or as few as 200 MB hold. With `decode` the estimates are
     decoded by the VAE, too, which takes its time. With `data` the folder beside the page that ends in `.trace` holds
     the same as tensors. Until the run has ended, the page's name ends in `.unfinished.html`. Raises ValueError where
-    the prompt is a list, and Unwritable where the page cannot be written.
+    the prompt is a list, `every` no whole number or `page` no name of a page, and Unwritable where the page cannot be
+    written.
     """
     if not isinstance(prompt, str):
         raise ValueError(f"prompt={prompt!r:.100} must be one text: trace one picture after the other")
-    if every is not None and every < 1:
-        raise ValueError(f"every={every} must be at least 1")
+    if every is not None and (type(every) is not int or every < 1):
+        raise ValueError(f"every={every!r} must be a whole number of steps, 1 or more")
+    is_folder = page != "" and Path(page).is_dir()
+    if is_folder or Path(page).suffix.lower() not in (".html", ".htm"):
+        what = "is a folder" if is_folder else "is not the name of a page"
+        raise ValueError(f"page={str(page)!r} {what}: give a file that ends in .html")
     settings = with_options(model, settings, options)
     with tracing(model, prompt, settings, Path(page), every=every, decode=decode, data=data) as tracing_:
         result = generate(model, prompt, settings, draws=draws, observer=tracing_.recorder)

@@ -13,6 +13,7 @@ from cutdiff.models.attention import AttentionMaps, recorded_attention, text_lev
 from cutdiff.models.config import Size
 from cutdiff.models.editing import described
 from cutdiff.models.inside import size_at
+from cutdiff.models.prompts import parse_weights
 from cutdiff.models.unet import UNet, as_unet
 from cutdiff.sampling.denoiser import Call
 from cutdiff.sampling.operators import Operator, Patches
@@ -26,7 +27,7 @@ class Words:
 
     def __init__(self, model: Model, prompt: str, settings: Settings) -> None:
         read = model.text.words(prompt) if unread_because(model, prompt, settings) is None else []
-        self.names = [name for name, _ in read]
+        self.names = [_shown(name) for name, _ in read]
         self.places = [places for _, places in read]
         self.unet = model.unet
         self.levels = len(model.unet.config.channels) if isinstance(model.unet, UNet) else 0
@@ -65,6 +66,13 @@ class Words:
         scale = round(window[0] / planes.shape[2])
         canvas = operator.scatter(resize(planes, window, "nearest"))
         return resize(canvas, (-(-size[0] // scale), -(-size[1] // scale)), "area")[0].cpu()
+
+
+def _shown(name: str) -> str:
+    """A word as `written`, without its brackets: with its weight, if that is not 1."""
+    pieces = [piece for part in parse_weights(name) for piece in part]
+    text, weight = "".join(text for text, _ in pieces), pieces[0][1] if pieces else 1
+    return text if weight == 1 else f"{text} ×{weight:.3g}"
 
 
 def unread_because(model: Model, prompt: str, settings: Settings) -> str | None:

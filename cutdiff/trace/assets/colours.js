@@ -35,11 +35,11 @@ export function without(picture, outside) {
   return picture;
 }
 
-// Values (H, W), 0 to `most` -> {width, height, rgba}.
+// Values (H, W), 0 to `most` -> {width, height, rgba, most}.
 export function heatOf({ shape: [height, width], data }, most) {
   const rgba = new Uint8ClampedArray(4 * width * height);
   data.forEach((value, p) => put(rgba, p, Number.isFinite(value) ? magnitude(value / most) : BAD[(p + Math.floor(p / width)) % 2]));
-  return { width, height, rgba };
+  return { width, height, rgba, most };
 }
 
 // A picture seen through a map (h, w): bright where the map is greatest, dark where it is least.

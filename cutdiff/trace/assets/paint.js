@@ -32,7 +32,7 @@ export function paintGrid(canvas, pictures, columns, gap) {
     (n % columns) * (width + gap), Math.floor(n / columns) * (height + gap)));
 }
 
-// A picture with a title above and a note below.
+// A picture with a title and a note above, and below the scale of one of magnitudes.
 export class Frame {
   constructor(title, { overlay = false } = {}) {
     this.canvas = h("canvas", { role: "img", width: 1, height: 1 });
@@ -41,13 +41,17 @@ export class Frame {
     this.note = h("span", { class: "note" });
     this.over = overlay ? svg("svg", { class: "over", "aria-hidden": "true" }) : null;
     this.box = h("div", { class: "picture" }, this.canvas, this.image, this.over);
-    this.element = h("figure", { class: "frame" }, h("figcaption", {}, this.title, this.note), this.box);
+    this.most = h("span", {});
+    this.scale = h("p", { class: "scale note", hidden: true }, "0 ", h("i", { "aria-hidden": "true" }), " ", this.most);
+    this.element = h("figure", { class: "frame" }, h("figcaption", {}, this.title, this.note), this.box, this.scale);
   }
 
   // `picture` are pixels, the address of an image, or nothing.
   show(picture, note = "", label = "") {
     const isImage = typeof picture === "string";
     this.box.classList.toggle("empty", !picture);
+    this.scale.hidden = !picture?.most;
+    this.most.textContent = number(picture?.most, 2);
     this.image.hidden = !isImage;
     this.canvas.hidden = isImage || !picture;
     if (isImage) { this.image.src = picture; this.image.alt = label || this.title.textContent; }
@@ -68,6 +72,9 @@ export function choice(label, options, chosen, onchoose) {
   } }, text));
   return h("div", { class: "choice", role: "group", "aria-label": label }, ...buttons);
 }
+
+// A number of things: "1 step", "2 steps".
+export const count = (n, thing) => `${n} ${thing}${n === 1 ? "" : "s"}`;
 
 export function number(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";

@@ -1,10 +1,8 @@
 // The pictures of a step: the canvas, the estimate, the change since the step before, and the finished picture.
 import { same, distance, rms, greatest } from "./tensors.js";
 import { pictureOf, heatOf, through } from "./colours.js";
-import { h, Frame, choice, number } from "./paint.js";
-
-// The factor that brings a canvas of this sigma to the deviation of an estimate.
-export const shrink = (sigma) => 1 / Math.sqrt(1 + (sigma || 0) ** 2);
+import { h, Frame, choice, number, count } from "./paint.js";
+import { bothFull } from "./runs.js";
 
 export class Panels {
   constructor(player, run) {
@@ -29,19 +27,19 @@ export class Panels {
     const { run } = this, step = run.full(i);
     if (!step) { for (const frame of [this.canvas, this.estimate, this.change]) frame.show(null, "nothing was recorded"); return; }
     const state = step.tensor("state"), estimate = step.tensor("denoised"), before = run.fullBefore(run.steps.indexOf(step));
-    const broken = step.curves.not_finite ? `${step.curves.not_finite} values not finite` : "";
-    this.canvas.show(state && pictureOf(state, run.map, shrink(step.sigma)), `σ ${number(step.sigma)}`);
+    const broken = (name) => { const bad = step.badIn(name); return bad ? `${count(bad, "value")} not finite` : ""; };
+    this.canvas.show(state && pictureOf(state, run.map, step.scale), broken("state") || step.level);
     const map = this.word === null ? null : step.tensor("attention");
-    if (step.decoded && !map) this.estimate.show(step.decoded, "decoded", `The estimate of x0 at step ${step.index + 1}`);
+    if (step.decoded && !map) this.estimate.show(step.decoded, "decoded", `The estimate of x0 at step ${step.number}`);
     else {
       const picture = estimate && pictureOf(estimate, run.map);
       const shown = map && picture ? through(picture, wordMap(map, this.word)) : picture;
-      this.estimate.show(shown, broken || (map ? `attention over “${run.info.words[this.word]}”` : "linear preview"));
+      this.estimate.show(shown, broken("denoised") || (map ? `attention over “${run.info.words[this.word]}”` : "linear preview"));
     }
     const [now, then] = [step, before].map((each) => each?.tensor(this.of));
     if (!same(now, then)) { this.change.show(null, then ? "the canvas has another size" : "this is the first step"); return; }
     const heat = distance(now, then);
-    this.change.show(heatOf(heat, greatest(heat.data)), `since ${before.index === step.index - 1 ? "the step before" : `step ${before.index + 1}`}, rms ${number(rms(heat.data))}`);
+    this.change.show(heatOf(heat, greatest(heat.data)), `since ${before.number === step.number - 1 ? "the step before" : `step ${before.number}`}, rms ${number(rms(heat.data))}`);
   }
 }
 
@@ -65,12 +63,14 @@ export class Difference {
   }
 
   draw(i) {
-    const steps = this.runs.map((run) => run.full(i));
+    const [a, b] = this.runs, k = bothFull(a, b, i), ended = this.runs.find((run) => i >= run.steps.length);
+    const steps = this.runs.map((run) => (k < 0 ? run.full(i) : run.used(run.steps[k])));
     for (const [name, frame] of Object.entries(this.frames)) {
       const [x, y] = steps.map((step) => step?.tensor(name));
       if (!same(x, y)) { frame.show(null, x && y ? `of ${sizeOf(x)} and ${sizeOf(y)} latents` : "nothing was recorded"); continue; }
-      const heat = distance(x, y), size = rms(heat.data);
-      frame.show(heatOf(heat, greatest(heat.data)), size ? `rms ${number(size)}, ${number((100 * size) / rms(x.data), 2)}%` : "none");
+      if (k < 0) { frame.show(null, ended ? `run ${"AB"[ended.number]} has ended` : "no step is shown in full in both"); continue; }
+      const heat = distance(x, y), size = rms(heat.data), where = k === i ? "" : `of step ${k + 1}: `;
+      frame.show(heatOf(heat, greatest(heat.data)), where + (size ? `rms ${number(size)}, ${number((100 * size) / rms(x.data), 2)}%` : "none"));
     }
   }
 

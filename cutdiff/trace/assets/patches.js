@@ -1,10 +1,8 @@
 // The patches of a step before and after the exchange, linked: a pixel, where its values come from and go to.
 import { item, patch } from "./tensors.js";
-import { pictureOf } from "./colours.js";
+import { pictureOf, without } from "./colours.js";
 import { h, svg, Frame, paintGrid, choice } from "./paint.js";
-import { shrink } from "./panels.js";
 import { bars } from "./views.js";
-
 
 // Patch n stands at row y and column x of the exchange: the patches that its channels have their values from.
 export function sourcesOf(permutation, n, y, x, channels) {
@@ -32,18 +30,19 @@ export class Patches {
     this.readout = h("p", { class: "link", role: "status" });
     this.bars = h("div", { class: "bars" });
     this.about = h("p", { class: "note" });
+    this.distances = h("h3", {});
     this.agreement = h("p", { class: "note" });
     const which = choice("Patches of", [["denoised", "what was predicted"], ["state", "what was read"]], this.show, (value) => { this.show = value; this.draw(player.step); });
     this.element = h("section", { id: `patches-${run.number}`, class: "card" }, h("header", {}, h("h2", {}, "Patches"), which), this.about,
       h("div", { class: "triple" }, this.whole.element, this.sides.before.element, this.sides.after.element), this.readout,
-      h("h3", {}, "Distance of each exchanged patch to the mean of all"), this.agreement, this.bars);
+      this.distances, this.agreement, this.bars);
     player.listeners.push((step) => this.draw(step));
   }
 
   side(name, title) {
     const canvas = h("canvas", { tabindex: 0, role: "application", width: 1, height: 1, class: "grid" });
     const over = svg("svg", { class: "over", "aria-hidden": "true" });
-    const note = h("span", { class: "note" });
+    const note = h("span", { class: "note" }), heading = h("span", {}, title);
     const point = (event) => {
       const box = canvas.getBoundingClientRect();
       this.point(name, Math.floor(((event.clientX - box.left) / box.width) * canvas.width), Math.floor(((event.clientY - box.top) / box.height) * canvas.height));
@@ -53,7 +52,7 @@ export class Patches {
     canvas.addEventListener("pointerleave", () => { if (document.activeElement !== canvas) this.clear(); });
     canvas.addEventListener("keydown", (event) => this.key(name, event));
     canvas.addEventListener("focus", () => { if (this.items && !this.place) this.link(name, 0, 0, 0); });
-    return { canvas, over, note, element: h("figure", { class: "frame" }, h("figcaption", {}, h("span", {}, title), note), h("div", { class: "picture" }, canvas, over)) };
+    return { canvas, over, note, title: heading, element: h("figure", { class: "frame" }, h("figcaption", {}, heading, note), h("div", { class: "picture" }, canvas, over)) };
   }
 
   draw(i) {
@@ -64,22 +63,24 @@ export class Patches {
     if (this.chosen >= items.number) this.chosen = null;
     Object.assign(this, { items, permutation: step.of(n, "permutation"), channels: (step.tensor("state") || step.tensor("denoised")).shape[0] });
     this.gap = Math.max(1, Math.round((width * items.grid[1]) / 90));
-    const scale = this.show === "state" ? shrink(step.sigma) : 1, whole = step.tensor(this.show), estimates = this.show === "denoised" ? step.of(n, "estimates") : null;
+    const scale = this.show === "state" ? step.scale : 1, whole = step.tensor(this.show), estimates = this.show === "denoised" ? step.of(n, "estimates") : null;
     const cut = whole && Array.from({ length: items.number }, (_, k) => patch(whole, k, items.grid, height, width));
     const exchanged = estimates ? cut.map((_, k) => item(estimates, k)) : cut?.map((_, k) => this.exchanged(cut, k));
     const grid = (side, patches) => {
-      paintGrid(side.canvas, patches.map((each) => pictureOf(each, run.map, scale)), items.grid[1], this.gap);
+      paintGrid(side.canvas, patches.map((each) => (each.outside ? without(pictureOf(each, run.map, scale), each.outside) : pictureOf(each, run.map, scale))), items.grid[1], this.gap);
       side.over.setAttribute("viewBox", `0 0 ${side.canvas.width} ${side.canvas.height}`);
     };
     this.whole.show(whole && pictureOf(whole, run.map, scale), this.show === "state" ? "the canvas" : "the estimate");
     if (cut) { grid(this.sides.before, cut); grid(this.sides.after, exchanged); }
-    const unit = !this.permutation ? "nothing" : this.permutation.shape[1] > 1 ? "each channel of a pixel by itself" : "whole pixels";
+    const exchange = !this.permutation ? "" : this.permutation.shape[1] > 1 ? "each channel of a pixel by itself" : "whole pixels";
     const predicted = this.show === "denoised";
-    this.about.textContent = `${items.grid[0]} × ${items.grid[1]} interleaved patches of ${height} × ${width} latents, which exchange ${unit}.`;
-    this.sides.before.note.textContent = predicted ? "exchanged back: the estimate, cut" : "the canvas, cut";
+    this.about.textContent = `${items.grid[0]} × ${items.grid[1]} interleaved patches of ${height} × ${width} latents, which exchange ${exchange || "nothing"}.`;
+    this.sides.before.note.textContent = predicted ? `${exchange && "exchanged back: "}the estimate, cut` : "the canvas, cut";
     this.sides.after.note.textContent = predicted ? "what the network drew" : "what the network read";
     for (const side of Object.values(this.sides)) side.canvas.setAttribute("aria-label", `${items.number} patches, ${side.note.textContent}. Arrow keys move over the pixels.`);
-    this.agreement.textContent = `Each patch is one in ${items.number} of the estimate's values: what only a few of them show is averaged away in the steps to come, the sooner the more patches there are. Press a bar to frame its patch.`;
+    this.sides.after.title.textContent = exchange ? "Exchanged" : "One by one";
+    this.distances.textContent = `Distance of each ${exchange && "exchanged "}patch to the mean of all`;
+    this.agreement.textContent = `Each patch is one in ${items.number} of the ${exchange ? "estimate's values: what only a few of them show is averaged away in the steps to come, the sooner the more patches there are" : "canvas's values"}. Press a bar to frame its patch; the arrow keys up and down go over the bars.`;
     this.element.classList.toggle("fine", items.grid[1] > 2);
     this.bars.replaceChildren(bars(items, (k) => `patch ${k + 1}`, this.chosen, (k) => this.choose(k)));
     this.clear();
@@ -87,7 +88,7 @@ export class Patches {
 
   choose(k) {
     this.chosen = this.chosen === k ? null : k;
-    [...this.bars.querySelectorAll("button")].forEach((button, n) => button.setAttribute("aria-pressed", String(n === this.chosen)));
+    [...this.bars.querySelectorAll("button")].forEach((button, n) => { button.setAttribute("aria-pressed", String(n === this.chosen)); button.tabIndex = n === k ? 0 : -1; });
     this.clear();
   }
 
@@ -100,11 +101,12 @@ export class Patches {
   }
 
   exchanged(cut, n) {
-    const { shape } = cut[n], [channels, height, width] = shape, data = new Float32Array(cut[n].data.length);
+    const { shape } = cut[n], [channels, height, width] = shape, data = new Float32Array(cut[n].data.length), outside = new Uint8Array(height * width);
     for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) sourcesOf(this.permutation, n, y, x, channels).forEach((source, c) => {
       data[(c * height + y) * width + x] = cut[source].data[(c * height + y) * width + x];
+      if (cut[source].outside[y * width + x]) outside[y * width + x] = 1;
     });
-    return { shape, data };
+    return { shape, data, outside };
   }
 
   point(name, column, row) {
@@ -160,7 +162,7 @@ export class Patches {
     if (name === "after") this.whole.over.append(...this.channelMarks(others, placed, size));
     const Y = y * rows + Math.floor(n / columns), X = x * columns + (n % columns);
     const list = others.map((m, c) => h("span", { class: "key" }, h("i", { class: "dot", style: `--c:var(--c${c % 4})` }), `channel ${c + 1} ${name === "before" ? "to" : "from"} patch ${m + 1}`));
-    this.readout.replaceChildren(`Patch ${n + 1}, row ${y + 1}, column ${x + 1}${name === "before" ? `, canvas row ${Y + 1}, column ${X + 1}` : " after the exchange"}: `, ...list);
+    this.readout.replaceChildren(`Patch ${n + 1}, row ${y + 1}, column ${x + 1}${name === "before" || !this.permutation ? `, canvas row ${Y + 1}, column ${X + 1}` : " after the exchange"}: `, ...list.flatMap((each, c) => [c ? ", " : "", each]));
     Object.assign(this.readout.dataset, { side: name, patch: n, row: y, column: x, others: others.join(",") });
   }
 }

@@ -1,5 +1,5 @@
 // The step that the page shows, the slider under the time line, and playing.
-import { h, svg, foreign, number } from "./paint.js";
+import { h, svg, foreign, number, count } from "./paint.js";
 
 export class Player {
   constructor(runs) {
@@ -50,22 +50,24 @@ export class Player {
 
   // One run's steps: a column each, of its stage's colour, and sigma as a line over them.
   lane(run) {
-    const steps = run.steps, most = Math.log1p(Math.max(...steps.map((step) => step.sigma || 0), 1e-6) * 8);
-    const y = (sigma) => 36 - 30 * (Math.log1p((sigma || 0) * 8) / most);
+    const steps = run.steps, noise = (step) => step.time ?? Math.log1p((step.sigma || 0) * 8), most = Math.max(...steps.map(noise), 1e-6);
+    const y = (step) => 36 - 30 * (noise(step) / most), begins = (step, i) => i > 0 && steps[i - 1].stage !== step.stage;
     const columns = steps.map((step, i) => svg("rect", { x: i + 0.04, y: 0, width: 0.92, height: 40, class: step.isFull ? "cell" : "cell light", style: `fill:${this.colour(step.stage)}` }));
     const bad = steps.flatMap((step, i) => (step.isBad ? [svg("rect", { x: i + 0.04, y: 0, width: 0.92, height: 40, class: "bad" })] : []));
-    const line = steps.map((step, i) => `${i ? "L" : "M"}${i + 0.5} ${y(step.sigma)}`).join("");
-    const art = svg("svg", { viewBox: `0 0 ${this.planned} 40`, preserveAspectRatio: "none", "aria-hidden": "true" }, ...columns, ...bad,
+    const line = steps.map((step, i) => `${i ? "L" : "M"}${i + 0.5} ${y(step)}`).join("");
+    const art = svg("svg", { viewBox: `0 0 ${this.planned} 40`, preserveAspectRatio: "none", "aria-hidden": "true" },
+      ...steps.flatMap((step, i) => (step.isFull ? [] : [svg("rect", { x: i + 0.04, y: 0, width: 0.92, height: 40, class: "under" })])), ...columns,
+      ...steps.flatMap((step, i) => (begins(step, i) ? [svg("line", { x1: i, x2: i, y1: 0, y2: 40, class: "begins", "vector-effect": "non-scaling-stroke" })] : [])), ...bad,
       svg("path", { d: line, class: "sigma", "vector-effect": "non-scaling-stroke" }));
     const names = steps.flatMap((step, i) => {
-      if (i && steps[i - 1].stage === step.stage) return [];
+      if (i && !begins(step, i)) return [];
       const name = foreign(step.stage || "no name", { class: "stage" });
       const length = steps.slice(i).findIndex((other) => other.stage !== step.stage);
       name.style.left = `${(100 * i) / this.planned}%`;
       name.style.maxWidth = `${(100 * (length < 0 ? this.planned - i : length)) / this.planned}%`;
       return [name];
     });
-    return h("div", { class: "lane" }, art, h("span", { class: "sigma-name" }, "σ"), ...names, this.runs.length > 1 ? h("b", { class: "which" }, "AB"[run.number]) : null);
+    return h("div", { class: "lane" }, art, h("span", { class: "sigma-name" }, steps.some((step) => step.time !== null) ? "t" : "σ"), ...names, this.runs.length > 1 ? h("b", { class: "which" }, "AB"[run.number]) : null);
   }
 
   key(event) {
@@ -80,9 +82,9 @@ export class Player {
     const words = this.runs.map((run) => {
       const step = run.at(i);
       if (!step) return ["no step was taken"];
-      const parts = [`step ${step.index + 1}`, step.stage, `σ ${number(step.sigma)}`, `${step.evaluations} evaluations`, `${number(step.seconds)} s`];
+      const parts = [`step ${step.number}`, step.stage, step.level, count(step.evaluations, "evaluation"), `${number(step.seconds)} s`];
       const full = run.full(i);
-      if (full !== step) parts.push(full ? `pictures of step ${full.index + 1}` : "no pictures");
+      if (full !== step) parts.push(full ? `pictures of step ${full.number}` : "no pictures");
       return parts.filter(Boolean);
     });
     const lines = words.map((parts, n) => h("span", { class: "line" }, this.runs.length > 1 ? h("b", {}, `${"AB"[n]} `) : null,

@@ -42,15 +42,15 @@ export function crop(canvas, top, left, rows, columns, wraps = false) {
   return { shape: [channels, rows, columns], data, outside };
 }
 
-// Patch (i, j) of (C, H, W): every rows-th and columns-th pixel, as (C, h, w).
+// Patch (i, j) of (C, H, W): every rows-th and columns-th pixel, as (C, h, w); `outside` as in `crop`.
 export function patch(canvas, n, [rows, columns], height, width) {
-  const [channels, H, W] = canvas.shape, data = new Float32Array(channels * height * width);
+  const [channels, H, W] = canvas.shape, data = new Float32Array(channels * height * width), outside = new Uint8Array(height * width);
   const i = Math.floor(n / columns), j = n % columns;
   for (let c = 0, o = 0; c < channels; c++) for (let y = 0; y < height; y++) for (let x = 0; x < width; x++, o++) {
     const Y = y * rows + i, X = x * columns + j;
-    data[o] = Y < H && X < W ? canvas.data[(c * H + Y) * W + X] : NaN;
+    if (Y < H && X < W) data[o] = canvas.data[(c * H + Y) * W + X]; else outside[y * width + x] = 1;
   }
-  return { shape: [channels, height, width], data };
+  return { shape: [channels, height, width], data, outside };
 }
 
 // The difference of two of the same shape at each pixel, as a root mean square over the channels: {shape: [H, W], data}.

@@ -2,17 +2,26 @@
 import { item, crop, distance, rms, greatest } from "./tensors.js";
 import { pictureOf, heatOf, without } from "./colours.js";
 import { h, svg, Frame, choice, number, paintGrid } from "./paint.js";
-import { shrink } from "./panels.js";
 
-// A bar for each item, as long as its distance, over its number; with `onchoose` they are buttons.
+// A bar for each item, as long as its distance, over its number; with `onchoose` they are buttons, of
+// which the tab key stops at one, and the arrow keys up and down go on.
 export function bars(items, name, chosen = null, onchoose = null) {
   const most = Math.max(...items.distances.filter(Number.isFinite), 1e-9), few = items.number <= 20, many = items.number > 64;
   return h("ol", { class: `bar-list ${few ? "few" : many ? "many" : ""}` }, ...items.distances.map((value, n) => {
     const bad = items.not_finite[n], text = bad ? `${bad} not finite` : number(value, 2);
     const inside = [h("span", { class: "fill", style: `height:${bad ? 100 : Math.max(2, (100 * value) / most)}%` })];
     const label = `${name(n)}, distance ${text}`;
+    const go = (event) => {
+      const by = { ArrowUp: -1, ArrowDown: 1 }[event.key], others = [...event.currentTarget.closest("ol").querySelectorAll("button")];
+      if (!by) return;
+      event.preventDefault();
+      event.currentTarget.tabIndex = -1;
+      const next = others[Math.min(Math.max(n + by, 0), others.length - 1)];
+      next.tabIndex = 0;
+      next.focus();
+    };
     const attributes = { class: bad ? "column bad-item" : "column", title: label, "aria-label": label };
-    const element = onchoose ? h("button", { type: "button", ...attributes, "aria-pressed": String(n === chosen), onclick: () => onchoose(n) }, ...inside) : h("span", { ...attributes, role: "img" }, ...inside);
+    const element = onchoose ? h("button", { type: "button", ...attributes, "aria-pressed": String(n === chosen), tabindex: n === (chosen ?? 0) ? 0 : -1, onkeydown: go, onclick: () => onchoose(n) }, ...inside) : h("span", { ...attributes, role: "img" }, ...inside);
     return h("li", {}, element, many ? null : h("small", { "aria-hidden": "true" }, h("b", {}, n + 1), few ? ` ${text}` : null));
   }));
 }
@@ -46,7 +55,7 @@ export class Views {
     if (!whole) { this.element.hidden = true; return; }
     this.chosen = Math.min(this.chosen, items.number - 1);
     Object.assign(this, { step, items });
-    this.whole.show(pictureOf(whole, run.map, this.show === "state" ? shrink(step.sigma) : 1), `${items.number} views`);
+    this.whole.show(pictureOf(whole, run.map, this.show === "state" ? step.scale : 1), `${items.number} views`);
     const before = run.fullBefore(run.steps.indexOf(step))?.items.find((each) => each.kind === "views" && each.number === items.number && each.size.join() === items.size.join());
     const frame = ([top, left], kind, k) => svg("rect", { x: left, y: top, width, height, class: kind, "data-view": k ?? null, "vector-effect": "non-scaling-stroke" });
     const [, H, W] = whole.shape, around = ([top, left]) => (items.wraps ? [[0, 0], [-H, 0], [0, -W], [-H, -W]] : [[0, 0]]).map(([a, b]) => [top + a, left + b]);
@@ -60,7 +69,7 @@ export class Views {
     this.alone.show(pictureOf(alone, run.map), `view ${this.chosen + 1}`);
     this.others.show(without(pictureOf(here, run.map), here.outside), `row ${top}, column ${left}`);
     this.apart.show(without(heatOf(heat, greatest(inside)), here.outside), `rms ${number(rms(inside))}`);
-    this.about.textContent = `${items.number} overlapping views of ${height} × ${width} latents. ${many ? "Dotted is the chosen one's frame" : "Dotted are the frames"} of the step before. Click one.`;
+    this.about.textContent = `${items.number} overlapping views of ${height} × ${width} latents. ${many ? "Dotted is the chosen one's frame" : "Dotted are the frames"} of the step before. Click one; the arrow keys up and down go over the bars.`;
     this.bars.replaceChildren(bars(items, (k) => `view ${k + 1}`, this.chosen, (k) => this.choose(k)));
   }
 
