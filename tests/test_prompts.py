@@ -405,6 +405,10 @@ def test_a_line_with_options(line: str, prompt: str, options: dict[str, Any]) ->
     assert parse_line(line.encode()) == (prompt, options)
 
 
+def test_a_flag_of_a_line_needs_no_value() -> None:
+    assert parse_line(b"a tent --invert --image h.png") == ("a tent", {"invert": True, "image": "h.png"})
+
+
 def test_lines_with_options_are_drawn_as_objects_are(tmp_path: Path) -> None:
     file, objects = tmp_path / "lines.txt", tmp_path / "objects.txt"
     file.write_text(

@@ -189,7 +189,9 @@ def _rgb(said: str, image: Any, kind: str, wide: bool, notices: list[str]) -> np
         rgb = image.convert("RGB")
     except ValueError:
         raise _Refused(f"{said} has pixels of the mode {kind}: save it as RGB, of 8 or 16 bits") from None
-    return np.asarray(rgb, dtype=np.float32)[None] / 255
+    pixels = np.array(rgb, dtype=np.float32)[None]
+    pixels /= 255  # in place, as large pictures take gigabytes
+    return pixels
 
 
 def _has_alpha(image: Any) -> bool:
