@@ -330,7 +330,7 @@ def _add_prompt(group: Group) -> None:
         '{"prompt": "a tent", "width": 256, "seed": 7}; blank lines and those that begin with # are skipped',
     )  # fmt: skip
     add_option(group, own["negative_prompt"], "what not to draw")
-    add_option(group, own["prompt_2"], "for SDXL's second text encoder; none: PROMPT")
+    add_option(group, own["prompt_2"], "for the second text encoder, which is T5 in FLUX.1; none: PROMPT")
     add_option(group, own["negative_prompt_2"], "for the second; none: the negative prompt")
     add_option(group, own["width"])
     add_option(group, own["height"])
