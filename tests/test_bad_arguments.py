@@ -269,7 +269,7 @@ LINES: dict[bytes, str] = {
     b'{"prompt": "a", "regions": {"prompt": "x"}}': "--regions {'prompt': 'x'} must be a list of regions, such as",
     b'{"prompt": "a", "regions": [{"prompt": "x", "prompt": "y"}]}': "a line that begins with { must be a JSON object "
     "('prompt' is given twice in one object)",
-    b'{"prompt": "a", "fit": "cover"}': "--fit 'cover' goes with image: give that, or leave it out",
+    b'{"prompt": "a", "fit": "cover"}': "--fit 'cover' goes with --image: give that, or leave it out",
     b'{"prompt": "a", "steps": 3, "num_steps": 3}': "num_steps is given twice",
     b'{"prompt": "a", "width": "many"}': "--width 'many' must be a whole number",
     b'{"prompt": "a", "width": 256.5}': "--width 256.5 must be a whole number",

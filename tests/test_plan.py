@@ -332,8 +332,8 @@ def test_the_largest_size_on_many_devices(capsys: pytest.CaptureFixture[str]) ->
             1,
             "it is of a family of its own, and the model of SDXL: it has channels=(64, 128, 192) and the U-Net (320, ",
         ),
-        (["--fit", "cover"], 2, "--fit 'cover' goes with image: give that, or leave it out"),
-        (["--feather", "16"], 2, "--feather 16 goes with mask or place: give that, or leave it out"),
+        (["--fit", "cover"], 2, "--fit 'cover' goes with --image: give that, or leave it out"),
+        (["--feather", "16"], 2, "--feather 16 goes with --mask or --place: give that, or leave it out"),
         (["--model", "README.md"], 1, "README.md is no safetensors file"),
     ],
 )

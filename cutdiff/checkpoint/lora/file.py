@@ -108,8 +108,8 @@ def read_lora(path: Path, table: Mapping[str, Target], context_dim: int) -> Lora
         embeddings[token][rest] = tensors.pop(key)
     if embeddings and not tensors:
         raise LoraError(f"{path} is no LoRA: it holds nothing but the textual inversions {listed(embeddings)}")
-    if not any(split_key(key)[1] or any(mark in key for mark in UNSUPPORTED) for key in tensors):
-        examples = ", ".join([*tensors][:EXAMPLES]) or "none"
+    if tensors and not any(split_key(key)[1] or any(mark in key for mark in UNSUPPORTED) for key in tensors):
+        examples = ", ".join([*tensors][:EXAMPLES])
         raise LoraError(f"{path} is no LoRA, but may be a whole model: none of its keys changes weights, as {examples}")
     if other := _other_family(tensors, table, context_dim):
         raise LoraError(f"{path} {other}")
