@@ -209,7 +209,6 @@ def test_every_layout_is_read(kind: Kind, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("_class_name", "ControlNetUnionModel"),
         ("controlnet_conditioning_channel_order", "bgr"),
         ("global_pool_conditions", True),
         ("conditioning_channels", 4),
@@ -222,4 +221,7 @@ def test_a_configuration_that_is_not_built(kind: Kind, tmp_path: Path, field: st
     save_published(tmp_path / "net", network)
     edit_json(tmp_path / "net" / "config.json", **{field: value})
     with pytest.raises(ValueError, match=re.escape(f"config.json: {field}={value!r} is not supported")):
+        load_control(tmp_path / "net", cutdiff.load(folder))
+    edit_json(tmp_path / "net" / "config.json", _class_name="ControlNetUnionModel")
+    with pytest.raises(ValueError, match=r"net: no ControlNet: it is of 'ControlNetUnionModel': pass a ControlNet$"):
         load_control(tmp_path / "net", cutdiff.load(folder))

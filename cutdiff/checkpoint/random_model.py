@@ -46,6 +46,9 @@ class GivenText:
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         return []
 
+    def left_out(self, prompt: str, prompt_2: str | None = None) -> list[str]:
+        return []
+
     def encode(self, prompts: Sequence[str], *args: Any, **options: Any) -> TextStates:
         return self.states.repeat(len(prompts))
 
