@@ -60,6 +60,8 @@ def random_model(config: Shape, vae: VAEConfig, device: torch.device, seed: int 
     for network in networks:
         network.to_empty(device=device).requires_grad_(False)
         randomise(network, seed)
+        for table in network.buffers():  # of positions, in SD3
+            table.normal_(generator=torch.Generator(device).manual_seed(seed))
         if device.type != "cpu":  # a model that is loaded has this layout there
             channels_last(network)
     rng = torch.Generator(device).manual_seed(seed + 1)
