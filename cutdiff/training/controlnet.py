@@ -33,12 +33,10 @@ from cutdiff.training.beside import begun, noise_of, parser_beside
 from cutdiff.training.card import phase, write_control_card
 from cutdiff.training.fit import Plan, fit
 from cutdiff.training.unet import (
-    DROPPED_CAPTION,
-    DROPPED_CLAUSE,
     NATIVE_PIXELS,
     WHOLE_SCENES,
+    Batch,
     Latents,
-    captions_of,
     draw_scenes,
     losses,
     stratified,
@@ -83,25 +81,20 @@ def train_control(
     network.copy_down(unet)
     for each in (unet, network):
         channels_last(each)
-    null = torch.full((5,), -1, device=device)
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
         rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)  # noqa: E731
-        index = torch.randint(len(latents.mean), (batch,), generator=generator, device=device)
-        normal = torch.randn(2, batch, *latents.mean.shape[1:], generator=generator, device=device)
-        clean = latents.mean[index].float() + latents.std[index].float() * normal[0]
-        choices = torch.where((rand(batch) < DROPPED_CAPTION)[:, None], null, latents.choices[index])
-        captions = captions_of(choices, rand(batch, 3) >= DROPPED_CLAUSE)
+        index, clean, noise, captions = Batch.draw(latents, batch, generator)
         width = LINES[0] + (LINES[1] - LINES[0]) * rand(batch)
         hint = outlines(scenes[index], NATIVE_PIXELS, crops[index], width=width)
         t = stratified(rand(batch), len(alphas))
         alpha = alphas[t][:, None, None, None]
-        noised = (alpha.sqrt() * clean + (1 - alpha).sqrt() * normal[1]).contiguous(memory_format=torch.channels_last)
+        noised = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         text = model.text.encode(captions)
         read = (noised, t, text.context, text.pooled, latents.size_ids[index])
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), sdpa_kernel(SDPBackend.MATH):
             predicted = unet(*read, network(*read, hint))
-        return losses(predicted, normal[1], alphas[t])
+        return losses(predicted, noise, alphas[t])
 
     plan = Plan(
         steps,

@@ -31,14 +31,7 @@ from cutdiff.scenes.vocabulary import PART, WIDTH, make_flow_text
 from cutdiff.training.arguments import add_how
 from cutdiff.training.card import PREFERRED, phase, write_flow_card
 from cutdiff.training.fit import PLAN, Plan, check_plan, fit
-from cutdiff.training.unet import (
-    DROPPED_CAPTION,
-    DROPPED_CLAUSE,
-    NATIVE_PIXELS,
-    Latents,
-    captions_of,
-    encode_scenes,
-)
+from cutdiff.training.unet import NATIVE_PIXELS, Batch, Latents, encode_scenes
 
 CONFIG = FluxConfig(
     latent_channels=4,
@@ -107,27 +100,21 @@ def train_flow(
     bfloat16: bool,
 ) -> None:
     """Train the transformer and its text encoders in place to predict the velocity, noise − x0; see `fit`."""
-    null = torch.full((5,), -1, device=device)
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)  # noqa: E731
-        index = torch.randint(len(latents.mean), (batch,), generator=generator, device=device)
-        normal = torch.randn(2, batch, *latents.mean.shape[1:], generator=generator, device=device)
-        clean = latents.mean[index].float() + latents.std[index].float() * normal[0]
-        choices = torch.where((rand(batch) < DROPPED_CAPTION)[:, None], null, latents.choices[index])
-        captions = captions_of(choices, rand(batch, 3) >= DROPPED_CLAUSE)
+        index, clean, noise, captions = Batch.draw(latents, batch, generator)
         are_parts = (latents.size_ids[index, 0] > NATIVE_PIXELS).tolist()
         captions = [
             f"{PART} {caption}" if caption and is_part else caption
             for caption, is_part in zip(captions, are_parts, strict=True)
         ]
-        t = times(rand(batch))
-        noised = torch.lerp(clean, normal[1], t[:, None, None, None])
+        t = times(torch.rand(batch, generator=generator, device=device))
+        noised = torch.lerp(clean, noise, t[:, None, None, None])
         (tokens,) = text.tokenize(captions)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), sdpa_kernel(SDPBackend.MATH):
             states = text.encode_tokens(*(part.ids for part in tokens))
             predicted = flux(noised, 1000 * t, states.context, states.pooled)
-        return {"loss": (predicted.float() - (normal[1] - clean)).square().mean()}
+        return {"loss": (predicted.float() - (noise - clean)).square().mean()}
 
     both = nn.ModuleDict({"transformer": flux, "text": text.text_encoder, "text_2": text.t5.encoder})
     fit("flow", both, loss, Plan(steps, learning_rate=1e-3, muon_learning_rate=0.01, warmup=100), folder, device)

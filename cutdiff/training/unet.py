@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +129,30 @@ def train_unet(
 
     both = nn.ModuleDict({"unet": unet, "text": text.encoders[0], "text_2": text.encoders[1]})
     fit("unet", both, loss, Plan(steps, learning_rate=1e-3, muon_learning_rate=0.01, warmup=100), folder, device)
+
+
+class Batch(NamedTuple):
+    """What a training step beside the U-Net's takes: some of all pictures, noise, and captions."""
+
+    numbers: Tensor
+    """The numbers of the B pictures."""
+    clean: Tensor
+    """Their latents (B, C, h, w), drawn from the posterior."""
+    noise: Tensor
+    captions: list[str]
+    """A tenth of them empty, and clauses left out of the others."""
+
+    @staticmethod
+    def draw(latents: Latents, size: int, generator: torch.Generator) -> Batch:
+        """Draw a batch of `size` on the generator's device."""
+        rand = lambda *shape: torch.rand(*shape, generator=generator, device=generator.device)  # noqa: E731
+        index = torch.randint(len(latents.mean), (size,), generator=generator, device=generator.device)
+        shape = (2, size, *latents.mean.shape[1:])
+        spread, noise = torch.randn(shape, generator=generator, device=generator.device)
+        clean = latents.mean[index].float() + latents.std[index].float() * spread
+        null = torch.full((5,), -1, device=generator.device)
+        choices = torch.where((rand(size) < DROPPED_CAPTION)[:, None], null, latents.choices[index])
+        return Batch(index, clean, noise, captions_of(choices, rand(size, 3) >= DROPPED_CLAUSE))
 
 
 def stratified(draws: Tensor, count: int) -> Tensor:
