@@ -174,7 +174,7 @@ def generate(
 
 
 def _cut_texts(model: Model, prompt: str | Sequence[str], settings: Settings) -> list[str]:
-    """What the encoders leave out of the texts of a run, in words."""
+    """The words for the parts of a run's texts that its encoders leave out."""
     beside = settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2
     runs = [Prompts([prompt] if isinstance(prompt, str) else [*prompt], *beside)]
     for region in settings.regions or ():

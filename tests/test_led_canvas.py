@@ -96,7 +96,7 @@ def test_i_max_is_its_projected_flow_in_velocities(tiny_model: Model, weight: An
 
 
 def test_a_guide_that_is_held_in_all_steps_is_what_the_picture_ends_as(tiny_model: Model) -> None:
-    """Where all of it is the low band: the network then has no say."""
+    """If all of it is the low band, the network has no say."""
     everything = type("Everything", (), {"low": lambda self, x: x})()
     end = steps(tiny_model, IMax(weight="constant", held_band=everything, enlarged_in="latents"))
     torch.testing.assert_close(end[-1].latents, resize(end[3].latents, (16, 13)), rtol=1e-3, atol=1e-4)

@@ -203,7 +203,7 @@ def test_a_pixel_is_linked_as_the_permutation_says(browser: Player, drawn: Drawn
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_no_grid_is_wider_than_the_window(browser: Player, drawn: Drawn, tmp_path: Path, width: int) -> None:
-    """Of 16 patches, and of 49 views, which have a bar each; also side by side with another run."""
+    """The pages have 16 patches, or 49 views, with a bar each; also side by side with another run."""
     large, _ = drawn(height=256, width=256)
     small, _ = drawn()
     assert compare([str(small), str(large), "--out", str(tmp_path / "both.html")]) == 0
@@ -669,7 +669,7 @@ BLINDNESS = {
     "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
     "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
 }
-"""Of full severity, on linear RGB."""
+"""The matrices of full severity, on linear RGB."""
 XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 
 

@@ -255,7 +255,7 @@ LAYOUTS: dict[str, Callable[[Model], dict[str, Tensor]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_single_file_is_the_folder(folder: Path, tmp_path: Path, layout: str) -> None:
-    """What the file lacks is the folder's; what it has is not: there it has other weights."""
+    """The folder gives what the file lacks, and nothing that it has: there it has other weights."""
     expected = load(folder)
     path, config = tmp_path / "model.safetensors", shutil.copytree(folder, tmp_path / "config")
     save_file({key: tensor.contiguous() for key, tensor in LAYOUTS[layout](expected).items()}, path)

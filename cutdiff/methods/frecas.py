@@ -71,7 +71,7 @@ class FreCaS(Options):
 
     @property
     def unet_only(self) -> str:
-        """What it does to a U-Net, where attention is blended."""
+        """The words for its need of a U-Net, where attention is blended."""
         return "blends the attention over the text, unless map_weight=0," if self.map_weight else ""
 
     def stages(self, run: Run) -> Stages:

@@ -15,7 +15,7 @@ Context = Tensor | TextContext
 
 
 class Shape(Protocol):
-    """What the configurations of all networks tell."""
+    """The properties that the configurations of all networks have."""
 
     @property
     def in_channels(self) -> int:

@@ -1,4 +1,4 @@
-"""What transformers with joint attention are made of: text and picture are streams of tokens that attend to both.
+"""The parts of transformers with joint attention: text and picture are streams of tokens that attend to both.
 
 Attribute names are the keys of diffusers checkpoints. Sources: Esser et al. 2024 (arXiv 2403.03206) for the two streams
 and what modulates them; Dehghani et al. 2023 (arXiv 2302.05442) for norms of queries and keys.

@@ -72,7 +72,7 @@ def frequencies(dim: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Places:
-    """What attention knows of the places of its tokens; here their number alone."""
+    """The knowledge that attention has of the places of its tokens; here their number alone."""
 
     sharpness: float
     """The factor of the scores of attention before the softmax."""

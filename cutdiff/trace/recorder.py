@@ -291,7 +291,7 @@ class Recorder(Observer):
 
 
 def _digest(**canvases: Tensor | None) -> dict[str, str]:
-    """What `Moment.digest` has of these canvases."""
+    """The hash that `Moment.digest` keeps of these canvases."""
     return {
         name: hashlib.sha256(each.numpy().tobytes()).hexdigest()[:16]
         for name, each in canvases.items()

@@ -132,7 +132,7 @@ def train_unet(
 
 
 class Batch(NamedTuple):
-    """What a training step beside the U-Net's takes: some of all pictures, noise, and captions."""
+    """The draws of a training step beside the U-Net's: some of all pictures, noise, and captions."""
 
     numbers: Tensor
     """The numbers of the B pictures."""
